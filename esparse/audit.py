@@ -1,0 +1,51 @@
+"""The files beside a record by which a run can be checked: keep masks, channel orders, calibration tokens.
+
+masks.safetensors: one uint8 entry per pruned weight under its name in the model's state dict, bit-packed along the
+columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
+the true shape stands in the metadata. orders.safetensors (only where a shuffle ran): the channel (int32) that stands at
+each place when the pattern's groups are cut. calibration_tokens.safetensors: `tokens` (int32, sequences x length).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esparse.report import write_whole
+
+
+def pack(keep: Tensor) -> Tensor:
+    """A boolean mask as bytes, its last dimension shortened to ceil(columns / 8)."""
+    return torch.from_numpy(np.packbits(keep.numpy(), axis=-1))
+
+
+def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """The boolean mask of that shape that `pack` was given."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=shape[-1]).astype(bool)).view(shape)
+
+
+def write(folder: Path, keeps: Mapping[str, Tensor], orders: Mapping[str, Tensor], tokens_SL: Tensor) -> int:
+    """Writes the files; returns the bytes of the packed masks."""
+    packed = {name: pack(keep) for name, keep in keeps.items()}
+    shapes = {name: json.dumps(list(keep.shape)) for name, keep in keeps.items()}
+    write_whole(folder / "masks.safetensors", lambda draft: save_file(packed, draft, metadata=shapes))
+    if orders:
+        as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
+        write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
+    tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}
+    write_whole(folder / "calibration_tokens.safetensors", lambda draft: save_file(tokens, draft))
+    return sum(mask.numel() for mask in packed.values())
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """The keep masks of a finished run by weight name."""
+    with safe_open(folder / "masks.safetensors", framework="pt") as file:
+        shapes = file.metadata()
+        return {name: unpack(file.get_tensor(name), json.loads(shapes[name])) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,1 @@
+"""Text and token sequences; this package knows nothing of sparsity."""

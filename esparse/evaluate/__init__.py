@@ -1,0 +1,1 @@
+"""Measuring quality; knows nothing of how a model was pruned."""

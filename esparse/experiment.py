@@ -1,0 +1,195 @@
+"""One experiment from its settings to its record: the table of contents of the program."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esparse import __version__, patterns
+from esparse.data.calibration import Calibration
+from esparse.data.windows import Perplexity
+from esparse.metrics import Metric
+from esparse.models.load import Model
+from esparse.recoveries import Recovery
+from esparse.report import LayerReport, Stages, layer_dicts, write_json
+from esparse.shuffles import Shuffle
+from esparse.tracking import Tracking
+from esparse.updates import Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from esparse.models.blocks import BlockModel
+    from esparse.progress import Progress
+    from esparse.prune import Pruned
+
+
+@dataclass(kw_only=True, slots=True)
+class Experiment:
+    """What one run is asked for; every field is a group or a value of the command line."""
+
+    model: Model
+    calibration: Calibration
+    metric: Metric
+    shuffle: Shuffle
+    update: Update
+    recovery: Recovery
+    evaluate: Perplexity
+    tracking: Tracking
+    pattern: str  # n:m (n of m survive) or P% (P per cent of each row are removed)
+    seed: int  # of the calibration sample and of random scores
+    output_root: str  # folder of all records
+    rerun: bool  # repeat a finished run
+
+    def __post_init__(self) -> None:
+        patterns.parse(self.pattern)
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
+
+
+def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record."""
+    from esparse import audit
+    from esparse.models.blocks import BlockModel
+    from esparse.models.load import load, longest_sequence
+    from esparse.progress import Progress
+    from esparse.prune import Method, prune
+
+    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
+    pattern = patterns.parse(experiment.pattern)
+    method = Method(metric=experiment.metric, pattern=pattern, shuffle=experiment.shuffle, update=experiment.update)
+    device = experiment.model.device()
+    stages = Stages(settle=_settle(device))
+    with stages("load"):
+        model, tokenizer = load(experiment.model)
+        blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens)
+        longest = longest_sequence(model)
+        tokens_SL = experiment.calibration.sample(tokenizer, longest)
+        windows = {c: experiment.evaluate.windows(c, tokenizer, longest) for c in experiment.evaluate.corpora}
+    with (
+        experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
+        Progress(len(blocks.blocks)) as progress,
+    ):
+
+        def on_layer(block: int, layer: LayerReport) -> None:
+            progress.layer(block, layer)
+            sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
+
+        dense = _perplexities(blocks, windows, "dense", stages, progress)
+        progress.pruning()
+        pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)
+        progress.block_done()
+        after = _perplexities(blocks, windows, "pruned", stages, progress)
+        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL)
+        record = {
+            "id": run_id,
+            "name": name,
+            "status": "finished",
+            "started": started,
+            "seconds": round(time.perf_counter() - clock, 3),
+            "config": config,
+            "environment": environment(device),
+            "model": {
+                "name": experiment.model.title,
+                "family": model.config.model_type,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "pruned_parameters": pruned.weights,
+            },
+            "sparsity": {
+                "pattern": str(pattern),
+                "density": pruned.survivors / pruned.weights,
+                "pattern_holds": pruned.pattern_holds,
+            },
+            "quality": {
+                corpus: {
+                    "dense": dense[corpus],
+                    "pruned": after[corpus],
+                    "tokens": windows_WL.numel(),
+                    "sequence_length": windows_WL.shape[1],
+                }
+                for corpus, windows_WL in windows.items()
+            },
+            "layers": layer_dicts(pruned.layers),
+            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
+            "memory": memory(model, pruned, mask_bytes, device),
+        }
+        sink.finish(record)
+        write_json(folder / "result.json", record)
+    return record
+
+
+def _perplexities(
+    blocks: BlockModel, windows: dict[str, Tensor], which: str, stages: Stages, progress: Progress
+) -> dict[str, float]:
+    from esparse.evaluate.perplexity import perplexity
+
+    with stages("evaluate"):
+        return {c: perplexity(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
+    import torch
+
+    checkout = Path(__file__).parent.parent
+    commit = None
+    if (checkout / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            described = subprocess.run(
+                ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+                cwd=checkout,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+            commit = described.stdout.strip() or None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "esparse": __version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+        "commit": commit,
+    }
+
+
+def memory(model: PreTrainedModel, pruned: Pruned, mask_bytes: int, device: torch.device) -> dict[str, Any]:
+    """Peaks of the process in MiB, and the bytes of the model's tensors dense and bit-mask packed.
+
+    Packed = the surviving values in the model's precision + the bit mask of each pruned matrix + all that is not pruned.
+    """
+    import torch
+
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    dense = sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+    element = model.dtype.itemsize
+    sparse = dense - (pruned.weights - pruned.survivors) * element + mask_bytes
+    return {
+        "peak_host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1),
+        "peak_device_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else None,
+        "dense_bytes": dense,
+        "sparse_bytes": sparse,
+        "saving": 1 - sparse / dense,
+    }
+
+
+def _settle(device: torch.device) -> Callable[[], None]:
+    import torch
+
+    if device.type != "cuda":
+        return lambda: None
+    torch.cuda.reset_peak_memory_stats(device)
+    return lambda: torch.cuda.synchronize(device)

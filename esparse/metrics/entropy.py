@@ -1,0 +1,54 @@
+"""E-Sparse's metric (Li et al. 2023, arXiv 2310.15929): information richness beside the norm.
+
+The paper gives K = 100 bins; alpha, the base of the logarithm, the bins' range and the norm's convention are not known
+for certain. Here: natural logarithm, and the rest are settings. The norm's convention is part of the method: an
+entropy is at most ln K = 4.6, and beside a norm summed over all tokens it would vanish.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from esparse.metrics import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.stats import Factory, LayerStats
+
+
+@dataclass(kw_only=True, slots=True)
+class Entropy(Metric):
+    """|w| times (entropy of the channel + alpha times its norm)."""
+
+    alpha: float  # weight of the norm beside the entropy
+    bins: int  # histogram bins per input channel
+    norm: str  # sequence (Wanda's) | rms (per token) | total (over all tokens)
+    range: str  # of the histogram: channel | layer (both read the tokens twice) | fixed (-limit .. limit, once)
+    limit: float  # the bound of a fixed range, in units of the activations
+
+    def __post_init__(self) -> None:
+        for setting, value, known in (
+            ("norm", self.norm, ("sequence", "rms", "total")),
+            ("range", self.range, ("channel", "layer", "fixed")),
+        ):
+            if value not in known:
+                raise ValueError(f"metric.{setting} must be one of {', '.join(known)}, got {value!r}")
+        if self.bins < 2:
+            raise ValueError(f"metric.bins must be at least 2, since one bin has no entropy; got {self.bins}")
+        if self.limit <= 0:
+            raise ValueError(f"metric.limit must be positive, got {self.limit:g}")
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import ColumnEntropy, ColumnNorm
+
+        return {
+            "norm": ColumnNorm,
+            "entropy": partial(ColumnEntropy, bins=self.bins, range=self.range, limit=self.limit),
+        }
+
+    def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        # xi_cj = |w_cj| * (IR_c + alpha * ||x_c||)
+        return weight_OI.abs() * (stats["entropy"].entropy_I() + self.alpha * stats["norm"].norm_I(self.norm))

@@ -1,0 +1,27 @@
+"""Random scores: the control that every metric has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from esparse.metrics import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.stats import LayerStats
+
+
+@dataclass(kw_only=True, slots=True)
+class Random(Metric):
+    """Uniform scores, decided by the seed and the layer's name alone."""
+
+    seed: int
+
+    def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        import torch
+
+        generator = torch.Generator().manual_seed((self.seed << 32) + crc32(stats.name.encode()))
+        return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)

@@ -1,0 +1,1 @@
+"""Models as a list of decoder blocks; this package knows nothing of sparsity."""

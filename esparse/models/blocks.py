@@ -1,0 +1,242 @@
+"""A causal language model as embedding, decoder blocks and head, run one block at a time.
+
+Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
+blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
+arguments that the model would give it. One block is on the device at a time, the activations stay on the host.
+
+Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class _Captured(Exception):
+    """Ends the model's own forward once every block has been asked for."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> Call:
+        return Call(_moved(self.args, device), _moved(self.kwargs, device))
+
+
+class BlockModel:
+    """A model cut into its decoder blocks.
+
+    Raises ValueError where no list of decoder blocks can be found.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, device: torch.device, batch_tokens: int) -> None:
+        self.model = model
+        self.device = device
+        self.batch_tokens = batch_tokens
+        self.prefix, self.blocks = find_blocks(model)
+        self._returns_tuple = self._probe()
+
+    def micro_batches(self, tokens_SL: Tensor) -> list[Tensor]:
+        """Cuts sequences into micro-batches of about `batch_tokens` tokens (at least one sequence each)."""
+        return list(tokens_SL.split(max(1, self.batch_tokens // tokens_SL.shape[1])))
+
+    @torch.inference_mode()
+    def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden states that enter the first block, and the call of every block; needs `ends_resident`."""
+        calls: list[Call] = []
+        entered: list[Tensor] = []
+
+        def record(index: int, hidden_BLH: Tensor, call: Call) -> Tensor:
+            if index == 0:
+                entered.append(hidden_BLH)
+            calls.append(call)
+            if index == len(self.blocks) - 1:
+                raise _Captured
+            return hidden_BLH
+
+        with self._replaced(record):
+            try:
+                self.model(input_ids=tokens_BL.to(self.device), use_cache=False)
+            except _Captured:
+                pass
+        return entered[0], calls
+
+    @torch.inference_mode()
+    def run(self, index: int, hidden_BLH: Tensor, call: Call) -> Tensor:
+        """One block's forward on the device where the block is; the result is on that device too."""
+        call = call.to(self.device)
+        out = self.blocks[index](hidden_BLH.to(self.device), *call.args, **call.kwargs)
+        # transformers 5 returns the tensor itself for most families: out[0] would be the first sequence.
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.inference_mode()
+    def logits(self, tokens_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+        """The model's own final norm and head (B x L x V) on what the last block returned; needs `ends_resident`."""
+        with self._replaced(lambda index, hidden, call: hidden_BLH.to(hidden.device)):
+            return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """While open, the block is on the device."""
+        block = self.blocks[index]
+        home = next(block.parameters()).device
+        try:
+            yield block.to(self.device)
+        finally:
+            block.to(home)
+
+    @contextmanager
+    def ends_resident(self) -> Iterator[None]:
+        """While open, all that is not a block (embeddings, final norm, head) is on the device."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        ends = [module for module in self.model.modules() if id(module) not in inside]
+        home = next(self.model.parameters()).device
+
+        def move(device: torch.device) -> None:
+            for module in ends:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(device)
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+
+        move(self.device)
+        try:
+            yield
+        finally:
+            move(home)
+
+    @contextmanager
+    def _replaced(self, stand_in: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """While open, the blocks do not compute: `stand_in(index, hidden, call)` says what each returns."""
+
+        def replacement(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                out = stand_in(index, hidden, _without_cache(args, kwargs))
+                return (out,) if self._returns_tuple else out
+
+            return forward
+
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = replacement(index)  # type: ignore[method-assign]
+            yield
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+    @torch.inference_mode()
+    def _probe(self) -> bool:
+        """Whether the blocks return a tuple (BLOOM, Falcon) or a tensor: found out by running the first one once."""
+        returned: list[Any] = []
+
+        def look(module: nn.Module, args: Any, out: Any) -> None:
+            returned.append(out)
+            raise _Captured
+
+        hook = self.blocks[0].register_forward_hook(look)
+        try:
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            hook.remove()
+        return isinstance(returned[0], tuple)
+
+
+class Activations:
+    """The hidden states of all sequences on their way through the blocks; they live on the host between blocks."""
+
+    def __init__(self, blocks: BlockModel, tokens_SL: Tensor) -> None:
+        self.blocks = blocks
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[Call]] = []
+        with blocks.ends_resident():
+            for tokens_BL in blocks.micro_batches(tokens_SL):
+                hidden_BLH, calls = blocks.embed(tokens_BL)
+                self.hidden.append(hidden_BLH.cpu())
+                host = [call.to(torch.device("cpu")) for call in calls]
+                # Masks and positions are the same for every full micro-batch: one copy is enough.
+                if self._calls:
+                    host = [_same(first, call) for first, call in zip(self._calls[0], host, strict=True)]
+                self._calls.append(host)
+
+    def observe(self, index: int) -> None:
+        """Runs a block over all micro-batches for those who watch; the hidden states stay as they are."""
+        for hidden_BLH, calls in zip(self.hidden, self._calls, strict=True):
+            self.blocks.run(index, hidden_BLH, calls[index])
+
+    def advance(self, index: int) -> None:
+        """Replaces the hidden states by what the block makes of them.
+
+        Raises ValueError where they are no longer finite.
+        """
+        for i, calls in enumerate(self._calls):
+            out = self.blocks.run(index, self.hidden[i], calls[index])
+            if not torch.isfinite(out).all():
+                raise ValueError(
+                    f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
+                    "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
+                )
+            self.hidden[i] = out.cpu()
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder blocks: the outermost list with one entry per hidden layer of the config."""
+    expected = model.config.get_text_config().num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, blocks in lists.items() if len(blocks) == expected]
+    if not fitting:
+        raise ValueError(
+            f"no list of {expected} decoder blocks in {type(model).__name__} (lists found: "
+            f"{', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
+            "esparse prunes decoder-only language models"
+        )
+    name = min(fitting, key=lambda name: name.count("."))
+    return name, lists[name]
+
+
+def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    from transformers.cache_utils import Cache
+
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {k: None if k in CACHES or isinstance(v, Cache) else v for k, v in kwargs.items()}
+    return Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value
+
+
+def _same(first: Any, other: Any) -> Any:
+    """`first` where both hold the same values, else `other`."""
+    if isinstance(other, Call):
+        return Call(_same(first.args, other.args), _same(first.kwargs, other.kwargs))
+    if isinstance(other, Tensor):
+        equal = isinstance(first, Tensor) and first.shape == other.shape and torch.equal(first, other)
+        return first if equal else other
+    if isinstance(other, tuple | list) and len(first) == len(other):
+        return type(other)(_same(f, o) for f, o in zip(first, other, strict=True))
+    if isinstance(other, dict):
+        return {k: _same(first.get(k), v) for k, v in other.items()}
+    return other

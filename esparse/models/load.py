@@ -1,0 +1,137 @@
+"""Model and tokenizer from the hub, a local directory, or the package itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """Which model, in which precision, on which device."""
+
+    name: str | None  # how reports call it; None: the last part of path
+    path: str  # a name on the Hugging Face hub, a local directory, or `builtin`
+    revision: str | None  # branch, tag or commit on the hub
+    dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
+    devices: str  # auto (a GPU where there is one) | cpu | cuda | cuda:1 ...
+    batch_tokens: int  # tokens of one forward pass: more is faster until the device is full
+    skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
+    trust_remote_code: bool  # whether code that lies beside a hub model may run
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
+
+    @property
+    def title(self) -> str:
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+    def device(self) -> torch.device:
+        """The device to compute on; ValueError where a GPU is asked for that is not there."""
+        import torch
+
+        if self.devices == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.devices)
+        except RuntimeError:
+            raise ValueError(f"model.devices must be auto, cpu, cuda or cuda:N, got {self.devices!r}") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"model.devices={self.devices} asks for a GPU, but PyTorch {torch.__version__} sees "
+                f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
+            )
+        return device
+
+
+def load(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on the host, and its tokenizer.
+
+    Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
+    asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(BUILTIN) if model.path == "builtin" else model.path
+    local = Path(path).expanduser()
+    if local.is_dir():
+        check_files(local)
+        path = str(local)
+    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"model.path: there is no directory {path}")
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation="eager", output_loading_info=True, **where
+        )
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, local.is_dir(), error) from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
+            f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
+        )
+    if model.dtype == "auto" and model.device().type == "cpu" and loaded.dtype == torch.float16:
+        loaded = loaded.float()  # float16 arithmetic on a CPU is slow and loses precision
+    return loaded.eval(), tokenizer
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """The number of positions the model was made for (2048 where its config names none, as BLOOM's does)."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+
+
+def check_files(folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError where a local checkpoint lacks a file or a shard is cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model directory: it has no config.json")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    for index in folder.glob("*.index.json"):
+        try:
+            shards |= set(json.loads(index.read_text())["weight_map"].values())
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{index} is damaged: it is not the index of a checkpoint ({error!r})") from error
+    if not shards and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin")
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:3])}")
+    for name in sorted(shards):
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                size = (folder / name).stat().st_size
+                raise ValueError(
+                    f"{folder / name} is damaged or cut short ({size:,} bytes; {error}): copy it again"
+                ) from error
+
+
+def _explained(asked: str, is_local: bool, error: Exception) -> Exception:
+    first = str(error).strip().partition("\n")[0]
+    if is_local:
+        return ValueError(f"the model in {asked} cannot be loaded: {first}")
+    return ConnectionError(
+        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({first}); without internet, copy "
+        "the model here and name its directory: model=hf model.path=DIR"
+    )

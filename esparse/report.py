@@ -1,0 +1,98 @@
+"""The run record: what was asked, what was measured, and its place on disk. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+# Where and how a run is carried out, not what it is: changing these asks for the same run.
+NOT_IDENTITY = {"output_root", "tracking", "rerun", "choices", "model.devices", "model.batch_tokens"}
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """How one matrix was pruned.
+
+    kept_score: share of the matrix's total score that survived (0 to 1). relative_error:
+    ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None where no token came.
+    """
+
+    name: str
+    shape: list[int]
+    density: float
+    kept_score: float
+    relative_error: float | None
+    error_tokens: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Stages:
+    """Wall-clock seconds by stage of a run; `settle` waits for the device's queue before a clock is read."""
+
+    settle: Callable[[], None] = lambda: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.settle()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.settle()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def run_id(config: dict[str, Any]) -> str:
+    """Eight hex digits of what was asked (the resolved configuration without NOT_IDENTITY)."""
+    return sha256(json.dumps(_identity(config, ""), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _identity(config: dict[str, Any], path: str) -> dict[str, Any]:
+    kept = {}
+    for key, value in config.items():
+        if path + key not in NOT_IDENTITY:
+            kept[key] = _identity(value, f"{path}{key}.") if isinstance(value, dict) else value
+    return kept
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file that appears whole or not at all."""
+    write_whole(path, lambda draft: draft.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a draft beside `path` and moves it into place once it is on disk.
+
+    Raises OSError naming the file; the draft is gone then.
+    """
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        write(draft)
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished run, or None; a damaged one counts as not finished."""
+    try:
+        record = json.loads((folder / "result.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("status") == "finished" else None
+
+
+def layer_dicts(layers: list[LayerReport]) -> list[dict[str, Any]]:
+    return [asdict(layer) for layer in layers]

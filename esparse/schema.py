@@ -1,0 +1,79 @@
+"""The one table of choices: which class stands behind which option of the command line.
+
+Hydra composes YAML over these classes, so that a wrong key or type is found before anything runs; `build` turns the
+composed configuration into the objects themselves. A new metric, shuffle or update is one line here, and one YAML file
+with its numbers in conf/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from esparse.data.calibration import Calibration
+from esparse.data.windows import Perplexity
+from esparse.experiment import Experiment
+from esparse.metrics.entropy import Entropy
+from esparse.metrics.magnitude import Magnitude
+from esparse.metrics.random import Random
+from esparse.metrics.wanda import Wanda
+from esparse.models.load import Model
+from esparse.recoveries import NoRecovery
+from esparse.report import run_id
+from esparse.shuffles import NoShuffle
+from esparse.shuffles.gns import Gns
+from esparse.shuffles.lbs import Esparse, Lbs
+from esparse.tracking import NoTracking, Wandb
+from esparse.updates import NoUpdate
+
+CHOICES: dict[str, dict[str, type]] = {
+    "model": {"any": Model},
+    "calibration": {"any": Calibration},
+    "metric": {"magnitude": Magnitude, "random": Random, "wanda": Wanda, "entropy": Entropy},
+    "shuffle": {"none": NoShuffle, "gns": Gns, "lbs": Lbs, "esparse": Esparse},
+    "update": {"none": NoUpdate},
+    "recovery": {"none": NoRecovery},
+    "evaluate": {"any": Perplexity},
+    "tracking": {"wandb": Wandb, "none": NoTracking},
+}
+
+
+def register() -> None:
+    """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
+    store = ConfigStore.instance()
+    store.store(name="experiment", group="schema", package="_global_", node=Experiment)
+    for group, options in CHOICES.items():
+        for option, component in options.items():
+            store.store(name=option, group=f"schema/{group}", node=component)
+
+
+def build(config: DictConfig) -> Experiment:
+    """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    experiment = OmegaConf.to_object(plain)
+    assert isinstance(experiment, Experiment)
+    return experiment
+
+
+def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as the record keeps it: plain values, each component's class, and the options chosen."""
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    settings: dict[str, Any] = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
+    for group in CHOICES:
+        # Two components with the same settings are still two: the class belongs to what was asked.
+        settings[group]["_class"] = type(getattr(experiment, group)).__name__
+    settings["choices"] = {group: choices[group] for group in CHOICES}
+    return settings
+
+
+def title(settings: dict[str, Any]) -> str:
+    """A short name for people: model, pattern, and every choice that does something."""
+    choices = settings["choices"]
+    model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
+    extras = [choices[group] for group in ("shuffle", "update", "recovery") if choices[group] != "none"]
+    return " ".join([model, settings["pattern"], choices["metric"], *extras])
+
+
+__all__ = ["CHOICES", "build", "register", "resolved", "run_id", "title"]

@@ -1,0 +1,219 @@
+"""One call of launch.py: each run's folder, log, status and errors, and the table at the end.
+
+What a run leaves in OUTPUT_ROOT/<run id>: status.json from the beginning (running, failed with its reason, finished),
+run.log, and at the very end result.json, whose presence means finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from esparse import schema
+from esparse.report import finished, write_json
+
+if TYPE_CHECKING:
+    from esparse.experiment import Experiment
+
+log = logging.getLogger("esparse")
+
+FINISHED, FAILED, MISTAKE = 0, 1, 2  # exit codes
+
+# What this process has seen; a sweep's jobs may run elsewhere, so Sweep reads their folders instead.
+_seen: dict[str, Any] = {"begun": False, "code": FINISHED, "sweep": False}
+
+
+def exit_code(main: Callable[[], Any]) -> int:
+    """Runs Hydra's main function; 2 where it stopped at the command line, 1 where a run failed, else 0."""
+    _log_to_terminal()
+    try:
+        main()
+    except SystemExit as stop:
+        # Hydra ends with 1 when it cannot compose the configuration: nothing has begun then.
+        if stop.code not in (0, None) and not _seen["begun"]:
+            return MISTAKE
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except KeyboardInterrupt:
+        print("esparse: interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+    return int(_seen["code"])
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Turns a setting that makes no sense into one sentence and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"esparse: {_sentence(error)}", file=sys.stderr)
+        raise SystemExit(MISTAKE) from None
+
+
+def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
+    """Carries out one run unless it is finished already; a failure is written down and does not end a sweep."""
+    run_id, name = schema.run_id(settings), schema.title(settings)
+    folder = Path(experiment.output_root) / run_id
+    _seen["begun"] = True
+    record = None if experiment.rerun else finished(folder)
+    if record is not None:
+        log.info("%s was run before (%s); rerun=true repeats it", name, folder)
+    else:
+        record = _attempt(experiment, settings, run_id=run_id, name=name, folder=folder)
+    if record is None:
+        _seen["code"] = FAILED
+    elif not _seen["sweep"]:
+        _print_table([record], [])
+
+
+def _attempt(
+    experiment: Experiment, settings: dict[str, Any], *, run_id: str, name: str, folder: Path
+) -> dict[str, Any] | None:
+    status = {"id": run_id, "name": name, "host": socket.gethostname(), "pid": os.getpid()}
+    status["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        write_json(folder / "status.json", status | {"status": "running"})
+        with _log_to_file(folder / "run.log"):
+            log.info("%s -> %s", name, folder)
+            try:
+                return _run(experiment, settings, status, folder)
+            except Exception as error:
+                log.debug("%s", traceback.format_exc())
+                _say_failed(error, name, folder)
+                write_json(
+                    folder / "status.json", status | {"status": "failed", "reason": _sentence(error)}
+                )
+                return None
+    except OSError as error:  # not even the status could be written
+        print(f"esparse: {name} failed: {_sentence(error)}", file=sys.stderr)
+        return None
+
+
+def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from esparse.experiment import run  # torch is loaded from here on
+
+    _quiet_libraries()
+    record = run(experiment, run_id=status["id"], name=status["name"], config=settings, folder=folder)
+    write_json(folder / "status.json", status | {"status": "finished"})
+    return record
+
+
+def _say_failed(error: Exception, name: str, folder: Path) -> None:
+    sentence = f"esparse: {name} failed: {_sentence(error)}"
+    if not isinstance(error, ValueError | OSError):  # not a mistake that we foresaw
+        sentence += f" ({type(error).__name__}; the traceback is in {folder / 'run.log'})"
+    print(sentence, file=sys.stderr)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+class Sweep(Callback):
+    """Checks every run of a sweep before the first one starts, and prints one table after the last."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _seen["sweep"] = True
+        with mistakes():
+            self._asked = [_composed(overrides) for overrides in _jobs(config)]
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        records, failures = [], []
+        for settings in self._asked:
+            folder = Path(settings["output_root"]) / schema.run_id(settings)
+            record = finished(folder)
+            if record is not None:
+                records.append(record)
+            else:
+                failures.append((schema.title(settings), _reason(folder)))
+        _print_table(records, failures)
+        _seen["begun"] = True
+        _seen["code"] = FAILED if failures else FINISHED
+
+
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of each run of a sweep, as Hydra's basic sweeper multiplies them out."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    in_file = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    texts = [f"{key}={value}" for key, value in in_file.items()] + list(config.hydra.overrides.task)
+    overrides = OverridesParser.create().parse_overrides(texts)
+    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    from hydra.types import RunMode
+
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    config = hydra.config_loader.load_configuration(_config_name(), overrides, RunMode.RUN)
+    return schema.resolved(config, schema.build(config), config.hydra.runtime.choices)
+
+
+def _config_name() -> str:
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser().parse_args().config_name or "config"
+
+
+def _reason(folder: Path) -> str:
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return "never started"
+    return status.get("reason") or f"died while {status.get('status')} on {status.get('host')}"
+
+
+def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+
+    from esparse.tables import runs_table
+
+    Console().print(runs_table(records, failures))
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+@contextmanager
+def _log_to_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _quiet_libraries() -> None:
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    transformers.logging.set_verbosity_error()
+    disable_progress_bar()

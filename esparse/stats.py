@@ -1,0 +1,156 @@
+"""Streaming statistics of one layer's input: a metric names what it needs, the block loop feeds it.
+
+Shapes: T tokens of one micro-batch, I input channels, K histogram bins, S sampled tokens.
+Every statistic gives the same value however the tokens are cut into micro-batches: sums are kept in float64, counts in
+integers, and what needs the whole range first asks for a second look at the same tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NORMS = ("sequence", "rms", "total")
+RANGES = ("channel", "layer", "fixed")
+
+
+class Statistic(ABC):
+    """Something that is summed up over all tokens a layer reads.
+
+    `looks` says how often the tokens have to pass: 2 where the first pass only finds out the range of the values.
+    """
+
+    looks = 1
+
+    def __init__(self, *, inputs: int, sequences: int, device: torch.device) -> None:
+        self.inputs = inputs
+        self.sequences = sequences
+        self.device = device
+        self.tokens = 0
+
+    @abstractmethod
+    def add(self, x_TI: Tensor, look: int) -> None:
+        """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
+
+
+# Builds a statistic from (inputs, sequences, device); a metric returns a dictionary of them.
+Factory = Callable[..., Statistic]
+
+
+class ColumnNorm(Statistic):
+    """The l2 norm of each input channel over the calibration tokens."""
+
+    def __init__(self, **size: Any) -> None:
+        super().__init__(**size)
+        self.sum_sq_I = torch.zeros(self.inputs, dtype=torch.float64, device=self.device)
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if look == 0:
+            self.tokens += x_TI.shape[0]
+            self.sum_sq_I += x_TI.float().square().sum(0, dtype=torch.float64)
+
+    def norm_I(self, convention: str) -> Tensor:
+        """The norms (float32, I values) by one of three conventions.
+
+        sequence: root of the mean over sequences of the per-sequence sum of squares (Wanda's code, arXiv 2306.11695);
+        rms: root of the mean over tokens; total: root of the sum over all tokens (the formula as it is printed).
+        A ranking by |w| * norm cannot tell them apart; E-Sparse adds an entropy to the norm and can.
+        """
+        count = {"sequence": self.sequences, "rms": max(self.tokens, 1), "total": 1}[convention]
+        return (self.sum_sq_I / count).sqrt().float()
+
+
+class ColumnEntropy(Statistic):
+    """The entropy (nats) of each input channel's values, from a histogram of K equal bins (E-Sparse, arXiv 2310.15929).
+
+    `range` fixes where the bins lie. channel: from the channel's least to its greatest value; layer: from the least to
+    the greatest value of all channels of the input. Both are exact and need the tokens twice, so the block runs its
+    forward pass once more. fixed: from -limit to +limit, one pass; what lies outside counts into the outermost bins.
+    """
+
+    def __init__(self, *, bins: int, range: str, limit: float, **size: Any) -> None:
+        super().__init__(**size)
+        self.bins = bins
+        self.range = range
+        self.looks = 1 if range == "fixed" else 2
+        bound = torch.full((self.inputs,), float("inf") if self.looks == 2 else -limit, device=self.device)
+        self.low_I, self.high_I = bound, -bound
+        self.counts_IK = torch.zeros(self.inputs, bins, dtype=torch.int64, device=self.device)
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if x_TI.shape[0] == 0:
+            return
+        if look == 0 and self.looks == 2:
+            low_I, high_I = x_TI.aminmax(dim=0)
+            self.low_I = torch.minimum(self.low_I, low_I.float())
+            self.high_I = torch.maximum(self.high_I, high_I.float())
+        if look == self.looks - 1:
+            self.tokens += x_TI.shape[0]
+            self._count(x_TI.float())
+
+    def _count(self, x_TI: Tensor) -> None:
+        low_I, high_I = self.low_I, self.high_I
+        if self.range == "layer":
+            low_I, high_I = low_I.min().expand_as(low_I), high_I.max().expand_as(high_I)
+        width_I = high_I - low_I
+        # A channel that never changes has one bin and no entropy.
+        scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
+        place_I = torch.arange(self.inputs, device=self.device) * self.bins
+        # About 4 M values at a time: the indices are int64 and would otherwise be eight times the input.
+        for part_TI in x_TI.split(max(1, 2**22 // self.inputs)):
+            bin_TI = ((part_TI - low_I) * scale_I).long().clamp_(0, self.bins - 1)
+            flat = (bin_TI + place_I).flatten()
+            self.counts_IK += torch.bincount(flat, minlength=self.counts_IK.numel()).view_as(self.counts_IK)
+
+    def entropy_I(self) -> Tensor:
+        """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""
+        share_IK = self.counts_IK.double() / max(self.tokens, 1)
+        return torch.special.entr(share_IK).sum(-1).float()
+
+
+class TokenSample(Statistic):
+    """The inputs of up to `most` tokens, evenly spaced over all of them: every 2^k-th token, k as small as fits."""
+
+    def __init__(self, *, most: int, **size: Any) -> None:
+        super().__init__(**size)
+        self.most = most
+        self.stride = 1
+        self._parts: list[Tensor] = []
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if look != 0:
+            return
+        first = -self.tokens % self.stride
+        self._parts.append(x_TI[first :: self.stride].clone())
+        self.tokens += x_TI.shape[0]
+        while -(-self.tokens // self.stride) > self.most:
+            self._parts = [torch.cat(self._parts)[::2].clone()]
+            self.stride *= 2
+
+    def x_SI(self) -> Tensor:
+        """The sampled inputs in float32."""
+        if not self._parts:
+            return torch.zeros(0, self.inputs, device=self.device)
+        return torch.cat(self._parts).float()
+
+
+class LayerStats(Mapping[str, Any]):
+    """What a metric may look at: the statistics it asked for by their names, the layer's name and its token count."""
+
+    def __init__(self, name: str, statistics: Mapping[str, Statistic], tokens: int) -> None:
+        self.name = name
+        self.tokens = tokens
+        self._statistics = statistics
+
+    def __getitem__(self, key: str) -> Any:
+        return self._statistics[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)

@@ -1,0 +1,65 @@
+"""A tiny random model of every family, and which of a block's matrices are routers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GPT: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SMALL),
+    "llama-eager-bias": ("llama", SMALL | {"attn_implementation": "eager", "attention_bias": True}),
+    "mistral-sliding": ("mistral", SMALL | {"sliding_window": 8}),
+    "qwen2": ("qwen2", SMALL),
+    "qwen2-sliding": ("qwen2", SMALL | SLIDING | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 8}),
+    "gemma2": ("gemma2", SMALL | SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", SMALL | SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", SMALL),
+    "opt": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "gpt-neox": ("gpt_neox", SMALL),
+    "falcon": ("falcon", SMALL | {"multi_query": True, "parallel_attn": True}),
+    "falcon-alibi": ("falcon", SMALL | {"alibi": True, "parallel_attn": False, "multi_query": False}),
+    "falcon-new": ("falcon", SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt2": ("gpt2", GPT),
+    "mixtral": ("mixtral", SMALL | {"num_local_experts": 4}),
+    "qwen2-moe": ("qwen2_moe", SMALL | EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3-moe": ("qwen3_moe", SMALL | EXPERTS | {"head_dim": 8}),
+    "olmoe": ("olmoe", SMALL | EXPERTS),
+    "gpt-oss": ("gpt_oss", SMALL | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
+}
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """The family's model with seeded random weights, in float32 and evaluation mode."""
+    model_type, settings = FAMILIES[family]
+    torch.manual_seed(1)
+    settings = dict(settings)
+    attention = settings.pop("attn_implementation", None)
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, experts_implementation="eager", dtype=torch.float32
+    )
+    # Freshly made models have equal norms and zero biases: stir them, so that leaving one out would show.
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
