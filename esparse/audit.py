@@ -4,6 +4,8 @@ masks.safetensors: one uint8 entry per pruned weight under its name in the model
 columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
 the true shape stands in the metadata. orders.safetensors (only where a shuffle ran): the channel (int32) that stands at
 each place when the pattern's groups are cut. calibration_tokens.safetensors: `tokens` (int32, sequences x length).
+window_losses.safetensors: `dense/CORPUS` and `pruned/CORPUS`, the mean loss (nats, float64) of every window, so that
+two runs can be compared window by window.
 """
 
 from __future__ import annotations
@@ -31,14 +33,22 @@ def unpack(packed: Tensor, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=shape[-1]).astype(bool)).view(shape)
 
 
-def write(folder: Path, keeps: Mapping[str, Tensor], orders: Mapping[str, Tensor], tokens_SL: Tensor) -> int:
-    """Writes the files; returns the bytes of the packed masks."""
+def write(
+    folder: Path,
+    keeps: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
+    tokens_SL: Tensor,
+    losses: Mapping[str, Mapping[str, Tensor]],
+) -> int:
+    """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
     packed = {name: pack(keep) for name, keep in keeps.items()}
     shapes = {name: json.dumps(list(keep.shape)) for name, keep in keeps.items()}
     write_whole(folder / "masks.safetensors", lambda draft: save_file(packed, draft, metadata=shapes))
     if orders:
         as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
         write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
+    by_window = {f"{which}/{corpus}": value for which, of in losses.items() for corpus, value in of.items()}
+    write_whole(folder / "window_losses.safetensors", lambda draft: save_file(by_window, draft))
     tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}
     write_whole(folder / "calibration_tokens.safetensors", lambda draft: save_file(tokens, draft))
     return sum(mask.numel() for mask in packed.values())

@@ -61,6 +61,7 @@ class Experiment:
 def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record."""
     from esparse import audit
+    from esparse.evaluate.perplexity import perplexity
     from esparse.models.blocks import BlockModel
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
@@ -76,7 +77,8 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
         blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens)
         longest = longest_sequence(model)
         tokens_SL = experiment.calibration.sample(tokenizer, longest)
-        windows = {c: experiment.evaluate.windows(c, tokenizer, longest) for c in experiment.evaluate.corpora}
+        texts = experiment.evaluate
+        windows = {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}
     with (
         experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
         Progress(len(blocks.blocks)) as progress,
@@ -86,12 +88,12 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             progress.layer(block, layer)
             sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
-        dense = _perplexities(blocks, windows, "dense", stages, progress)
+        dense = _losses(blocks, windows, "dense", stages, progress)
         progress.pruning()
         pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)
         progress.block_done()
-        after = _perplexities(blocks, windows, "pruned", stages, progress)
-        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL)
+        after = _losses(blocks, windows, "pruned", stages, progress)
+        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense, "pruned": after})
         record = {
             "id": run_id,
             "name": name,
@@ -113,8 +115,8 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             },
             "quality": {
                 corpus: {
-                    "dense": dense[corpus],
-                    "pruned": after[corpus],
+                    "dense": perplexity(dense[corpus]),
+                    "pruned": perplexity(after[corpus]),
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
                 }
@@ -129,13 +131,13 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     return record
 
 
-def _perplexities(
+def _losses(
     blocks: BlockModel, windows: dict[str, Tensor], which: str, stages: Stages, progress: Progress
-) -> dict[str, float]:
-    from esparse.evaluate.perplexity import perplexity
+) -> dict[str, Tensor]:
+    from esparse.evaluate.perplexity import window_losses
 
     with stages("evaluate"):
-        return {c: perplexity(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
+        return {c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def memory(model: PreTrainedModel, pruned: Pruned, mask_bytes: int, device: torch.device) -> dict[str, Any]:
     """Peaks of the process in MiB, and the bytes of the model's tensors dense and bit-mask packed.
 
-    Packed = the surviving values in the model's precision + the bit mask of each pruned matrix + all that is not pruned.
+    Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
     """
     import torch
 

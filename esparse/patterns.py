@@ -52,8 +52,10 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     def keep_top(self, scores_OI: Tensor) -> Tensor:
+        import torch
+
         whole = self.grouped_inputs(scores_OI.shape[-1])
-        keep_OI = scores_OI.new_empty(scores_OI.shape, dtype=bool)
+        keep_OI = torch.empty_like(scores_OI, dtype=torch.bool)
         keep_OI[..., :whole] = _top(scores_OI[..., :whole].unflatten(-1, (-1, self.m)), self.n).flatten(-2)
         tail = scores_OI[..., whole:]
         keep_OI[..., whole:] = _top(tail, self._tail_survivors(tail.shape[-1]))

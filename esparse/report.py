@@ -72,7 +72,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a draft beside `path` and moves it into place once it is on disk.
 
-    Raises OSError naming the file; the draft is gone then.
+    Raises OSError naming the file, for instance where the disk is full; the draft is gone then.
     """
     draft = path.with_name(f"{path.name}.part")
     try:
@@ -80,9 +80,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)
-    except BaseException:
+    except Exception as error:  # safetensors reports a full disk with an exception of its own
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
         draft.unlink(missing_ok=True)
-        raise
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

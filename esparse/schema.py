@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
@@ -51,21 +51,26 @@ def register() -> None:
 
 def build(config: DictConfig) -> Experiment:
     """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
-    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    experiment = OmegaConf.to_object(plain)
+    experiment = OmegaConf.to_object(_without_hydra(config))
     assert isinstance(experiment, Experiment)
     return experiment
 
 
 def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]) -> dict[str, Any]:
     """The configuration as the record keeps it: plain values, each component's class, and the options chosen."""
-    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    settings: dict[str, Any] = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
+    settings: dict[str, Any] = OmegaConf.to_container(_without_hydra(config), resolve=True)  # type: ignore[assignment]
     for group in CHOICES:
         # Two components with the same settings are still two: the class belongs to what was asked.
         settings[group]["_class"] = type(getattr(experiment, group)).__name__
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    config = config.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
 
 
 def title(settings: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ run.log, and at the very end result.json, whose presence means finished.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -94,9 +96,7 @@ def _attempt(
             except Exception as error:
                 log.debug("%s", traceback.format_exc())
                 _say_failed(error, name, folder)
-                write_json(
-                    folder / "status.json", status | {"status": "failed", "reason": _sentence(error)}
-                )
+                write_json(folder / "status.json", status | {"status": "failed", "reason": _sentence(error)})
                 return None
     except OSError as error:  # not even the status could be written
         print(f"esparse: {name} failed: {_sentence(error)}", file=sys.stderr)
@@ -131,7 +131,8 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _seen["sweep"] = True
-        with mistakes():
+        self._asked: list[dict[str, Any]] = []
+        with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
             self._asked = [_composed(overrides) for overrides in _jobs(config)]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -187,7 +188,10 @@ def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]])
 
     from esparse.tables import runs_table
 
-    Console().print(runs_table(records, failures))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=160)
+    console.print(runs_table(records, failures))
 
 
 def _log_to_terminal() -> None:

@@ -4,7 +4,8 @@
 
 Learning rate: 200 warm-up steps, constant, and over the last quarter of the time a straight line to zero. What comes
 out stands in esparse/assets/tiny with a note (TRAINING.json) of how it was made; `--steps` and `--decay-from` of that
-note repeat the same run without a clock. Text, split and order of the batches depend on the seed and on the Python version alone.
+note repeat the same run without a clock. Text, split and order of the batches depend on the seed and on the Python
+version alone.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts, asked.vocabulary)
     stream, held_out = joined(tokenizer, train_texts), joined(tokenizer, held_out_texts)
     bytes_per_token = sum(len(text.encode()) for text in held_out_texts) / len(held_out)
-    print(f"{len(stream):,} training tokens, {len(held_out):,} held out, {bytes_per_token:.3f} bytes per token", flush=True)
+    print(
+        f"{len(stream):,} training tokens, {len(held_out):,} held out, {bytes_per_token:.3f} bytes a token", flush=True
+    )
 
     model = LlamaForCausalLM(
         LlamaConfig(

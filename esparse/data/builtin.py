@@ -8,6 +8,7 @@ The text itself differs between Python versions: perplexities on it are comparab
 
 from __future__ import annotations
 
+import contextlib
 import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
@@ -46,12 +47,11 @@ def _is_held_out(name: str) -> bool:
 
 
 def _all_documents() -> Iterator[tuple[str, str]]:
-    try:
-        from pydoc_data.topics import topics  # some distributions leave it out
-    except ImportError:
-        topics = {}
-    for name, text in topics.items():
-        yield f"topic {name}", text.strip() + "\n"
+    with contextlib.suppress(ImportError):  # some distributions leave the topics out
+        from pydoc_data.topics import topics
+
+        for name, text in topics.items():
+            yield f"topic {name}", text.strip() + "\n"
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in library.rglob("*.py"):
         parts = path.relative_to(library).with_suffix("").parts

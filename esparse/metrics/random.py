@@ -23,5 +23,6 @@ class Random(Metric):
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         import torch
 
-        generator = torch.Generator().manual_seed((self.seed << 32) + crc32(stats.name.encode()))
+        # A CPU generator looks at 32 bits of its seed only, so both go through one hash.
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed} {stats.name}".encode()))
         return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)

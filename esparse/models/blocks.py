@@ -9,6 +9,7 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +70,7 @@ class BlockModel:
             return hidden_BLH
 
         with self._replaced(record):
-            try:
-                self.model(input_ids=tokens_BL.to(self.device), use_cache=False)
-            except _Captured:
-                pass
+            self._run_until_captured(tokens_BL.to(self.device))
         return entered[0], calls
 
     @torch.inference_mode()
@@ -133,7 +131,7 @@ class BlockModel:
 
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = replacement(index)  # type: ignore[method-assign]
+                block.forward = replacement(index)
             yield
         finally:
             for block in self.blocks:
@@ -150,12 +148,14 @@ class BlockModel:
 
         hook = self.blocks[0].register_forward_hook(look)
         try:
-            self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-        except _Captured:
-            pass
+            self._run_until_captured(torch.zeros(1, 2, dtype=torch.long))
         finally:
             hook.remove()
         return isinstance(returned[0], tuple)
+
+    def _run_until_captured(self, tokens_BL: Tensor) -> None:
+        with contextlib.suppress(_Captured):
+            self.model(input_ids=tokens_BL, use_cache=False)
 
 
 class Activations:

@@ -71,7 +71,9 @@ class BlockMatrices:
         for path, module in block.named_modules():
             name = f"{prefix}.{path}"
             if isinstance(module, nn.Linear | Conv1D) and not self._skipped(name):
-                self._layers[module] = Matrix(f"{name}.weight", module.weight, isinstance(module, Conv1D))
+                self._layers[module] = Matrix(
+                    f"{name}.weight", module.get_parameter("weight"), isinstance(module, Conv1D)
+                )
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and not self._skipped(f"{name}.{own}"):
                     self._stacks[parameter.data_ptr()] = (f"{name}.{own}", parameter)

@@ -4,7 +4,7 @@ A shuffle is a grouping: it decides which m channels compete with each other, an
 channels' own order. Quality is therefore measured on the ordinary model; only what runs on sparse hardware needs the
 order made physical. All layers that read the same tensor share one order: their score rows are stacked.
 
-Shapes: O outputs (rows of all layers that share the order), I inputs. `order_I[k]` is the channel that stands at place k.
+Shapes: O outputs (rows of all layers that share the order), I inputs. `order_I[k]` is the channel at place k.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The sequences that a model is calibrated on, decided by corpus, seed and tokenizer alone.
+
+Shapes: S sequences, L tokens of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.data import corpora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+SPARE = 16  # a stream of documents holds so many times the tokens asked, where the corpus has them
+
+
+@dataclass(kw_only=True, slots=True)
+class Calibration:
+    """Random sequences of one corpus: windows of its token stream, or for C4 crops of its long documents."""
+
+    corpus: str  # one of corpora.NAMES
+    path: str | None = None  # the file of the corpus `text`
+    column: str = "text"  # its column that holds the text, in .jsonl and .parquet
+    sequences: int  # how many
+    length: int | None  # tokens of each; null: 2048, or what the model takes if that is less
+    seed: int
+
+    def __post_init__(self) -> None:
+        corpora.check([self.corpus], "calibration", self.path)
+        if self.sequences < 1:
+            raise ValueError(f"calibration.sequences must be at least 1, got {self.sequences}")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"calibration.length must be at least 1 or null, got {self.length}")
+
+    def sample(self, tokenizer: Tokenizer, longest: int) -> Tensor:
+        """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
+
+        Windows of a stream may overlap and, rarely, repeat. A stream of several documents has them in random order and
+        ends once it holds 16 times the tokens asked, so that a small sample does not tokenise a large corpus. Raises ValueError where the length asked is too long for
+        the model or the corpus too short for it, and what `corpora.read` raises.
+        """
+        import torch
+
+        from esparse.data import tokens
+
+        length = tokens.sequence_length(self.length, longest, "calibration.length")
+        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column)
+        count, generator = self.sequences, torch.Generator().manual_seed(self.seed)
+        if corpus.apart:
+            return tokens.random_crops(corpus, tokenizer, count=count, length=length, generator=generator)
+        enough = None
+        if len(corpus.texts) > 1:
+            corpus, enough = tokens.in_random_order(corpus, generator), SPARE * count * length
+        tokens_T = tokens.stream(corpus, tokenizer, at_most=enough)
+        if len(tokens_T) < length:
+            raise ValueError(
+                f"the calibration corpus {corpus.name} has {len(tokens_T)} tokens, too few for one sequence of "
+                f"{length}: use a longer text or set calibration.length lower"
+            )
+        return tokens.random_windows(tokens_T, count=count, length=length, generator=generator)

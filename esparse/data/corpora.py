@@ -1,0 +1,141 @@
+"""Corpora by name, each for two purposes: the same text, split and joints as in the literature.
+
+They follow SparseGPT's and Wanda's loaders (arXiv 2301.00774, 2306.11695), whose choices decide the numbers:
+WikiText-2's test rows joined by blank lines and tokenised once; of C4 the first 1,100 validation documents and at most
+256 windows of them; Penn Treebank's sentences joined by blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from esparse.data import builtin
+from esparse.data.files import texts_of
+from esparse.data.hub import HubFile
+
+Purpose = Literal["calibration", "evaluation"]
+GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Text for one purpose, before any tokenizer.
+
+    The texts follow one another in one stream of tokens, or, where they stand `apart`, a sequence is cut out of a
+    single one.
+    """
+
+    name: str
+    texts: Sequence[str]
+    apart: bool = False
+    most_windows: int | None = None  # evaluation stops after so many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubText:
+    """How the literature reads one split of a data set on the hub."""
+
+    source: HubFile
+    column: str
+    joint: str | None  # between the rows; None: the rows stand apart
+    first: int | None = None  # rows read
+    most_windows: int | None = None
+
+
+HUB: dict[str, dict[Purpose, HubText]] = {
+    "wikitext2": {
+        "calibration": HubText(
+            source=HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+            column="text",
+            joint=" ",
+        ),
+        "evaluation": HubText(
+            source=HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+            column="text",
+            joint="\n\n",
+        ),
+    },
+    "c4": {
+        "calibration": HubText(
+            source=HubFile("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
+            column="text",
+            joint=None,
+        ),
+        "evaluation": HubText(
+            source=HubFile("allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
+            column="text",
+            joint=" ",
+            first=1100,
+            most_windows=256,
+        ),
+    },
+    # The data set itself is a loading script, which `datasets` runs no more; this branch is the hub's copy of its rows.
+    "ptb": {
+        "calibration": HubText(
+            source=HubFile("ptb-text-only/ptb_text_only", "penn_treebank/train/0000.parquet", "refs/convert/parquet"),
+            column="sentence",
+            joint=" ",
+        ),
+        "evaluation": HubText(
+            source=HubFile("ptb-text-only/ptb_text_only", "penn_treebank/test/0000.parquet", "refs/convert/parquet"),
+            column="sentence",
+            joint=" ",
+        ),
+    },
+}
+NAMES = ("builtin", *HUB, "text")
+
+
+def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
+    """Raise ValueError for an unknown corpus, for `text` without a path and for a path that no corpus reads."""
+    group = GROUP[purpose]
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
+    if "text" in names and not path:
+        raise ValueError(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
+    if path and "text" not in names:
+        asked = ", ".join(names) or "none"
+        raise ValueError(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
+
+
+def read(name: str, purpose: Purpose, *, path: str | None = None, column: str = "text") -> Corpus:
+    """The text of one corpus for one purpose; `path` and `column` matter to the corpus `text` alone.
+
+    Raises ConnectionError where a data set can not be had, and FileNotFoundError or ValueError as `texts_of` does.
+    """
+    check([name], purpose, path)
+    if path is not None:
+        return Corpus(name=Path(path).name, texts=["\n\n".join(texts_of(Path(path), column))])
+    if name == "builtin":
+        split = {"calibration": "train", "evaluation": "held-out"}[purpose]
+        return Corpus(name=name, texts=builtin.documents(split))
+    group = GROUP[purpose]
+    return _from_hub(name, HUB[name][purpose], instead=f"a local file: {group}=text {group}.path=FILE")
+
+
+def _from_hub(name: str, asked: HubText, *, instead: str) -> Corpus:
+    path = asked.source.local(instead)
+    if asked.joint is None:
+        return Corpus(name=name, texts=_OnDisk(path, asked.column), apart=True)
+    text = asked.joint.join(texts_of(path, asked.column, first=asked.first))
+    return Corpus(name=name, texts=[text], most_windows=asked.most_windows)
+
+
+class _OnDisk(Sequence[str]):
+    """The texts of a large file of JSON lines, left on disk (as Arrow, in the cache of `datasets`) and read by row."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        from datasets import load_dataset
+
+        # The Arrow column itself: through the data set every row costs 200 us, and a search can pass all of them.
+        self._column = load_dataset("json", data_files=str(path), split="train").data.column(column)
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._column[row].as_py()

@@ -1,0 +1,51 @@
+"""One file of a data set on the Hugging Face Hub, from the local cache where it is there.
+
+Files are fetched one by one rather than by `load_dataset(name, data_files=...)`, because that finds nothing in its
+cache when the hub is out of reach (huggingface/datasets#6837). Both share the hub's cache of files, so what either
+has fetched once is there for the other. A cached file is taken without asking the hub: these data sets do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ANSWER_S = 10.0  # how long the hub may take to answer at all before it counts as out of reach
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """Where a file lies on the hub."""
+
+    repo: str
+    file: str
+    revision: str = "main"
+
+    def local(self, instead: str) -> Path:
+        """The path of the file on this machine, downloaded if it is not cached.
+
+        Raises ConnectionError, at once under HF_HUB_OFFLINE=1 and within seconds otherwise, where it is neither
+        cached nor to be had; `instead` says there what to use in its place.
+        """
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+        kind, revision = "dataset", self.revision
+        cached = try_to_load_from_cache(self.repo, self.file, repo_type=kind, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        try:
+            # One question without retries: the download itself would repeat a vain one for half a minute and more.
+            url = hf_hub_url(self.repo, self.file, repo_type=kind, revision=revision)
+            get_hf_file_metadata(url, timeout=ANSWER_S)
+            return Path(hf_hub_download(self.repo, self.file, repo_type=kind, revision=revision))
+        except Exception as cause:  # the hub, its client and the network fail in many unrelated types
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+            raise ConnectionError(
+                f"the data set {self.repo} (file {self.file}) is not in the local Hugging Face cache and could not be "
+                f"fetched ({reason}): fetch it on a machine that reaches the hub (`{self._command()}`), "
+                f"or use {instead}"
+            ) from cause
+
+    def _command(self) -> str:
+        revision = "" if self.revision == "main" else f" --revision {self.revision}"
+        return f"hf download --repo-type dataset{revision} {self.repo} {self.file}"

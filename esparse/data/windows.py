@@ -1,0 +1,59 @@
+"""The windows that perplexity is measured on; the measuring itself stands in esparse/evaluate.
+
+Shapes: W windows, L tokens of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esparse.data import corpora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass(kw_only=True, slots=True)
+class Perplexity:
+    """Which text perplexity is measured on, and in windows of what length."""
+
+    corpora: list[str]  # of corpora.NAMES
+    path: str | None = None  # the file of the corpus `text`
+    column: str = "text"  # its column that holds the text, in .jsonl and .parquet
+    length: int | None  # tokens of a window; null: 2048, or what the model takes if that is less
+    max_tokens: int | None  # of each corpus, from its start; null: all
+
+    def __post_init__(self) -> None:
+        corpora.check(self.corpora, "evaluation", self.path)
+        if self.length is not None and self.length < 2:
+            raise ValueError(f"evaluate.length must be at least 2 (a token and its next) or null, got {self.length}")
+        if self.max_tokens is not None and self.max_tokens < (self.length or 2):
+            raise ValueError(f"evaluate.max_tokens={self.max_tokens} leaves no window of {self.length or 2} tokens")
+
+    def name(self, corpus: str) -> str:
+        """What the record calls a corpus: its own name, for `text` the file's."""
+        return Path(self.path).name if corpus == "text" and self.path else corpus
+
+    def windows(self, corpus: str, tokenizer: Tokenizer, longest: int) -> Tensor:
+        """The consecutive windows_WL (int64, no overlap, no padding, tail dropped) of one of the corpora.
+
+        `longest` is what the model takes. Raises ValueError where the length asked is too long for the model or the
+        text too short for one window, and what `corpora.read` raises.
+        """
+        from esparse.data import tokens
+
+        length = tokens.sequence_length(self.length, longest, "evaluate.length")
+        path = self.path if corpus == "text" else None
+        text = corpora.read(corpus, "evaluation", path=path, column=self.column)
+        tokens_T = tokens.stream(text, tokenizer, at_most=self.max_tokens)
+        windows_WL = tokens.windows(tokens_T, length)[: text.most_windows]
+        if not len(windows_WL):
+            limit = "" if self.max_tokens is None else f" (evaluate.max_tokens={self.max_tokens})"
+            raise ValueError(
+                f"the evaluation corpus {text.name} has {len(tokens_T)} tokens{limit}, too few for one window of "
+                f"{length}: use a longer text or set evaluate.length lower"
+            )
+        return windows_WL

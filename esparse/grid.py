@@ -1,0 +1,290 @@
+"""Run records as columns: what was asked, what was measured, and which of both differ between runs.
+
+A column per choice (metric, shuffle, ...), per setting in which runs of the same choice differ (metric.alpha)
+and per measurement. Computed here: ratio = pruned / dense perplexity, means over layers (error =
+||X (W - W')^T||_F / ||X W^T||_F, kept = surviving share of the score), and mean and sample standard deviation over
+seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esparse.report import NOT_IDENTITY
+
+Record = dict[str, Any]
+
+NUMBER = (int, float)
+# What a table needs of a record, and its type.
+NEEDED: dict[str, Any] = {
+    "id": str,
+    "config": dict,
+    "model.name": str,
+    "sparsity.pattern": str,
+    "sparsity.density": NUMBER,
+    "quality": dict,
+    "seconds": NUMBER,
+}
+METHOD = ("metric", "shuffle", "update", "recovery")
+MEASURING = {
+    "model",
+    "evaluate",
+    "zeroshot",
+    "bench",
+    "export",
+    "tracking",
+}  # choices that have columns of their own
+# Settings that are not worth a column: they change no measurement here, or have a column already.
+HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "bench", "export", "hydra"}
+HIDDEN |= {"model.device", "model.name", "evaluate.corpora", "zeroshot.tasks"}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A mean over seeds and its sample standard deviation (None for a single run)."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Raw values by column: `asked` columns say what a run was, `measured` ones what came out."""
+
+    asked: list[str]
+    measured: list[str]
+    rows: list[dict[str, Any]]
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns in which some run has a value."""
+        return [
+            column for column in self.asked + self.measured if any(row.get(column) is not None for row in self.rows)
+        ]
+
+    def shared(self) -> list[str]:
+        """Columns whose value all runs have in common and that one line can say for all of them."""
+
+        def sayable(column: str) -> bool:
+            dense = column == "density" or column.endswith(" dense")
+            return (column in self.asked and column not in ("id", "runs")) or (dense and len(self.rows) > 1)
+
+        return [c for c in self.columns if sayable(c) and len({exact(row.get(c)) for row in self.rows}) == 1]
+
+
+def read_records(root: Path) -> list[Record]:
+    """All finished records below `root`; a damaged one is named on stderr and left out."""
+    records = []
+    for path in sorted(root.rglob("result.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            fault = _fault(record)
+        except ValueError:
+            fault = "it is not whole JSON"
+        except OSError as error:
+            fault = error.strerror or type(error).__name__
+        if fault:
+            print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
+        else:
+            records.append(record)
+    return records
+
+
+def _fault(record: Any) -> str | None:
+    """What a table misses in a record, or None."""
+    if not isinstance(record, dict):
+        return "it is not a record"
+    if record.get("status", "finished") != "finished":
+        return f"its status is {record['status']!r}"
+    for path, kind in NEEDED.items():
+        if not isinstance(_at(record, path), kind):
+            return f"its field {path} is missing or not what it should be"
+    for field, kind in (("layers", list), ("memory", dict), ("zeroshot", dict)):
+        if not isinstance(record.get(field, kind()), kind):
+            return f"its field {field} is not what it should be"
+    tests = [("quality", record["quality"]), ("zeroshot", record.get("zeroshot", {}))]
+    for field, values in tests:
+        for name, value in values.items():
+            for which in ("dense", "pruned"):
+                if not isinstance(value, dict) or not isinstance(value.get(which, ""), (*NUMBER, type(None))):
+                    return f"its field {field}.{name}.{which} is missing or not a number"
+    if not all(isinstance(layer, dict) for layer in record.get("layers", [])):
+        return "its field layers is not what it should be"
+    return None
+
+
+def _at(record: Any, path: str) -> Any:
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def grid(records: Sequence[Record], *, corpus: str | None = None, sort: str | None = None) -> Grid:
+    """The columns of these records, in an order to read; perplexities of one corpus, or of all.
+
+    Raises ValueError for a corpus that no run was measured on, or a column to sort by that is not there.
+    """
+    corpora = keys(records, "quality")
+    if corpus is not None and corpus not in corpora:
+        raise ValueError(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
+    corpora = corpora if corpus is None else [corpus]
+    rows = [_asked(record) | _measured(record, corpora) for record in records]
+    others = sorted({group for record in records for group in _choices(record)} - MEASURING - set(METHOD))
+    asked = ["model", *METHOD, *[g for g in others if "/" not in g], "pattern", "outliers", "seed"]
+    for path in _differing(records):
+        values = [_leaves(record["config"]).get(path) for record in records]
+        # A setting that follows the seed, as ${seed} does, says nothing new.
+        if not any([exact(row.get(c)) for row in rows] == [exact(v) for v in values] for c in asked):
+            asked.insert(-1, path)
+            for row, value in zip(rows, values, strict=True):
+                row[path] = value
+    measured = list(dict.fromkeys(key for row in rows for key in row if key not in asked and key != "id"))
+    table = Grid(["id", *asked], sorted(measured, key=_place(corpora)), rows)
+    if sort is not None and sort not in table.columns:
+        raise ValueError(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
+    order = ["model", "pattern", *asked, "id"] if sort is None else [sort]
+    rows.sort(key=lambda row: [natural(row.get(column)) for column in order])
+    return table
+
+
+def _asked(record: Record) -> dict[str, Any]:
+    config = record["config"]
+    return {
+        "id": record["id"],
+        **{group: option for group, option in _choices(record).items() if group not in MEASURING},
+        "model": record["model"]["name"],
+        "pattern": record["sparsity"]["pattern"],
+        "outliers": config.get("outliers"),
+        "seed": config.get("seed"),
+    }
+
+
+def _choices(record: Record) -> dict[str, str]:
+    """The option chosen in each group; its class where a record does not say."""
+    config = record["config"]
+    classes = {g: config[g]["_class"] for g in METHOD if _at(config, f"{g}._class") is not None}
+    return classes | (config.get("choices") or {})
+
+
+def _measured(record: Record, corpora: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"density": record["sparsity"]["density"]}
+    for corpus in corpora:
+        dense, pruned = (_at(record, "quality").get(corpus, {}).get(which) for which in ("dense", "pruned"))
+        row[f"{corpus} ppl dense"], row[f"{corpus} ppl pruned"] = dense, pruned
+        row[f"{corpus} ratio"] = pruned / dense if dense and pruned is not None else None
+    for task, value in record.get("zeroshot", {}).items():
+        row[f"{task} dense"], row[f"{task} pruned"] = value["dense"], value["pruned"]
+    layers, memory = record.get("layers", []), record.get("memory", {})
+    row["error"] = _mean(layer.get("relative_error") for layer in layers)
+    row["kept"] = _mean(layer.get("kept_score") for layer in layers)
+    row["seconds"] = record["seconds"]
+    row["host MiB"], row["device MiB"] = memory.get("peak_host_mib"), memory.get("peak_device_mib")
+    return row
+
+
+def _differing(records: Sequence[Record]) -> list[str]:
+    """Settings that two runs of the same choice have differently, as paths like metric.alpha."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        choices = _choices(record) | {"model": record["model"]["name"]}
+        for path, value in _leaves(record["config"]).items():
+            chosen = choices.get(path.partition(".")[0], "")
+            seen.setdefault(path, {}).setdefault(chosen, set()).add(exact(value))
+    return [path for path, by_choice in seen.items() if max(map(len, by_choice.values())) > 1]
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if path in HIDDEN or key.startswith("_"):
+            continue
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _place(corpora: list[str]) -> Any:
+    """Density, perplexities, tasks, then what the run cost."""
+    first = ["density", *[f"{c} {what}" for c in corpora for what in ("ppl dense", "ppl pruned", "ratio")]]
+    last = ["error", "kept", "seconds", "host MiB", "device MiB"]
+    places = {c: i for i, c in enumerate(first)} | {c: len(first) + 1 + i for i, c in enumerate(last)}
+    return lambda column: places.get(column, len(first))
+
+
+def means(table: Grid) -> Grid:
+    """The runs that differ by nothing but seeds as one row each: `Spread` values, and how many runs."""
+    asked = [c for c in table.asked if c not in ("id", "seed") and not c.endswith(".seed")]
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in table.rows:
+        alike.setdefault(tuple(exact(row.get(c)) for c in asked), []).append(row)
+    rows = []
+    for runs in alike.values():
+        values = {c: [run[c] for run in runs if run.get(c) is not None] for c in table.measured}
+        same: dict[str, Any] = {c: runs[0].get(c) for c in asked} | {"runs": len(runs)}
+        rows.append(same | {column: _spread(of_runs) for column, of_runs in values.items()})
+    return Grid([*asked, "runs"], table.measured, rows)
+
+
+def _spread(values: list[float]) -> Spread | None:
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return Spread(mean, None)
+    return Spread(mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    spread = _spread([value for value in values if value is not None])
+    return None if spread is None else spread.mean
+
+
+def keys(records: Sequence[Record], field: str) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record.get(field, {})))
+
+
+def exact(value: Any) -> str:
+    if isinstance(value, Spread):
+        return f"{value.mean} {value.deviation or None}"  # as text() shows it: no deviation is not said
+    return json.dumps(value, sort_keys=True)
+
+
+def natural(value: Any) -> tuple[Any, ...]:
+    """Sorts numbers by size, text by its words and numbers (2:4 before 16:32), nothing last."""
+    if value is None:
+        return (2,)
+    if isinstance(value, NUMBER):
+        return (0, math.isnan(value), value)
+    parts = re.split(r"(\d+)", value if isinstance(value, str) else exact(value))
+    return (1, [(int(part), "") if part.isdigit() else (-1, part) for part in parts])
+
+
+def text(column: str, value: Any) -> str:
+    """A value as a table shows it: two decimals of a perplexity, four of a share."""
+    if isinstance(value, Spread):
+        deviation = f" ± {text(column, value.deviation)}" if value.deviation else ""
+        return text(column, value.mean) + deviation
+    if value is None:
+        return ""
+    if not isinstance(value, NUMBER) or isinstance(value, bool):
+        return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, int) and column not in ("seconds", "error", "kept") and " " not in column:
+        return str(value)
+    if column in ("error", "kept"):
+        return f"{value:.4f}"
+    if column == "seconds":
+        return f"{value:.1f}"
+    if column.endswith(" MiB"):
+        return f"{value:.0f}"
+    if " ppl " in column:
+        return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.2e}"
+    if column.endswith(" ratio"):
+        return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1e6 else f"{value:.2e}"
+    return f"{value:.4f}" if column.endswith((" dense", " pruned")) else f"{value:g}"

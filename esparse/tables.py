@@ -1,0 +1,171 @@
+"""Many run records as one table: `python -m esparse.tables OUTPUT_ROOT`, and the end of a sweep.
+
+What all runs share moves into one line above the table, so that the table shows what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, read_records, text
+from esparse.plots import FORMATS, plot
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
+    """The line of what all runs share, and the header, right alignment and texts of what differs."""
+    shared = table.shared()
+    columns = [column for column in table.columns if column not in shared]
+    right = [all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows) for c in columns]
+    said = ", ".join(f"{column} {text(column, table.rows[0].get(column))}" for column in shared)
+    line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {said}" if said else ""
+    return line, columns, right, [[text(c, row.get(c)) for c in columns] for row in table.rows]
+
+
+def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()) -> Table:
+    """The table for the terminal; failed runs as (name, reason) stand below it."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.title_justify, table.title_style, table.caption_justify = "left", "", "left"
+    if not records:
+        table.add_column("failed run", overflow="fold")
+        table.add_column("reason", style="red", overflow="fold")
+        for name, reason in failed:
+            table.add_row(Text(name), Text(reason))
+        return table
+    line, columns, right, rows = _cells(grid(records))
+    table.title = Text(line) if line else None
+    for i, column in enumerate(columns):
+        whole = max(len(row[i]) for row in rows) if right[i] or column == "id" else None  # never break a number
+        justify: Any = "right" if right[i] else "left"
+        table.add_column(Text(column), justify=justify, overflow="fold", min_width=whole)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if failed:
+        table.caption = Text("\n".join(f"failed: {name}: {reason}" for name, reason in failed), style="red")
+    return table
+
+
+def markdown(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+    """A Markdown table whose columns are aligned in plain text too; `asked` as in `grid`."""
+    line, columns, right, rows = _cells(_table(records, mean, asked))
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [columns, *rows]]
+    widths = [max(3, *(len(row[i]) for row in escaped)) for i in range(len(columns))]
+    ruler = [
+        "-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)
+    ]
+    lines = []
+    for row in [escaped[0], ruler, *escaped[1:]]:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join([line, "", *lines] if line else lines) + "\n"
+
+
+def csv(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+    """Every column with its full precision; a mean over seeds as two columns, `x` and `x std`."""
+    from csv import writer
+
+    table = _table(records, mean, asked)
+    buffer = io.StringIO()
+    lines = writer(buffer, lineterminator="\n")
+    spread = {c for c in table.measured if mean}
+    lines.writerow([name for c in table.columns for name in ([c, f"{c} std"] if c in spread else [c])])
+    for row in table.rows:
+        lines.writerow([value for c in table.columns for value in _plain(row.get(c), c in spread)])
+    return buffer.getvalue()
+
+
+def _plain(value: Any, spread: bool) -> list[Any]:
+    if spread:
+        return [value.mean, value.deviation] if value else [None, None]
+    return [value if isinstance(value, str | int | float | None) else json.dumps(value)]
+
+
+def latex(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+    """A LaTeX tabular with the rules of booktabs; what all runs share is a comment above it."""
+    line, columns, right, rows = _cells(_table(records, mean, asked))
+    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+    special |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
+    body = [" & ".join("".join(special.get(c, c) for c in cell) for cell in row) + r" \\" for row in [columns, *rows]]
+    head = [f"% {line}"] if line else []
+    head += [
+        f"\\begin{{tabular}}{{{''.join('r' if r else 'l' for r in right)}}}",
+        r"\toprule",
+        body[0],
+        r"\midrule",
+    ]
+    return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
+    sort = asked.pop("sort", None) if mean else None
+    table = grid(records, **asked)
+    if not mean:
+        return table
+    table = means(table)
+    if sort is not None:
+        if sort not in table.columns:
+            raise ValueError(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
+        table.rows.sort(key=lambda r: natural(r[sort].mean if isinstance(r[sort], Spread) else r[sort]))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads a folder of records and writes one table; exit code 1 = no records, 2 = a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m esparse.tables", description="One table of many runs.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that holds records (result.json) at any depth")
+    kinds = ("markdown", "csv", "latex", "png")
+    parser.add_argument("--format", choices=kinds, help="default: by the ending of --out, else markdown")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write here instead of the terminal (a plot: always)")
+    parser.add_argument("--corpus", metavar="NAME", help="perplexities of this corpus only")
+    parser.add_argument("--sort", metavar="COLUMN", help="order by this column of the table, smallest first")
+    parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
+    options = parser.parse_args(argv)
+    kind = options.format or _kind(options.out)
+    if not options.folder.is_dir():
+        return _stop(f"{options.folder} is not a folder", 2)
+    if kind == "png" and options.out is None:
+        return _stop("a plot needs a file: --out plot.png", 2)
+    records = read_records(options.folder)
+    if not records:
+        return _stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
+    try:
+        if kind == "png":
+            plot(records, options.out, corpus=options.corpus)
+        else:
+            write = {"markdown": markdown, "csv": csv, "latex": latex}[kind]
+            written = write(records, mean=options.mean, corpus=options.corpus, sort=options.sort)
+            if options.out is None:
+                print(written, end="")
+            else:
+                options.out.write_text(written, encoding="utf-8")
+    except ValueError as error:
+        return _stop(str(error), 2)
+    except OSError as error:
+        return _stop(f"cannot write {options.out}: {error.strerror or error}", 1)
+    return 0
+
+
+def _kind(out: Path | None) -> str:
+    endings = {".csv": "csv", ".tex": "latex", **dict.fromkeys(FORMATS, "png")}
+    return endings.get(out.suffix.lower(), "markdown") if out is not None else "markdown"
+
+
+def _stop(sentence: str, code: int) -> int:
+    print(f"esparse: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

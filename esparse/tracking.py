@@ -1,0 +1,264 @@
+"""Where a run's numbers go beside its record: Weights & Biases, or nowhere. The only file that imports wandb.
+
+W&B is a reader of the record, never the only copy: what fails here is said in one sentence, the run goes on.
+wandb-core writes to disk about twice a minute, so a killed process loses its last half minute of `log` calls.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import wandb
+
+logger = logging.getLogger("esparse")
+
+MODES = ("offline", "online")
+NO_KEY = "there is no API key: run `wandb login` or set WANDB_API_KEY"
+
+
+class Sink:
+    """Receives the numbers of one run; this one keeps nothing."""
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Adds one step to the run's history, e.g. one pruned layer."""
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Takes over what the finished run's record says."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Tracking(ABC):
+    """Where the numbers of a run go while it runs."""
+
+    @abstractmethod
+    def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> AbstractContextManager[Sink]:
+        """A sink that is open inside the `with`; leaving by an exception marks the run as failed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NoTracking(Tracking):
+    """Nothing is tracked."""
+
+    @contextmanager
+    def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:
+        yield Sink()
+
+
+@dataclass(kw_only=True, slots=True)
+class Wandb(Tracking):
+    """Weights & Biases, with its files under `folder`/wandb.
+
+    The W&B run has the id of the esparse run, so a repeated run replaces it. Online without a server or a key
+    goes on offline. Raises ValueError for a setting that W&B would refuse.
+    """
+
+    mode: str  # offline | online
+    project: str
+    entity: str | None  # user or team; None: the account's default
+    group: str | None
+    tags: list[str]
+    timeout_s: float  # for the server: to answer at the start, to receive the rest at the end
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"tracking.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(
+                f"tracking.project must have 1 to 128 characters, none of / \\ # ? % :, got {self.project!r}"
+            )
+        if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
+            raise ValueError(f"each of tracking.tags must have 1 to 64 characters, got {wrong[0]!r}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"tracking.timeout_s must be more than 0 seconds, got {self.timeout_s}")
+
+    @contextmanager
+    def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:
+        run = self._start(run_id, name, config, folder.resolve())
+        if run is None:
+            yield Sink()
+            return
+        sink, exit_code = _WandbSink(run, self.timeout_s), 1
+        try:
+            yield sink
+            exit_code = 0
+        finally:
+            # Always, so that the next job of a sweep in the same process gets a run of its own.
+            sink.close(exit_code)
+
+    def _start(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> wandb.Run | None:
+        # W&B's reports about its own errors hold up the exit for 20 s behind a firewall that drops packets.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        asked = {
+            "id": run_id,
+            "name": name,
+            "config": json.loads(json.dumps(config, default=str)),
+            "dir": str(folder),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return self._online(asked) if self.mode == "online" else self._init("offline", asked)
+        except Exception as error:
+            logger.warning("W&B could not be started (%s); the run goes on without it.", _first_line(error))
+            return None
+
+    def _online(self, asked: dict[str, Any]) -> wandb.Run:
+        """The run on the server, or on disk when the server cannot be had."""
+        attempts = f"wandb/run-*-{asked['id']}"
+        before = set(Path(asked["dir"]).glob(attempts))
+        try:
+            return self._init("online", asked)
+        except Exception as error:
+            why = _first_line(error)
+        _teardown()  # wandb-core still holds the id of the attempt
+        for attempt in set(Path(asked["dir"]).glob(attempts)) - before:
+            shutil.rmtree(attempt, ignore_errors=True)  # holds nothing, and `wandb sync` would upload it
+        run = self._init("offline", asked)
+        logger.warning(
+            "W&B could not be reached (%s); the run goes on offline, to upload it later: %s",
+            why,
+            _sync_command(run),
+        )
+        return run
+
+    def _init(self, mode: Literal["offline", "online"], asked: dict[str, Any]) -> wandb.Run:
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True, mode=mode))
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConnectionError(NO_KEY)  # wandb.init would ask the terminal for one, and wait
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            reinit="create_new",
+            init_timeout=self.timeout_s,
+            finish_timeout=self.timeout_s,
+            finish_timeout_raises=True,
+        )
+        return wandb.init(
+            mode=mode,
+            settings=settings,
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            tags=list(self.tags),
+            **asked,
+        )
+
+
+class _WandbSink(Sink):
+    """Passes everything on to one wandb run; the first failure is said, none is raised."""
+
+    def __init__(self, run: wandb.Run, timeout_s: float) -> None:
+        self._run, self._timeout_s, self._warned = run, timeout_s, False
+
+    def log(self, values: dict[str, Any]) -> None:
+        try:
+            self._run.log(values)
+        except Exception as error:
+            self._warn(error)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Scalars go to the summary under quality/<corpus>/pruned and the like, lists of rows become tables.
+
+        The configuration is there already.
+        """
+        try:
+            scalars, tables = _split({key: value for key, value in record.items() if key != "config"})
+            if tables:
+                with _staged_in(self._run.settings.sync_dir):
+                    self._run.log({path: _table(rows) for path, rows in tables.items()})
+            self._run.summary.update(scalars)
+        except Exception as error:
+            self._warn(error)
+
+    def close(self, exit_code: int) -> None:
+        """Ends the wandb run; 0 = finished, else failed."""
+        run = self._run
+        try:
+            run.finish(exit_code=exit_code)
+            if run.offline:
+                logger.info("to upload this run to W&B: %s", _sync_command(run))
+        except TimeoutError:
+            logger.warning(
+                "W&B did not take the whole run within %g s; to upload the rest: %s",
+                self._timeout_s,
+                _sync_command(run),
+            )
+        except Exception as error:
+            self._warn(error)
+            _teardown()  # the next run starts its own wandb-core
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            logger.warning("W&B failed (%s); the run and its record go on.", _first_line(error))
+        self._warned = True
+
+
+def _split(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Nested values as scalars and as lists of rows, both by their path, a/b/c."""
+    scalars: dict[str, Any] = {}
+    tables: dict[str, list[Any]] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner_scalars, inner_tables = _split(value, f"{path}/")
+            scalars |= inner_scalars
+            tables |= inner_tables
+        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            tables[path] = value
+        elif isinstance(value, bool | int | float | str):
+            scalars[path] = value
+    return scalars, tables
+
+
+def _table(rows: list[dict[str, Any]]) -> wandb.Table:
+    import wandb
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    data = [[_cell(row.get(column)) for column in columns] for row in rows]
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def _cell(value: Any) -> Any:
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else value  # shapes: 64x128
+
+
+@contextmanager
+def _staged_in(folder: str) -> Iterator[None]:
+    """Lets W&B put its copies of a table beside the run, not into the home directory, unless told where."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def _sync_command(run: wandb.Run) -> str:
+    return f"wandb sync {shlex.quote(str(run.settings.sync_dir))}"
+
+
+def _teardown() -> None:
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception as error:  # wandb-core may have died before
+        logger.debug("W&B teardown: %r", error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

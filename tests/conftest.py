@@ -1,0 +1,15 @@
+"""Settings of every test: deterministic, offline, no timing."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+settings.register_profile("esparse", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("esparse")
+torch.set_num_threads(2)

@@ -1,0 +1,60 @@
+"""Perplexity against the formula on the model's own logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from esparse.evaluate.perplexity import perplexity, window_losses
+from esparse.models.blocks import BlockModel
+from tests.models.families import tiny
+
+IDS_WL = torch.randint(1, 96, (5, 16), generator=torch.Generator().manual_seed(7))
+
+
+def blocks_of(family: str, batch_tokens: int = 32, dtype: torch.dtype = torch.float32) -> BlockModel:
+    return BlockModel(tiny(family).to(dtype), device=torch.device("cpu"), batch_tokens=batch_tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
+def test_equals_the_formula(family: str) -> None:
+    with torch.inference_mode():
+        logits = tiny(family)(IDS_WL).logits.double().log_softmax(-1)
+    total, count = 0.0, 0
+    for window, row in zip(IDS_WL.tolist(), logits, strict=True):
+        for place in range(1, len(window)):
+            total -= row[place - 1, window[place]].item()
+            count += 1
+    got = perplexity(window_losses(blocks_of(family), IDS_WL))
+    assert got == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 48, 10**6])
+def test_does_not_depend_on_micro_batches(batch_tokens: int) -> None:
+    usual = window_losses(blocks_of("llama"), IDS_WL)
+    torch.testing.assert_close(window_losses(blocks_of("llama", batch_tokens), IDS_WL), usual, rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_computed_in_float32() -> None:
+    blocks = blocks_of("llama", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        logits = blocks.model(IDS_WL).logits.float().log_softmax(-1)
+    expected = -logits[:, :-1].gather(-1, IDS_WL[:, 1:, None]).squeeze(-1).double().mean(1)
+    torch.testing.assert_close(window_losses(blocks, IDS_WL), expected, rtol=1e-4, atol=0)
+
+
+def test_a_uniform_model_is_as_perplexed_as_its_vocabulary_is_large() -> None:
+    model = tiny("llama")
+    model.lm_head.weight.data.zero_()
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=64)
+    assert perplexity(window_losses(blocks, IDS_WL)) == pytest.approx(96)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    model = tiny("llama")
+    model.lm_head.weight.data[0, 0] = float("nan")
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=64)
+    with pytest.raises(ValueError, match="logits hold NaN or Inf"):
+        window_losses(blocks, IDS_WL)

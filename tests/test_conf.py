@@ -1,0 +1,112 @@
+"""Every option of conf/ composes into its class, and the help text names all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from esparse import schema
+from esparse.experiment import Experiment
+from esparse.report import run_id
+
+CONF = Path(__file__).parent.parent / "conf"
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+# What an option cannot know by itself.
+NEEDED = {"hf": ["model.path=somewhere"]}
+NEEDED_BY = {("calibration", "text"): ["calibration.path=f.txt"], ("evaluate", "text"): ["evaluate.path=f.txt"]}
+
+
+@pytest.fixture(autouse=True)
+def composing() -> Iterator[None]:
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def experiment(*overrides: str) -> Experiment:
+    return schema.build(compose("config", list(overrides)))
+
+
+def settings(*overrides: str) -> dict:
+    config = compose("config", list(overrides), return_hydra_config=True)
+    return schema.resolved(config, schema.build(config), config.hydra.runtime.choices)
+
+
+def test_the_contracts_defaults() -> None:
+    asked = settings()
+    expected = {
+        "model": "tiny",
+        "metric": "entropy",
+        "shuffle": "esparse",
+        "update": "none",
+        "recovery": "none",
+        "calibration": "builtin",
+        "evaluate": "builtin",
+        "tracking": "wandb",
+    }
+    assert asked["choices"] == expected
+    assert asked["pattern"] == "2:4"
+    assert asked["tracking"]["mode"] == "offline"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_into_its_class(group: str, option: str) -> None:
+    extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
+    component = getattr(experiment(f"{group}={option}", *extra), group)
+    known = schema.CHOICES[group]
+    assert type(component) is (known["any"] if "any" in known else known[option])
+    assert is_dataclass(component)
+
+
+def test_table_of_choices_and_folder_agree() -> None:
+    assert set(schema.CHOICES) == set(GROUPS)
+    for group, known in schema.CHOICES.items():
+        if "any" not in known:
+            assert set(known) == {option for of, option in OPTIONS if of == group}
+
+
+def test_help_names_every_option_and_value() -> None:
+    text = OmegaConf.load(CONF / "hydra" / "help" / "esparse.yaml")["template"]
+    lines = text.splitlines()
+    for group, option in OPTIONS:
+        start = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{group}="))
+        end = next(i for i in range(start + 1, len(lines)) if "=" in lines[i].split("(")[0])
+        words = " ".join(lines[start:end]).replace("|", " ").split()
+        assert option in words or f"{group}={option}" in words, f"--help does not name {group}={option}"
+    for field in fields(Experiment):
+        assert f"{field.name}=" in text
+
+
+def test_numbers_live_in_yaml_alone() -> None:
+    for known in schema.CHOICES.values():
+        for component in known.values():
+            for field in fields(component):
+                has_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+                assert not has_number, f"{component.__name__}.{field.name} has a number in Python"
+
+
+def test_every_yaml_says_what_it_is() -> None:
+    for path in CONF.rglob("*.yaml"):
+        if path.parent.name != "help":
+            assert path.read_text().startswith("# "), f"{path} does not open with a sentence"
+
+
+def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
+    usual = run_id(settings())
+    for elsewhere in ("output_root=x", "tracking=none", "rerun=true", "model.devices=cpu", "model.batch_tokens=1"):
+        assert run_id(settings(elsewhere)) == usual, elsewhere
+    others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.alpha=2", "shuffle=gns"]
+    others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
+    ids = [usual, *(run_id(settings(other)) for other in others)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_run_has_a_short_name() -> None:
+    assert schema.title(settings()) == "tiny 2:4 entropy esparse"
+    assert schema.title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"

@@ -1,0 +1,80 @@
+"""What README.md and experiments/ tell people to type is composed here, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from esparse import schema
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("experiments/*.md")])
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every `python launch.py ...` in a code block or between backticks."""
+    text = page.read_text().replace("\\\n", " ")
+    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.S) + re.findall(r"`([^`\n]+)`", text):
+        for line in block.splitlines():
+            if match := re.search(r"\bpython3? launch\.py\b([^#&|]*)", line):
+                yield match.group(1).strip()
+
+
+ALL = sorted({command for page in PAGES for command in commands(page)})
+
+
+def test_there_are_commands() -> None:
+    assert len(ALL) >= 5
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_commands_compose(command: str) -> None:
+    words = shlex.split(command)
+    if "--help" in words or "-cn" in words or any(word.startswith("hydra/launcher") for word in words):
+        pytest.skip("composed by other tests: --help, experiments")
+    multirun = "-m" in words
+    overrides = [word.replace("NAME_OR_DIR", "x").replace("FILE", "f.txt") for word in words if word != "-m"]
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
+        for job in jobs:
+            schema.build(compose("config", job))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_compose(experiment: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "launch.py", "-cd", "experiments", "-cn", experiment.stem, "--cfg", "job"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"-cn {experiment.stem}" in experiment.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_names_every_setting() -> None:
+    text = (ROOT / "README.md").read_text()
+    for group, known in schema.CHOICES.items():
+        for component in known.values():
+            for setting in component.__dataclass_fields__:
+                assert f"`{group}.{setting}`" in text, f"README.md does not explain {group}.{setting}"

@@ -1,0 +1,335 @@
+"""launch.py as a process: the main job, sweeps, and one clear sentence for everything that can be wrong.
+
+The runs here are as small as they can be: a two-block LLaMA with random weights, 4 sequences of 16 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from esparse import audit
+from esparse.models.load import BUILTIN
+
+ROOT = Path(__file__).parent.parent
+CONTRACT = {
+    "id": str,
+    "name": str,
+    "status": str,
+    "started": str,
+    "seconds": float,
+    "config": dict,
+    "environment": dict,
+    "model": dict,
+    "sparsity": dict,
+    "quality": dict,
+    "layers": list,
+    "seconds_by_stage": dict,
+    "memory": dict,
+}
+
+
+def launch(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model directory of two shards and a text."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model", max_shard_size="150KB")
+    assert len(list((folder / "model").glob("*.safetensors"))) >= 2
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder / "model")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    return folder
+
+
+@pytest.fixture
+def small(workshop: Path, tmp_path: Path) -> list[str]:
+    """The overrides of a run of about a second, into a folder of its own."""
+    return [
+        "model=hf",
+        f"model.path={workshop / 'model'}",
+        "calibration=text",
+        f"calibration.path={workshop / 'text.txt'}",
+        "calibration.sequences=4",
+        "calibration.length=16",
+        "evaluate=text",
+        f"evaluate.path={workshop / 'text.txt'}",
+        "evaluate.length=32",
+        "evaluate.max_tokens=128",
+        "tracking=none",
+        f"output_root={tmp_path / 'out'}",
+    ]
+
+
+def records(tmp_path: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*/result.json"))]
+
+
+def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(small: list[str], tmp_path: Path) -> None:
+    done = launch(*small)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path)
+    assert {key: type(record[key]) for key in CONTRACT} == CONTRACT
+    assert record["status"] == "finished"
+    assert record["sparsity"] == {"pattern": "2:4", "density": 0.5, "pattern_holds": True}
+    assert set(record["quality"]) == {"text.txt"}
+    assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length"}
+    assert record["quality"]["text.txt"]["tokens"] == 128
+    assert len(record["layers"]) == 14
+    assert {"name", "shape", "density", "kept_score", "relative_error", "seconds"} <= set(record["layers"][0])
+    assert set(record["memory"]) == {"peak_host_mib", "peak_device_mib", "dense_bytes", "sparse_bytes", "saving"}
+    assert f"{record['quality']['text.txt']['pruned']:.2f}" in done.stdout
+
+    folder = tmp_path / "out" / record["id"]
+    masks = audit.read_masks(folder)
+    assert set(masks) == {f"{layer['name']}.weight" for layer in record["layers"]}
+    files = {"result.json", "status.json", "run.log", "masks.safetensors", "orders.safetensors"}
+    files |= {"calibration_tokens.safetensors", "window_losses.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
+    losses = load_file(folder / "window_losses.safetensors")
+    assert losses["pruned/text.txt"].shape == (4,)  # 128 tokens in windows of 32
+    assert record["quality"]["text.txt"]["pruned"] == pytest.approx(losses["pruned/text.txt"].mean().exp().item())
+
+    before = (folder / "result.json").stat().st_mtime_ns
+    masks_before = (folder / "masks.safetensors").read_bytes()
+    again = launch(*small)
+    assert again.returncode == 0
+    assert "was run before" in again.stderr
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+    repeated = launch(*small, "rerun=true")
+    assert repeated.returncode == 0
+    assert (folder / "result.json").stat().st_mtime_ns > before
+    assert (folder / "masks.safetensors").read_bytes() == masks_before
+
+
+def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:
+    assert launch(*small, "shuffle=none", "metric=magnitude").returncode == 0
+    memory = records(tmp_path)[0]["memory"]
+    weights = {k: v for shard in (workshop / "model").glob("*.safetensors") for k, v in load_file(shard).items()}
+    dense = sum(value.nbytes for value in weights.values())
+    pruned = sum(value.nbytes for name, value in weights.items() if "proj" in name)
+    # float32: half of the values stay, and one bit for each of them.
+    assert memory["dense_bytes"] == dense
+    assert memory["sparse_bytes"] == dense - pruned + pruned // 2 + pruned // 32
+    assert memory["saving"] == pytest.approx(1 - memory["sparse_bytes"] / dense)
+
+
+def test_a_sweep_ends_with_one_table_and_a_failing_run_does_not_stop_it(small: list[str], tmp_path: Path) -> None:
+    sweep = ["-m", *small, "metric=magnitude,wanda", "model.skip=[],[nothing_left]", "shuffle=none"]
+    sweep[sweep.index("model.skip=[],[nothing_left]")] = "model.skip=[],['']"  # an empty expression skips all
+    done = launch(*sweep)
+    assert done.returncode == 1
+    assert len(records(tmp_path)) == 2
+    assert done.stdout.count("no layer was pruned") == 2
+    assert "magnitude" in done.stdout
+    assert "wanda" in done.stdout
+    again = launch(*sweep[:-3], "metric=magnitude,wanda", "shuffle=none")
+    assert again.returncode == 0
+    assert again.stderr.count("was run before") == 2
+
+
+def test_a_killed_run_leaves_no_result_and_runs_again(small: list[str], tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "launch.py"), *small, "calibration.sequences=256", "calibration.length=64"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "block 1" in line:  # in the middle of the block loop
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    process.stderr.close()
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.name != "sweeps")
+    assert json.loads((folder / "status.json").read_text())["status"] == "running"
+    assert not (folder / "result.json").exists()
+    assert launch(*command[2:]).returncode == 0
+    assert (folder / "result.json").exists()
+
+
+def truncated(folder: Path) -> str:
+    shard = sorted((folder / "model").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    return f"{shard} is damaged or cut short"
+
+
+def lost_shard(folder: Path) -> str:
+    shard = sorted((folder / "model").glob("*.safetensors"))[-1]
+    shard.unlink()
+    return f"shards: {shard.name}"
+
+
+def lost_weight(folder: Path) -> str:
+    index_path = folder / "model" / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = folder / "model" / index["weight_map"].pop(name)
+    weights = load_file(shard)
+    del weights[name]
+    save_file(weights, shard, metadata={"format": "pt"})
+    index_path.write_text(json.dumps(index))
+    return f"lacks 1 weights that LlamaForCausalLM needs ({name}"
+
+
+def damaged_weight(folder: Path) -> str:
+    for shard in (folder / "model").glob("*.safetensors"):
+        weights = load_file(shard)
+        for name in weights:
+            if name == "model.layers.0.mlp.up_proj.weight":
+                weights[name][0, 0] = float("nan")
+                save_file(weights, shard, metadata={"format": "pt"})
+    return "NaN or Inf"
+
+
+def no_weights(folder: Path) -> str:
+    for shard in (folder / "model").glob("*.safetensors*"):
+        shard.unlink()
+    return "has no weights"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "model" / "config.json").unlink()
+    return "it has no config.json"
+
+
+def short_text(folder: Path) -> str:
+    (folder / "text.txt").write_text("Too short.")
+    return "too few for one sequence of 16"
+
+
+def no_text(folder: Path) -> str:
+    (folder / "text.txt").unlink()
+    return f"expected a text file at {folder / 'text.txt'}"
+
+
+DAMAGES = [truncated, lost_shard, lost_weight, damaged_weight, no_weights, no_config, short_text, no_text]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_input_ends_in_one_sentence(
+    damage: Callable[[Path], str], small: list[str], workshop: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(workshop, tmp_path / "shop")
+    sentence = damage(tmp_path / "shop")
+    done = launch(*(argument.replace(str(workshop), str(tmp_path / "shop")) for argument in small))
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) <= 2  # the run's name and folder, and the sentence
+    (status,) = (tmp_path / "out").glob("*/status.json")
+    assert json.loads(status.read_text())["status"] == "failed"
+    assert not records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.devices=cuda:99"], "asks for a GPU, but PyTorch"),
+        (["model.devices=tpu9"], "model.devices must be auto, cpu, cuda or cuda:N"),
+        (["model.path=/nowhere/model"], "there is no directory /nowhere/model"),
+        (["model.path=nobody/nothing"], "is neither a local directory nor in reach on the Hugging Face hub"),
+        (["calibration.length=65"], "longer than the 64 tokens that the model takes"),
+        (["evaluate=wikitext2", "evaluate.path=null"], "evaluate=text evaluate.path=FILE"),
+        (["output_root=/dev/null/out"], "Not a directory"),
+    ],
+)
+def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sentence: str) -> None:
+    kept = [a for a in small if a.split("=")[0] not in {o.split("=")[0] for o in overrides}]
+    done = launch(*kept, *overrides)
+    assert done.returncode == 1, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["pattern=4:2"], ["0 < n < m", "'4:2'"]),
+        (["pattern=124"], ["in YAML write it in quotes"]),
+        (["metric=wandaa"], ["Could not find 'metric/wandaa'", "magnitude"]),
+        (["metric.alfa=1"], ["metric.alfa", "Entropy"]),
+        (["metric.bins=many"], ["'many'", "Integer"]),
+        (["metric.norm=l2"], ["metric.norm must be one of sequence, rms, total"]),
+        (["shuffle.block=1"], ["block"]),
+        (["model=hf"], ["model.path"]),
+        (["calibration=text"], ["calibration.path"]),
+        (["seed=-1"], ["seed must be between"]),
+        (["-m", "metric=entropy,wanda", "pattern=2:4,3:2"], ["0 < n < m", "'3:2'"]),
+        (["-m", "metric=entropy,wanda", "metric.bins=50"], ["metric.bins"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_stops_before_any_work(
+    arguments: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    done = launch(*arguments, f"output_root={tmp_path / 'out'}")
+    assert done.returncode == 2, done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.glob("out/*/status.json"))
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: list[str], tmp_path: Path) -> None:
+    def limited() -> None:  # no file may grow beyond 4 KiB: writing the masks fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    done = launch(*small, preexec_fn=limited)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stderr
+    assert "masks.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*/*.part"))
+    assert not records(tmp_path)
+    assert launch(*small).returncode == 0
+    assert len(records(tmp_path)) == 1
+
+
+def test_finished_runs_are_skipped_in_a_moment(small: list[str]) -> None:
+    assert launch(*small).returncode == 0
+    code = (
+        f"import runpy, sys, atexit; sys.argv = ['launch.py', *{small!r}]\n"
+        "atexit.register(lambda: print('TORCH', 'torch' in sys.modules))\n"
+        "runpy.run_path('launch.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "TORCH False" in done.stdout
+
+
+def test_masks_of_a_run_do_not_depend_on_time(small: list[str], tmp_path: Path) -> None:
+    """Two processes at different moments end with the same bytes."""
+    masks = []
+    for root in ("one", "two"):
+        where = [a for a in small if not a.startswith("output_root")] + [f"output_root={tmp_path / root}"]
+        assert launch(*where).returncode == 0
+        masks.append([p.read_bytes() for p in sorted((tmp_path / root).glob("*/*.safetensors"))])
+        time.sleep(0.01)
+    assert masks[0] == masks[1]

@@ -1,0 +1,200 @@
+"""The block loop: what it writes, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from esparse import audit
+from esparse.metrics import Metric
+from esparse.metrics.magnitude import Magnitude
+from esparse.metrics.wanda import Wanda
+from esparse.models.blocks import BlockModel
+from esparse.patterns import NM, Pattern, Unstructured
+from esparse.prune import Method, Pruned, keep_in_order, prune
+from esparse.report import Stages
+from esparse.shuffles import NoShuffle, Shuffle
+from esparse.updates import NoUpdate
+from tests.models.families import tiny
+
+TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
+
+
+class Reversed(Shuffle):
+    """Every channel changes its place; made for these tests."""
+
+    def order(self, scores_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        inputs = scores_OI.shape[1]
+        return torch.arange(inputs).view(-1, 2).flip(0).T.flatten()
+
+
+def run(
+    family: str = "llama",
+    metric: Metric | None = None,
+    pattern: Pattern | None = None,
+    shuffle: Shuffle | None = None,
+    batch_tokens: int = 40,
+    model: torch.nn.Module | None = None,
+    skip: tuple[str, ...] = (),
+) -> tuple[torch.nn.Module, Pruned]:
+    model = model or tiny(family)
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=batch_tokens)
+    method = Method(
+        metric=metric or Wanda(), pattern=pattern or NM(2, 4), shuffle=shuffle or NoShuffle(), update=NoUpdate()
+    )
+    return model, prune(blocks, TOKENS_SL, method, skip=skip, stages=Stages())
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10**6])
+def test_masks_do_not_depend_on_micro_batches(batch_tokens: int) -> None:
+    _, expected = run(batch_tokens=40)
+    _, got = run(batch_tokens=batch_tokens)
+    assert all(torch.equal(got.keeps[name], keep) for name, keep in expected.keeps.items())
+
+
+def test_relative_error_and_kept_score_by_their_formulas() -> None:
+    dense = tiny("llama")
+    inputs = {}
+    attention = dense.model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense(TOKENS_SL, use_cache=False)
+    model, pruned = run()
+    w, w_new = (m.model.layers[0].self_attn.q_proj.weight.detach().double() for m in (dense, model))
+    x = inputs["x"].double()
+    report = pruned.layers[0]
+    assert report.name == "model.layers.0.self_attn.q_proj"
+    assert report.error_tokens == TOKENS_SL.numel()  # few enough that the sample is all of them
+    assert report.relative_error == pytest.approx(float((x @ (w - w_new).T).norm() / (x @ w.T).norm()), rel=1e-5)
+    scores = w.abs() * x.norm(dim=0)
+    keep = pruned.keeps["model.layers.0.self_attn.q_proj.weight"]
+    assert report.kept_score == pytest.approx(float(scores[keep].sum() / scores.sum()), rel=1e-5)
+    assert report.density == 0.5
+
+
+def test_a_shuffle_changes_the_groups_and_not_the_columns() -> None:
+    model, pruned = run(shuffle=Reversed())
+    assert pruned.pattern_holds
+    name = "model.layers.1.mlp.down_proj.weight"
+    kept = model.state_dict()[name] != 0
+    order = pruned.orders[name].long()
+    assert torch.equal(kept, pruned.keeps[name])
+    assert NM(2, 4).holds(kept[:, order])
+    assert not NM(2, 4).holds(kept)
+    shared = {tuple(pruned.orders[f"model.layers.0.self_attn.{p}_proj.weight"].tolist()) for p in "qkv"}
+    assert len(shared) == 1
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(1, 3))
+def test_keep_in_order_is_the_mask_of_the_reordered_matrix_put_back(seed: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores, order = torch.rand(3, 12, generator=generator), torch.randperm(12, generator=generator)
+    keep = keep_in_order(NM(n, 4), scores, order)
+    for group in order.view(-1, 4).tolist():
+        for row in range(3):
+            survivors = [channel for channel in group if keep[row, channel]]
+            dropped = [channel for channel in group if not keep[row, channel]]
+            assert len(survivors) == n
+            assert scores[row, survivors].min() >= scores[row, dropped].max()
+
+
+@pytest.mark.parametrize(("pattern", "density"), [(NM(1, 4), 0.25), (NM(8, 16), 0.5), (Unstructured(75), 0.25)])
+def test_density_is_measured(pattern: Pattern, density: float) -> None:
+    _, pruned = run(pattern=pattern)
+    assert pruned.survivors / pruned.weights == density
+    assert pruned.pattern_holds
+
+
+def test_a_width_that_m_does_not_divide_ends_in_a_shorter_group() -> None:
+    model, pruned = run(pattern=NM(2, 5))  # widths 32 and 48: tails of 2 and 3
+    kept = model.state_dict()["model.layers.0.mlp.down_proj.weight"] != 0
+    assert (kept[:, :45].unflatten(-1, (9, 5)).sum(-1) == 2).all()
+    assert (kept[:, 45:].sum(-1) == 2).all()  # ceil(3 * 2 / 5)
+    assert pruned.pattern_holds
+
+
+def test_skipped_layers_stay_dense() -> None:
+    model, pruned = run(skip=(r"layers\.1\.", "o_proj"))
+    assert not any("layers.1." in name or "o_proj" in name for name in pruned.keeps)
+    assert len(pruned.keeps) == 2 * 6
+    assert (model.state_dict()["model.layers.1.mlp.up_proj.weight"] != 0).all()
+
+
+def test_skipping_everything_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no layer was pruned"):
+        run(skip=("",))
+
+
+@pytest.fixture
+def warnings_of_esparse(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logger = logging.getLogger("esparse")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_an_expert_without_tokens_is_scored_by_magnitude(warnings_of_esparse: pytest.LogCaptureFixture) -> None:
+    model = tiny("mixtral")
+    router = model.model.layers[0].mlp.gate
+    with torch.no_grad():  # two experts win everywhere, so two see nothing
+        router.weight[:] = 0.0
+        router.weight[0] = 1e-3
+    dense = {k: v.clone() for k, v in model.state_dict().items()}
+    model, pruned = run(model=model)
+    assert pruned.pattern_holds
+    silent = [layer for layer in pruned.layers if layer.relative_error is None]
+    assert silent
+    assert all(layer.name.startswith("model.layers.0.mlp.experts.") for layer in silent)
+    for layer in silent:
+        assert f"{layer.name} saw no calibration token" in warnings_of_esparse.text
+        entry, expert = layer.name.removesuffix("]").split("[")
+        expected = NM(2, 4).keep_top(dense[entry][int(expert)].abs())
+        assert torch.equal(pruned.keeps[entry][int(expert)], expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_damaged_weights_name_their_layer(bad: float) -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = bad
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj holds 1 weights that are NaN or Inf"):
+        run(model=model, metric=Magnitude())
+
+
+def test_activations_that_overflow_name_their_block() -> None:
+    model = tiny("llama")
+    model.model.layers[0].post_attention_layernorm.weight.data *= 1e30  # gate times up overflows float32
+    with pytest.raises(ValueError, match=r"output of model\.layers\.0 holds NaN or Inf"):
+        run(model=model, metric=Magnitude())
+
+
+def test_audit_files_tell_what_was_done(tmp_path: Path) -> None:
+    _, pruned = run("mixtral", shuffle=Reversed(), pattern=NM(2, 4))
+    size = audit.write(tmp_path, pruned.keeps, pruned.orders, TOKENS_SL, {"dense": {"x": torch.ones(2)}, "pruned": {}})
+    masks = audit.read_masks(tmp_path)
+    assert all(torch.equal(masks[name], keep) for name, keep in pruned.keeps.items())
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert masks[name].shape == (4, 32, 48)
+    with safe_open(tmp_path / "masks.safetensors", framework="np") as file:
+        packed = file.get_tensor(name)
+        assert np.array_equal(np.unpackbits(packed, axis=-1)[..., :48].astype(bool), pruned.keeps[name].numpy())
+        assert size == sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    with safe_open(tmp_path / "calibration_tokens.safetensors", framework="pt") as file:
+        tokens = file.get_tensor("tokens")
+    assert tokens.dtype == torch.int32
+    assert torch.equal(tokens.long(), TOKENS_SL)
+    with safe_open(tmp_path / "orders.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor(name).long(), pruned.orders[name])
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_packed_masks_come_back(rows: int, columns: int, seed: int) -> None:
+    keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(audit.unpack(audit.pack(keep), [rows, columns]), keep)

@@ -1,0 +1,111 @@
+"""Streaming statistics against plain loops, however the tokens are cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esparse.stats import ColumnEntropy, ColumnNorm, Statistic, TokenSample
+
+CPU = torch.device("cpu")
+SIZE = {"inputs": 5, "sequences": 4, "device": CPU}
+
+
+def values(tokens: int = 48, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(seed))
+    x[:, 3] = x[:, 3].relu()  # half of it exactly zero
+    x[:, 4] = 1.5  # a channel that never changes
+    return x
+
+
+def fed(statistic: Statistic, x_TI: torch.Tensor, cuts: list[int]) -> Statistic:
+    bounds = [0, *sorted(cuts), len(x_TI)]
+    for look in range(statistic.looks):
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            statistic.add(x_TI[start:end], look)
+    return statistic
+
+
+def entropy_by_hand(column: list[float], low: float, high: float, bins: int) -> float:
+    counts = [0] * bins
+    for value in column:
+        place = int((value - low) / (high - low) * bins) if high > low else 0
+        counts[min(max(place, 0), bins - 1)] += 1
+    shares = [count / len(column) for count in counts]
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def test_norms_follow_their_conventions() -> None:
+    x = values()
+    norm = fed(ColumnNorm(**SIZE), x, [])
+    sequences = x.double().view(4, 12, 5)
+    # Wanda: mean over sequences of each sequence's sum of squares, then the root.
+    wanda = torch.stack([sequence.square().sum(0) for sequence in sequences]).mean(0).sqrt()
+    torch.testing.assert_close(norm.norm_I("sequence").double(), wanda)
+    torch.testing.assert_close(norm.norm_I("rms").double(), x.double().square().mean(0).sqrt())
+    torch.testing.assert_close(norm.norm_I("total").double(), x.double().norm(dim=0))
+
+
+@pytest.mark.parametrize("range_", ["channel", "layer", "fixed"])
+@pytest.mark.parametrize("bins", [2, 7, 100])
+def test_entropy_equals_the_formula(range_: str, bins: int) -> None:
+    x = values()
+    got = fed(ColumnEntropy(bins=bins, range=range_, limit=1.25, **SIZE), x, [7]).entropy_I()
+    for channel, column in enumerate(x.T.tolist()):
+        low, high = {
+            "channel": (min(column), max(column)),
+            "layer": (x.min().item(), x.max().item()),
+            "fixed": (-1.25, 1.25),
+        }[range_]
+        assert got[channel].item() == pytest.approx(entropy_by_hand(column, low, high, bins), abs=1e-5)
+
+
+def test_entropy_by_hand() -> None:
+    # Two bins over 0..1: three values below a half and one above: -(3/4 ln 3/4 + 1/4 ln 1/4).
+    x = torch.tensor([[0.0], [0.1], [0.2], [1.0]])
+    got = fed(ColumnEntropy(bins=2, range="channel", limit=1.0, inputs=1, sequences=1, device=CPU), x, [])
+    assert got.entropy_I().item() == pytest.approx(0.5623351)
+
+
+def test_a_constant_channel_has_no_entropy_and_a_uniform_one_the_most() -> None:
+    x = torch.stack([torch.full((1000,), 3.0), torch.arange(1000.0)], dim=1)
+    got = fed(ColumnEntropy(bins=100, range="channel", limit=1.0, inputs=2, sequences=1, device=CPU), x, [500])
+    assert got.entropy_I()[0] == 0
+    assert got.entropy_I()[1].item() == pytest.approx(math.log(100), abs=1e-3)
+
+
+@given(cuts=st.lists(st.integers(0, 48), max_size=8), seed=st.integers(0, 1000))
+def test_values_do_not_depend_on_micro_batches(cuts: list[int], seed: int) -> None:
+    x = values(seed=seed)
+    whole, parts = fed(ColumnNorm(**SIZE), x, []), fed(ColumnNorm(**SIZE), x, cuts)
+    torch.testing.assert_close(whole.sum_sq_I, parts.sum_sq_I, rtol=1e-6, atol=0)
+    for range_ in ("channel", "layer", "fixed"):
+        entropies = [fed(ColumnEntropy(bins=20, range=range_, limit=1.0, **SIZE), x, c).entropy_I() for c in ([], cuts)]
+        assert torch.equal(*entropies)
+    samples = [fed(TokenSample(most=10, **SIZE), x, c).x_SI() for c in ([], cuts)]
+    assert torch.equal(*samples)
+
+
+@given(tokens=st.integers(0, 100), most=st.integers(1, 20))
+def test_the_sample_is_evenly_spaced_and_as_large_as_fits(tokens: int, most: int) -> None:
+    x = torch.arange(float(tokens))[:, None]
+    rows = fed(TokenSample(most=most, inputs=1, sequences=1, device=CPU), x, [3, 50] if tokens > 50 else []).x_SI()
+    stride = 1
+    while -(-tokens // stride) > most:
+        stride *= 2
+    assert rows[:, 0].tolist() == list(range(0, tokens, stride))
+
+
+def test_half_precision_inputs_are_summed_in_full() -> None:
+    x = torch.full((4096, 1), 300.0, dtype=torch.float16)  # the square overflows float16
+    norm = fed(ColumnNorm(inputs=1, sequences=1, device=CPU), x, [])
+    assert norm.norm_I("total").item() == pytest.approx(300.0 * 64)
+
+
+def test_no_tokens_no_entropy() -> None:
+    entropy = fed(ColumnEntropy(bins=10, range="channel", limit=1.0, **SIZE), values()[:0], [])
+    assert torch.equal(entropy.entropy_I(), torch.zeros(5))

@@ -1,0 +1,284 @@
+"""Tables of hand-made records, compared letter by letter."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from esparse.tables import csv, grid, latex, markdown, means, plot, read_records, runs_table
+
+CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
+
+
+def record(run="a1", *, metric="wanda", pattern="2:4", seed=0, pruned=15.0, dense=10.0, **settings):
+    """A record in which every number can be told by eye; settings belong to the metric."""
+    return {
+        "id": run,
+        "name": "tiny",
+        "status": "finished",
+        "seconds": 2.5,
+        "config": {
+            "model": {"name": "tiny", "path": "builtin", "devices": run},
+            "metric": {"_class": metric.title(), **settings},
+            "calibration": {"seed": seed, "sequences": 8},
+            "pattern": pattern,
+            "seed": seed,
+            "output_root": f"somewhere/{run}",
+            "tracking": {"mode": run},
+            "choices": {**CHOICES, "metric": metric, "evaluate": "builtin", "tracking": "wandb"},
+        },
+        "model": {"name": "tiny"},
+        "sparsity": {"pattern": pattern, "density": 0.5, "pattern_holds": True},
+        "quality": {"builtin": {"dense": dense, "pruned": pruned, "tokens": 10, "sequence_length": 5}},
+        "layers": [{"relative_error": 0.25, "kept_score": 0.75}, {"relative_error": None, "kept_score": 0.5}],
+        "memory": {"peak_host_mib": 100.4, "peak_device_mib": None},
+    }
+
+
+def write(root, *records):
+    for one in records:
+        folder = root / one["id"]
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(one))
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "esparse.tables", *map(str, arguments)], capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+TWO = [record("b2", pruned=15.0), record("a1", metric="entropy", pruned=12.5, alpha=1.0)]
+
+MARKDOWN = """\
+All runs: model tiny, shuffle none, update none, recovery none, calibration builtin, pattern 2:4, seed 0, \
+density 0.5, builtin ppl dense 10.00
+
+| id  | metric  | builtin ppl pruned | builtin ratio |  error |   kept | seconds | host MiB |
+| --- | ------- | -----------------: | ------------: | -----: | -----: | ------: | -------: |
+| a1  | entropy |              12.50 |         1.250 | 0.2500 | 0.6250 |     2.5 |      100 |
+| b2  | wanda   |              15.00 |         1.500 | 0.2500 | 0.6250 |     2.5 |      100 |
+"""
+
+CSV = """\
+id,model,metric,shuffle,update,recovery,calibration,pattern,seed,density,builtin ppl dense,\
+builtin ppl pruned,builtin ratio,error,kept,seconds,host MiB
+a1,tiny,entropy,none,none,none,builtin,2:4,0,0.5,10.0,12.5,1.25,0.25,0.625,2.5,100.4
+b2,tiny,wanda,none,none,none,builtin,2:4,0,0.5,10.0,15.0,1.5,0.25,0.625,2.5,100.4
+"""
+
+
+def test_markdown_says_what_is_shared_once_and_the_rest_in_columns():
+    assert markdown(TWO) == MARKDOWN
+
+
+def test_csv_keeps_every_column_and_digit():
+    assert csv(TWO) == CSV
+
+
+def test_latex_escapes_what_latex_would_read():
+    lines = latex([record("a1", pattern="50%"), record("b_2", pattern="60%")]).splitlines()
+    assert lines[1] == r"\begin{tabular}{llrrrrrr}"
+    assert lines[3].startswith(r"id & pattern & builtin ppl pruned")
+    assert lines[5].startswith(r"a1 & 50\% & 15.00 & 1.500 &")
+    assert lines[6].startswith(r"b\_2 & 60\% &")
+    assert lines[-1] == r"\end{tabular}"
+
+
+def test_one_run_keeps_its_numbers_in_the_table():
+    line, _, header, *_ = markdown([record()]).splitlines()
+    assert line.startswith("Run: model tiny, metric wanda") and "ppl" not in line
+    assert header.startswith("| id  | density | builtin ppl dense | builtin ppl pruned |")
+
+
+def test_a_setting_that_differs_within_a_choice_becomes_a_column():
+    swept = [
+        record("a", metric="entropy", alpha=0.5),
+        record("b", metric="entropy", alpha=1.0),
+        record("c", bins=3),
+    ]
+    table = grid(swept)
+    assert table.asked[-2:] == ["metric.alpha", "seed"]
+    assert [(row["id"], row.get("metric.alpha")) for row in table.rows] == [
+        ("a", 0.5),
+        ("b", 1.0),
+        ("c", None),
+    ]
+    header = markdown(swept).splitlines()[2]
+    assert "metric.alpha" in header and "bins" not in header
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        record("b", metric="entropy", alpha=1.0),  # follows from the metric
+        record("b", seed=1),  # calibration.seed is the seed
+        record("b"),  # output_root, tracking and model.devices: where it ran
+    ],
+)
+def test_what_follows_from_a_choice_or_changes_nothing_is_no_column(other):
+    columns = grid([record("a", alpha=0.5), other]).columns
+    assert [column for column in columns if "." in column] == []
+
+
+def test_a_setting_that_an_older_record_lacks_is_no_difference():
+    assert "metric.alpha" not in grid([record("a"), record("b", alpha=1.0)]).columns
+
+
+def test_a_column_of_another_group_appears_with_its_option():
+    other = record("b")
+    other["config"]["choices"]["calibration"] = "text"
+    other["config"]["calibration"]["path"] = "x.txt"
+    header = markdown([record("a"), other]).splitlines()[2]
+    assert header.startswith("| id  | calibration | builtin ppl")
+
+
+def test_outliers_and_tasks_have_columns_where_some_run_has_them():
+    other = record("b")
+    other["config"]["outliers"] = "16:256"
+    other["zeroshot"] = {"arc": {"dense": 0.5, "pruned": 0.375, "stderr": 0.01, "n": 100}}
+    lines = markdown([record("a"), other], sort="id").splitlines()
+    assert lines[2].startswith("| id  | outliers | builtin ppl pruned | builtin ratio | arc dense | arc pruned |")
+    assert lines[4].startswith("| a   |          |              15.00 |         1.500 |           |            |")
+    assert lines[5].startswith("| b   | 16:256   |              15.00 |         1.500 |    0.5000 |     0.3750 |")
+
+
+def test_rows_are_sorted_by_pattern_as_numbers_or_by_a_column():
+    runs = [
+        record("a", pattern="16:32", pruned=3),
+        record("b", pattern="2:4", pruned=2),
+        record("c", pruned=1),
+    ]
+    assert [row["id"] for row in grid(runs).rows] == ["b", "c", "a"]
+    assert [row["id"] for row in grid(runs, sort="builtin ppl pruned").rows] == ["c", "b", "a"]
+    with pytest.raises(ValueError, match=r"no column 'ppl' to sort by; there is id, model, .*builtin ppl pruned"):
+        grid(runs, sort="ppl")
+
+
+def test_one_corpus_can_be_asked_for():
+    both = record()
+    both["quality"]["c4"] = {"dense": 1.0, "pruned": 2.0}
+    assert [c for c in grid([both], corpus="c4").columns if "ppl" in c] == ["c4 ppl dense", "c4 ppl pruned"]
+    with pytest.raises(ValueError, match="no run was measured on 'x'; there is builtin, c4"):
+        grid([both], corpus="x")
+
+
+def test_mean_over_seeds_by_hand():
+    runs = [record(str(seed), seed=seed, pruned=pruned) for seed, pruned in enumerate([12.0, 14.0, 16.0])]
+    runs.append(record("3", metric="entropy", alpha=1.0, pruned=11.0))
+    entropy, wanda = means(grid(runs)).rows
+    assert (wanda["runs"], wanda["builtin ppl pruned"].mean) == (3, 14.0)
+    assert wanda["builtin ppl pruned"].deviation == pytest.approx(2.0)  # sqrt((4 + 0 + 4) / 2)
+    assert (entropy["runs"], entropy["builtin ppl pruned"].deviation) == (1, None)
+    lines = markdown(runs, mean=True).splitlines()
+    assert lines[2].startswith("| metric  | runs | builtin ppl pruned | builtin ratio |")
+    assert lines[4].startswith("| entropy |    1 |              11.00 |         1.100 |")
+    assert lines[5].startswith("| wanda   |    3 |       14.00 ± 2.00 | 1.400 ± 0.200 |")
+    assert markdown(runs, mean=True, sort="runs").splitlines()[4].startswith("| entropy")
+    rows = csv(runs, mean=True).splitlines()
+    assert "runs,density,density std," in rows[0] and "builtin ppl pruned,builtin ppl pruned std" in rows[0]
+    assert ",14.0,2.0," in rows[2] and ",11.0,," in rows[1]
+
+
+def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
+    runs = [record("a", pruned=math.inf), record("b", pruned=None), record("c", pruned=123456.7)]
+    rows = [line.split("|") for line in markdown(runs, sort="id").splitlines()[4:]]
+    assert [(row[2].strip(), row[3].strip()) for row in rows] == [
+        ("inf", "inf"),
+        ("", ""),
+        ("123457", "12345.7"),
+    ]
+
+
+def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
+    write(tmp_path, record("good"))
+    without = copy.deepcopy(record("without"))
+    del without["sparsity"]["density"]
+    wrong = copy.deepcopy(record("wrong"))
+    wrong["quality"]["builtin"]["pruned"] = "low"
+    write(tmp_path, without, wrong, record("running") | {"status": "running"})
+    for name, content in [("cut", json.dumps(record())[:99]), ("list", "[]"), ("bytes", None)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(b"\xff\xfe" if content is None else content.encode())
+    assert [one["id"] for one in read_records(tmp_path)] == ["good"]
+    said = capsys.readouterr().err.splitlines()
+    expected = {
+        "bytes": "it is not whole JSON",
+        "cut": "it is not whole JSON",
+        "list": "it is not a record",
+        "running": "its status is 'running'",
+        "without": "its field sparsity.density is missing or not what it should be",
+        "wrong": "its field quality.builtin.pruned is missing or not a number",
+    }
+    assert said == [f"esparse: {tmp_path / n / 'result.json'} is left out: {why}" for n, why in expected.items()]
+
+
+def shown(table):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def test_terminal_table_shows_runs_and_below_them_the_failed_ones():
+    lines = shown(runs_table(TWO, [("tiny 3:7 [wanda]", "width 130")])).splitlines()
+    lines = [line.rstrip() for line in lines if line.strip()]
+    assert lines[0].startswith("All runs: model tiny, shuffle none")
+    assert any(line.split()[:4] == ["a1", "entropy", "12.50", "1.250"] for line in lines)
+    assert lines[-1] == "failed: tiny 3:7 [wanda]: width 130"
+    assert "width 130" in shown(runs_table([], [("tiny 3:7", "width 130")]))
+
+
+def test_terminal_table_never_breaks_a_number():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    runs = [record(f"0000000{i}", metric=m, pruned=912.25, seed=i) for i in (1, 2) for m in ("wanda", "entropy")]
+    console.print(runs_table(runs))
+    printed = console.export_text()
+    assert printed.count("912.25") == 4 and printed.count("00000001") == 2
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plot_is_a_picture_even_of_what_is_not_finite(tmp_path, ending):
+    runs = [record(m + p, metric=m, pattern=p, pruned=v) for m, p, v in [("wanda", "2:4", 15), ("wanda", "4:8", 12)]]
+    runs += [record("x", metric="magnitude", pruned=900.0), record("y", metric="random", pruned=math.inf)]
+    plot(runs, tmp_path / f"a.{ending}")
+    content = (tmp_path / f"a.{ending}").read_bytes()
+    assert content.startswith(b"\x89PNG") if ending == "png" else b"<svg" in content
+    with pytest.raises(ValueError, match=r"written as \.png, \.svg, \.pdf, not as 'a\.docx'"):
+        plot(runs, tmp_path / "a.docx")
+
+
+def test_command_writes_what_the_functions_say(tmp_path):
+    write(tmp_path / "runs", *TWO)
+    (tmp_path / "runs" / "b2" / "deeper").mkdir()
+    (tmp_path / "runs" / "b2" / "deeper" / "result.json").write_text("{")
+    code, out, err = command(tmp_path / "runs")
+    assert (code, out) == (0, MARKDOWN) and "deeper/result.json is left out" in err
+    assert command(tmp_path / "runs", "--out", tmp_path / "t.csv")[:2] == (0, "")
+    assert (tmp_path / "t.csv").read_text() == CSV
+    assert command(tmp_path / "runs", "--out", tmp_path / "t.png")[0] == 0
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_ends_in_one_sentence_and_a_code(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write(tmp_path / "runs", *TWO)
+    for code, arguments, sentence in [
+        (1, [empty], f"no run has finished in {empty} (looked for result.json)"),
+        (2, [tmp_path / "nowhere"], f"{tmp_path / 'nowhere'} is not a folder"),
+        (2, [tmp_path / "runs", "--format", "png"], "a plot needs a file: --out plot.png"),
+        (2, [tmp_path / "runs", "--corpus", "c4"], "no run was measured on 'c4'; there is builtin"),
+        (1, [tmp_path / "runs", "--out", empty], f"cannot write {empty}: Is a directory"),
+    ]:
+        assert command(*arguments) == (code, "", f"esparse: {sentence}\n")
+
+
+def test_importing_tables_loads_nothing_heavy():
+    heavy = ["pandas", "matplotlib", "torch", "numpy", "hydra", "wandb", "rich"]
+    code = f"import sys, esparse.tables; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
