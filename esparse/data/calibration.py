@@ -39,8 +39,9 @@ class Calibration:
         """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
 
         Windows of a stream may overlap and, rarely, repeat. A stream of several documents has them in random order and
-        ends once it holds 16 times the tokens asked, so that a small sample does not tokenise a large corpus. Raises ValueError where the length asked is too long for
-        the model or the corpus too short for it, and what `corpora.read` raises.
+        ends once it holds 16 times the tokens asked, so that a small sample does not tokenise a large corpus. Raises
+        ValueError where the length asked is too long for the model or the corpus too short for it, and what
+        `corpora.read` raises.
         """
         import torch
 

@@ -30,7 +30,7 @@ def drawn(seed: int, rows: int, width: int, *, ties: bool = False) -> torch.Tens
     return (scores * 4).floor() / 4 if ties else scores
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     pattern=st.sampled_from(PATTERNS),
     groups=st.integers(2, 5),
@@ -72,7 +72,7 @@ def test_the_search_ends_where_no_swap_gains(pattern: NM, groups: int, rows: int
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_blocks_advance_together_as_they_would_alone(pattern: NM) -> None:
-    blocks = torch.stack([drawn(seed, 200, 48, ties=seed == 1) for seed in range(3)])
+    blocks = torch.stack([drawn(seed, 60, 48, ties=seed == 1) for seed in range(3)])
     together = swap_greedily(blocks, n=pattern.n, m=pattern.m)
     alone = [swap_greedily(block[None], n=pattern.n, m=pattern.m)[0] for block in blocks]
     assert torch.equal(together, torch.stack(alone))
@@ -82,7 +82,7 @@ def test_as_good_as_one_best_swap_at_a_time() -> None:
     """Swaps of one sweep do not touch each other, but a plain greedy would look again after each of them."""
     pattern, width = NM(2, 4), 32
     ours, plain, none = 0.0, 0.0, 0.0
-    for seed in range(4):
+    for seed in range(3):
         scores = drawn(seed, 20, width)
         order = torch.arange(width)
         while True:
