@@ -36,6 +36,10 @@ class Pattern(ABC):
     def grouped_inputs(self, inputs: int) -> int:
         """How many of a row's leading inputs stand in whole groups, so that a shuffle can move them between groups."""
 
+    @abstractmethod
+    def cuts(self, inputs: int) -> list[slice]:
+        """The inputs of each group of a row, in order, a shorter last one included."""
+
 
 @dataclass(frozen=True, slots=True)
 class NM(Pattern):
@@ -70,6 +74,9 @@ class NM(Pattern):
     def grouped_inputs(self, inputs: int) -> int:
         return inputs - inputs % self.m
 
+    def cuts(self, inputs: int) -> list[slice]:
+        return [slice(start, min(start + self.m, inputs)) for start in range(0, inputs, self.m)]
+
     def _tail_survivors(self, tail: int) -> int:
         return -(-tail * self.n // self.m)
 
@@ -92,8 +99,40 @@ class Unstructured(Pattern):
     def grouped_inputs(self, inputs: int) -> int:
         return 0
 
+    def cuts(self, inputs: int) -> list[slice]:
+        return [slice(0, inputs)]
+
     def _survivors(self, inputs: int) -> int:
         return inputs - int(inputs * self.removed_percent / 100 + 1e-9)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouping:
+    """A pattern whose groups are cut in an order of the channels; masks and scores stay in the channels' own order.
+
+    `order_I[k]` is the channel that stands at place k; None is the channels' own order.
+    """
+
+    pattern: Pattern
+    order_I: Tensor | None = None
+
+    def keep_top(self, scores_OI: Tensor) -> Tensor:
+        """The keep mask of these scores."""
+        return self.restored(self.pattern.keep_top(self.ordered(scores_OI)))
+
+    def holds(self, keep_OI: Tensor) -> bool:
+        """Whether no group keeps more weights than the pattern allows."""
+        return self.pattern.holds(self.ordered(keep_OI))
+
+    def ordered(self, x_OI: Tensor) -> Tensor:
+        """The columns as they stand when the groups are cut."""
+        return x_OI if self.order_I is None else x_OI[:, self.order_I]
+
+    def restored(self, x_OI: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        import torch
+
+        return x_OI if self.order_I is None else torch.empty_like(x_OI).index_copy_(1, self.order_I, x_OI)
 
 
 def parse(text: object) -> Pattern:

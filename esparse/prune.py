@@ -18,11 +18,11 @@ from torch import Tensor
 from esparse.metrics import Metric
 from esparse.models.blocks import Activations, BlockModel
 from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
-from esparse.patterns import Pattern
+from esparse.patterns import Grouping, Pattern
 from esparse.report import LayerReport, Stages
 from esparse.shuffles import Shuffle
 from esparse.stats import ColumnNorm, Factory, LayerStats, Statistic, TokenSample
-from esparse.updates import Update
+from esparse.updates import Layer, Solution, Update
 
 log = logging.getLogger("esparse")
 
@@ -132,29 +132,23 @@ def _prune_group(
         stats = [LayerStats(matrix.name, statistics, tokens) for matrix in group.matrices]
         scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
     with stages("shuffle"):
-        order_I = method.shuffle.order(torch.cat(scores), method.pattern)
+        grouping = Grouping(method.pattern, method.shuffle.order(torch.cat(scores), method.pattern))
     shared = (time.perf_counter() - start) / len(group.matrices)
     reports = []
     for matrix, weight_OI, stat, score_OI in zip(group.matrices, weights, stats, scores, strict=True):
         start = time.perf_counter()
         with stages("score"):
-            keep_OI = keep_in_order(method.pattern, score_OI, order_I)
-        with stages("update"):
-            matrix.view().copy_(method.update.weights(weight_OI, keep_OI, stat))
-        _remember(pruned, matrix, keep_OI, order_I, method.pattern)
-        report = _report(matrix, weight_OI, keep_OI, score_OI, statistics["sample"])
+            solution = Solution.without_update(weight_OI, grouping.keep_top(score_OI))
+        if stat.tokens:
+            with stages("update"):
+                solution = method.update.apply(Layer(weight_OI, grouping, stat), solution)
+        # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail.
+        matrix.view().copy_(solution.weight_OI.masked_fill(~solution.keep_OI, 0.0))
+        _remember(pruned, matrix, solution.keep_OI, grouping)
+        report = _report(matrix, weight_OI, solution.keep_OI, score_OI, statistics["sample"])
         report.seconds = shared + time.perf_counter() - start
         reports.append(report)
     return reports
-
-
-def keep_in_order(pattern: Pattern, scores_OI: Tensor, order_I: Tensor | None) -> Tensor:
-    """The keep mask, in the channels' own order, of groups that are cut in the order given."""
-    if order_I is None:
-        return pattern.keep_top(scores_OI)
-    keep_OI = torch.empty_like(scores_OI, dtype=torch.bool)
-    keep_OI[:, order_I] = pattern.keep_top(scores_OI[:, order_I])
-    return keep_OI
 
 
 def _finite(matrix: Matrix) -> Tensor:
@@ -175,14 +169,13 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
     return scores_OI
 
 
-def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, order_I: Tensor | None, pattern: Pattern) -> None:
+def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping) -> None:
     """Stores mask and order, and measures on the stored weights whether the pattern holds."""
     survives_OI = matrix.view() != 0
-    in_order = survives_OI if order_I is None else survives_OI[:, order_I]
-    pruned.pattern_holds &= pattern.holds(in_order)
+    pruned.pattern_holds &= grouping.holds(survives_OI)
     pruned.weights += survives_OI.numel()
     pruned.survivors += int(survives_OI.sum())
-    for store, value in ((pruned.keeps, keep_OI), (pruned.orders, order_I)):
+    for store, value in ((pruned.keeps, keep_OI), (pruned.orders, grouping.order_I)):
         if value is None:
             continue
         if matrix.expert is None:

@@ -7,6 +7,7 @@ with its numbers in conf/.
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -17,7 +18,10 @@ from esparse.data.windows import Perplexity
 from esparse.experiment import Experiment
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.magnitude import Magnitude
+from esparse.metrics.nowag import NoWag
 from esparse.metrics.random import Random
+from esparse.metrics.ria import Ria
+from esparse.metrics.sparsegpt import SparseGpt
 from esparse.metrics.wanda import Wanda
 from esparse.models.load import Model
 from esparse.recoveries import NoRecovery
@@ -26,14 +30,35 @@ from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.tracking import NoTracking, Wandb
-from esparse.updates import NoUpdate
+from esparse.updates import NoUpdate, Then
+from esparse.updates.admm import Admm
+from esparse.updates.alps import Alps
+from esparse.updates.obs import Obs
+from esparse.updates.support import Support
+from esparse.updates.swap import Swap
 
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"any": Model},
     "calibration": {"any": Calibration},
-    "metric": {"magnitude": Magnitude, "random": Random, "wanda": Wanda, "entropy": Entropy},
+    "metric": {
+        "magnitude": Magnitude,
+        "random": Random,
+        "wanda": Wanda,
+        "entropy": Entropy,
+        "ria": Ria,
+        "nowag": NoWag,
+        "sparsegpt": SparseGpt,
+    },
     "shuffle": {"none": NoShuffle, "gns": Gns, "lbs": Lbs, "esparse": Esparse},
-    "update": {"none": NoUpdate},
+    "update": {
+        "none": NoUpdate,
+        "obs": Obs,
+        "support": Support,
+        "swap": Swap,
+        "admm": Admm,
+        "alps": Alps,
+        "then": Then,
+    },
     "recovery": {"none": NoRecovery},
     "evaluate": {"any": Perplexity},
     "tracking": {"wandb": Wandb, "none": NoTracking},
@@ -60,10 +85,17 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     """The configuration as the record keeps it: plain values, each component's class, and the options chosen."""
     settings: dict[str, Any] = OmegaConf.to_container(_without_hydra(config), resolve=True)  # type: ignore[assignment]
     for group in CHOICES:
-        # Two components with the same settings are still two: the class belongs to what was asked.
-        settings[group]["_class"] = type(getattr(experiment, group)).__name__
+        _name_classes(settings[group], getattr(experiment, group))
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
+
+
+def _name_classes(settings: dict[str, Any], component: Any) -> None:
+    """Two components with the same settings are still two: the class belongs to what was asked."""
+    settings["_class"] = type(component).__name__
+    for field in fields(component):
+        if is_dataclass(getattr(component, field.name)):
+            _name_classes(settings[field.name], getattr(component, field.name))
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esparse.linalg import inverse_factor
+
 NORMS = ("sequence", "rms", "total")
 RANGES = ("channel", "layer", "fixed")
 
@@ -110,6 +112,29 @@ class ColumnEntropy(Statistic):
         """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""
         share_IK = self.counts_IK.double() / max(self.tokens, 1)
         return torch.special.entr(share_IK).sum(-1).float()
+
+
+class Gram(Statistic):
+    """G = X^T X of the input in float32: I x I values, so 0.5 GB for 11008 channels."""
+
+    def __init__(self, **size: Any) -> None:
+        super().__init__(**size)
+        self.gram_II = torch.zeros(self.inputs, self.inputs, device=self.device)
+        self._factors: dict[tuple[Any, ...], Tensor] = {}
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if look == 0:
+            self.tokens += x_TI.shape[0]
+            x_TI = x_TI.float()
+            self.gram_II.addmm_(x_TI.T, x_TI)
+
+    def inverse_factor(self, order_I: Tensor | None, damp: float) -> Tensor:
+        """`linalg.inverse_factor` of the Gram matrix with its channels in that order; layers of a group share it."""
+        key = (damp, None if order_I is None else tuple(order_I.tolist()))
+        if key not in self._factors:
+            gram_II = self.gram_II if order_I is None else self.gram_II[order_I][:, order_I]
+            self._factors = {key: inverse_factor(gram_II, damp)}  # one at a time: each is as large as G
+        return self._factors[key]
 
 
 class TokenSample(Statistic):

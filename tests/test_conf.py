@@ -17,6 +17,8 @@ from esparse.report import run_id
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+# Options that give another class's numbers, or several classes in a row.
+MADE_FROM = {("update", "sparsegpt"): "obs", ("update", "joint"): "then", ("update", "refine"): "then"}
 # What an option cannot know by itself.
 NEEDED = {"hf": ["model.path=somewhere"]}
 NEEDED_BY = {("calibration", "text"): ["calibration.path=f.txt"], ("evaluate", "text"): ["evaluate.path=f.txt"]}
@@ -60,7 +62,8 @@ def test_every_option_composes_into_its_class(group: str, option: str) -> None:
     extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
     component = getattr(experiment(f"{group}={option}", *extra), group)
     known = schema.CHOICES[group]
-    assert type(component) is (known["any"] if "any" in known else known[option])
+    expected = known.get("any") or known.get(option) or known[MADE_FROM[group, option]]
+    assert type(component) is expected
     assert is_dataclass(component)
 
 
@@ -68,7 +71,21 @@ def test_table_of_choices_and_folder_agree() -> None:
     assert set(schema.CHOICES) == set(GROUPS)
     for group, known in schema.CHOICES.items():
         if "any" not in known:
-            assert set(known) == {option for of, option in OPTIONS if of == group}
+            options = {option for of, option in OPTIONS if of == group}
+            made = {MADE_FROM.get((group, option), option) for option in options}
+            assert set(known) == made
+
+
+def test_sparsegpt_implies_its_update_and_can_do_without() -> None:
+    assert experiment("metric=sparsegpt").update.mask == "own"
+    assert experiment("metric=sparsegpt", "update=obs").update.mask == "start"
+    assert type(experiment("metric=sparsegpt", "update=none").update).__name__ == "NoUpdate"
+
+
+def test_updates_in_a_row_keep_their_classes_in_the_record() -> None:
+    update = settings("update=joint")["update"]
+    assert (update["_class"], update["first"]["_class"]) == ("Then", "Alps")
+    assert (update["second"]["first"]["_class"], update["second"]["second"]["_class"]) == ("Swap", "Support")
 
 
 def test_help_names_every_option_and_value() -> None:

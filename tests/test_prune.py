@@ -18,8 +18,8 @@ from esparse.metrics import Metric
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
-from esparse.patterns import NM, Pattern, Unstructured
-from esparse.prune import Method, Pruned, keep_in_order, prune
+from esparse.patterns import NM, Grouping, Pattern, Unstructured
+from esparse.prune import Method, Pruned, prune
 from esparse.report import Stages
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.updates import NoUpdate
@@ -97,7 +97,7 @@ def test_a_shuffle_changes_the_groups_and_not_the_columns() -> None:
 def test_keep_in_order_is_the_mask_of_the_reordered_matrix_put_back(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores, order = torch.rand(3, 12, generator=generator), torch.randperm(12, generator=generator)
-    keep = keep_in_order(NM(n, 4), scores, order)
+    keep = Grouping(NM(n, 4), order).keep_top(scores)
     for group in order.view(-1, 4).tolist():
         for row in range(3):
             survivors = [channel for channel in group if keep[row, channel]]

@@ -1,4 +1,10 @@
-"""Updates: what happens to the surviving weights of a layer once its keep mask is known."""
+"""Updates: what happens to a layer once its scores have chosen a keep mask.
+
+An update may change the surviving weights, the mask, or both. Each takes the layer as the one before left it, so that
+updates can be put in a row (`Then`).
+
+Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +15,62 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from esparse.patterns import Grouping
     from esparse.stats import Factory, LayerStats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What an update may look at: the dense weights (float32), how groups are cut, and the input's statistics."""
+
+    dense_OI: Tensor
+    grouping: Grouping
+    stats: LayerStats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A layer's weights (float32) and which of them survive; the weights are 0 wherever `keep_OI` is False."""
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+
+    @classmethod
+    def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
+        """The survivors as they are."""
+        return cls(dense_OI.masked_fill(~keep_OI, 0.0), keep_OI)
 
 
 @dataclass(kw_only=True, slots=True)
 class Update(ABC):
-    """Chooses new values for the weights that survive."""
+    """Improves a pruned layer."""
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of the layer's input that `weights` will look up in `stats`, by name; none by default."""
+        """The statistics of the layer's input that `apply` will look up in `layer.stats`, by name; none by default."""
         return {}
 
     @abstractmethod
-    def weights(self, weight_OI: Tensor, keep_OI: Tensor, stats: LayerStats) -> Tensor:
-        """The layer's new weights (float32, outputs x inputs), +0.0 wherever `keep_OI` is False."""
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        """The layer after the update, where `start` is how the metric, or the update before, left it."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NoUpdate(Update):
     """The survivors keep their values (E-Sparse, Wanda)."""
 
-    def weights(self, weight_OI: Tensor, keep_OI: Tensor, stats: LayerStats) -> Tensor:
-        # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail.
-        return weight_OI.masked_fill(~keep_OI, 0.0)
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        return start
+
+
+@dataclass(kw_only=True, slots=True)
+class Then(Update):
+    """Two updates in a row."""
+
+    first: Update
+    second: Update
+
+    def collects(self) -> dict[str, Factory]:
+        return self.first.collects() | self.second.collects()
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        return self.second.apply(layer, self.first.apply(layer, start))

@@ -1,0 +1,95 @@
+"""Linear algebra on the Gram matrix G = X^T X of a layer's input, for the layer error tr(D G D^T), D = W_dense - W.
+
+Shapes: O outputs, I inputs; each row of a weight matrix is a problem of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("esparse")
+
+MOST_DAMPING = 100.0  # of the mean of the diagonal; beyond it the matrix is the identity for all purposes
+
+
+def damped(gram_II: Tensor, share: float) -> Tensor:
+    """G with `share` of its mean diagonal added to the diagonal.
+
+    A channel that is zero on all tokens has a zero row and column: its diagonal becomes the mean too, so that it stands
+    for itself and disturbs nobody.
+    """
+    diagonal_I = gram_II.diagonal()
+    mean = diagonal_I.mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    extra_I = torch.where(diagonal_I > 0, share * mean, mean)
+    return gram_II + extra_I.diag()
+
+
+def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
+    """The upper triangular U with U^T U = (G + damping)^-1, as SparseGPT's sweep needs it (float32, I x I).
+
+    The damping begins at `damp` times the mean of the diagonal; where a Cholesky factor does not exist in float32,
+    float64 is tried, and after it ten times the damping, which the log says. Raises ValueError where G is not finite.
+    """
+    if not torch.isfinite(gram_II).all():
+        raise ValueError("the Gram matrix of a layer's input holds NaN or Inf: try model.dtype=float32")
+    share = damp
+    while share <= MOST_DAMPING:
+        for dtype in (torch.float32, torch.float64):
+            # With the channels in reverse order the factor M M^T becomes R R^T with R upper triangular: one
+            # factorisation and one triangular inverse, where inverting first would take two factorisations.
+            flipped_II = damped(gram_II.to(dtype), share).flip(0, 1)
+            lower_II, failed = torch.linalg.cholesky_ex(flipped_II)
+            if failed == 0:
+                upper_II = lower_II.flip(0, 1)
+                one_II = torch.eye(len(upper_II), dtype=dtype, device=upper_II.device)
+                inverse_II = torch.linalg.solve_triangular(upper_II, one_II, upper=True).float()
+                if torch.isfinite(inverse_II).all():
+                    if share > damp:
+                        log.warning("a Gram matrix was singular: damping raised from %g to %g of its mean", damp, share)
+                    return inverse_II
+        share = max(share * 10, 1e-6)
+    raise ValueError(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
+
+
+def layer_error(gram_II: Tensor, difference_OI: Tensor) -> Tensor:
+    """tr(D G D^T) in float64."""
+    return ((difference_OI @ gram_II) * difference_OI).sum(dtype=torch.float64)
+
+
+def solve_on_support(
+    gram_II: Tensor, dense_OI: Tensor, keep_OI: Tensor, start_OI: Tensor, *, iterations: int, tolerance: float
+) -> Tensor:
+    """The weights on the kept places that minimise tr((W_dense - W) G (W_dense - W)^T), all rows at once.
+
+    Conjugate gradients with the diagonal as preconditioner, from `start_OI`; ends after `iterations` or where the
+    residual of every row has fallen to `tolerance` of its first. The error of no row ever rises.
+    """
+    inverse_I = gram_II.diagonal().clamp_min(torch.finfo(gram_II.dtype).tiny).reciprocal()
+    weight_OI = start_OI.masked_fill(~keep_OI, 0.0)
+    residual_OI = ((dense_OI - weight_OI) @ gram_II).masked_fill(~keep_OI, 0.0)
+    scaled_OI = residual_OI * inverse_I
+    direction_OI = scaled_OI.clone()
+    energy_O = (residual_OI * scaled_OI).sum(1)
+    enough_O = energy_O * tolerance**2
+    for _ in range(iterations):
+        if (energy_O <= enough_O).all():
+            break
+        image_OI = (direction_OI @ gram_II).masked_fill(~keep_OI, 0.0)
+        curvature_O = (direction_OI * image_OI).sum(1)
+        step_O = torch.where(curvature_O > 0, energy_O / curvature_O, 0.0)
+        weight_OI += step_O[:, None] * direction_OI
+        residual_OI -= step_O[:, None] * image_OI
+        scaled_OI = residual_OI * inverse_I
+        last_O, energy_O = energy_O, (residual_OI * scaled_OI).sum(1)
+        direction_OI = scaled_OI + torch.where(last_O > 0, energy_O / last_O, 0.0)[:, None] * direction_OI
+    return weight_OI
+
+
+def scaled(gram_II: Tensor) -> tuple[Tensor, Tensor]:
+    """G with every channel scaled to norm 1, and the norms: W * norm is then the weight matrix for the scaled input."""
+    norm_I = gram_II.diagonal().clamp_min(0).sqrt() + 1e-8
+    return gram_II / (norm_I[:, None] * norm_I), norm_I

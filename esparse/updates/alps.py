@@ -1,0 +1,72 @@
+"""ALPS (Meng et al. 2024, arXiv 2406.07831): ADMM on the layer error with a penalty that grows until the support rests,
+then conjugate gradients on that support.
+
+Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.updates import Layer, Solution, Update
+
+if TYPE_CHECKING:
+    from esparse.stats import Factory
+
+CHECK_EVERY = 3  # iterations between two looks at the support
+PENALTY_STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where the support's change exceeds the first: times the second
+SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, once it is so old
+
+
+@dataclass(kw_only=True, slots=True)
+class Alps(Update):
+    """The mask and the weights of least layer error that the penalty method finds, from the dense weights."""
+
+    damp: float  # added to the Gram matrix's diagonal, as a share of its mean
+    penalty: float  # rho at the beginning
+    iterations: int  # of the penalty method, at most
+    gradient_iterations: int  # of conjugate gradients on the support
+    tolerance: float  # of the residual beside the first one, where the gradients may end
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import Gram
+
+        return {"gram": Gram}
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        import torch
+
+        from esparse.linalg import damped, scaled, solve_on_support
+
+        gram_II, norm_I = scaled(damped(layer.stats["gram"].gram_II, self.damp))
+        dense_OI = layer.dense_OI * norm_I
+        target_OI = dense_OI @ gram_II
+        values_I, vectors_II = torch.linalg.eigh(gram_II)
+        penalty, raised = self.penalty, False
+        split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
+        keep_OI = last_OI = layer.grouping.keep_top(dense_OI.abs())
+        for step in range(self.iterations):
+            shrunk_I = (values_I.clamp_min(0) + penalty).reciprocal()
+            weight_OI = ((target_OI - dual_OI + penalty * split_OI) @ vectors_II) * shrunk_I @ vectors_II.T
+            moved_OI = weight_OI + dual_OI / penalty
+            keep_OI = layer.grouping.keep_top(moved_OI.abs())
+            split_OI = moved_OI.masked_fill(~keep_OI, 0.0)
+            dual_OI = dual_OI + penalty * (weight_OI - split_OI)
+            if (step + 1) % CHECK_EVERY:
+                continue
+            change = int((keep_OI != last_OI).sum()) / max(1, int(keep_OI.sum()))
+            last_OI = keep_OI
+            if change == 0 and not raised and penalty > self.penalty * 1e-3:
+                # The penalty was so strong from the beginning that it froze the first support: a weaker one, anew.
+                penalty /= 5
+                split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
+                continue
+            if change == 0 or (step >= SETTLED_AFTER and change < SETTLED):
+                break
+            penalty *= next(factor for bound, factor in PENALTY_STEPS if change > bound)
+            raised = True
+        weight_OI = solve_on_support(
+            gram_II, dense_OI, keep_OI, split_OI, iterations=self.gradient_iterations, tolerance=self.tolerance
+        )
+        return Solution(weight_OI / norm_I, keep_OI)

@@ -1,0 +1,99 @@
+"""SparseGPT's column sweep (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
+
+Column by column, what pruning a weight costs is moved to the columns that are still to come, by the inverse of the
+input's Gram matrix. Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.updates import Layer, Solution, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.patterns import Pattern
+    from esparse.stats import Factory
+
+MASKS = ("start", "own")
+
+
+@dataclass(kw_only=True, slots=True)
+class Obs(Update):
+    """The sweep on the mask that it is given, or on one that it chooses group by group as it goes."""
+
+    mask: str  # start: as the metric, or the update before, chose it | own: chosen anew from the repaired weights
+    damp: float  # added to the Gram matrix's diagonal, as a share of its mean
+    block: int  # columns whose repair of all later columns is done in one product
+
+    def __post_init__(self) -> None:
+        if self.mask not in MASKS:
+            raise ValueError(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        if self.damp <= 0:
+            raise ValueError(f"update.damp must be positive, got {self.damp:g}")
+        if self.block < 1:
+            raise ValueError(f"update.block must be positive, got {self.block}")
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import Gram
+
+        return {"gram": Gram}
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        grouping = layer.grouping
+        upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, self.damp)
+        fixed_OI = grouping.ordered(start.keep_OI) if self.mask == "start" else None
+        weight_OI, keep_OI = sweep(
+            grouping.ordered(layer.dense_OI), upper_II, grouping.pattern, fixed_OI, block=self.block
+        )
+        return Solution(grouping.restored(weight_OI), grouping.restored(keep_OI))
+
+
+def sweep(
+    dense_OI: Tensor, upper_II: Tensor, pattern: Pattern, fixed_OI: Tensor | None, *, block: int
+) -> tuple[Tensor, Tensor]:
+    """The repaired weights and their keep mask, columns in the order in which groups are cut.
+
+    `upper_II` is U with U^T U = H^-1. Where `fixed_OI` is None each group of the pattern is chosen when the sweep
+    reaches it, by w^2 / U_jj^2 of the weights as they are by then.
+    """
+    import torch
+
+    weight_OI = dense_OI.clone()
+    inputs = weight_OI.shape[1]
+    if fixed_OI is None:
+        keep_OI, cuts = torch.ones_like(weight_OI, dtype=torch.bool), pattern.cuts(inputs)
+    else:
+        keep_OI, cuts = fixed_OI, [slice(0, inputs)]
+    groups = {cut.start: cut for cut in cuts} if fixed_OI is None else {}
+    diagonal_I = upper_II.diagonal()
+    for start, end in _blocks(cuts, block):
+        errors = torch.empty_like(weight_OI[:, start:end])
+        for column in range(start, end):
+            if column in groups:
+                cut = groups[column]
+                keep_OI[:, cut] = pattern.keep_top((weight_OI[:, cut] / diagonal_I[cut]).square())
+            lost_O = weight_OI[:, column].masked_fill(keep_OI[:, column], 0.0)
+            error_O = lost_O / diagonal_I[column]
+            weight_OI[:, column:end] -= error_O[:, None] * upper_II[column, column:end]
+            errors[:, column - start] = error_O
+        weight_OI[:, end:] -= errors @ upper_II[start:end, end:]
+    return weight_OI.masked_fill(~keep_OI, 0.0), keep_OI
+
+
+def _blocks(cuts: list[slice], block: int) -> list[tuple[int, int]]:
+    """Blocks of at most `block` columns, in none of which a group begins that does not end there.
+
+    So all repairs of a group's columns are done when it is chosen. A group longer than a block begins with one.
+    """
+    blocks, start = [], 0
+    for cut in cuts:
+        if cut.stop - start > block and cut.start > start:
+            blocks.append((start, cut.start))
+            start = cut.start
+        while cut.stop - start > block:
+            blocks.append((start, start + block))
+            start += block
+    return [*blocks, (start, cuts[-1].stop)]
