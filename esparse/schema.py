@@ -29,6 +29,7 @@ from esparse.report import run_id
 from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
+from esparse.shuffles.lsa import Best, Lsa
 from esparse.tracking import NoTracking, Wandb
 from esparse.updates import NoUpdate, Then
 from esparse.updates.admm import Admm
@@ -49,7 +50,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "nowag": NoWag,
         "sparsegpt": SparseGpt,
     },
-    "shuffle": {"none": NoShuffle, "gns": Gns, "lbs": Lbs, "esparse": Esparse},
+    "shuffle": {"none": NoShuffle, "gns": Gns, "lbs": Lbs, "esparse": Esparse, "lsa": Lsa, "best": Best},
     "update": {
         "none": NoUpdate,
         "obs": Obs,

@@ -141,6 +141,7 @@ def main() -> None:
     nats = held_out_loss(model, held_out, asked.length, 10**9)
     note = {
         "what": "LLaMA-architecture model trained by experiments/train_tiny.py on the Python standard library's text",
+        "command": f"python experiments/train_tiny.py --steps {steps} --decay-from {decay_from}",
         "settings": {k: v for k, v in vars(asked).items() if k not in ("out", "minutes")}
         | {"steps": steps, "decay_from": decay_from},
         "parameters": parameters,

@@ -1,0 +1,95 @@
+"""RIA's channel permutation (Zhang et al., ICLR 2024, OpenReview Tr0lPx9woF): slots of all groups assigned at once.
+
+Each group has m slots. For one slot after the other, all groups hand in the channel that stands there, and a linear
+assignment problem gives every group the one with which the total kept score is greatest.
+Shapes: O outputs, I inputs, G groups, M slots of a group, R = O rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.patterns import NM
+from esparse.shuffles import Shuffle
+from esparse.shuffles.gns import Gns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.patterns import Pattern
+
+
+@dataclass(kw_only=True, slots=True)
+class Lsa(Shuffle):
+    """The global deal (as in `Gns`), then `rounds` passes of assignments over all slots."""
+
+    deal: str  # as in `Gns`; the published code deals serpentine
+    rounds: int  # passes over all slots, at most; a pass that gains nothing is the last
+
+    def __post_init__(self) -> None:
+        Gns(deal=self.deal)  # an unknown deal should fail before a job is submitted
+        if self.rounds < 1:
+            raise ValueError(f"shuffle.rounds must be at least 1, got {self.rounds}")
+
+    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
+        order_I = Gns(deal=self.deal).order(scores_OI, pattern)
+        if order_I is None:
+            return None
+        assert isinstance(pattern, NM)
+        from esparse.shuffles.assign import assign_slots
+
+        for _ in range(self.rounds):
+            better_I = assign_slots(scores_OI, order_I, n=pattern.n, m=pattern.m)
+            if bool((better_I == order_I).all()):
+                break
+            order_I = better_I
+        return order_I
+
+
+@dataclass(kw_only=True, slots=True)
+class Best(Shuffle):
+    """Assignments and swaps in turn, until neither gains, from the channels' own order and from a global deal.
+
+    The better of the two ends is taken: a greedy search from the dealt order alone was seen to end lower.
+    """
+
+    deal: str  # as in `Gns`
+    block: int  # as in `Lbs`
+    rounds: int  # of assignments and swaps, at most
+
+    def __post_init__(self) -> None:
+        Lsa(deal=self.deal, rounds=self.rounds)
+
+    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
+        import torch
+
+        dealt_I = Gns(deal=self.deal).order(scores_OI, pattern)
+        if dealt_I is None:
+            return None
+        assert isinstance(pattern, NM)
+        own_I = torch.arange(scores_OI.shape[1], device=scores_OI.device)
+        ends = [self._improved(start_I, scores_OI, pattern) for start_I in (own_I, dealt_I)]
+        return max(ends, key=lambda order_I: kept_score(scores_OI, order_I, pattern))
+
+    def _improved(self, order_I: Tensor, scores_OI: Tensor, pattern: NM) -> Tensor:
+        from esparse.shuffles.assign import assign_slots
+        from esparse.shuffles.swap import swap_in_blocks
+
+        kept = kept_score(scores_OI, order_I, pattern)
+        for _ in range(self.rounds):
+            swapped_I = swap_in_blocks(scores_OI, order_I, n=pattern.n, m=pattern.m, block=self.block)
+            better_I = assign_slots(scores_OI, swapped_I, n=pattern.n, m=pattern.m)
+            now = kept_score(scores_OI, better_I, pattern)
+            if now <= kept * (1 + 1e-6):  # the float32 scores carry no more digits
+                break
+            order_I, kept = better_I, now
+        return order_I
+
+
+def kept_score(scores_OI: Tensor, order_I: Tensor, pattern: Pattern) -> float:
+    """The total score that survives where groups are cut in this order."""
+    import torch
+
+    ordered_OI = scores_OI[:, order_I]
+    return float(ordered_OI[pattern.keep_top(ordered_OI)].sum(dtype=torch.float64))

@@ -1,0 +1,93 @@
+"""Slot-wise assignment against brute force, and what the searches built on it promise."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esparse.patterns import NM, Unstructured
+from esparse.shuffles.assign import assign_slots, summed_maxima
+from esparse.shuffles.gns import Gns
+from esparse.shuffles.lbs import Esparse, Lbs
+from esparse.shuffles.lsa import Best, Lsa, kept_score
+
+
+def scores(rows: int, inputs: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, inputs, generator=generator) * torch.rand(inputs, generator=generator) * 4
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 2), NM(2, 4), NM(1, 4), NM(3, 4)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_one_slot_is_assigned_as_brute_force_would(pattern: NM, seed: int) -> None:
+    """Oracle: for slot after slot, all ways to hand the groups' channels round, each recomputed from the scores."""
+    m, groups = pattern.m, 4
+    x = scores(5, m * groups, seed)
+    channels = torch.arange(m * groups).view(groups, m)
+    for slot in range(m):
+        best, best_kept = channels, kept_score(x, channels.flatten(), pattern)
+        for hand in permutations(range(groups)):
+            trial = channels.clone()
+            trial[:, slot] = channels[list(hand), slot]
+            if (kept := kept_score(x, trial.flatten(), pattern)) > best_kept * (1 + 1e-9):
+                best, best_kept = trial, kept
+        channels = best
+    got = assign_slots(x, torch.arange(m * groups), n=pattern.n, m=m)
+    assert kept_score(x, got, pattern) == pytest.approx(kept_score(x, channels.flatten(), pattern))
+
+
+@given(seed=st.integers(0, 2**16), tail=st.integers(0, 3), n=st.integers(1, 3))
+def test_searches_never_keep_less_and_return_an_order(seed: int, tail: int, n: int) -> None:
+    pattern = NM(n, 4)
+    x = scores(6, 24 + tail, seed)
+    own = torch.arange(24 + tail)
+    dealt = Gns(deal="serpentine").order(x, pattern)
+    assert dealt is not None
+    lsa = Lsa(deal="serpentine", rounds=3).order(x, pattern)
+    best = Best(deal="serpentine", block=256, rounds=5).order(x, pattern)
+    for order in (lsa, best):
+        assert order is not None
+        assert order.sort().values.tolist() == own.tolist()
+        assert order[24:].tolist() == own[24:].tolist()
+        assert (order[:24].view(-1, 4).diff(dim=1) > 0).all()
+    kept = {name: kept_score(x, order, pattern) for name, order in {"own": own, "dealt": dealt, "lsa": lsa}.items()}
+    assert kept["lsa"] >= kept["dealt"] * (1 - 1e-7)
+    others = [Lbs(block=256).order(x, pattern), Esparse(deal="serpentine", block=256).order(x, pattern)]
+    for order in others:
+        assert kept_score(x, best, pattern) >= kept_score(x, order, pattern) * (1 - 1e-5)
+
+
+def test_equal_scores_leave_the_channels_where_they_are() -> None:
+    x = torch.ones(3, 12)
+    assert assign_slots(x, torch.arange(12), n=2, m=4).tolist() == list(range(12))
+    assert Best(deal="straight", block=256, rounds=3).order(x, NM(2, 4)).tolist() == list(range(12))
+
+
+def test_by_hand() -> None:
+    """1:2, two groups (0 1) and (2 3): the large channels 0 and 1 stand together and must part."""
+    x = torch.tensor([[9.0, 8.0, 1.0, 2.0]])
+    assert kept_score(x, torch.arange(4), NM(1, 2)) == 11
+    assert kept_score(x, assign_slots(x, torch.arange(4), n=1, m=2), NM(1, 2)) == 17
+
+
+def test_summed_maxima() -> None:
+    left, right = scores(4, 7, 1), scores(5, 7, 2)
+    expected = [[sum(max(a, b) for a, b in zip(r, s, strict=True)) for s in right.tolist()] for r in left.tolist()]
+    torch.testing.assert_close(
+        summed_maxima(left, right), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+def test_patterns_without_groups_have_no_order() -> None:
+    assert Lsa(deal="straight", rounds=1).order(scores(2, 8, 0), Unstructured(50)) is None
+    assert Best(deal="straight", block=256, rounds=1).order(scores(2, 8, 0), Unstructured(50)) is None
+
+
+@pytest.mark.parametrize("shuffle", [lambda: Lsa(deal="odd", rounds=1), lambda: Lsa(deal="straight", rounds=0)])
+def test_settings_that_make_no_sense_are_refused(shuffle) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="deal|rounds"):
+        shuffle()
