@@ -269,8 +269,9 @@ def natural(value: Any) -> tuple[Any, ...]:
 def text(column: str, value: Any) -> str:
     """A value as a table shows it: two decimals of a perplexity, four of a share."""
     if isinstance(value, Spread):
-        deviation = f" ± {text(column, value.deviation)}" if value.deviation else ""
-        return text(column, value.mean) + deviation
+        deviation = text(column, value.deviation) if value.deviation else ""
+        # What rounds to nothing is not said: 21.81, not 21.81 ± 0.00.
+        return text(column, value.mean) + (f" ± {deviation}" if deviation.strip("0.") else "")
     if value is None:
         return ""
     if not isinstance(value, NUMBER) or isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -10,11 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from esparse import schema
+from esparse.models.blocks import BlockModel
+from esparse.patterns import NM
+from esparse.prune import Method, prune
+from esparse.report import Stages
+from esparse.shuffles import NoShuffle
+from esparse.updates import NoUpdate
+from tests.models.families import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("experiments/*.md")])
@@ -78,3 +87,22 @@ def test_the_readme_names_every_setting() -> None:
         for component in known.values():
             for setting in component.__dataclass_fields__:
                 assert f"`{group}.{setting}`" in text, f"README.md does not explain {group}.{setting}"
+
+
+def test_the_readmes_example_of_a_metric_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, flags=re.S))
+    (tmp_path / "power_example.py").write_text(blocks["esparse/metrics/power.py"])
+    (tmp_path / "conf" / "metric").mkdir(parents=True)
+    (tmp_path / "conf" / "metric" / "power.yaml").write_text(blocks["conf/metric/power.yaml"])
+    monkeypatch.syspath_prepend(tmp_path)
+    power = importlib.import_module("power_example").Power
+    monkeypatch.setitem(schema.CHOICES["metric"], "power", power)
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "metric=power", "metric.exponent=2"]
+        metric = schema.build(compose("config", overrides)).metric
+    assert metric == power(exponent=2.0)
+    blocks_of_model = BlockModel(tiny("llama"), device=torch.device("cpu"), batch_tokens=64)
+    method = Method(metric=metric, pattern=NM(2, 4), shuffle=NoShuffle(), update=NoUpdate())
+    assert prune(blocks_of_model, torch.randint(1, 96, (4, 16)), method, stages=Stages()).pattern_holds
