@@ -2,8 +2,9 @@
 
 masks.safetensors: one uint8 entry per pruned weight under its name in the model's state dict, bit-packed along the
 columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
-the true shape stands in the metadata. orders.safetensors (only where a shuffle ran): the channel (int32) that stands at
-each place when the pattern's groups are cut. calibration_tokens.safetensors: `tokens` (int32, sequences x length).
+the metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only where a shuffle ran): the channel (int32)
+that stands at each place when the pattern's groups are cut.
+calibration_tokens.safetensors: `tokens` (int32, sequences x length).
 window_losses.safetensors: `dense/CORPUS` and `pruned/CORPUS`, the mean loss (nats, float64) of every window, so that
 two runs can be compared window by window.
 """
@@ -42,7 +43,8 @@ def write(
 ) -> int:
     """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
     packed = {name: pack(keep) for name, keep in keeps.items()}
-    shapes = {name: json.dumps(list(keep.shape)) for name, keep in keeps.items()}
+    # One entry: several would come in any order, and equal masks would not be equal files.
+    shapes = {"shapes": json.dumps({name: list(keep.shape) for name, keep in keeps.items()}, sort_keys=True)}
     write_whole(folder / "masks.safetensors", lambda draft: save_file(packed, draft, metadata=shapes))
     if orders:
         as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
@@ -57,5 +59,5 @@ def write(
 def read_masks(folder: Path) -> dict[str, Tensor]:
     """The keep masks of a finished run by weight name."""
     with safe_open(folder / "masks.safetensors", framework="pt") as file:
-        shapes = file.metadata()
-        return {name: unpack(file.get_tensor(name), json.loads(shapes[name])) for name in file.keys()}  # noqa: SIM118
+        shapes = json.loads(file.metadata()["shapes"])
+        return {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}

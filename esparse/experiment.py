@@ -53,7 +53,9 @@ class Experiment:
     rerun: bool  # repeat a finished run
 
     def __post_init__(self) -> None:
-        patterns.parse(self.pattern)
+        pattern = patterns.parse(self.pattern)
+        self.shuffle.check(pattern)
+        self.update.check(pattern)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
 

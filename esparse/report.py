@@ -90,7 +90,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """The record of a finished run, or None; a damaged one counts as not finished."""
     try:
         record = json.loads((folder / "result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     return record if isinstance(record, dict) and record.get("status") == "finished" else None
 

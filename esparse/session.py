@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from esparse import schema
 from esparse.report import finished, write_json
@@ -59,6 +60,9 @@ def mistakes() -> Iterator[None]:
     """Turns a setting that makes no sense into one sentence and exit code 2."""
     try:
         yield
+    except MissingMandatoryValue as error:
+        print(f"esparse: {error.full_key} has no value yet: set {error.full_key}=...", file=sys.stderr)
+        raise SystemExit(MISTAKE) from None
     except ValueError as error:
         print(f"esparse: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(MISTAKE) from None

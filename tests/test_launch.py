@@ -107,7 +107,7 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert len(record["layers"]) == 14
     assert {"name", "shape", "density", "kept_score", "relative_error", "seconds"} <= set(record["layers"][0])
     assert set(record["memory"]) == {"peak_host_mib", "peak_device_mib", "dense_bytes", "sparse_bytes", "saving"}
-    assert f"{record['quality']['text.txt']['pruned']:.2f}" in done.stdout
+    assert f"{record['quality']['text.txt']['pruned']:.0f}" in done.stdout
 
     folder = tmp_path / "out" / record["id"]
     masks = audit.read_masks(folder)
@@ -210,6 +210,16 @@ def damaged_weight(folder: Path) -> str:
     return "NaN or Inf"
 
 
+def overflowing_activations(folder: Path) -> str:
+    for shard in (folder / "model").glob("*.safetensors"):
+        weights = load_file(shard)
+        for name in weights:
+            if name == "model.layers.0.post_attention_layernorm.weight":
+                weights[name] *= 1e30  # gate times up overflows float32
+                save_file(weights, shard, metadata={"format": "pt"})
+    return "the output of model.layers.0 holds NaN or Inf"
+
+
 def no_weights(folder: Path) -> str:
     for shard in (folder / "model").glob("*.safetensors*"):
         shard.unlink()
@@ -231,7 +241,17 @@ def no_text(folder: Path) -> str:
     return f"expected a text file at {folder / 'text.txt'}"
 
 
-DAMAGES = [truncated, lost_shard, lost_weight, damaged_weight, no_weights, no_config, short_text, no_text]
+DAMAGES = [
+    truncated,
+    lost_shard,
+    lost_weight,
+    damaged_weight,
+    overflowing_activations,
+    no_weights,
+    no_config,
+    short_text,
+    no_text,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -279,7 +299,8 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
         (["metric.alfa=1"], ["metric.alfa", "Entropy"]),
         (["metric.bins=many"], ["'many'", "Integer"]),
         (["metric.norm=l2"], ["metric.norm must be one of sequence, rms, total"]),
-        (["shuffle.block=1"], ["block"]),
+        (["shuffle.block=7"], ["shuffle.block=7", "at least 8"]),
+        (["update=swap", "pattern=50%"], ["update=swap", "needs an n:m pattern"]),
         (["model=hf"], ["model.path"]),
         (["calibration=text"], ["calibration.path"]),
         (["seed=-1"], ["seed must be between"]),
@@ -310,6 +331,28 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: lis
     assert not list((tmp_path / "out").glob("*/*.part"))
     assert not records(tmp_path)
     assert launch(*small).returncode == 0
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_width_that_m_does_not_divide_is_handled(small: list[str], tmp_path: Path) -> None:
+    done = launch(*small, "pattern=3:7")  # widths of 32 and 64: tails of 4 and 1
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path)
+    assert record["sparsity"]["pattern_holds"]
+    assert record["sparsity"]["density"] > 3 / 7
+
+
+def test_a_wandb_server_that_is_not_there_does_not_stop_a_run(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    online = ["tracking=wandb", "tracking.mode=online", "tracking.timeout_s=5"]
+    done = launch(*(a for a in small if a != "tracking=none"), *online)
+    assert done.returncode == 0, done.stderr
+    assert "could not be reached" in done.stderr
+    assert "wandb sync" in done.stderr
+    assert "Traceback" not in done.stderr
     assert len(records(tmp_path)) == 1
 
 

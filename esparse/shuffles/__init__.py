@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 class Shuffle(ABC):
     """A way to choose the channels of each group from the scores."""
 
+    def check(self, pattern: Pattern) -> None:
+        """Raises ValueError where the settings make no sense for this pattern; called before anything runs."""
+        return None
+
     @abstractmethod
     def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
         """The channel at each place (int64), or None for the channels' own order.

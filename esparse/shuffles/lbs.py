@@ -24,6 +24,13 @@ class Lbs(Shuffle):
 
     block: int  # channels; rounded down to whole groups
 
+    def check(self, pattern: Pattern) -> None:
+        if isinstance(pattern, NM) and self.block < 2 * pattern.m:
+            raise ValueError(
+                f"shuffle.block={self.block} holds fewer than two groups of {pattern.m}, between which channels could "
+                f"be swapped: use at least {2 * pattern.m}"
+            )
+
     def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
         import torch
 
@@ -47,6 +54,9 @@ class Esparse(Shuffle):
 
     def __post_init__(self) -> None:
         Gns(deal=self.deal)  # an unknown deal should fail before a job is submitted
+
+    def check(self, pattern: Pattern) -> None:
+        Lbs(block=self.block).check(pattern)
 
     def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
         dealt_I = Gns(deal=self.deal).order(scores_OI, pattern)

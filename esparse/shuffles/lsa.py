@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from esparse.patterns import NM
 from esparse.shuffles import Shuffle
 from esparse.shuffles.gns import Gns
+from esparse.shuffles.lbs import Lbs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,9 @@ class Best(Shuffle):
 
     def __post_init__(self) -> None:
         Lsa(deal=self.deal, rounds=self.rounds)
+
+    def check(self, pattern: Pattern) -> None:
+        Lbs(block=self.block).check(pattern)
 
     def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
         import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Grouping
+    from esparse.patterns import Grouping, Pattern
     from esparse.stats import Factory, LayerStats
 
 
@@ -49,6 +49,10 @@ class Update(ABC):
         """The statistics of the layer's input that `apply` will look up in `layer.stats`, by name; none by default."""
         return {}
 
+    def check(self, pattern: Pattern) -> None:
+        """Raises ValueError where the update makes no sense for this pattern; called before anything runs."""
+        return None
+
     @abstractmethod
     def apply(self, layer: Layer, start: Solution) -> Solution:
         """The layer after the update, where `start` is how the metric, or the update before, left it."""
@@ -71,6 +75,10 @@ class Then(Update):
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()
+
+    def check(self, pattern: Pattern) -> None:
+        self.first.check(pattern)
+        self.second.check(pattern)
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         return self.second.apply(layer, self.first.apply(layer, start))

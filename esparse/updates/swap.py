@@ -14,11 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.patterns import NM
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from esparse.patterns import Pattern
     from esparse.stats import Factory
 
 VALUES = ("dense", "best")
@@ -36,6 +38,10 @@ class Swap(Update):
         if self.values not in VALUES:
             raise ValueError(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
 
+    def check(self, pattern: Pattern) -> None:
+        if not isinstance(pattern, NM):
+            raise ValueError(f"update=swap exchanges weights within groups: it needs an n:m pattern, not {pattern}")
+
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram
 
@@ -43,13 +49,10 @@ class Swap(Update):
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         from esparse.linalg import damped
-        from esparse.patterns import NM
 
         grouping = layer.grouping
-        if not isinstance(grouping.pattern, NM):
-            raise ValueError(
-                f"update=swap exchanges weights within groups: it needs an n:m pattern, not {grouping.pattern}"
-            )
+        self.check(grouping.pattern)
+        assert isinstance(grouping.pattern, NM)
         gram_II = damped(layer.stats["gram"].gram_II, self.damp)
         order_I = grouping.order_I
         weight_OI, keep_OI = refine(
