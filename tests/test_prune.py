@@ -22,7 +22,7 @@ from esparse.patterns import NM, Grouping, Pattern, Unstructured
 from esparse.prune import Method, Pruned, prune
 from esparse.report import Stages
 from esparse.shuffles import NoShuffle, Shuffle
-from esparse.updates import NoUpdate
+from esparse.updates import Layer, NoUpdate, Solution, Update
 from tests.models.families import tiny
 
 TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
@@ -104,6 +104,24 @@ def test_keep_in_order_is_the_mask_of_the_reordered_matrix_put_back(seed: int, n
             dropped = [channel for channel in group if not keep[row, channel]]
             assert len(survivors) == n
             assert scores[row, survivors].min() >= scores[row, dropped].max()
+
+
+class Careless(Update):
+    """Leaves -0.0 and worse where weights were pruned; made for these tests."""
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        return Solution(layer.dense_OI.abs() * torch.where(start.keep_OI, 1.0, -1e-30), start.keep_OI)
+
+
+def test_pruned_weights_are_plus_zero_whatever_the_update_returns() -> None:
+    model = tiny("llama")
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=40)
+    method = Method(metric=Magnitude(), pattern=NM(2, 4), shuffle=NoShuffle(), update=Careless())
+    pruned = prune(blocks, TOKENS_SL, method, stages=Stages())
+    for name, keep in pruned.keeps.items():
+        weight = model.state_dict()[name]
+        assert torch.equal(weight != 0, keep)
+        assert not torch.signbit(weight[~keep]).any()
 
 
 @pytest.mark.parametrize(("pattern", "density"), [(NM(1, 4), 0.25), (NM(8, 16), 0.5), (Unstructured(75), 0.25)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from esparse.metrics.wanda import Wanda
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import Activations, BlockModel, _without_cache
 from esparse.patterns import NM
 from esparse.prune import Method, prune
 from esparse.report import Stages
@@ -71,6 +72,13 @@ def test_every_matrix_of_the_blocks_is_pruned_and_nothing_else(family: str) -> N
         assert ((kept != 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all(), f"{name} is not 2:4"
         assert torch.equal(kept, original * pruned.keeps[name]), f"{name}: survivors changed"
         assert not torch.signbit(kept[kept == 0]).any(), f"{name} holds -0.0"
+
+
+def test_a_cache_is_never_replayed() -> None:
+    cache = DynamicCache()
+    call = _without_cache((cache, 1), {"past_key_values": cache, "layer_past": None, "other": cache, "use_cache": True})
+    assert call.args == (None, 1)
+    assert call.kwargs == {"past_key_values": None, "layer_past": None, "other": None, "use_cache": False}
 
 
 @pytest.mark.parametrize(
