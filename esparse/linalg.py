@@ -55,11 +55,6 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     raise ValueError(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
 
 
-def layer_error(gram_II: Tensor, difference_OI: Tensor) -> Tensor:
-    """tr(D G D^T) in float64."""
-    return ((difference_OI @ gram_II) * difference_OI).sum(dtype=torch.float64)
-
-
 def solve_on_support(
     gram_II: Tensor, dense_OI: Tensor, keep_OI: Tensor, start_OI: Tensor, *, iterations: int, tolerance: float
 ) -> Tensor:

@@ -25,7 +25,6 @@ from esparse.metrics.sparsegpt import SparseGpt
 from esparse.metrics.wanda import Wanda
 from esparse.models.load import Model
 from esparse.recoveries import NoRecovery
-from esparse.report import run_id
 from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
@@ -112,6 +111,3 @@ def title(settings: dict[str, Any]) -> str:
     model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
     extras = [choices[group] for group in ("shuffle", "update", "recovery") if choices[group] != "none"]
     return " ".join([model, settings["pattern"], choices["metric"], *extras])
-
-
-__all__ = ["CHOICES", "build", "register", "resolved", "run_id", "title"]

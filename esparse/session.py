@@ -27,6 +27,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from esparse import schema
 from esparse.report import finished, write_json
+from esparse.report import run_id as identity
 
 if TYPE_CHECKING:
     from esparse.experiment import Experiment
@@ -70,7 +71,7 @@ def mistakes() -> Iterator[None]:
 
 def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
     """Carries out one run unless it is finished already; a failure is written down and does not end a sweep."""
-    run_id, name = schema.run_id(settings), schema.title(settings)
+    run_id, name = identity(settings), schema.title(settings)
     folder = Path(experiment.output_root) / run_id
     _seen["begun"] = True
     record = None if experiment.rerun else finished(folder)
@@ -142,7 +143,7 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         records, failures = [], []
         for settings in self._asked:
-            folder = Path(settings["output_root"]) / schema.run_id(settings)
+            folder = Path(settings["output_root"]) / identity(settings)
             record = finished(folder)
             if record is not None:
                 records.append(record)

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from esparse.linalg import inverse_factor
 
-NORMS = ("sequence", "rms", "total")
-RANGES = ("channel", "layer", "fixed")
-
 
 class Statistic(ABC):
     """Something that is summed up over all tokens a layer reads.
