@@ -10,17 +10,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse import __version__, patterns
+from esparse.allocations import Allocation
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.metrics import Metric
 from esparse.models.load import Model
+from esparse.patterns import Pattern
+from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
-from esparse.report import LayerReport, Stages, layer_dicts, write_json
+from esparse.report import LayerReport, Stages, as_dicts, write_json
 from esparse.shuffles import Shuffle
 from esparse.tracking import Tracking
 from esparse.updates import Update
@@ -28,11 +32,10 @@ from esparse.updates import Update
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from esparse.models.blocks import BlockModel
     from esparse.progress import Progress
-    from esparse.prune import Pruned
+    from esparse.prune import Method, Pruned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,23 +44,49 @@ class Experiment:
 
     model: Model
     calibration: Calibration
+    prepare: Prepare
     metric: Metric
+    allocation: Allocation
     shuffle: Shuffle
     update: Update
     recovery: Recovery
     evaluate: Perplexity
     tracking: Tracking
-    pattern: str  # n:m (n of m survive) or P% (P per cent of each row are removed)
+    pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
+    outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
     rerun: bool  # repeat a finished run
 
     def __post_init__(self) -> None:
-        pattern = patterns.parse(self.pattern)
-        self.shuffle.check(pattern)
-        self.update.check(pattern)
+        pattern = self.parsed_pattern()
+        for component in (self.allocation, self.shuffle, self.update, self.recovery):
+            component.check(pattern)
+        if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
+            raise ValueError(
+                "the gradients of the whole model are taken before any block is prepared and would not fit the "
+                "prepared weights: use metric.source=block or prepare=none"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
+
+    def parsed_pattern(self) -> Pattern:
+        return patterns.parse(self.pattern, self.outliers)
+
+    def method(self) -> Method:
+        """What decides which weights survive and what becomes of them."""
+        from esparse.prune import Method
+
+        return Method(
+            metric=self.metric,
+            pattern=self.parsed_pattern(),
+            shuffle=self.shuffle,
+            update=self.update,
+            recovery=self.recovery,
+            prepare=self.prepare,
+            allocation=self.allocation,
+            seed=self.seed,
+        )
 
 
 def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -67,11 +96,10 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     from esparse.models.blocks import BlockModel
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
-    from esparse.prune import Method, prune
+    from esparse.prune import prune
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
-    pattern = patterns.parse(experiment.pattern)
-    method = Method(metric=experiment.metric, pattern=pattern, shuffle=experiment.shuffle, update=experiment.update)
+    method = experiment.method()
     device = experiment.model.device()
     stages = Stages(settle=_settle(device))
     with stages("load"):
@@ -90,7 +118,9 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             progress.layer(block, layer)
             sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
-        dense = _losses(blocks, windows, "dense", stages, progress)
+        parameters = sum(p.numel() for p in model.parameters())
+        dense_bytes = sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+        dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, stages, progress)
         progress.pruning()
         pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)
         progress.block_done()
@@ -107,11 +137,11 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             "model": {
                 "name": experiment.model.title,
                 "family": model.config.model_type,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": parameters,
                 "pruned_parameters": pruned.weights,
             },
             "sparsity": {
-                "pattern": str(pattern),
+                "pattern": str(method.pattern),
                 "density": pruned.survivors / pruned.weights,
                 "pattern_holds": pruned.pattern_holds,
             },
@@ -121,16 +151,41 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
                     "pruned": perplexity(after[corpus]),
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
+                    "dense_run": dense_run,
                 }
                 for corpus, windows_WL in windows.items()
             },
-            "layers": layer_dicts(pruned.layers),
+            "layers": as_dicts(pruned.layers),
+            "recovery": as_dicts(pruned.recoveries),
             "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
-            "memory": memory(model, pruned, mask_bytes, device),
+            "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, device),
         }
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record
+
+
+# Of the last dense model measured in this process: what was measured, and the losses. The runs of a sweep that prune
+# the same model then measure it once; the record says which run did.
+_dense: dict[str, tuple[str, dict[str, Tensor]]] = {}
+
+
+def _dense_losses(
+    experiment: Experiment,
+    run_id: str,
+    blocks: BlockModel,
+    windows: dict[str, Tensor],
+    stages: Stages,
+    progress: Progress,
+) -> tuple[str, dict[str, Tensor]]:
+    """The id of the run that measured the dense model, and its losses."""
+    windows_hash = sha256(b"".join(windows_WL.numpy().tobytes() for windows_WL in windows.values())).hexdigest()
+    asked = f"{experiment.model} {sorted(windows)} {windows_hash}"
+    if experiment.rerun or asked not in _dense:
+        measured = _losses(blocks, windows, "dense", stages, progress)
+        _dense.clear()
+        _dense[asked] = (run_id, measured)
+    return _dense[asked]
 
 
 def _losses(
@@ -170,23 +225,28 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def memory(model: PreTrainedModel, pruned: Pruned, mask_bytes: int, device: torch.device) -> dict[str, Any]:
+def memory(
+    dense_bytes: int, element_bytes: int, pruned: Pruned, mask_bytes: int, device: torch.device
+) -> dict[str, Any]:
     """Peaks of the process in MiB, and the bytes of the model's tensors dense and bit-mask packed.
 
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
+    metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
+    bits_per_weight: that and the surviving values.
     """
     import torch
 
     unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    dense = sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
-    element = model.dtype.itemsize
-    sparse = dense - (pruned.weights - pruned.survivors) * element + mask_bytes
+    sparse = dense_bytes - (pruned.weights - pruned.survivors) * element_bytes + mask_bytes
+    metadata_bits = pruned.metadata_bits / pruned.weights
     return {
         "peak_host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1),
         "peak_device_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else None,
-        "dense_bytes": dense,
+        "dense_bytes": dense_bytes,
         "sparse_bytes": sparse,
-        "saving": 1 - sparse / dense,
+        "saving": 1 - sparse / dense_bytes,
+        "metadata_bits": metadata_bits,
+        "bits_per_weight": 8 * element_bytes * pruned.survivors / pruned.weights + metadata_bits,
     }
 
 

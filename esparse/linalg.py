@@ -55,6 +55,22 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     raise ValueError(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
 
 
+def eigh(gram_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (none below 0) and eigenvectors (in columns) of G in its own precision; float64 where that fails."""
+    try:
+        values_I, vectors_II = torch.linalg.eigh(gram_II)
+    except torch.linalg.LinAlgError:
+        log.warning("the eigenvalues of a Gram matrix did not converge in %s: taken in float64", gram_II.dtype)
+        values_I, vectors_II = (part.to(gram_II.dtype) for part in torch.linalg.eigh(gram_II.double()))
+    return values_I.clamp_min(0), vectors_II
+
+
+def inverse(gram_II: Tensor) -> Tensor:
+    """G^-1, with the precision and the damping of `inverse_factor`, which begins without any."""
+    upper_II = inverse_factor(gram_II, 0.0)
+    return upper_II.T @ upper_II
+
+
 def solve_on_support(
     gram_II: Tensor, dense_OI: Tensor, keep_OI: Tensor, start_OI: Tensor, *, iterations: int, tolerance: float
 ) -> Tensor:

@@ -1,13 +1,15 @@
-"""The block loop: observe, score, shuffle, keep, update, advance. The one place that writes weights.
+"""The block loop: prepare, observe, score, shuffle, keep, update, recover, advance. The one place that writes masks.
 
 Shapes: O outputs, I inputs, S sequences, L tokens of a sequence. Polarity: True in `keep` means the weight survives.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esparse import gradients
+from esparse.allocations import Allocation, Measured, Uniform
 from esparse.metrics import Metric
+from esparse.models.block import Block
 from esparse.models.blocks import Activations, BlockModel
-from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
+from esparse.models.matrices import InputGroup, Matrix
 from esparse.patterns import Grouping, Pattern
-from esparse.report import LayerReport, Stages
-from esparse.shuffles import Shuffle
-from esparse.stats import ColumnNorm, Factory, LayerStats, Statistic, TokenSample
-from esparse.updates import Layer, Solution, Update
+from esparse.prepare import NoPreparation, Prepare
+from esparse.recoveries import NoRecovery, Recovery
+from esparse.report import LayerReport, RecoveryReport, Stages
+from esparse.shuffles import Layers, NoShuffle, Shuffle
+from esparse.stats import ColumnNorm, Factory, Gram, LayerStats, Statistic, TokenSample, WeightGradient
+from esparse.updates import Layer, NoUpdate, Solution, Update
 
 log = logging.getLogger("esparse")
 
@@ -36,11 +43,20 @@ class Method:
     metric: Metric
     pattern: Pattern
     shuffle: Shuffle
-    update: Update
+    update: Update = field(default_factory=NoUpdate)
+    recovery: Recovery = field(default_factory=NoRecovery)
+    prepare: Prepare = field(default_factory=NoPreparation)
+    allocation: Allocation = field(default_factory=Uniform)
+    seed: int = 0
 
     def collects(self) -> dict[str, Factory]:
         asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
-        return asked | self.metric.collects() | self.update.collects()
+        parts = (self.metric, self.shuffle, self.update, self.recovery)
+        return asked | {name: build for part in parts for name, build in part.collects().items()}
+
+    def sequences_at_once(self) -> int | None:
+        """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
+        return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
 
 
 @dataclass(slots=True)
@@ -51,11 +67,29 @@ class Pruned:
     """
 
     layers: list[LayerReport] = field(default_factory=list)
+    recoveries: list[RecoveryReport] = field(default_factory=list)
     keeps: dict[str, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
+    groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
     weights: int = 0
     survivors: int = 0
+    metadata_bits: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """An input group of one block, what its tokens summed up to, and the gradients of its weights, where asked for."""
+
+    group: InputGroup
+    statistics: dict[str, Statistic]
+    gradients: Mapping[str, Tensor]
+
+    def stats(self, matrix: Matrix) -> LayerStats:
+        extra = {}
+        if matrix.entry in self.gradients:
+            extra["gradient"] = WeightGradient(matrix.part_of(self.gradients[matrix.entry]))
+        return LayerStats(matrix.name, self.statistics | extra, self.statistics["norm"].tokens)
 
 
 def prune(
@@ -72,36 +106,75 @@ def prune(
     `skip` holds regular expressions of layer names that stay dense. Raises ValueError for weights or activations that
     are not finite, naming the layer.
     """
-    pruned = Pruned()
-    with stages("calibrate"):
-        activations = Activations(blocks, tokens_SL)
-    for index in range(len(blocks.blocks)):
-        with blocks.resident(index):
-            with stages("calibrate"):
-                observed = _observe(activations, index, method.collects(), skip=skip, sequences=len(tokens_SL))
-            for group, statistics in observed:
-                for layer in _prune_group(group, statistics, method, pruned, stages=stages):
-                    pruned.layers.append(layer)
-                    on_layer(index, layer)
-            if index + 1 < len(blocks.blocks):
-                with stages("calibrate"):
-                    activations.advance(index)
+    pruned, recovery = Pruned(), method.recovery
+    patterns = _allocated(blocks, tokens_SL, method, skip=skip, stages=stages)
+    parent = copy.deepcopy(blocks.model) if recovery.needs_parent() else None
+
+    def prune_block(block: Block, groups: list[_Group]) -> None:
+        with stages("recover"):
+            finish = recovery.begin(block)
+        for group in groups:
+            for layer in _prune_group(group, method, patterns, pruned, stages=stages):
+                pruned.layers.append(layer)
+                on_layer(block.index, layer)
+        with stages("recover"):
+            pruned.recoveries += finish(pruned.keeps)
+
+    if method.allocation.measures():  # which walked through the blocks already, and prepared them
+        method = dataclasses.replace(method, prepare=NoPreparation())
+    _walk(blocks, tokens_SL, method, prune_block, method.collects(), skip=skip, stages=stages)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
+    with stages("recover"):
+        pruned.recoveries += recovery.whole(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
+    _measure(pruned)
     return pruned
 
 
+def _walk(
+    blocks: BlockModel,
+    tokens_SL: Tensor,
+    method: Method,
+    visit: Callable[[Block, list[_Group]], None],
+    collects: dict[str, Factory],
+    *,
+    skip: Sequence[str],
+    stages: Stages,
+) -> None:
+    """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns after the visit."""
+    with stages("calibrate"):
+        of_model = gradients.of_model(blocks, tokens_SL, skip) if method.metric.gradients() == "model" else {}
+        activations = Activations(blocks, tokens_SL, method.sequences_at_once())
+        dense = activations.twin() if method.recovery.needs_dense_stream() else None
+    for index in range(len(blocks.blocks)):
+        last = index + 1 == len(blocks.blocks)
+        with blocks.resident(index):
+            block = Block(index, activations, dense, skip, method.seed)
+            with stages("prepare"):
+                method.prepare.block(block)
+            with stages("calibrate"):
+                weights = gradients.of_block(block) if method.metric.gradients() == "block" else of_model
+                groups = _observe(block, collects, weights, sequences=len(tokens_SL))
+                ahead = None if dense is None or last else dense.advanced(index)
+            visit(block, groups)
+            with stages("calibrate"):
+                if not last:
+                    activations.advance(index)
+                if dense is not None and ahead is not None:
+                    dense.hidden = ahead
+
+
 def _observe(
-    activations: Activations, index: int, collects: dict[str, Factory], *, skip: Sequence[str], sequences: int
-) -> list[tuple[InputGroup, dict[str, Statistic]]]:
+    block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], *, sequences: int
+) -> list[_Group]:
     """The input groups of one block, each with what its tokens summed up to."""
-    blocks = activations.blocks
-    matrices = BlockMatrices(blocks.blocks[index], f"{blocks.prefix}.{index}", skip)
+    activations, device = block.activations, block.activations.blocks.device
+    matrices = block.matrices()
     statistics: dict[int, dict[str, Statistic]] = {}
 
     def statistics_of(group: InputGroup) -> dict[str, Statistic]:
         if id(group) not in statistics:
-            size: dict[str, Any] = {"inputs": group.inputs, "sequences": sequences, "device": blocks.device}
+            size: dict[str, Any] = {"inputs": group.inputs, "sequences": sequences, "device": device}
             statistics[id(group)] = {name: build(**size) for name, build in collects.items()}
         return statistics[id(group)]
 
@@ -113,42 +186,89 @@ def _observe(
                 statistic.add(x_TI, look)
 
         with matrices.observed(read):
-            activations.observe(index)
+            activations.observe(block.index)
         looks = max([s.looks for of_group in statistics.values() for s in of_group.values()], default=1)
         look += 1
     for name in matrices.complete():
         log.warning("%s took no part in the forward pass and stays dense", name)
-    return [(group, statistics_of(group)) for group in matrices.groups]
+    for group in matrices.groups:
+        gram = statistics_of(group).get("gram")
+        if isinstance(gram, Gram) and not torch.isfinite(gram.gram_II).all():
+            raise ValueError(
+                f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
+                "or float32, otherwise the model's weights are damaged"
+            )
+    return [_Group(group, statistics_of(group), weight_gradients) for group in matrices.groups]
+
+
+def _allocated(
+    blocks: BlockModel, tokens_SL: Tensor, method: Method, *, skip: Sequence[str], stages: Stages
+) -> Mapping[str, Pattern]:
+    """The patterns of those layers that get another one than the rest, by name."""
+    allocation = method.allocation
+    if not allocation.measures():
+        return {}
+    layers: list[Measured] = []
+    grouping = Grouping(method.pattern)
+
+    def measure(block: Block, groups: list[_Group]) -> None:
+        with stages("score"):
+            for group in groups:
+                number = len({layer.group for layer in layers})
+                for matrix in group.group.matrices:
+                    weight_OI, stats = _finite(matrix), group.stats(matrix)
+                    score_OI = _scores(method.metric, weight_OI, stats)
+                    value = allocation.measure(Layer(weight_OI, grouping, stats), score_OI)
+                    layers.append(Measured(matrix.name, block.index, number, weight_OI.numel(), value))
+
+    # Only what the scores and the allocation need: no update, no recovery, no shuffle.
+    bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
+    _walk(blocks, tokens_SL, bare, measure, bare.collects() | allocation.collects(), skip=skip, stages=stages)
+    return allocation.plan(layers, method.pattern)
 
 
 def _prune_group(
-    group: InputGroup, statistics: dict[str, Statistic], method: Method, pruned: Pruned, *, stages: Stages
+    group: _Group, method: Method, patterns: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
 ) -> list[LayerReport]:
     """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
     start = time.perf_counter()
-    tokens = statistics["norm"].tokens
+    matrices = group.group.matrices
     with stages("score"):
-        weights = [_finite(matrix) for matrix in group.matrices]
-        stats = [LayerStats(matrix.name, statistics, tokens) for matrix in group.matrices]
+        weights = [_finite(matrix) for matrix in matrices]
+        stats = [group.stats(matrix) for matrix in matrices]
         scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
+    pattern = patterns.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
-        grouping = Grouping(method.pattern, method.shuffle.order(torch.cat(scores), method.pattern))
-    shared = (time.perf_counter() - start) / len(group.matrices)
+        layers = None
+        if "gram" in method.shuffle.collects() and stats[0].tokens:
+            layers = Layers(torch.cat(weights), stats[0]["gram"].gram_II)
+        grouping = Grouping(pattern, method.shuffle.order(torch.cat(scores), pattern, layers))
+    shared = (time.perf_counter() - start) / len(matrices)
     reports = []
-    for matrix, weight_OI, stat, score_OI in zip(group.matrices, weights, stats, scores, strict=True):
+    for matrix, weight_OI, stat, score_OI in zip(matrices, weights, stats, scores, strict=True):
         start = time.perf_counter()
         with stages("score"):
             solution = Solution.without_update(weight_OI, grouping.keep_top(score_OI))
         if stat.tokens:
+            layer = Layer(weight_OI, grouping, stat)
             with stages("update"):
-                solution = method.update.apply(Layer(weight_OI, grouping, stat), solution)
-        # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail.
-        matrix.view().copy_(solution.weight_OI.masked_fill(~solution.keep_OI, 0.0))
+                solution = method.update.apply(layer, solution)
+            with stages("recover"):
+                solution = method.recovery.layer(layer, solution)
+        _write(matrix, solution)
         _remember(pruned, matrix, solution.keep_OI, grouping)
-        report = _report(matrix, weight_OI, solution.keep_OI, score_OI, statistics["sample"])
+        report = _report(matrix, weight_OI, solution, score_OI, group.statistics["sample"])
+        report.pattern = str(pattern)
         report.seconds = shared + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _write(matrix: Matrix, solution: Solution) -> None:
+    # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail.
+    matrix.view().copy_(solution.weight_OI.masked_fill(~solution.keep_OI, 0.0))
+    if solution.shift_O is not None and not matrix.add_to_bias(solution.shift_O):
+        log.warning("%s has no place for a bias: it stays without its correction", matrix.name)
 
 
 def _finite(matrix: Matrix) -> Tensor:
@@ -170,11 +290,7 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
 
 
 def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping) -> None:
-    """Stores mask and order, and measures on the stored weights whether the pattern holds."""
-    survives_OI = matrix.view() != 0
-    pruned.pattern_holds &= grouping.holds(survives_OI)
-    pruned.weights += survives_OI.numel()
-    pruned.survivors += int(survives_OI.sum())
+    pruned.groupings.append((matrix, grouping))
     for store, value in ((pruned.keeps, keep_OI), (pruned.orders, grouping.order_I)):
         if value is None:
             continue
@@ -186,20 +302,35 @@ def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Groupin
             stack[matrix.expert] = value.cpu()
 
 
+def _measure(pruned: Pruned) -> None:
+    """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
+    for matrix, grouping in pruned.groupings:
+        survives_OI = matrix.view() != 0
+        pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
+        pruned.weights += survives_OI.numel()
+        pruned.survivors += int(survives_OI.sum())
+        pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+
+
+def _device(order_I: Tensor | None) -> torch.device | None:
+    return None if order_I is None else order_I.device
+
+
 def _report(
-    matrix: Matrix, before_OI: Tensor, keep_OI: Tensor, score_OI: Tensor, sample: TokenSample | Statistic
+    matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Tensor, sample: TokenSample | Statistic
 ) -> LayerReport:
     assert isinstance(sample, TokenSample)
     after_OI = matrix.view().float()
     x_SI = sample.x_SI()
     norm = float((x_SI @ before_OI.T).norm())
-    error = float((x_SI @ (before_OI - after_OI).T).norm())
+    lost_SO = x_SI @ (before_OI - after_OI).T
+    error = float((lost_SO if solution.shift_O is None else lost_SO - solution.shift_O).norm())
     total = float(score_OI.sum(dtype=torch.float64))
     return LayerReport(
         name=matrix.name,
         shape=list(before_OI.shape),
         density=float((after_OI != 0).float().mean()),
-        kept_score=float(score_OI[keep_OI].sum(dtype=torch.float64)) / total if total else 1.0,
+        kept_score=float(score_OI[solution.keep_OI].sum(dtype=torch.float64)) / total if total else 1.0,
         relative_error=(error / norm if norm else 0.0) if len(x_SI) else None,
         error_tokens=len(x_SI),
         seconds=0.0,

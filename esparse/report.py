@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -30,6 +30,22 @@ class LayerReport:
     kept_score: float
     relative_error: float | None
     error_tokens: int
+    seconds: float
+    pattern: str = ""
+
+
+@dataclass(slots=True)
+class RecoveryReport:
+    """What a recovery that minimises a loss made of one part of the model.
+
+    `before` and `after`: its loss over all calibration sequences; `steps` of the optimiser.
+    """
+
+    name: str
+    loss: str
+    before: float
+    after: float
+    steps: int
     seconds: float
 
 
@@ -95,5 +111,5 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("status") == "finished" else None
 
 
-def layer_dicts(layers: list[LayerReport]) -> list[dict[str, Any]]:
-    return [asdict(layer) for layer in layers]
+def as_dicts(reports: Sequence[LayerReport | RecoveryReport]) -> list[dict[str, Any]]:
+    return [asdict(report) for report in reports]

@@ -13,10 +13,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from esparse.allocations import Uniform
+from esparse.allocations.error import LayerError
+from esparse.allocations.owl import Owl
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.experiment import Experiment
 from esparse.metrics.entropy import Entropy
+from esparse.metrics.fisher import Fisher
+from esparse.metrics.gradient import Gradient
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.nowag import NoWag
 from esparse.metrics.random import Random
@@ -24,7 +29,15 @@ from esparse.metrics.ria import Ria
 from esparse.metrics.sparsegpt import SparseGpt
 from esparse.metrics.wanda import Wanda
 from esparse.models.load import Model
+from esparse.prepare import NoPreparation
+from esparse.prepare.equalise import Equalise
 from esparse.recoveries import NoRecovery
+from esparse.recoveries import Then as RecoverThen
+from esparse.recoveries.bias import Bias
+from esparse.recoveries.distill import Distill
+from esparse.recoveries.dsnot import Dsnot
+from esparse.recoveries.variance import Variance
+from esparse.recoveries.window import Window
 from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
@@ -40,6 +53,7 @@ from esparse.updates.swap import Swap
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"any": Model},
     "calibration": {"any": Calibration},
+    "prepare": {"none": NoPreparation, "equalise": Equalise},
     "metric": {
         "magnitude": Magnitude,
         "random": Random,
@@ -48,7 +62,10 @@ CHOICES: dict[str, dict[str, type]] = {
         "ria": Ria,
         "nowag": NoWag,
         "sparsegpt": SparseGpt,
+        "gradient": Gradient,
+        "fisher": Fisher,
     },
+    "allocation": {"uniform": Uniform, "owl": Owl, "error": LayerError},
     "shuffle": {"none": NoShuffle, "gns": Gns, "lbs": Lbs, "esparse": Esparse, "lsa": Lsa, "best": Best},
     "update": {
         "none": NoUpdate,
@@ -59,10 +76,22 @@ CHOICES: dict[str, dict[str, type]] = {
         "alps": Alps,
         "then": Then,
     },
-    "recovery": {"none": NoRecovery},
+    "recovery": {
+        "none": NoRecovery,
+        "variance": Variance,
+        "bias": Bias,
+        "dsnot": Dsnot,
+        "window": Window,
+        "distill": Distill,
+        "then": RecoverThen,
+    },
     "evaluate": {"any": Perplexity},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
+
+
+# The groups that make up a run's name, in the order in which they act.
+METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 
 
 def register() -> None:
@@ -109,5 +138,6 @@ def title(settings: dict[str, Any]) -> str:
     """A short name for people: model, pattern, and every choice that does something."""
     choices = settings["choices"]
     model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
-    extras = [choices[group] for group in ("shuffle", "update", "recovery") if choices[group] != "none"]
-    return " ".join([model, settings["pattern"], choices["metric"], *extras])
+    extras = [choices[group] for group in METHOD if choices[group] not in ("none", "uniform")]
+    pattern = "+".join(text for text in (settings["pattern"], settings["outliers"]) if text)
+    return " ".join([model, pattern, *extras])

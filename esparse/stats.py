@@ -63,6 +63,54 @@ class ColumnNorm(Statistic):
         return (self.sum_sq_I / count).sqrt().float()
 
 
+class ColumnMoments(Statistic):
+    """Mean and variance of each input channel over the calibration tokens.
+
+    Sums are those of the distance from the first token: a channel that never changes has a variance of exactly 0, and
+    one far from 0 keeps its digits.
+    """
+
+    def __init__(self, **size: Any) -> None:
+        super().__init__(**size)
+        self.first_I, self.sum_I, self.sum_sq_I = (
+            torch.zeros(self.inputs, dtype=torch.float64, device=self.device) for _ in range(3)
+        )
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if look != 0 or x_TI.shape[0] == 0:
+            return
+        if self.tokens == 0:
+            self.first_I = x_TI[0].double()
+        self.tokens += x_TI.shape[0]
+        # About 4 M values at a time: in float64 they would otherwise be up to four times the input.
+        for part_TI in x_TI.split(max(1, 2**22 // self.inputs)):
+            distance_TI = part_TI.double() - self.first_I
+            self.sum_I += distance_TI.sum(0)
+            self.sum_sq_I += distance_TI.square_().sum(0)
+
+    def mean_I(self) -> Tensor:
+        """The means (float32, I values), 0 where no token came."""
+        return (self.first_I + self.sum_I / max(self.tokens, 1)).float()
+
+    def variance_I(self) -> Tensor:
+        """The mean squared distances from the mean (float32, I values), 0 where no token came."""
+        count = max(self.tokens, 1)
+        return (self.sum_sq_I / count - (self.sum_I / count).square()).clamp_(min=0).float()
+
+
+class ColumnMax(Statistic):
+    """The greatest absolute value of each input channel over the calibration tokens."""
+
+    def __init__(self, **size: Any) -> None:
+        super().__init__(**size)
+        self.max_I = torch.zeros(self.inputs, device=self.device)
+
+    def add(self, x_TI: Tensor, look: int) -> None:
+        if look == 0 and len(x_TI):
+            self.tokens += x_TI.shape[0]
+            self.max_I = torch.maximum(self.max_I, x_TI.abs().amax(dim=0).float())
+
+
 class ColumnEntropy(Statistic):
     """The entropy (nats) of each input channel's values, from a histogram of K equal bins (E-Sparse, arXiv 2310.15929).
 
@@ -160,10 +208,17 @@ class TokenSample(Statistic):
         return torch.cat(self._parts).float()
 
 
+class WeightGradient:
+    """The gradients of one layer's weights on the calibration sequences; a metric asks for them by `gradients()`."""
+
+    def __init__(self, mean_square_OI: Tensor) -> None:
+        self.mean_square_OI = mean_square_OI  # over sequences
+
+
 class LayerStats(Mapping[str, Any]):
     """What a metric may look at: the statistics it asked for by their names, the layer's name and its token count."""
 
-    def __init__(self, name: str, statistics: Mapping[str, Statistic], tokens: int) -> None:
+    def __init__(self, name: str, statistics: Mapping[str, Any], tokens: int) -> None:
         self.name = name
         self.tokens = tokens
         self._statistics = statistics

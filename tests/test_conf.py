@@ -18,10 +18,23 @@ CONF = Path(__file__).parent.parent / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # Options that give another class's numbers, or several classes in a row.
-MADE_FROM = {("update", "sparsegpt"): "obs", ("update", "joint"): "then", ("update", "refine"): "then"}
+MADE_FROM = {
+    ("update", "sparsegpt"): "obs",
+    ("update", "joint"): "then",
+    ("update", "refine"): "then",
+    ("recovery", "distill_lora"): "distill",
+    ("recovery", "block"): "window",
+    ("recovery", "matching"): "window",
+    ("recovery", "variance_block"): "then",
+}
 # What an option cannot know by itself.
 NEEDED = {"hf": ["model.path=somewhere"]}
-NEEDED_BY = {("calibration", "text"): ["calibration.path=f.txt"], ("evaluate", "text"): ["evaluate.path=f.txt"]}
+NEEDED_BY = {
+    ("calibration", "text"): ["calibration.path=f.txt"],
+    ("evaluate", "text"): ["evaluate.path=f.txt"],
+    ("allocation", "owl"): ["pattern=8:16"],
+    ("allocation", "error"): ["pattern=8:16"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +57,8 @@ def test_the_contracts_defaults() -> None:
     asked = settings()
     expected = {
         "model": "tiny",
+        "prepare": "none",
+        "allocation": "uniform",
         "metric": "entropy",
         "shuffle": "esparse",
         "update": "none",

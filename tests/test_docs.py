@@ -73,6 +73,16 @@ def test_experiments_compose(experiment: Path) -> None:
     assert f"-cn {experiment.stem}" in experiment.read_text()
 
 
+def test_options_of_the_experiments_compose() -> None:
+    options = sorted((ROOT / "experiments").glob("*/*.yaml"))
+    assert options
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for path in options:
+            where = f"hydra.searchpath=[file://{ROOT / 'experiments'}]"
+            schema.build(compose("config", [where, f"{path.parent.name}={path.stem}"]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -16,8 +16,9 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "esparse").rglob("*.
 LAYERS = [
     {"patterns", "linalg", "report", "models", "data"},
     {"stats"},
-    {"metrics", "shuffles", "updates", "recoveries", "evaluate", "audit", "grid", "tracking", "progress"},
-    {"prune", "plots"},
+    {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
+    {"recoveries", "allocations", "plots"},
+    {"prune"},
     {"experiment", "tables"},
     {"schema"},
     {"session"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from esparse import audit
+from esparse.allocations import Allocation, Measured
 from esparse.metrics import Metric
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
+from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured
+from esparse.prepare import Prepare
 from esparse.prune import Method, Pruned, prune
 from esparse.report import Stages
-from esparse.shuffles import NoShuffle, Shuffle
+from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.updates import Layer, NoUpdate, Solution, Update
 from tests.models.families import tiny
 
@@ -31,7 +34,7 @@ TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_see
 class Reversed(Shuffle):
     """Every channel changes its place; made for these tests."""
 
-    def order(self, scores_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    def order(self, scores_OI: torch.Tensor, pattern: Pattern, layers: Layers | None = None) -> torch.Tensor:
         inputs = scores_OI.shape[1]
         return torch.arange(inputs).view(-1, 2).flip(0).T.flatten()
 
@@ -216,3 +219,54 @@ def test_audit_files_tell_what_was_done(tmp_path: Path) -> None:
 def test_packed_masks_come_back(rows: int, columns: int, seed: int) -> None:
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(audit.unpack(audit.pack(keep), [rows, columns]), keep)
+
+
+class Counting(Prepare):
+    """Counts the blocks that it is shown; made for these tests."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+    def block(self, block: Block) -> None:
+        self.blocks.append(block.index)
+
+
+class Lightest(Allocation):
+    """Gives the layers of the first block one weight of four; made for these tests."""
+
+    def measures(self) -> bool:
+        return True
+
+    def measure(self, layer: Layer, score_OI: torch.Tensor) -> float:
+        return float(layer.stats["norm"].norm_I("total").square().sum())
+
+    def plan(self, layers: Sequence[Measured], pattern: Pattern) -> dict[str, Pattern]:
+        self.seen = list(layers)
+        return {layer.name: NM(1, 4) for layer in layers if layer.block == 0}
+
+
+def test_an_allocation_measures_the_dense_model_and_blocks_are_prepared_once() -> None:
+    prepare, allocation = Counting(), Lightest()
+    model = tiny("llama")
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=40)
+    method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=Reversed(), prepare=prepare, allocation=allocation)
+    pruned = prune(blocks, TOKENS_SL, method, stages=Stages())
+    assert prepare.blocks == [0, 1, 2]
+    assert {layer.pattern for layer in pruned.layers if "layers.0." in layer.name} == {"1:4"}
+    assert {layer.density for layer in pruned.layers if "layers.0." in layer.name} == {0.25}
+    assert {layer.density for layer in pruned.layers if "layers.0." not in layer.name} == {0.5}
+    assert pruned.pattern_holds
+    groups = [layer.group for layer in allocation.seen]
+    assert groups == [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5, 6, 6, 7, 8, 8, 8, 9, 10, 10, 11]  # q k v, o, gate up, down
+    # What the last block was shown is what it gets in the dense model.
+    inputs = {}
+    dense = tiny("llama")
+    dense.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0]))
+    with torch.no_grad():
+        dense(TOKENS_SL, use_cache=False)
+    assert allocation.seen[-1].value == pytest.approx(float(inputs["x"].square().sum()), rel=1e-4)
+
+
+def test_the_metadata_bits_follow_the_pattern() -> None:
+    _, pruned = run(pattern=NM(2, 4))
+    assert pruned.metadata_bits == 0.75 * pruned.weights

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.stats import ColumnEntropy, ColumnNorm, Statistic, TokenSample
+from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Statistic, TokenSample
 
 CPU = torch.device("cpu")
 SIZE = {"inputs": 5, "sequences": 4, "device": CPU}
@@ -37,6 +37,14 @@ def entropy_by_hand(column: list[float], low: float, high: float, bins: int) -> 
         counts[min(max(place, 0), bins - 1)] += 1
     shares = [count / len(column) for count in counts]
     return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+@given(cuts=st.lists(st.integers(0, 48), max_size=4), seed=st.integers(0, 100))
+def test_the_greatest_value_is_the_greatest_however_the_tokens_are_cut(cuts: list[int], seed: int) -> None:
+    x = values(seed=seed)
+    greatest = fed(ColumnMax(**SIZE), x, cuts)
+    assert greatest.max_I.tolist() == [max(abs(value) for value in column) for column in x.T.tolist()]
+    assert greatest.tokens == 48
 
 
 def test_norms_follow_their_conventions() -> None:
@@ -109,3 +117,34 @@ def test_half_precision_inputs_are_summed_in_full() -> None:
 def test_no_tokens_no_entropy() -> None:
     entropy = fed(ColumnEntropy(bins=10, range="channel", limit=1.0, **SIZE), values()[:0], [])
     assert torch.equal(entropy.entropy_I(), torch.zeros(5))
+
+
+@given(cuts=st.lists(st.integers(0, 48), max_size=8), seed=st.integers(0, 1000))
+def test_moments_equal_the_formulas_however_the_tokens_are_cut(cuts: list[int], seed: int) -> None:
+    x = values(seed=seed) + torch.tensor([0.0, 1000.0, -3.0, 0.0, 0.0])
+    moments = fed(ColumnMoments(**SIZE), x, cuts)
+    assert moments.tokens == 48
+    for channel, column in enumerate(x.double().T.tolist()):
+        mean = sum(column) / 48
+        variance = sum((value - mean) ** 2 for value in column) / 48
+        assert moments.mean_I()[channel].item() == pytest.approx(mean, rel=1e-6, abs=1e-7)
+        assert moments.variance_I()[channel].item() == pytest.approx(variance, rel=1e-6)
+    whole = fed(ColumnMoments(**SIZE), x, [])
+    for part in ("sum_I", "sum_sq_I"):
+        torch.testing.assert_close(getattr(moments, part), getattr(whole, part), rtol=1e-12, atol=1e-9)
+
+
+def test_a_channel_that_never_changes_has_no_variance_at_all() -> None:
+    x = torch.tensor([[0.1, 1e4], [0.1, 1e4]]).repeat(500, 1)
+    moments = fed(ColumnMoments(inputs=2, sequences=1, device=CPU), x, [1, 300])
+    assert torch.equal(moments.mean_I(), x[0])
+    assert torch.equal(moments.variance_I(), torch.zeros(2))
+
+
+def test_moments_of_half_precision_inputs_and_of_none() -> None:
+    x = torch.tensor([[300.0], [-300.0]], dtype=torch.float16).repeat(2048, 1)  # the square overflows float16
+    moments = fed(ColumnMoments(inputs=1, sequences=1, device=CPU), x, [])
+    assert (moments.mean_I().item(), moments.variance_I().item()) == (0.0, 90000.0)
+    for none in (ColumnMoments(**SIZE), fed(ColumnMoments(**SIZE), values()[:0], [])):
+        assert torch.equal(none.mean_I(), torch.zeros(5))
+        assert torch.equal(none.variance_I(), torch.zeros(5))

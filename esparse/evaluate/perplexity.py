@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from esparse.models.blocks import Activations, BlockModel
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def window_losses(
     blocks: BlockModel, windows_WL: Tensor, on_block: Callable[[int], None] = lambda index: None
 ) -> Tensor:

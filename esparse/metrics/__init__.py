@@ -24,6 +24,10 @@ class Metric(ABC):
         """The statistics of the layer's input that `score` will look up in `stats`, by name; none by default."""
         return {}
 
+    def gradients(self) -> str:
+        """none | block | model: of what loss `stats["gradient"]` shall hold the gradients (esparse/gradients.py)."""
+        return "none"
+
     @abstractmethod
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         """The score of every weight (float32, outputs x inputs), never negative."""

@@ -3,6 +3,8 @@
 The paper gives K = 100 bins; alpha, the base of the logarithm, the bins' range and the norm's convention are not known
 for certain. Here: natural logarithm, and the rest are settings. The norm's convention is part of the method: an
 entropy is at most ln K = 4.6, and beside a norm summed over all tokens it would vanish.
+
+Other measures of the weight itself may stand in place of |w|: mixtures with RIA and NoWag.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from esparse.metrics import Metric
+from esparse.metrics.nowag import normalised
+from esparse.metrics.ria import relative_importance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Entropy(Metric):
-    """|w| times (entropy of the channel + alpha times its norm)."""
+    """|w|, or what stands in its place, times (entropy of the channel + alpha times its norm)."""
 
+    base: str  # in place of |w|: magnitude (|w| itself) | ria (relative importance) | nowag (normalised, absolute)
     alpha: float  # weight of the norm beside the entropy
     bins: int  # histogram bins per input channel
     norm: str  # sequence (Wanda's) | rms (per token) | total (over all tokens)
@@ -31,6 +36,7 @@ class Entropy(Metric):
 
     def __post_init__(self) -> None:
         for setting, value, known in (
+            ("base", self.base, ("magnitude", "ria", "nowag")),
             ("norm", self.norm, ("sequence", "rms", "total")),
             ("range", self.range, ("channel", "layer", "fixed")),
         ):
@@ -51,4 +57,10 @@ class Entropy(Metric):
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         # xi_cj = |w_cj| * (IR_c + alpha * ||x_c||)
-        return weight_OI.abs() * (stats["entropy"].entropy_I() + self.alpha * stats["norm"].norm_I(self.norm))
+        channel_I = stats["entropy"].entropy_I() + self.alpha * stats["norm"].norm_I(self.norm)
+        return self._size(weight_OI) * channel_I
+
+    def _size(self, weight_OI: Tensor) -> Tensor:
+        if self.base == "ria":
+            return relative_importance(weight_OI)
+        return (normalised(weight_OI) if self.base == "nowag" else weight_OI).abs()

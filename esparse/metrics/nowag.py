@@ -23,6 +23,10 @@ class NoWag(Metric):
         return {"norm": ColumnNorm}
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
-        by_column_OI = weight_OI / weight_OI.norm(dim=0, keepdim=True).clamp_min(1e-30)
-        by_both_OI = by_column_OI / by_column_OI.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        return by_both_OI.square() * stats["norm"].norm_I("rms").square()
+        return normalised(weight_OI).square() * stats["norm"].norm_I("rms").square()
+
+
+def normalised(weight_OI: Tensor) -> Tensor:
+    """Wbar: the weights divided by their columns' l2 norms, what comes of it by its rows'; 0 where all of one are 0."""
+    by_column_OI = weight_OI / weight_OI.norm(dim=0, keepdim=True).clamp_min(1e-30)
+    return by_column_OI / by_column_OI.norm(dim=1, keepdim=True).clamp_min(1e-30)

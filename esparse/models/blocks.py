@@ -10,6 +10,7 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device) -> Call:
-        return Call(_moved(self.args, device), _moved(self.kwargs, device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
+        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
 
 
 class BlockModel:
@@ -51,11 +52,12 @@ class BlockModel:
         self.prefix, self.blocks = find_blocks(model)
         self._returns_tuple = self._probe()
 
-    def micro_batches(self, tokens_SL: Tensor) -> list[Tensor]:
-        """Cuts sequences into micro-batches of about `batch_tokens` tokens (at least one sequence each)."""
-        return list(tokens_SL.split(max(1, self.batch_tokens // tokens_SL.shape[1])))
+    def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
+        """Cuts sequences into micro-batches of about `batch_tokens` tokens, one to `most` sequences each."""
+        sequences = max(1, self.batch_tokens // tokens_SL.shape[1])
+        return list(tokens_SL.split(sequences if most is None else min(sequences, most)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states that enter the first block, and the call of every block; needs `ends_resident`."""
         calls: list[Call] = []
@@ -73,15 +75,17 @@ class BlockModel:
             self._run_until_captured(tokens_BL.to(self.device))
         return entered[0], calls
 
-    @torch.inference_mode()
-    def run(self, index: int, hidden_BLH: Tensor, call: Call) -> Tensor:
-        """One block's forward on the device where the block is; the result is on that device too."""
-        call = call.to(self.device)
-        out = self.blocks[index](hidden_BLH.to(self.device), *call.args, **call.kwargs)
+    def forward(self, index: int, hidden_BLH: Tensor, call: Call, dtype: torch.dtype | None = None) -> Tensor:
+        """One block's forward on the device where the block is; the result is on that device too.
+
+        What the block is given is cast to `dtype`, where the block itself was.
+        """
+        call = call.to(self.device, dtype)
+        out = self.blocks[index](hidden_BLH.to(self.device, dtype), *call.args, **call.kwargs)
         # transformers 5 returns the tensor itself for most families: out[0] would be the first sequence.
         return out[0] if isinstance(out, tuple) else out
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, tokens_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """The model's own final norm and head (B x L x V) on what the last block returned; needs `ends_resident`."""
         with self._replaced(lambda index, hidden, call: hidden_BLH.to(hidden.device)):
@@ -137,7 +141,7 @@ class BlockModel:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probe(self) -> bool:
         """Whether the blocks return a tuple (BLOOM, Falcon) or a tensor: found out by running the first one once."""
         returned: list[Any] = []
@@ -159,14 +163,17 @@ class BlockModel:
 
 
 class Activations:
-    """The hidden states of all sequences on their way through the blocks; they live on the host between blocks."""
+    """The hidden states of all sequences on their way through the blocks; they live on the host between blocks.
 
-    def __init__(self, blocks: BlockModel, tokens_SL: Tensor) -> None:
+    A micro-batch holds at most `sequences_at_once` sequences, where that is given.
+    """
+
+    def __init__(self, blocks: BlockModel, tokens_SL: Tensor, sequences_at_once: int | None = None) -> None:
         self.blocks = blocks
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
         with blocks.ends_resident():
-            for tokens_BL in blocks.micro_batches(tokens_SL):
+            for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
                 hidden_BLH, calls = blocks.embed(tokens_BL)
                 self.hidden.append(hidden_BLH.cpu())
                 host = [call.to(torch.device("cpu")) for call in calls]
@@ -177,22 +184,45 @@ class Activations:
 
     def observe(self, index: int) -> None:
         """Runs a block over all micro-batches for those who watch; the hidden states stay as they are."""
-        for hidden_BLH, calls in zip(self.hidden, self._calls, strict=True):
-            self.blocks.run(index, hidden_BLH, calls[index])
+        for batch in range(len(self.hidden)):
+            self.run(index, batch)
+
+    @torch.no_grad()
+    def run(self, index: int, batch: int) -> Tensor:
+        """What a block makes of one micro-batch, on the device; the hidden states stay as they are."""
+        return self.forward(index, batch)
+
+    def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
+        """As `run`, but differentiable; for a block that was cast to `dtype`."""
+        return self.blocks.forward(index, self.hidden[batch], self._calls[batch][index], dtype)
 
     def advance(self, index: int) -> None:
-        """Replaces the hidden states by what the block makes of them.
+        """Replaces the hidden states by what the block makes of them; raises as `advanced` does."""
+        for batch, out in enumerate(self._outputs(index)):
+            self.hidden[batch] = out
 
-        Raises ValueError where they are no longer finite.
+    def advanced(self, index: int) -> list[Tensor]:
+        """What the block makes of the hidden states, which stay as they are.
+
+        Raises ValueError where it is no longer finite.
         """
-        for i, calls in enumerate(self._calls):
-            out = self.blocks.run(index, self.hidden[i], calls[index])
+        return list(self._outputs(index))
+
+    def _outputs(self, index: int) -> Iterator[Tensor]:
+        for batch in range(len(self.hidden)):
+            out = self.run(index, batch)
             if not torch.isfinite(out).all():
                 raise ValueError(
                     f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
                     "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
                 )
-            self.hidden[i] = out.cpu()
+            yield out.cpu()
+
+    def twin(self) -> Activations:
+        """Another stream that begins with the same hidden states."""
+        twin = copy.copy(self)
+        twin.hidden = list(self.hidden)
+        return twin
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -218,13 +248,13 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device) for v in value)
+        return type(value)(_moved(v, device, dtype) for v in value)
     if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
+        return {k: _moved(v, device, dtype) for k, v in value.items()}
     return value
 
 

@@ -34,6 +34,7 @@ class Matrix:
     parameter: nn.Parameter
     transposed: bool
     expert: int | None = None
+    layer: nn.Module | None = None  # the Linear or Conv1D; an expert has none
 
     @property
     def name(self) -> str:
@@ -43,8 +44,22 @@ class Matrix:
 
     def view(self) -> Tensor:
         """The stored weights as outputs x inputs, sharing memory with the model."""
-        stored = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return self.part_of(self.parameter.data)
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        """This matrix's part of a tensor that is stored as its parameter is, as outputs x inputs."""
+        stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed else stored
+
+    def add_to_bias(self, shift_O: Tensor) -> bool:
+        """Adds to the layer's bias, which it gets where it had none; False for an expert, which has no place for it."""
+        if self.layer is None:
+            return False
+        if self.layer.bias is None:
+            self.layer.bias = nn.Parameter(torch.zeros_like(self.parameter.data[:, 0]))
+        assert isinstance(self.layer.bias, nn.Parameter)
+        self.layer.bias.data += shift_O.to(self.layer.bias.dtype)
+        return True
 
 
 @dataclass(eq=False, slots=True)
@@ -71,12 +86,16 @@ class BlockMatrices:
         for path, module in block.named_modules():
             name = f"{prefix}.{path}"
             if isinstance(module, nn.Linear | Conv1D) and not self._skipped(name):
-                self._layers[module] = Matrix(
-                    f"{name}.weight", module.get_parameter("weight"), isinstance(module, Conv1D)
-                )
+                weight = module.get_parameter("weight")
+                self._layers[module] = Matrix(f"{name}.weight", weight, isinstance(module, Conv1D), layer=module)
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and not self._skipped(f"{name}.{own}"):
                     self._stacks[parameter.data_ptr()] = (f"{name}.{own}", parameter)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that hold the matrices, by their names in the state dict."""
+        of_layers = {matrix.entry: matrix.parameter for matrix in self._layers.values()}
+        return of_layers | dict(self._stacks.values())
 
     def _skipped(self, name: str) -> bool:
         return name.rpartition(".")[2] in ROUTERS or any(p.search(name) for p in self._left_alone)

@@ -16,23 +16,42 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Pattern
+    from esparse.patterns import NM, Pattern
+    from esparse.stats import Factory
+
+OBJECTIVES = ("score", "error")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layers:
+    """The layers that share an order: their dense weights, rows stacked as the scores, and their input's Gram matrix.
+
+    Both in float32; G = X^T X is I x I.
+    """
+
+    dense_OI: Tensor
+    gram_II: Tensor
 
 
 @dataclass(kw_only=True, slots=True)
 class Shuffle(ABC):
     """A way to choose the channels of each group from the scores."""
 
+    def collects(self) -> dict[str, Factory]:
+        """The statistics of the input that `order` wants in `layers`, by name; none by default."""
+        return {}
+
     def check(self, pattern: Pattern) -> None:
         """Raises ValueError where the settings make no sense for this pattern; called before anything runs."""
         return None
 
     @abstractmethod
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
+    def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
         """The channel at each place (int64), or None for the channels' own order.
 
         Within a group the channels ascend, so that of equal scores the lowest channel survives as without a shuffle.
-        The channels of a tail that m does not divide stay where they are.
+        The channels of a tail that m does not divide stay where they are. `layers` is None where nothing of them was
+        asked for, and where no token came.
         """
 
 
@@ -40,5 +59,49 @@ class Shuffle(ABC):
 class NoShuffle(Shuffle):
     """The channels' own order."""
 
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> None:
+    def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> None:
         return None
+
+
+@dataclass(kw_only=True, slots=True)
+class Search(Shuffle):
+    """A shuffle that raises the kept score, from where with `objective=error` a search lowers the layers' true error.
+
+    Whatever the objective, the scores choose which weights of a group survive.
+    """
+
+    objective: str  # score: the kept score alone | error: then the layers' squared error on the calibration tokens
+    block: int  # channels of a block within which swaps are tried; rounded down to whole groups
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"shuffle.objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import Gram
+
+        return {"gram": Gram} if self.objective == "error" else {}
+
+    def check(self, pattern: Pattern) -> None:
+        m = pattern.swap_width
+        if m is not None and self.block < 2 * m:
+            raise ValueError(
+                f"shuffle.block={self.block} holds fewer than two groups of {m}, between which channels could "
+                f"be swapped: use at least {2 * m}"
+            )
+
+    def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
+        contest = pattern.contest(scores_OI)
+        if contest is None:
+            return None
+        scores_OI, nm = contest
+        order_I = self.by_score(scores_OI, nm)
+        if self.objective == "score" or layers is None:
+            return order_I
+        from esparse.shuffles.error import swap_by_error
+
+        return swap_by_error(scores_OI, layers.dense_OI, layers.gram_II, order_I, n=nm.n, m=nm.m, block=self.block)
+
+    @abstractmethod
+    def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
+        """The order that raises the kept score; the scores have at least one whole group."""

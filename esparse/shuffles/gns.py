@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esparse.patterns import NM
-from esparse.shuffles import Shuffle
+from esparse.shuffles import Layers, Shuffle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Pattern
+    from esparse.patterns import NM, Pattern
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,22 +23,31 @@ class Gns(Shuffle):
     deal: str  # "straight": every round begins at the first group; "serpentine": every second one at the last
 
     def __post_init__(self) -> None:
-        if self.deal not in ("straight", "serpentine"):
-            raise ValueError(f"a deal is 'straight' or 'serpentine', got {self.deal!r}")
+        check_deal(self.deal)
 
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
-        import torch
+    def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
+        contest = pattern.contest(scores_OI)
+        return None if contest is None else dealt(*contest, deal=self.deal)
 
-        inputs = scores_OI.shape[1]
-        whole = pattern.grouped_inputs(inputs)
-        if not isinstance(pattern, NM) or not whole:
-            return None
-        # float64: the sort should not depend on the order in which a device adds up the rows.
-        mean_I = scores_OI[:, :whole].mean(dim=0, dtype=torch.float64)
-        rounds_MG = mean_I.argsort(descending=True, stable=True).unflatten(0, (pattern.m, -1))
-        # Which deal the paper means is not known. The straight one favours the first groups in every round; the
-        # serpentine one, which RIA's code has (OpenReview Tr0lPx9woF), evens this out.
-        if self.deal == "serpentine":
-            rounds_MG[1::2] = rounds_MG[1::2].flip(1)
-        tail = torch.arange(whole, inputs, device=scores_OI.device)
-        return torch.cat([rounds_MG.T.sort(dim=-1).values.flatten(), tail])
+
+def check_deal(deal: str) -> None:
+    """Raises ValueError for an unknown deal."""
+    if deal not in ("straight", "serpentine"):
+        raise ValueError(f"a deal is 'straight' or 'serpentine', got {deal!r}")
+
+
+def dealt(scores_OI: Tensor, pattern: NM, *, deal: str) -> Tensor:
+    """The order after the deal, of at least one whole group."""
+    import torch
+
+    inputs = scores_OI.shape[1]
+    whole = pattern.grouped_inputs(inputs)
+    # float64: the sort should not depend on the order in which a device adds up the rows.
+    mean_I = scores_OI[:, :whole].mean(dim=0, dtype=torch.float64)
+    rounds_MG = mean_I.argsort(descending=True, stable=True).unflatten(0, (pattern.m, -1))
+    # Which deal the paper means is not known. The straight one favours the first groups in every round; the
+    # serpentine one, which RIA's code has (OpenReview Tr0lPx9woF), evens this out.
+    if deal == "serpentine":
+        rounds_MG[1::2] = rounds_MG[1::2].flip(1)
+    tail = torch.arange(whole, inputs, device=scores_OI.device)
+    return torch.cat([rounds_MG.T.sort(dim=-1).values.flatten(), tail])

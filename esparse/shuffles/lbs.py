@@ -8,56 +8,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esparse.patterns import NM
-from esparse.shuffles import Shuffle
-from esparse.shuffles.gns import Gns
+from esparse.shuffles import Search
+from esparse.shuffles.gns import check_deal, dealt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Pattern
+    from esparse.patterns import NM
 
 
 @dataclass(kw_only=True, slots=True)
-class Lbs(Shuffle):
+class Lbs(Search):
     """Channels of different groups of a block are swapped until no swap raises the total kept score."""
 
-    block: int  # channels; rounded down to whole groups
-
-    def check(self, pattern: Pattern) -> None:
-        if isinstance(pattern, NM) and self.block < 2 * pattern.m:
-            raise ValueError(
-                f"shuffle.block={self.block} holds fewer than two groups of {pattern.m}, between which channels could "
-                f"be swapped: use at least {2 * pattern.m}"
-            )
-
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
+    def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         import torch
 
-        return self.refined(torch.arange(scores_OI.shape[1], device=scores_OI.device), scores_OI, pattern)
-
-    def refined(self, start_I: Tensor, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
-        """The order after the swaps, where the blocks are cut from the start order; None where there are no groups."""
-        if not isinstance(pattern, NM) or not pattern.grouped_inputs(scores_OI.shape[1]):
-            return None
         from esparse.shuffles.swap import swap_in_blocks
 
-        return swap_in_blocks(scores_OI, start_I, n=pattern.n, m=pattern.m, block=self.block)
+        own_I = torch.arange(scores_OI.shape[1], device=scores_OI.device)
+        return swap_in_blocks(scores_OI, own_I, n=pattern.n, m=pattern.m, block=self.block)
 
 
 @dataclass(kw_only=True, slots=True)
-class Esparse(Shuffle):
+class Esparse(Search):
     """`Gns`, then `Lbs` in blocks of the order that it dealt."""
 
     deal: str  # as in `Gns`
-    block: int  # as in `Lbs`
 
     def __post_init__(self) -> None:
-        Gns(deal=self.deal)  # an unknown deal should fail before a job is submitted
+        Search.__post_init__(self)
+        check_deal(self.deal)  # an unknown deal should fail before a job is submitted
 
-    def check(self, pattern: Pattern) -> None:
-        Lbs(block=self.block).check(pattern)
+    def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
+        from esparse.shuffles.swap import swap_in_blocks
 
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
-        dealt_I = Gns(deal=self.deal).order(scores_OI, pattern)
-        return None if dealt_I is None else Lbs(block=self.block).refined(dealt_I, scores_OI, pattern)
+        dealt_I = dealt(scores_OI, pattern, deal=self.deal)
+        return swap_in_blocks(scores_OI, dealt_I, n=pattern.n, m=pattern.m, block=self.block)

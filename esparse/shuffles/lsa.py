@@ -10,36 +10,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esparse.patterns import NM
-from esparse.shuffles import Shuffle
-from esparse.shuffles.gns import Gns
-from esparse.shuffles.lbs import Lbs
+from esparse.shuffles import Search
+from esparse.shuffles.gns import check_deal, dealt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Pattern
+    from esparse.patterns import NM, Pattern
 
 
 @dataclass(kw_only=True, slots=True)
-class Lsa(Shuffle):
-    """The global deal (as in `Gns`), then `rounds` passes of assignments over all slots."""
+class Lsa(Search):
+    """The global deal (as in `Gns`), then `rounds` passes of assignments over all slots.
+
+    The assignments know no blocks: `block` is for the search that `objective=error` adds.
+    """
 
     deal: str  # as in `Gns`; the published code deals serpentine
     rounds: int  # passes over all slots, at most; a pass that gains nothing is the last
 
     def __post_init__(self) -> None:
-        Gns(deal=self.deal)  # an unknown deal should fail before a job is submitted
-        if self.rounds < 1:
-            raise ValueError(f"shuffle.rounds must be at least 1, got {self.rounds}")
+        Search.__post_init__(self)
+        check_deal(self.deal)  # an unknown deal should fail before a job is submitted
+        _check_rounds(self.rounds)
 
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
-        order_I = Gns(deal=self.deal).order(scores_OI, pattern)
-        if order_I is None:
-            return None
-        assert isinstance(pattern, NM)
+    def check(self, pattern: Pattern) -> None:
+        if self.objective == "error":
+            Search.check(self, pattern)
+
+    def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         from esparse.shuffles.assign import assign_slots
 
+        order_I = dealt(scores_OI, pattern, deal=self.deal)
         for _ in range(self.rounds):
             better_I = assign_slots(scores_OI, order_I, n=pattern.n, m=pattern.m)
             if bool((better_I == order_I).all()):
@@ -49,31 +51,26 @@ class Lsa(Shuffle):
 
 
 @dataclass(kw_only=True, slots=True)
-class Best(Shuffle):
+class Best(Search):
     """Assignments and swaps in turn, until neither gains, from the channels' own order and from a global deal.
 
     The better of the two ends is taken: a greedy search from the dealt order alone was seen to end lower.
     """
 
     deal: str  # as in `Gns`
-    block: int  # as in `Lbs`
     rounds: int  # of assignments and swaps, at most
 
     def __post_init__(self) -> None:
-        Lsa(deal=self.deal, rounds=self.rounds)
+        Search.__post_init__(self)
+        check_deal(self.deal)
+        _check_rounds(self.rounds)
 
-    def check(self, pattern: Pattern) -> None:
-        Lbs(block=self.block).check(pattern)
-
-    def order(self, scores_OI: Tensor, pattern: Pattern) -> Tensor | None:
+    def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         import torch
 
-        dealt_I = Gns(deal=self.deal).order(scores_OI, pattern)
-        if dealt_I is None:
-            return None
-        assert isinstance(pattern, NM)
         own_I = torch.arange(scores_OI.shape[1], device=scores_OI.device)
-        ends = [self._improved(start_I, scores_OI, pattern) for start_I in (own_I, dealt_I)]
+        starts = (own_I, dealt(scores_OI, pattern, deal=self.deal))
+        ends = [self._improved(start_I, scores_OI, pattern) for start_I in starts]
         return max(ends, key=lambda order_I: kept_score(scores_OI, order_I, pattern))
 
     def _improved(self, order_I: Tensor, scores_OI: Tensor, pattern: NM) -> Tensor:
@@ -91,7 +88,12 @@ class Best(Shuffle):
         return order_I
 
 
-def kept_score(scores_OI: Tensor, order_I: Tensor, pattern: Pattern) -> float:
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(f"shuffle.rounds must be at least 1, got {rounds}")
+
+
+def kept_score(scores_OI: Tensor, order_I: Tensor, pattern: NM) -> float:
     """The total score that survives where groups are cut in this order."""
     import torch
 

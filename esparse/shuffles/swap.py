@@ -41,9 +41,7 @@ def swap_in_blocks(scores_OI: Tensor, start_I: Tensor, *, n: int, m: int, block:
     A block is `block` consecutive places, rounded down to whole groups; the last one may be narrower. Channels behind
     the last whole group stay in place. Within a group the channels ascend.
     """
-    width = block - block % m
-    if width < 2 * m:
-        raise ValueError(f"a block of {block} channels holds fewer than two groups of {m}: use at least {2 * m}")
+    width = block_width(block, m)
     whole = len(start_I) - len(start_I) % m
 
     def swapped(start_BC: Tensor) -> Tensor:
@@ -53,6 +51,13 @@ def swap_in_blocks(scores_OI: Tensor, start_I: Tensor, *, n: int, m: int, block:
 
     order_GM = torch.cat(_over_blocks(swapped, start_I[:whole].split(width))).unflatten(0, (-1, m))
     return torch.cat([order_GM.sort(dim=-1).values.flatten(), start_I[whole:]])
+
+
+def block_width(block: int, m: int) -> int:
+    """The channels of a block, rounded down to whole groups; ValueError where it holds fewer than two of them."""
+    if block < 2 * m:
+        raise ValueError(f"a block of {block} channels holds fewer than two groups of {m}: use at least {2 * m}")
+    return block - block % m
 
 
 def swap_greedily(rows_BRC: Tensor, *, n: int, m: int) -> Tensor:
@@ -76,12 +81,12 @@ def _over_blocks(swapped: Callable[[Tensor], Tensor], blocks: tuple[Tensor, ...]
         return [swapped(start_BC).flatten() for start_BC in (equal, *rest)]
     # Each core searches its own blocks. To split every operation over the cores would cost a barrier per operation,
     # and would let the sums, and with them the order, depend on the number of cores.
-    with _one_thread_per_operation() as cores, ThreadPoolExecutor(cores) as pool:
+    with one_thread_per_operation() as cores, ThreadPoolExecutor(cores) as pool:
         return list(pool.map(lambda start_C: swapped(start_C[None]).flatten(), blocks))
 
 
 @contextmanager
-def _one_thread_per_operation() -> Iterator[int]:
+def one_thread_per_operation() -> Iterator[int]:
     """Inside, torch runs each operation in the thread that calls it; yields how many threads it used before."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

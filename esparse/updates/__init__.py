@@ -30,10 +30,14 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """A layer's weights (float32) and which of them survive; the weights are 0 wherever `keep_OI` is False."""
+    """A layer's weights (float32) and which of them survive; the weights are 0 wherever `keep_OI` is False.
+
+    `shift_O`, where there is one, is to be added to the layer's bias.
+    """
 
     weight_OI: Tensor
     keep_OI: Tensor
+    shift_O: Tensor | None = None
 
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:

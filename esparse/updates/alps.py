@@ -37,17 +37,17 @@ class Alps(Update):
     def apply(self, layer: Layer, start: Solution) -> Solution:
         import torch
 
-        from esparse.linalg import damped, scaled, solve_on_support
+        from esparse.linalg import damped, eigh, scaled, solve_on_support
 
         gram_II, norm_I = scaled(damped(layer.stats["gram"].gram_II, self.damp))
         dense_OI = layer.dense_OI * norm_I
         target_OI = dense_OI @ gram_II
-        values_I, vectors_II = torch.linalg.eigh(gram_II)
+        values_I, vectors_II = eigh(gram_II)
         penalty, raised = self.penalty, False
         split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
         keep_OI = last_OI = layer.grouping.keep_top(dense_OI.abs())
         for step in range(self.iterations):
-            shrunk_I = (values_I.clamp_min(0) + penalty).reciprocal()
+            shrunk_I = (values_I + penalty).reciprocal()
             weight_OI = ((target_OI - dual_OI + penalty * split_OI) @ vectors_II) * shrunk_I @ vectors_II.T
             moved_OI = weight_OI + dual_OI / penalty
             keep_OI = layer.grouping.keep_top(moved_OI.abs())

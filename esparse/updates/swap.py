@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esparse.patterns import NM
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Swap(Update):
             raise ValueError(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
 
     def check(self, pattern: Pattern) -> None:
-        if not isinstance(pattern, NM):
+        if pattern.swap_width is None:
             raise ValueError(f"update=swap exchanges weights within groups: it needs an n:m pattern, not {pattern}")
 
     def collects(self) -> dict[str, Factory]:
@@ -52,7 +51,7 @@ class Swap(Update):
 
         grouping = layer.grouping
         self.check(grouping.pattern)
-        assert isinstance(grouping.pattern, NM)
+        assert grouping.pattern.swap_width
         gram_II = damped(layer.stats["gram"].gram_II, self.damp)
         order_I = grouping.order_I
         weight_OI, keep_OI = refine(
@@ -60,7 +59,7 @@ class Swap(Update):
             grouping.ordered(start.weight_OI),
             grouping.ordered(start.keep_OI),
             gram_II if order_I is None else gram_II[order_I][:, order_I],
-            m=grouping.pattern.m,
+            m=grouping.pattern.swap_width,
             values=self.values,
             steps=self.steps,
         )

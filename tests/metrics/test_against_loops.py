@@ -89,7 +89,7 @@ def pruned_by(metric: Metric, pattern: NM) -> Pruned:
     [
         ("magnitude", Magnitude()),
         ("wanda", Wanda()),
-        ("entropy", Entropy(alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)),
+        ("entropy", Entropy(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)),
     ],
 )
 def test_keep_masks_equal_the_loops(kind: str, metric: Metric, n: int, m: int) -> None:
@@ -112,6 +112,7 @@ def test_random_scores_depend_on_seed_and_layer_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
+        ({"base": "wanda"}, "metric.base must be one of magnitude, ria, nowag, got 'wanda'"),
         ({"norm": "l2"}, "metric.norm must be one of sequence, rms, total"),
         ({"range": "tensor"}, "metric.range must be one of channel, layer, fixed"),
         ({"bins": 1}, "metric.bins must be at least 2"),
@@ -119,6 +120,6 @@ def test_random_scores_depend_on_seed_and_layer_alone() -> None:
     ],
 )
 def test_entropy_refuses_settings_that_make_no_sense(settings: dict, part: str) -> None:
-    usual = {"alpha": 1.0, "bins": 100, "norm": "sequence", "range": "channel", "limit": 8.0}
+    usual = {"base": "magnitude", "alpha": 1.0, "bins": 100, "norm": "sequence", "range": "channel", "limit": 8.0}
     with pytest.raises(ValueError, match=part):
         Entropy(**(usual | settings))

@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from esparse.metrics.nowag import NoWag
+from esparse.metrics import Metric
+from esparse.metrics.entropy import Entropy
+from esparse.metrics.fisher import Fisher
+from esparse.metrics.gradient import Gradient
+from esparse.metrics.nowag import NoWag, normalised
 from esparse.metrics.ria import Ria, relative_importance
 from esparse.metrics.sparsegpt import SparseGpt
-from esparse.stats import ColumnNorm, Gram, LayerStats
+from esparse.stats import ColumnEntropy, ColumnNorm, Gram, LayerStats, WeightGradient
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(3, 8, generator=GENERATOR)
+MEAN_SQUARE = torch.rand(3, 8, generator=GENERATOR).square()
 X_TI = torch.randn(40, 8, generator=GENERATOR) * torch.linspace(0.2, 3, 8)
 
 
 def stats() -> LayerStats:
     size = {"inputs": 8, "sequences": 4, "device": torch.device("cpu")}
-    statistics = {"norm": ColumnNorm(**size), "gram": Gram(**size)}
+    entropy = ColumnEntropy(bins=5, range="channel", limit=1.0, **size)
+    statistics = {"norm": ColumnNorm(**size), "gram": Gram(**size), "entropy": entropy}
     for statistic in statistics.values():
-        statistic.add(X_TI, 0)
-    return LayerStats("layer", statistics, 40)
+        for look in range(statistic.looks):
+            statistic.add(X_TI, look)
+    return LayerStats("layer", statistics | {"gradient": WeightGradient(MEAN_SQUARE)}, 40)
+
+
+def relative_importance_by_loops(weight: list[list[float]]) -> list[list[float]]:
+    columns = [sum(abs(row[j]) for row in weight) for j in range(len(weight[0]))]
+    return [[abs(w) / columns[j] + abs(w) / sum(map(abs, row)) for j, w in enumerate(row)] for row in weight]
+
+
+def normalised_by_loops(weight: list[list[float]]) -> list[list[float]]:
+    columns = [math.sqrt(sum(row[j] ** 2 for row in weight)) for j in range(len(weight[0]))]
+    by_column = [[w / columns[j] for j, w in enumerate(row)] for row in weight]
+    return [[w / math.sqrt(sum(v**2 for v in row)) for w in row] for row in by_column]
 
 
 def test_ria() -> None:
     got = Ria(power=0.5).score(WEIGHT, stats())
-    weight, x = WEIGHT.double().tolist(), X_TI.double().tolist()
-    for i, row in enumerate(weight):
-        for j, w in enumerate(row):
+    x = X_TI.double().tolist()
+    for i, row in enumerate(relative_importance_by_loops(WEIGHT.double().tolist())):
+        for j, share in enumerate(row):
             norm = math.sqrt(sum(token[j] ** 2 for token in x) / 4)  # 4 sequences
-            column = sum(abs(other[j]) for other in weight)
-            share = abs(w) / column + abs(w) / sum(map(abs, row))
             assert got[i, j].item() == pytest.approx(share * math.sqrt(norm), rel=1e-5)
 
 
@@ -48,14 +65,20 @@ def test_ria_of_a_column_of_zeros_is_zero() -> None:
 
 def test_nowag() -> None:
     got = NoWag().score(WEIGHT, stats())
-    weight, x = WEIGHT.double().tolist(), X_TI.double().tolist()
-    columns = [math.sqrt(sum(row[j] ** 2 for row in weight)) for j in range(8)]
-    by_column = [[w / columns[j] for j, w in enumerate(row)] for row in weight]
-    for i, row in enumerate(by_column):
-        norm = math.sqrt(sum(w**2 for w in row))
+    x = X_TI.double().tolist()
+    for i, row in enumerate(normalised_by_loops(WEIGHT.double().tolist())):
         for j, w in enumerate(row):
             mean_square = sum(token[j] ** 2 for token in x) / 40
-            assert got[i, j].item() == pytest.approx((w / norm) ** 2 * mean_square, rel=1e-5)
+            assert got[i, j].item() == pytest.approx(w**2 * mean_square, rel=1e-5)
+
+
+def test_nowag_of_a_column_of_zeros_is_zero() -> None:
+    weight = WEIGHT.clone()
+    weight[:, 2] = 0
+    weight[1] = 0
+    bar = normalised(weight)
+    assert torch.isfinite(bar).all()
+    assert torch.equal(bar == 0, weight == 0)
 
 
 def test_sparsegpt_is_the_error_of_pruning_one_weight_with_the_others_repaired() -> None:
@@ -70,3 +93,66 @@ def test_sparsegpt_is_the_error_of_pruning_one_weight_with_the_others_repaired()
         change = torch.zeros(8, dtype=torch.float64)
         change[j], change[others] = w, best
         assert got[i, j].item() == pytest.approx(float(change @ hessian @ change), rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["model", "block"])
+def test_gradient(source: str) -> None:
+    metric = Gradient(source=source, alpha=3.0)
+    assert metric.gradients() == source
+    got = metric.score(WEIGHT, stats())
+    x = X_TI.double().tolist()
+    for i, row in enumerate(WEIGHT.double().tolist()):
+        for j, w in enumerate(row):
+            norm = math.sqrt(sum(token[j] ** 2 for token in x) / 4)  # 4 sequences
+            gradient = math.sqrt(MEAN_SQUARE[i, j])
+            assert got[i, j].item() == pytest.approx(abs(w) * (3 * gradient + norm), rel=1e-5)
+
+
+def test_gradient_by_hand() -> None:
+    # One output, two inputs of norms 3 and 4 over one sequence, gradients 2 and 1, alpha 10.
+    norm = ColumnNorm(inputs=2, sequences=1, device=torch.device("cpu"))
+    norm.add(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 0)
+    of_layer = LayerStats("layer", {"norm": norm, "gradient": WeightGradient(torch.tensor([[4.0, 1.0]]))}, 2)
+    got = Gradient(source="model", alpha=10.0).score(torch.tensor([[-2.0, 5.0]]), of_layer)
+    assert got.tolist() == [[46.0, 70.0]]  # 2 (20 + 3), 5 (10 + 4)
+
+
+@pytest.mark.parametrize("source", ["model", "block"])
+def test_fisher(source: str) -> None:
+    metric = Fisher(source=source)
+    assert metric.gradients() == source
+    got = metric.score(WEIGHT, stats())
+    for i, row in enumerate(WEIGHT.double().tolist()):
+        for j, w in enumerate(row):
+            assert got[i, j].item() == pytest.approx(w**2 * MEAN_SQUARE[i, j].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("base", "loops"), [("ria", relative_importance_by_loops), ("nowag", normalised_by_loops)])
+def test_entropy_with_another_measure_of_the_weight(
+    base: str, loops: Callable[[list[list[float]]], list[list[float]]]
+) -> None:
+    got = Entropy(base=base, alpha=0.7, bins=5, norm="rms", range="channel", limit=1.0).score(WEIGHT, stats())
+    x = X_TI.double().tolist()
+    for i, row in enumerate(loops(WEIGHT.double().tolist())):
+        for j, w in enumerate(row):
+            values = [token[j] for token in x]
+            low, high = min(values), max(values)
+            counts = [0] * 5
+            for value in values:
+                counts[min(int((value - low) / (high - low) * 5), 4)] += 1
+            entropy = -sum(c / 40 * math.log(c / 40) for c in counts if c)
+            rms = math.sqrt(sum(value**2 for value in values) / 40)
+            assert got[i, j].item() == pytest.approx(abs(w) * (entropy + 0.7 * rms), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: Gradient(source="loss", alpha=1.0), "metric.source must be one of model, block, got 'loss'"),
+        (lambda: Fisher(source="none"), "metric.source must be one of model, block, got 'none'"),
+        (lambda: Gradient(source="block", alpha=-1.0), "metric.alpha must not be negative, got -1"),
+    ],
+)
+def test_settings_that_make_no_sense(make: Callable[[], Metric], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        make()

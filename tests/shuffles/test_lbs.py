@@ -33,7 +33,8 @@ def test_an_order_is_canonical_and_keeps_at_least_as_much(
     whole = width - width % pattern.m
     for deal in ("straight", "serpentine"):
         dealt = Gns(deal=deal).order(scores, pattern)
-        for start, shuffle in ((own, Lbs(block=block)), (dealt, Esparse(deal=deal, block=block))):
+        lbs, both = Lbs(objective="score", block=block), Esparse(objective="score", deal=deal, block=block)
+        for start, shuffle in ((own, lbs), (dealt, both)):
             order = shuffle.order(scores, pattern)
             assert order is not None and start is not None and order.dtype == torch.int64
             assert kept(scores, order, pattern) >= kept(scores, start, pattern)
@@ -48,7 +49,7 @@ def test_by_hand() -> None:
     # The own order keeps 9 + 8 and 1 + 1. The swaps of 9, 7 or 6 with a 1 gain equally: the first is made, and then
     # 8 goes to 9. Both groups now keep two large scores, which no grouping can surpass.
     scores = torch.tensor([[9.0, 8, 7, 6, 1, 1, 1, 1]])
-    order = Lbs(block=8).order(scores, NM(2, 4))
+    order = Lbs(objective="score", block=8).order(scores, NM(2, 4))
     assert order is not None
     assert order.tolist() == [2, 3, 4, 5, 0, 1, 6, 7]
     assert kept(scores, order, NM(2, 4)) == 30
@@ -62,7 +63,7 @@ def test_never_above_the_best_of_all_groupings(seed: int, n: int, rows: int) -> 
     splits = [[0, *rest] for rest in combinations(range(1, 8), 3)]
     orders = [torch.tensor(first + [channel for channel in range(8) if channel not in first]) for first in splits]
     best = max(kept(scores, order, pattern) for order in orders)
-    order = Lbs(block=8).order(scores, pattern)
+    order = Lbs(objective="score", block=8).order(scores, pattern)
     assert order is not None
     assert kept(scores, torch.arange(8), pattern) <= kept(scores, order, pattern) <= best * (1 + 1e-12)
     if rows == 1:  # in a single row a channel out of place always has one to change places with
@@ -79,7 +80,7 @@ def test_half_precision_and_inference_mode() -> None:
     with torch.inference_mode():
         order = _order(scores)
         assert torch.equal(order, _order(scores.float()))
-        assert Esparse(deal="serpentine", block=16).order(scores, NM(2, 4)) is not None
+        assert Esparse(objective="score", deal="serpentine", block=16).order(scores, NM(2, 4)) is not None
     assert not torch.equal(order, torch.arange(32))
     assert torch.equal(order, _order(scores.clone().requires_grad_()))
 
@@ -91,7 +92,7 @@ def test_a_layer_narrower_than_the_block_is_one_block() -> None:
 
 
 def test_without_groups_there_is_nothing_to_order() -> None:
-    for shuffle in (Lbs(block=8), Esparse(deal="straight", block=8)):
+    for shuffle in (Lbs(objective="score", block=8), Esparse(objective="score", deal="straight", block=8)):
         assert shuffle.order(torch.rand(2, 16), Unstructured(50)) is None
         assert shuffle.order(torch.rand(2, 3), NM(2, 4)) is None
 
@@ -100,10 +101,10 @@ def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="block of 7 channels.*use at least 8"):
         _order(torch.rand(2, 16), block=7)
     with pytest.raises(ValueError, match="straight.*serpentine.*snake"):
-        Esparse(deal="snake", block=8)
+        Esparse(objective="score", deal="snake", block=8)
 
 
 def _order(scores: torch.Tensor, block: int = 16) -> torch.Tensor:
-    order = Lbs(block=block).order(scores, NM(2, 4))
+    order = Lbs(objective="score", block=block).order(scores, NM(2, 4))
     assert order is not None
     return order

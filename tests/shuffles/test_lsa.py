@@ -47,8 +47,8 @@ def test_searches_never_keep_less_and_return_an_order(seed: int, tail: int, n: i
     own = torch.arange(24 + tail)
     dealt = Gns(deal="serpentine").order(x, pattern)
     assert dealt is not None
-    lsa = Lsa(deal="serpentine", rounds=3).order(x, pattern)
-    best = Best(deal="serpentine", block=256, rounds=5).order(x, pattern)
+    lsa = Lsa(objective="score", block=256, deal="serpentine", rounds=3).order(x, pattern)
+    best = Best(objective="score", deal="serpentine", block=256, rounds=5).order(x, pattern)
     for order in (lsa, best):
         assert order is not None
         assert order.sort().values.tolist() == own.tolist()
@@ -56,15 +56,15 @@ def test_searches_never_keep_less_and_return_an_order(seed: int, tail: int, n: i
         assert (order[:24].view(-1, 4).diff(dim=1) > 0).all()
     kept = {name: kept_score(x, order, pattern) for name, order in {"own": own, "dealt": dealt, "lsa": lsa}.items()}
     assert kept["lsa"] >= kept["dealt"] * (1 - 1e-7)
-    others = [Lbs(block=256).order(x, pattern), Esparse(deal="serpentine", block=256).order(x, pattern)]
-    for order in others:
+    others = [Lbs(objective="score", block=256), Esparse(objective="score", deal="serpentine", block=256)]
+    for order in (shuffle.order(x, pattern) for shuffle in others):
         assert kept_score(x, best, pattern) >= kept_score(x, order, pattern) * (1 - 1e-5)
 
 
 def test_equal_scores_leave_the_channels_where_they_are() -> None:
     x = torch.ones(3, 12)
     assert assign_slots(x, torch.arange(12), n=2, m=4).tolist() == list(range(12))
-    assert Best(deal="straight", block=256, rounds=3).order(x, NM(2, 4)).tolist() == list(range(12))
+    assert Best(objective="score", deal="straight", block=256, rounds=3).order(x, NM(2, 4)).tolist() == list(range(12))
 
 
 def test_by_hand() -> None:
@@ -83,11 +83,24 @@ def test_summed_maxima() -> None:
 
 
 def test_patterns_without_groups_have_no_order() -> None:
-    assert Lsa(deal="straight", rounds=1).order(scores(2, 8, 0), Unstructured(50)) is None
-    assert Best(deal="straight", block=256, rounds=1).order(scores(2, 8, 0), Unstructured(50)) is None
+    for kind in (Lsa, Best):
+        shuffle = kind(objective="score", deal="straight", block=256, rounds=1)
+        assert shuffle.order(scores(2, 8, 0), Unstructured(50)) is None
 
 
-@pytest.mark.parametrize("shuffle", [lambda: Lsa(deal="odd", rounds=1), lambda: Lsa(deal="straight", rounds=0)])
-def test_settings_that_make_no_sense_are_refused(shuffle) -> None:  # noqa: ANN001
-    with pytest.raises(ValueError, match="deal|rounds"):
-        shuffle()
+@pytest.mark.parametrize("kind", [Lsa, Best])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"deal": "odd"}, "deal.*odd"), ({"rounds": 0}, "rounds.*0"), ({"objective": "ppl"}, "score, error.*ppl")],
+)
+def test_settings_that_make_no_sense_are_refused(kind: type[Lsa | Best], wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        kind(**({"objective": "score", "deal": "straight", "block": 256, "rounds": 1} | wrong))
+
+
+def test_blocks_too_narrow_for_the_pattern_are_refused_where_there_are_any() -> None:
+    settings = {"deal": "straight", "block": 7, "rounds": 1}
+    for shuffle in (Lsa(objective="error", **settings), Best(objective="score", **settings)):
+        with pytest.raises(ValueError, match="shuffle.block=7.*at least 8"):
+            shuffle.check(NM(2, 4))
+    Lsa(objective="score", **settings).check(NM(2, 4))

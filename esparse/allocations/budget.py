@@ -1,0 +1,145 @@
+"""The choice of patterns under a budget: a small sum of costs, and no more survivors than would uniformly be left."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapify, heappop, heappush
+
+from esparse.patterns import Pattern, Salient
+
+LARGEST = 2 * 10**8  # sums that the search for the least one may try: about a second, and 1.6 GB if all in one unit
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A layer's name and size."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers that get one pattern: those that they may get, from the sparsest to the densest.
+
+    `survivors[k]`, which ascend strictly, is how many of their weights survive under `patterns[k]`.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    patterns: tuple[Pattern, ...]
+    survivors: tuple[int, ...]
+    asked: int  # the place of the pattern that was asked for
+
+    @classmethod
+    def of(cls, layers: Sequence[Shape], asked: Pattern, patterns: Sequence[Pattern]) -> Unit:
+        """Of patterns that let equally many weights survive, the one nearest to the one asked for stands for all.
+
+        `patterns` ascend in density, and the one asked for is among them.
+        """
+        place = patterns.index(asked)
+        by_survivors: dict[int, Pattern] = {}
+        for _, pattern in sorted(enumerate(patterns), key=lambda numbered: abs(numbered[0] - place)):
+            by_survivors.setdefault(count(layers, pattern), pattern)
+        survivors = sorted(by_survivors)
+        return cls(
+            names=tuple(layer.name for layer in layers),
+            weights=sum(layer.outputs * layer.inputs for layer in layers),
+            patterns=tuple(by_survivors[one] for one in survivors),
+            survivors=tuple(survivors),
+            asked=survivors.index(count(layers, asked)),
+        )
+
+
+def count(layers: Sequence[Shape], pattern: Pattern) -> int:
+    """How many weights of these layers survive. Salient weights, which are as many whatever the base, do not count."""
+    return sum(layer.outputs * _of_row(pattern, layer.inputs) for layer in layers)
+
+
+@cache
+def _of_row(pattern: Pattern, inputs: int) -> int:
+    import torch
+
+    counted = pattern.base if isinstance(pattern, Salient) else pattern
+    return int(counted.keep_top(torch.zeros(1, inputs)).sum())
+
+
+def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, Pattern]:
+    """The pattern of each layer that does not get the one asked for, by name: the least sum of costs in the budget.
+
+    `costs[u][k]` is that of pattern k of unit u. The budget is what would survive uniformly: never more, and in the end
+    no unit's next pattern would fit in. The sum is the least there is, except where a model has so many units and
+    patterns that this would take long (LARGEST): there every unit starts at its sparsest pattern, and the step that
+    saves most per weight is taken until none fits. Of convex costs, that is off by at most what the last steps save. A
+    choice that costs no less than the uniform one is not made.
+    """
+    uniform = [unit.asked for unit in units]
+    budget = sum(unit.survivors[unit.asked] - unit.survivors[0] for unit in units)
+    chosen = _cheapest(units, costs, budget)
+    _fill(units, costs, chosen, budget)
+    if _sum(costs, chosen) >= _sum(costs, uniform):
+        chosen = uniform
+    return {
+        name: unit.patterns[at]
+        for unit, at in zip(units, chosen, strict=True)
+        if at != unit.asked
+        for name in unit.names
+    }
+
+
+def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """The places of the patterns with the least sum of costs (a knapsack by dynamic programming); 0s if too many."""
+    import torch
+
+    sizes = [[survivors - unit.survivors[0] for survivors in unit.survivors] for unit in units]
+    quantum = math.gcd(budget, *itertools.chain(*sizes)) or 1
+    most = budget // quantum
+    if sum(map(len, sizes)) * most > LARGEST:
+        return [0] * len(units)
+    # Shapes: B = budgets of 0 to `most` quanta, K = patterns of one unit.
+    least_B = torch.zeros(most + 1, dtype=torch.float64)
+    choices = []
+    for size, cost in zip(sizes, costs, strict=True):
+        sum_KB = torch.full((len(size), most + 1), math.inf, dtype=torch.float64)
+        for row_B, weights, value in zip(sum_KB, size, cost, strict=True):
+            if weights <= budget:
+                row_B[weights // quantum :] = least_B[: most + 1 - weights // quantum] + value
+        least_B, choice_B = sum_KB.min(dim=0)
+        choices.append(choice_B.int())
+    chosen = []
+    for size, choice_B in zip(reversed(sizes), reversed(choices), strict=True):
+        chosen.append(int(choice_B[most]))
+        most -= size[chosen[-1]] // quantum
+    return chosen[::-1]
+
+
+def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[int], budget: int) -> None:
+    """Takes steps, in place, until none fits into what is left, the one that saves most per weight first."""
+
+    def step(place: int) -> tuple[float, int, int]:
+        at, survivors, cost = chosen[place], units[place].survivors, costs[place]
+        size = survivors[at + 1] - survivors[at]
+        return (cost[at + 1] - cost[at]) / size, place, size  # of equal savings the first unit's steps come first
+
+    def has_next(place: int) -> bool:
+        return chosen[place] + 1 < len(units[place].survivors)
+
+    left = budget - sum(unit.survivors[at] - unit.survivors[0] for unit, at in zip(units, chosen, strict=True))
+    ahead = [step(place) for place in range(len(units)) if has_next(place)]
+    heapify(ahead)
+    while ahead:
+        _, place, size = heappop(ahead)
+        if size <= left:
+            left -= size
+            chosen[place] += 1
+            if has_next(place):
+                heappush(ahead, step(place))
+
+
+def _sum(costs: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(cost[at] for cost, at in zip(costs, chosen, strict=True))

@@ -1,0 +1,117 @@
+"""An allocation by what every density costs each layer, measured on the dense model.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.allocations import Allocation, Measured
+from esparse.allocations.budget import Shape, Unit, count, spend
+from esparse.allocations.reach import others, refuse_what_cannot_change
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.patterns import Pattern
+    from esparse.stats import Factory
+    from esparse.updates import Layer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Errors:
+    """The relative squared error of one layer under each of the patterns tried, from the sparsest to the densest."""
+
+    shape: Shape
+    errors: list[float]
+
+
+WEIGH = ("weights", "layers")
+
+
+@dataclass(kw_only=True, slots=True)
+class LayerError(Allocation):
+    """The patterns that make the sum of all layers' relative squared errors least (our own).
+
+    The error is tr(D G D^T) / tr(W G W^T), with D the pruned part of the dense weights W and G the Gram matrix of the
+    input. The mask is the one by the scores, in the channels' own order and without an update. Layers that read the
+    same tensor get one pattern. Of a pattern in per cent only percentages `points` apart are measured, and between
+    them a straight line is taken. A layer that no token reached keeps the pattern that was asked for.
+    """
+
+    spread: float  # most that the density of a layer may differ from the mean
+    weigh: str  # what a layer's error counts in the sum: weights (as many times as it has weights) | layers (once)
+    points: float  # of a pattern in per cent: from one percentage that is measured to the next
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < 1:
+            raise ValueError(f"allocation.spread must lie between 0 and 1, got {self.spread}")
+        if self.weigh not in WEIGH:
+            raise ValueError(f"allocation.weigh must be one of {', '.join(WEIGH)}, got {self.weigh!r}")
+        if not 0 < self.points < 100:
+            raise ValueError(f"allocation.points must lie between 0 and 100, got {self.points}")
+
+    def check(self, pattern: Pattern) -> None:
+        refuse_what_cannot_change("error", pattern, self.spread, reach=self.spread, points=self.points)
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import Gram
+
+        return {"gram": Gram}
+
+    def measures(self) -> bool:
+        return True
+
+    def measure(self, layer: Layer, score_OI: Tensor) -> Errors | None:
+        import torch
+
+        if not layer.stats.tokens:
+            return None
+        gram_II, dense_OI = layer.stats["gram"].gram_II, layer.dense_OI
+
+        def squared(part_OI: Tensor) -> float:
+            return float(((part_OI @ gram_II) * part_OI).sum(dtype=torch.float64))
+
+        whole, errors = squared(dense_OI), []
+        for pattern in others(layer.grouping.pattern, self.spread, self.points):
+            lost = squared(dense_OI.masked_fill(pattern.keep_top(score_OI), 0.0))
+            errors.append(lost / whole if whole > 0 else 0.0)
+        return Errors(Shape(layer.stats.name, *dense_OI.shape), errors)
+
+    def plan(self, layers: Sequence[Measured], pattern: Pattern) -> dict[str, Pattern]:
+        groups: dict[int, list[Errors]] = {}
+        for layer in layers:
+            if layer.value is not None:
+                groups.setdefault(layer.group, []).append(layer.value)
+        measured, finer = others(pattern, self.spread, self.points), others(pattern, self.spread)
+        units, costs = [], []
+        for group in groups.values():
+            shapes = [errors.shape for errors in group]
+            counts = [count(shapes, other) for other in measured]
+            within = [other for other in finer if counts[0] <= count(shapes, other) <= counts[-1]]
+            units.append(Unit.of(shapes, pattern, within))
+            costs.append(between(counts, self._sums(group), units[-1].survivors))
+        return spend(units, costs)
+
+    def _sums(self, group: Sequence[Errors]) -> list[float]:
+        """What each pattern that was measured adds to the sum through the layers of one group."""
+        counts = [layer.shape.outputs * layer.shape.inputs if self.weigh == "weights" else 1 for layer in group]
+        columns = zip(*(layer.errors for layer in group), strict=True)
+        return [sum(error * n for error, n in zip(errors, counts, strict=True)) for errors in columns]
+
+
+def between(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> list[float]:
+    """The values at `at`, from the least to the greatest x, on straight lines between points whose x never falls."""
+    values = []
+    for place in at:
+        right = bisect_left(x, place)
+        if x[right] == place:
+            values.append(y[right])
+        else:
+            share = (place - x[right - 1]) / (x[right] - x[right - 1])
+            values.append((1 - share) * y[right - 1] + share * y[right])
+    return values

@@ -1,0 +1,138 @@
+"""OWL (Yin et al. 2023, arXiv 2310.05175): where there are more outliers, more weights survive.
+
+Shapes: O outputs, I inputs, K classes of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.allocations import Allocation, Measured
+from esparse.allocations.budget import Shape, Unit, spend
+from esparse.allocations.reach import POINTS, others, refuse_what_cannot_change
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.patterns import Pattern
+    from esparse.stats import Factory
+    from esparse.updates import Layer
+
+PER = ("block", "group")
+# Scores are counted by their float32 without its lowest 15 bits, so in classes that are 0.4 % wide: all scores of a
+# block at once would be as large as the block, and its mean is known only at its end.
+DROPPED_BITS = 15
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """How the Wanda scores of one layer are distributed."""
+
+    shape: Shape
+    sum: float
+    classes_K: Tensor  # int32, ascending: the classes in which there are scores
+    counts_K: Tensor
+
+    def above(self, bound: float) -> float:
+        """How many lie above the bound, taken as evenly spread over the width of its class."""
+        import torch
+
+        of_bound = torch.tensor(bound, dtype=torch.float32)
+        own = int(of_bound.view(torch.int32)) >> DROPPED_BITS
+        low, high = (torch.tensor((own + k) << DROPPED_BITS, dtype=torch.int32).view(torch.float32) for k in (0, 1))
+        share = float((high - of_bound) / (high - low))
+        whole = int(self.counts_K[self.classes_K > own].sum())
+        return whole + share * int(self.counts_K[self.classes_K == own].sum())
+
+
+@dataclass(kw_only=True, slots=True)
+class Owl(Allocation):
+    """The density rises with the share of outliers, which are scores far above the mean.
+
+    Scores are Wanda's whatever the metric. As in the authors' code the densities wished for span 2 * spread and their
+    mean is kept, so where the shares are skewed one end lies farther than `spread` from the mean. Their n:m variant
+    rounds every block by itself and loses the mean; here those n are taken which keep it and have the least squared
+    distance to the wishes, weight for weight. A layer that no token reached keeps the pattern that was asked for.
+    """
+
+    threshold: float  # a score is an outlier above so many times the mean (M in the paper)
+    spread: float  # half the range of the densities wished for (lambda in the paper)
+    per: str  # layers that get one pattern: block (all of a decoder block) | group (those that read one tensor)
+
+    def __post_init__(self) -> None:
+        if self.per not in PER:
+            raise ValueError(f"allocation.per must be one of {', '.join(PER)}, got {self.per!r}")
+        if not self.threshold > 0:
+            raise ValueError(f"allocation.threshold must be above 0, got {self.threshold}")
+        if not 0 < self.spread < 1:
+            raise ValueError(f"allocation.spread must lie between 0 and 1, got {self.spread}")
+
+    def check(self, pattern: Pattern) -> None:
+        # Where all wishes lie within less than one step of each other, no change of n comes nearer to them.
+        refuse_what_cannot_change("owl", pattern, self.spread, reach=2 * self.spread, points=POINTS)
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import ColumnNorm
+
+        return {"norm": ColumnNorm}
+
+    def measures(self) -> bool:
+        return True
+
+    def measure(self, layer: Layer, score_OI: Tensor) -> Scores | None:
+        import torch
+
+        if not layer.stats.tokens:
+            return None
+        wanda_OI = layer.dense_OI.abs() * layer.stats["norm"].norm_I("sequence")
+        classes = wanda_OI.contiguous().view(torch.int32).flatten() >> DROPPED_BITS
+        counts = torch.bincount(classes).cpu()
+        there_K = counts.nonzero().squeeze(1)
+        return Scores(
+            shape=Shape(layer.stats.name, *wanda_OI.shape),
+            sum=float(wanda_OI.sum(dtype=torch.float64)),
+            classes_K=there_K.int(),
+            counts_K=counts[there_K],
+        )
+
+    def plan(self, layers: Sequence[Measured], pattern: Pattern) -> dict[str, Pattern]:
+        together: dict[int, list[Scores]] = {}
+        for layer in layers:
+            if layer.value is not None:
+                together.setdefault(layer.block if self.per == "block" else layer.group, []).append(layer.value)
+        patterns = others(pattern, 2 * self.spread)
+        units = [Unit.of([scores.shape for scores in unit], pattern, patterns) for unit in together.values()]
+        ratios = [outlier_ratio(unit, self.threshold) for unit in together.values()]
+        wishes = offsets(ratios, [unit.weights for unit in units], self.spread)
+        return spend(units, [_distances(unit, wish) for unit, wish in zip(units, wishes, strict=True)])
+
+
+def outlier_ratio(layers: Sequence[Scores], threshold: float) -> float:
+    """The share of these layers' scores that are above `threshold` times the mean of all of them."""
+    weights = sum(scores.shape.outputs * scores.shape.inputs for scores in layers)
+    bound = threshold * sum(scores.sum for scores in layers) / weights
+    if not bound:  # all scores are 0, and none is above another
+        return 0.0
+    return sum(scores.above(bound) for scores in layers) / weights
+
+
+def offsets(ratios: Sequence[float], weights: Sequence[int], spread: float) -> list[float]:
+    """By how much the density wished for is above the mean; the mean over all weights is 0, the range 2 * spread.
+
+    With outlier ratios D the paper's sparsity is 1 - density - offset, and
+    offset_l = 2 * spread * (D_l - min D) / (max D - min D), less the mean of that; all 0 where all D are equal.
+    """
+    low, high = min(ratios, default=0.0), max(ratios, default=0.0)
+    if low == high:
+        return [0.0] * len(ratios)
+    scaled = [2 * spread * (ratio - low) / (high - low) for ratio in ratios]
+    mean = sum(s * w for s, w in zip(scaled, weights, strict=True)) / sum(weights)
+    return [s - mean for s in scaled]
+
+
+def _distances(unit: Unit, offset: float) -> list[float]:
+    """What each pattern costs: the squared distance of its density to the one wished for, times the weights."""
+    wish = unit.survivors[unit.asked] / unit.weights + offset
+    return [unit.weights * (survivors / unit.weights - wish) ** 2 for survivors in unit.survivors]

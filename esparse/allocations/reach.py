@@ -1,0 +1,63 @@
+"""Which other patterns a layer may get in place of the one that was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from esparse.patterns import NM, Pattern, Salient, Unstructured
+
+POINTS = 0.1  # between one percentage and the next that a layer may get
+ROUNDING = 1e-9  # what a sum of decimal fractions may be off
+
+
+def others(pattern: Pattern, reach: float, points: float = POINTS) -> list[Pattern]:
+    """The patterns whose density lies within `reach` of this one's, from the sparsest to the densest, itself included.
+
+    Of n:m, beside salient weights or not, other n from 1 to m - 1; of per cent, those at a distance of `points` from
+    each other, between 0 and 100. Raises TypeError for a pattern that has no such others.
+    """
+    if isinstance(pattern, Salient):
+        return [dataclasses.replace(pattern, base=base) for base in _other_n(pattern.base, reach)]
+    if isinstance(pattern, NM):
+        return list(_other_n(pattern, reach))
+    if not isinstance(pattern, Unstructured):
+        raise TypeError(f"{pattern} has no denser and sparser patterns beside it")
+    most = int(100 * reach / points + ROUNDING)
+    removed = [round(pattern.removed_percent - step * points, 6) for step in range(-most, most + 1) if step]
+    here = [percent for percent in (*removed, pattern.removed_percent) if 0 < percent < 100]
+    return [Unstructured(percent) for percent in sorted(here, reverse=True)]
+
+
+def _other_n(pattern: NM, reach: float) -> list[NM]:
+    most = int(reach * pattern.m + ROUNDING)
+    return [NM(n, pattern.m) for n in range(max(1, pattern.n - most), min(pattern.m - 1, pattern.n + most) + 1)]
+
+
+def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, reach: float, points: float) -> None:
+    """Raises ValueError where within this reach no layer could get another pattern than the one asked for."""
+    base = pattern.base if isinstance(pattern, Salient) else pattern
+    if isinstance(base, Unstructured):
+        if reach < points / 100 - ROUNDING:
+            raise ValueError(
+                f"allocation={option} with spread={spread:g} cannot change {pattern}, whose steps are {points / 100:g}:"
+                f" use allocation.spread={points / 100:g} or more"
+            )
+        return
+    if not isinstance(base, NM):
+        raise ValueError(
+            f"allocation={option} chooses n of n:m, or how many per cent of each row go, and {pattern} is neither: use "
+            "a pattern such as 8:16 or 60%, or allocation=uniform"
+        )
+    if reach < 1 / base.m - ROUNDING:
+        finer = base
+        while spread < 1 / finer.m:
+            finer = NM(2 * finer.n, 2 * finer.m)
+        raise ValueError(
+            f"allocation={option} with spread={spread:g} cannot change {pattern}, whose steps are {1 / base.m:g}: use "
+            f"{finer} (steps of {1 / finer.m:g}) or allocation.spread={1 / base.m:g}"
+        )
+    if base.n in (1, base.m - 1):
+        raise ValueError(
+            f"allocation={option} cannot change {pattern}: what one layer gains another must lose, and an n of 0 or "
+            f"{base.m} is not to be had; use {2 * base.n}:{2 * base.m}, or allocation=uniform"
+        )

@@ -1,0 +1,242 @@
+"""Which tensors inside a block connect what makes them with what reads them: found by looking and by trying.
+
+Never a table per family. A norm is seen to hand its output to the layers that read it. Whether a matrix makes a tensor
+is tried: its rows are multiplied by powers of two, which rounds nothing in any precision, and the tensor must follow,
+channel by channel. That nobody else reads the tensor is verified on what the block returns.
+
+Shapes: T tokens, I channels of a tensor, R rows of its producer, V rows of them that make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esparse.models.block import Block
+from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader
+from esparse.models.producers import Link, Producer, row_maps, row_sets
+
+SAMPLE = 1024  # tokens on which a producer is tried, spread over a micro-batch
+
+
+class _Seen(Exception):
+    """Ends a block's forward pass: the tensor that was waited for has come."""
+
+
+class Wiring:
+    """The links of one block, known once `watch` has seen it run. Skipped layers read too, and belong to them."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.matrices = BlockMatrices(block.module, block.name)
+        self._norms: dict[str, nn.Module] = {}
+        self._routers: dict[str, nn.Module] = {}
+        for path, module in block.module.named_modules():
+            name = f"{block.name}.{path}"
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None and weight.ndim == 1:
+                self._norms[name] = module
+            elif weight is not None and weight.ndim == 2 and f"{name}.weight" not in self.matrices.parameters():
+                self._routers[name] = module
+        self._source: dict[InputGroup, str | None] = {}  # the norm whose output a group reads
+        self._router_source: dict[str, str | None] = {}
+        self._busiest: dict[InputGroup, tuple[int, int]] = {}  # its most tokens in one micro-batch, and minus which
+        self._unused: list[nn.Parameter] = []
+        self._returned = torch.empty(0)  # what the block returned for the first micro-batch
+
+    def watch(self, read: Reader) -> None:
+        """Runs the block over all micro-batches; `read(group, x_TI)` gets the input of every group."""
+        for batch in range(len(self.block.activations.hidden)):
+            made: dict[str, Tensor] = {}
+
+            def look(group: InputGroup, x_TI: Tensor, batch: int = batch, made: dict[str, Tensor] = made) -> None:
+                if len(x_TI):
+                    if group not in self._source:
+                        self._source[group] = _source(x_TI, made)
+                    self._busiest[group] = max(self._busiest.get(group, (0, 0)), (len(x_TI), -batch))
+                read(group, x_TI)
+
+            with self._norms_and_routers(made), self.matrices.observed(look):
+                returned = self.block.activations.run(self.block.index, batch)
+            if batch == 0:
+                self._returned = returned
+        self._settle()
+
+    def links(self) -> tuple[list[list[Link]], list[InputGroup]]:
+        """The links, those further down the block first, and the groups for which no producer was found.
+
+        All that reads one norm's output makes one link. The links of one parameter's experts stand in one list.
+        """
+        links: list[list[Link]] = []
+        unlinked: list[InputGroup] = []
+        seen: set[InputGroup] = set()
+        for group in self.matrices.groups:
+            if group in seen:
+                continue
+            together = self._together(group)
+            seen |= set(together)
+            asked = max(together, key=lambda g: self._busiest.get(g, (0, 0)))
+            producer = self.producer(asked) if asked in self._busiest else None
+            if producer is None:
+                unlinked += together
+            elif producer.matrix is None:
+                names = [name for name, norm in self._router_source.items() if norm == producer.name]
+                routers = [self._routers[name].get_parameter("weight").data for name in names]
+                links.append([Link(producer, together, routers)])
+            else:
+                experts = [(g, g.matrices[0].expert) for g in together]
+                links.append([Link(producer if e is None else producer.of_expert(e), [g], []) for g, e in experts])
+        return links[::-1], unlinked
+
+    def producer(self, group: InputGroup) -> Producer | None:
+        """What makes the tensor that a group reads; None where nothing was found that could absorb a change of it."""
+        norm = self._source[group]
+        before_TI = self.tensor(norm, group)
+        if norm is not None:
+            if any(group.inputs in parameter.shape for parameter in self._unused):
+                return None  # layers that did not run may read it as well
+            candidates = (Producer.of_norm(norm, self._norms[norm], offset) for offset in (0.0, 1.0))
+            return next((producer for producer in candidates if self.makes(producer, group, before_TI)), None)
+        for matrix in self._earlier(group):
+            for rows_V in row_sets(matrix.view().shape[0], group.inputs, heads=matrix.expert is None):
+                maps = [Producer.of_matrix(matrix, row_of_I) for row_of_I in row_maps(rows_V, group.inputs)]
+                # First whether these rows make it at all: if not, no way to deal them out will fit.
+                if self.makes(maps[0], group, before_TI, alike=True):
+                    found = next((producer for producer in maps if self.makes(producer, group, before_TI)), None)
+                    if found is not None:
+                        return found
+        return None
+
+    @torch.no_grad()
+    def makes(self, producer: Producer, group: InputGroup, before_TI: Tensor, *, alike: bool = False) -> bool:
+        """Whether the group's input follows when the producer's rows are multiplied by 2, 4 or 8 (`alike`: all by 2).
+
+        `before_TI` is what `tensor` returned. The weights are as before afterwards, bit by bit.
+        """
+        generator = torch.Generator().manual_seed(0)
+        factor_R = 2.0 ** torch.randint(1, 4, (len(producer.parts[0][0]),), generator=generator)
+        factor_I = torch.full((group.inputs,), 2.0) if alike else factor_R[producer.row_of_I]
+        saved = [(stored, stored.clone()) for stored, _ in producer.parts]
+        try:
+            producer.scale(factor_I)
+            after_TI = self.tensor(None if producer.matrix else producer.name, group)
+        finally:
+            for stored, value in saved:
+                stored.copy_(value)
+        expected_TI = before_TI * factor_I.to(before_TI.device)
+        wrong_I = (after_TI - expected_TI).norm(dim=0)
+        return bool((wrong_I <= _tolerance(group.matrices[0].parameter.dtype) * expected_TI.norm(dim=0)).all())
+
+    @torch.no_grad()
+    def changed(self, links: Sequence[Link], change: Callable[[Link], None]) -> bool:
+        """Makes a change that must not alter what the block returned for the first micro-batch when it was watched.
+
+        Where it does, False: all weights are again as they were before the change, bit by bit.
+        """
+        saved = [(stored, stored.clone()) for link in links for stored in link.stored()]
+        for link in links:
+            change(link)
+        after = self.block.activations.run(self.block.index, 0)
+        wrong = float((after.float() - self._returned.float()).norm())
+        if wrong < _tolerance(after.dtype) * float(self._returned.float().norm()):
+            return True
+        for stored, value in saved:
+            stored.copy_(value)
+        return False
+
+    def _settle(self) -> None:
+        """Adds what no token reached: an expert reads what its siblings read, of a layer nothing is known."""
+        self.matrices.complete()
+        of_entry = {group.matrices[0].entry: norm for group, norm in self._source.items()}
+        for group in self.matrices.groups:
+            self._source.setdefault(group, of_entry.get(group.matrices[0].entry))
+        used = {matrix.entry for group in self.matrices.groups for matrix in group.matrices}
+        self._unused = [p for entry, p in self.matrices.parameters().items() if entry not in used]
+
+    def _together(self, group: InputGroup) -> list[InputGroup]:
+        """The groups for which one producer is looked for: readers of one norm, or the experts of one parameter."""
+        norm, first = self._source[group], group.matrices[0]
+        if norm is not None:
+            return [g for g in self.matrices.groups if self._source[g] == norm]
+        if first.expert is None:
+            return [group]
+        return [g for g in self.matrices.groups if g.matrices[0].entry == first.entry]
+
+    def _earlier(self, group: InputGroup) -> Iterator[Matrix]:
+        """The matrices used before the group, the last one first; for an expert, its own ones."""
+        groups = self.matrices.groups
+        for before in reversed(groups[: groups.index(group)]):
+            yield from (m for m in reversed(before.matrices) if m.expert == group.matrices[0].expert)
+
+    def tensor(self, norm: str | None, group: InputGroup) -> Tensor:
+        """What the group reads of some tokens, in float32: the norm's output, where there is one.
+
+        (Routers deal it out to experts, and would deal it out otherwise while a norm is tried.)
+        """
+        seen: list[Tensor] = []
+
+        def take(x_TI: Tensor) -> None:
+            seen.append(x_TI[:: -(-len(x_TI) // SAMPLE)].float().clone())
+            raise _Seen
+
+        def read(of: InputGroup, x_TI: Tensor) -> None:
+            if of is group:
+                take(x_TI)
+
+        with suppress(_Seen), ExitStack() as hooks:
+            if norm is not None:
+                hook = self._norms[norm].register_forward_hook(lambda module, args, out: take(out.flatten(0, -2)))
+                hooks.callback(hook.remove)
+            else:
+                hooks.enter_context(self.matrices.observed(read))
+            self.block.activations.run(self.block.index, -self._busiest[group][1])
+        return seen[0]
+
+    @contextmanager
+    def _norms_and_routers(self, made: dict[str, Tensor]) -> Iterator[None]:
+        """While open, `made` collects what the norms return, and it is noted which of that the routers read."""
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                if isinstance(out, Tensor) and out.ndim > 1:
+                    made[name] = out
+
+            return hook
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                width = module.get_parameter("weight").shape[1]
+                for value in (*args, *kwargs.values()):
+                    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == width:
+                        self._router_source[name] = _source(value.flatten(0, -2), made)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name, norm in self._norms.items():
+                hooks.callback(norm.register_forward_hook(keep(name)).remove)
+            for name, router in self._routers.items():
+                hooks.callback(router.register_forward_pre_hook(note(name), with_kwargs=True).remove)
+            yield
+
+
+def _source(x_TI: Tensor, made: dict[str, Tensor]) -> str | None:
+    """Whose output this is: the same memory, or rows taken from it as experts do. All outputs still exist."""
+    for name, y in made.items():
+        if y.data_ptr() == x_TI.data_ptr() and y.numel() == x_TI.numel():
+            return name
+    for name, y in made.items():
+        if y.shape[-1] == x_TI.shape[-1]:
+            rows = (x_TI[at] for at in (0, len(x_TI) // 2, -1))
+            if all((y == row_I).all(-1).any() for row_I in rows):
+                return name
+    return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding may cause where weights are rewritten."""
+    return 2e-2 if dtype.itemsize < 4 else 1e-4

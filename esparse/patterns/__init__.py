@@ -1,0 +1,12 @@
+"""Sparsity patterns: which weights may survive together. The only place that knows groups of m.
+
+Polarity: a boolean mask is always called `keep`; True means the weight survives. In `n:m`, n weights survive.
+Ties: of equal scores the one with the lowest index survives.
+"""
+
+from esparse.patterns.groups import NM, Salient
+from esparse.patterns.pattern import Grouping, Pattern
+from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
+from esparse.patterns.text import parse
+
+__all__ = ["NM", "Blocks", "Columns", "Grouping", "Pattern", "Rows", "Salient", "Unstructured", "parse"]

@@ -1,0 +1,132 @@
+"""Patterns that remove a share in per cent: unstructured, and the structured ones it is compared with.
+
+Shapes: O outputs, I inputs, S strips of rows, B blocks of one strip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from esparse.patterns.pattern import Pattern, filled, top
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured(Pattern):
+    """Of every row, `removed_percent` per cent of the weights go (rounded down), wherever they stand."""
+
+    removed_percent: float
+
+    def __str__(self) -> str:
+        return _percent(self.removed_percent)
+
+    def keep_top(self, scores_OI: Tensor) -> Tensor:
+        return top(scores_OI, _left(scores_OI.shape[-1], self.removed_percent))
+
+    def holds(self, keep_OI: Tensor) -> bool:
+        return bool((keep_OI.sum(-1) <= _left(keep_OI.shape[-1], self.removed_percent)).all())
+
+    def metadata_bits(self, outputs: int, inputs: int) -> int:
+        return outputs * inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Columns(Pattern):
+    """Of a matrix's inputs, the `removed_percent` per cent (rounded down) with the lowest mean score go whole."""
+
+    removed_percent: float
+
+    def __str__(self) -> str:
+        return f"{_percent(self.removed_percent)}@columns"
+
+    def keep_top(self, scores_OI: Tensor) -> Tensor:
+        import torch
+
+        # float64: the choice should not depend on the order in which a device adds up.
+        keep_I = top(scores_OI.mean(0, dtype=torch.float64), _left(scores_OI.shape[1], self.removed_percent))
+        return keep_I.repeat(len(scores_OI), 1)
+
+    def holds(self, keep_OI: Tensor) -> bool:
+        return int(keep_OI.any(0).sum()) <= _left(keep_OI.shape[1], self.removed_percent)
+
+    def metadata_bits(self, outputs: int, inputs: int) -> int:
+        return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(Pattern):
+    """Of a matrix's outputs, the `removed_percent` per cent (rounded down) with the lowest mean score go whole."""
+
+    removed_percent: float
+
+    def __str__(self) -> str:
+        return f"{_percent(self.removed_percent)}@rows"
+
+    def keep_top(self, scores_OI: Tensor) -> Tensor:
+        import torch
+
+        keep_O = top(scores_OI.mean(1, dtype=torch.float64), _left(len(scores_OI), self.removed_percent))
+        return keep_O[:, None].repeat(1, scores_OI.shape[1])
+
+    def holds(self, keep_OI: Tensor) -> bool:
+        return int(keep_OI.any(1).sum()) <= _left(len(keep_OI), self.removed_percent)
+
+    def metadata_bits(self, outputs: int, inputs: int) -> int:
+        return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Pattern):
+    """Of the blocks of each strip of `height` outputs, `removed_percent` per cent (rounded down) go whole.
+
+    A block is `width` inputs wide. The blocks with the lowest mean score go: at the lower and the right edge, where a
+    matrix may end inside a block, blocks are smaller, and a sum would put them last.
+    """
+
+    removed_percent: float
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{_percent(self.removed_percent)}@{self.height}x{self.width}"
+
+    def keep_top(self, scores_OI: Tensor) -> Tensor:
+        import torch
+
+        outputs, inputs = scores_OI.shape
+        rows_S, columns_B = _sizes(outputs, self.height), _sizes(inputs, self.width)
+        weights_SB = torch.tensor(rows_S)[:, None] * torch.tensor(columns_B)
+        mean_SB = self._blocks(scores_OI).sum((1, 3), dtype=torch.float64) / weights_SB.to(scores_OI.device)
+        keep_SB = top(mean_SB, _left(len(columns_B), self.removed_percent))
+        keep_OB = keep_SB.repeat_interleave(self.height, 0)[:outputs]
+        return keep_OB.repeat_interleave(self.width, 1)[:, :inputs].contiguous()
+
+    def holds(self, keep_OI: Tensor) -> bool:
+        survives_SB = self._blocks(keep_OI).sum((1, 3)) > 0
+        return bool((survives_SB.sum(1) <= _left(survives_SB.shape[1], self.removed_percent)).all())
+
+    def metadata_bits(self, outputs: int, inputs: int) -> int:
+        return len(_sizes(outputs, self.height)) * len(_sizes(inputs, self.width))
+
+    def _blocks(self, x_OI: Tensor) -> Tensor:
+        """Strips x height x blocks x width, zeros where the matrix ends before its last block."""
+        filled_OI = filled(filled(x_OI, self.width).T, self.height).T
+        return filled_OI.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
+
+
+def _percent(percent: float) -> str:
+    return f"{Decimal(repr(percent)).normalize():f}%"  # all digits, and never 1e-05
+
+
+def _left(count: int, removed_percent: float) -> int:
+    """How many of so many survive where that per cent, rounded down, go."""
+    return count - int(count * removed_percent / 100 + 1e-9)
+
+
+def _sizes(length: int, size: int) -> list[int]:
+    """How long the parts are when a length is cut into parts of that size."""
+    return [min(size, length - start) for start in range(0, length, size)]

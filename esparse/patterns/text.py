@@ -1,0 +1,72 @@
+"""Patterns as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from esparse.patterns.groups import NM, Salient
+from esparse.patterns.pattern import Pattern
+from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
+
+EXPLAINED = (
+    "pattern must look like '2:4' (of every 4 consecutive weights of a row 2 survive), '50%' (half of every row is "
+    "removed), '50%@columns' or '50%@rows' (half of the inputs or of the outputs), or '50%@16x16' (of blocks of 16 "
+    "outputs by 16 inputs, half of those side by side)"
+)
+OUTLIERS_EXPLAINED = "outliers must look like '16:256' (of every 256 consecutive weights of a row 16 survive anyway)"
+
+
+def parse(text: object, outliers: object = None) -> Pattern:
+    """The pattern that texts such as '2:4', '50%', '50%@16x16', or '8:16' with outliers '16:256' name.
+
+    Raises ValueError with what was expected otherwise.
+    """
+    pattern = _parse(text)
+    if outliers is None:
+        return pattern
+    if not isinstance(pattern, NM):
+        raise ValueError(
+            f"outliers survive beside an n:m pattern, and {text!r} is none: leave out outliers={outliers}, or ask for "
+            "a pattern such as 8:16"
+        )
+    salient = _nm("outliers", outliers, OUTLIERS_EXPLAINED)
+    if salient is None:
+        raise ValueError(f"{OUTLIERS_EXPLAINED}, got {outliers!r}")
+    if salient.m % pattern.m:
+        raise ValueError(
+            f"outliers {salient} are chosen from whole groups of the pattern {pattern}, but {salient.m} is not a "
+            f"multiple of {pattern.m}: take {salient.n} of {pattern.m * max(2, round(salient.m / pattern.m))}"
+        )
+    return Salient(pattern, salient)
+
+
+def _parse(text: object) -> Pattern:
+    if pattern := _nm("pattern", text, EXPLAINED):
+        return pattern
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:@(columns|rows|(\d+)x(\d+)))?", str(text))
+    if not match:
+        raise ValueError(f"{EXPLAINED}, got {text!r}")
+    removed, what, sides = float(match[1]), match[2], match.groups()[2:]
+    if not 0 < removed < 100:
+        raise ValueError(f"a pattern in per cent removes between 0% and 100%, got {text!r}")
+    if what is None:
+        return Unstructured(removed)
+    if what in ("columns", "rows"):
+        return Columns(removed) if what == "columns" else Rows(removed)
+    height, width = map(int, sides)
+    if not (height and width):
+        raise ValueError(f"a pattern's blocks are at least 1x1 (outputs x inputs), got {text!r}")
+    return Blocks(removed, height, width)
+
+
+def _nm(name: str, text: object, explained: str) -> NM | None:
+    """The n:m that a text names, None where it is another text; ValueError for what YAML makes of an unquoted n:m."""
+    if not isinstance(text, str) or re.fullmatch(r"\d+", text):
+        raise ValueError(f"{explained}, got {text!r}: in YAML write it in quotes, unquoted 2:4 is the number 124")
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match:
+        return None
+    n, m = map(int, match.groups())
+    if not 0 < n < m:
+        raise ValueError(f"{name} n:m needs 0 < n < m, since n of m weights survive; got {text!r}")
+    return NM(n, m)

@@ -1,0 +1,84 @@
+"""Weight equalisation: part of what sets a layer's input channels apart moves from the input into the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.prepare import Prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.models.block import Block
+    from esparse.models.matrices import InputGroup
+    from esparse.models.producers import Link
+    from esparse.stats import ColumnMax
+
+log = logging.getLogger("esparse")
+
+LIMIT = 1e3  # no scale lies outside 1/LIMIT to LIMIT, so that no weight leaves the range of half precision
+
+
+@dataclass(kw_only=True, slots=True)
+class Equalise(Prepare):
+    """SmoothQuant's scales (arXiv 2211.10438, eq. 4), with which the 8:16 paper (arXiv 2507.03052) begins.
+
+    The columns of all layers that read one tensor are multiplied by max|X_j|^power / max|W_j|^(1 - power), and what
+    makes the tensor is divided by it. Where nothing is found that could be divided, layers stay as they are, and the
+    log says so.
+    """
+
+    power: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"prepare.power must lie between 0 and 1, got {self.power}")
+
+    def block(self, block: Block) -> None:
+        from esparse.models.wiring import Wiring
+        from esparse.stats import ColumnMax
+
+        wiring = Wiring(block)
+        largest: dict[InputGroup, ColumnMax] = {}
+
+        def read(group: InputGroup, x_TI: Tensor) -> None:
+            if group not in largest:
+                largest[group] = ColumnMax(inputs=group.inputs, sequences=1, device=x_TI.device)
+            largest[group].add(x_TI, 0)
+
+        wiring.watch(read)
+        links, left = wiring.links()
+        pruned = set(block.matrices().parameters())
+
+        def divide(link: Link) -> None:
+            if (scale_I := self._scale_I(link, largest, pruned)) is not None:
+                link.move(scale_I)
+
+        # The last ones first: a matrix's columns are measured once its rows have been divided.
+        for together in links:
+            if not wiring.changed(together, divide):
+                left += [group for link in together for group in link.groups]
+        names = {m.entry.removesuffix(".weight"): None for group in left for m in group.matrices if m.entry in pruned}
+        if names:
+            log.warning("not equalised, since nothing before them can absorb it: %s", ", ".join(names))
+
+    def _scale_I(self, link: Link, largest: Mapping[InputGroup, ColumnMax], pruned: set[str]) -> Tensor | None:
+        """What a link's columns are to be multiplied by; None where no token came or nothing of it is pruned."""
+        import torch
+
+        weights = [m.view().abs().amax(dim=0).float() for g in link.groups for m in g.matrices if m.entry in pruned]
+        inputs = [largest[group].max_I for group in link.groups if group in largest]
+        if not weights or not inputs:
+            return None
+        input_max_I, weight_max_I = (torch.stack(maxima).amax(dim=0) for maxima in (inputs, weights))
+        return scale_I(link.producer.tied(input_max_I), link.producer.tied(weight_max_I), self.power)
+
+
+def scale_I(input_max_I: Tensor, weight_max_I: Tensor, power: float) -> Tensor:
+    """max|X_j|^power / max|W_j|^(1 - power), within LIMIT; 1 for a channel that is always 0 or has no weights."""
+    ratio_I = input_max_I.pow(power) / weight_max_I.pow(1 - power)
+    unused_I = (input_max_I == 0) | (weight_max_I == 0)
+    return ratio_I.clamp(1 / LIMIT, LIMIT).masked_fill(unused_I, 1.0)

@@ -1,0 +1,88 @@
+"""Distillation: the whole pruned model is trained to predict what its dense parent predicts, the keep masks held.
+
+The loss is Hinton et al.'s (2015, arXiv 1503.02531) with the parent's distribution alone as target. With
+`train=lora` only low-rank additions under the mask are trained, the MaskLoRA of PERP (Zimmer et al. 2023,
+arXiv 2312.15230). Two regularisers ask for structure while the model is trained: a group LASSO (Yuan and Lin 2006) on
+the pattern's groups, and a dropout of whole groups of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.recoveries import Recovery
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from esparse.models.blocks import BlockModel
+    from esparse.models.matrices import Matrix
+    from esparse.patterns import Grouping, Pattern
+    from esparse.report import RecoveryReport
+
+
+@dataclass(kw_only=True, slots=True)
+class Distill(Recovery):
+    """Minimises KL(parent || student) over the calibration tokens, once all blocks are pruned."""
+
+    train: str  # full (the survivors of pruned matrices themselves) | lora (a low-rank addition to each matrix)
+    all_parameters: bool  # of full: norms, biases, embeddings, the head and layers that stayed dense too
+    rank: int  # of lora
+    alpha: float  # of lora: the addition counts alpha / rank times
+    learning_rate: float
+    warm_up: float  # share of the steps in which the learning rate rises; then it falls linearly to 0
+    epochs: int
+    batch: int  # sequences of one step
+    clip: float | None  # greatest norm of a step's gradient
+    temperature: float  # by which both models' logits are divided
+    lasso: float  # weight of the group LASSO, a sum over all groups of all matrices; 0: none
+    dropout: float  # probability with which a step does without a group of a matrix's inputs; 0: never
+
+    def __post_init__(self) -> None:
+        if self.train not in ("full", "lora"):
+            raise ValueError(f"recovery.train must be full or lora, got {self.train!r}")
+        if self.all_parameters and self.train == "lora":
+            raise ValueError(
+                "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: "
+                "use recovery.train=full with it, or leave it out"
+            )
+        for name in ("rank", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recovery.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("alpha", "learning_rate", "temperature", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"recovery.{name} must be positive, got {value:g}")
+        if not 0 <= self.warm_up <= 1:
+            raise ValueError(f"recovery.warm_up is a share of the steps, between 0 and 1, got {self.warm_up:g}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"recovery.dropout is a probability, at least 0 and below 1, got {self.dropout:g}")
+        if not self.lasso >= 0:
+            raise ValueError(f"recovery.lasso must not be negative, got {self.lasso:g}")
+
+    def check(self, pattern: Pattern) -> None:
+        if (self.lasso or self.dropout) and pattern.swap_width is None:
+            raise ValueError(
+                f"recovery.lasso and recovery.dropout work on the groups of a pattern, and {pattern} has none: "
+                "set both to 0, or ask for a pattern such as 2:4"
+            )
+
+    def needs_parent(self) -> bool:
+        return True
+
+    def whole(
+        self,
+        student: BlockModel,
+        parent: nn.Module | None,
+        tokens_SL: Tensor,
+        keeps: Mapping[str, Tensor],
+        groupings: Sequence[tuple[Matrix, Grouping]],
+        seed: int,
+    ) -> list[RecoveryReport]:
+        from esparse.recoveries.distillation import distill
+        from esparse.recoveries.held import held_weights
+
+        assert parent is not None
+        return [distill(self, student, parent, tokens_SL, held_weights(keeps, groupings, student.device), seed)]

@@ -1,0 +1,54 @@
+"""Variance correction: the survivors are scaled until the weights vary as much as they did before pruning.
+
+After Maximov et al. 2025 (arXiv 2507.03052), our reconstruction: W_s <- W_s sqrt(Var(W) / Var(W_s)), the variances over
+all entries, zeros included. Whether the paper takes them of each output or of the whole layer is not known to us.
+Shapes: O outputs, I inputs, R rows whose variance is taken (the outputs, or one), K values of such a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from esparse.recoveries import Recovery
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esparse.updates import Layer, Solution
+
+GRANULARITIES = ("row", "layer")
+
+
+@dataclass(kw_only=True, slots=True)
+class Variance(Recovery):
+    """One factor per output, or one for the layer, gives the weights their variance back.
+
+    A shift of the bias stays as it was: where both are wanted, the bias is corrected last.
+    """
+
+    granularity: str  # of which values the variance is taken: row (those of one output) | layer (all)
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
+            )
+
+    def layer(self, layer: Layer, pruned: Solution) -> Solution:
+        rows = len(layer.dense_OI) if self.granularity == "row" else 1
+        scale_R = variance_scale(layer.dense_OI.reshape(rows, -1), pruned.weight_OI.reshape(rows, -1))
+        return replace(pruned, weight_OI=pruned.weight_OI * scale_R[:, None])
+
+
+def variance_scale(dense_RK: Tensor, pruned_RK: Tensor) -> Tensor:
+    """The factor for each pruned row; 1 where all values of the dense or of the pruned one are equal."""
+    import torch
+
+    spread_R = torch.ones_like(dense_RK[:, 0], dtype=torch.bool)
+    for weight_RK in (dense_RK, pruned_RK):
+        low_R, high_R = weight_RK.aminmax(dim=1)
+        spread_R &= low_R < high_R  # exact, where the variance of equal values may be a rounding error
+    # Population or sample variance: the ratio is the same.
+    scale_R = (dense_RK.var(1) / pruned_RK.var(1)).sqrt()
+    return torch.where(spread_R, scale_R, 1.0)

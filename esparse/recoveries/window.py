@@ -1,0 +1,69 @@
+"""Block reconstruction: the surviving weights of a pruned block are trained to return what the dense block returned.
+
+EBFT (Guo et al. 2024, arXiv 2402.12419) trains a block as a whole; "A Free Lunch in LLM Compression" (2025,
+arXiv 2510.14444) attention and MLP apart, on the dense model's activations; the transformer matching of 3BASiL (2026,
+arXiv 2603.01376) all parameters of a block. They are settings of one method here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esparse.recoveries import Recovery
+
+if TYPE_CHECKING:
+    from esparse.models.block import Block
+    from esparse.recoveries import Finish
+
+KNOWN = {
+    "window": ("submodule", "block"),
+    "inputs": ("dense", "propagated"),
+    "targets": ("block", "parent"),
+    "train": ("weights", "all"),
+    "decay": ("linear", "cosine"),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Window(Recovery):
+    """Minimises the mean squared error to the dense output, window after window, block after block."""
+
+    window: str  # submodule (attention, then the rest of the block) | block
+    inputs: str  # what enters the block: the hidden states of the dense model, or what the pruned blocks return
+    targets: str  # block (what the dense block makes of the same inputs) | parent (what the dense model has there)
+    train: str  # weights (the survivors of pruned matrices) | all (norms, biases and skipped layers too)
+    learning_rate: float
+    final_rate: float  # share of the learning rate that the decay ends at
+    decay: str  # linear | cosine
+    warm_up: float  # share of the steps in which the learning rate rises
+    epochs: int
+    batch: int  # sequences of one step
+    beta2: float  # of AdamW
+    weight_decay: float  # of AdamW
+    clip: float | None  # greatest norm of a step's gradient
+
+    def __post_init__(self) -> None:
+        for setting, known in KNOWN.items():
+            if getattr(self, setting) not in known:
+                raise ValueError(
+                    f"recovery.{setting} must be one of {', '.join(known)}, got {getattr(self, setting)!r}"
+                )
+        if self.epochs < 1 or self.batch < 1:
+            raise ValueError(f"recovery.epochs and recovery.batch must be positive, got {self.epochs} and {self.batch}")
+        if self.learning_rate <= 0 or not 0 <= self.warm_up <= 1 or not 0 <= self.final_rate <= 1:
+            raise ValueError(
+                "recovery needs learning_rate > 0 and warm_up and final_rate between 0 and 1, got "
+                f"{self.learning_rate:g}, {self.warm_up:g} and {self.final_rate:g}"
+            )
+
+    def sequences_at_once(self) -> int:
+        return self.batch
+
+    def needs_dense_stream(self) -> bool:
+        return self.inputs == "dense" or self.targets == "parent"
+
+    def begin(self, block: Block) -> Finish:
+        from esparse.recoveries.reconstruct import begin
+
+        return begin(self, block)

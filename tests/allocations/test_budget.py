@@ -1,0 +1,142 @@
+"""The choice under a budget: against all assignments, and never above what would survive uniformly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esparse.allocations import budget
+from esparse.allocations.budget import Shape, Unit, count, spend
+from esparse.allocations.reach import others
+from esparse.patterns import NM, Pattern, Salient, Unstructured
+from tests.allocations.layers import chosen
+
+
+@pytest.fixture(params=["exact", "greedy"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the search for the least sum, and as where a model is too large for it."""
+    if request.param == "greedy":
+        monkeypatch.setattr(budget, "LARGEST", -1)
+    return request.param
+
+
+def units_of(sizes: Sequence[tuple[int, int]], pattern: Pattern, reach: float = 0.99) -> list[Unit]:
+    """One unit for each size (outputs, inputs)."""
+    patterns = others(pattern, reach, 5.0)
+    return [Unit.of([Shape(f"layer{k}", *size)], pattern, patterns) for k, size in enumerate(sizes)]
+
+
+def survivors(units: Sequence[Unit], places: Sequence[int]) -> int:
+    return sum(unit.survivors[place] for unit, place in zip(units, places, strict=True))
+
+
+def total(costs: Sequence[Sequence[float]], places: Sequence[int]) -> float:
+    return sum(cost[place] for cost, place in zip(costs, places, strict=True))
+
+
+def uniform(units: Sequence[Unit]) -> list[int]:
+    return [unit.asked for unit in units]
+
+
+def least(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> float:
+    """By trying every assignment."""
+    allowed = survivors(units, uniform(units))
+    every = itertools.product(*(range(len(unit.patterns)) for unit in units))
+    return min(total(costs, places) for places in every if survivors(units, places) <= allowed)
+
+
+@st.composite
+def problems(draw: st.DrawFn, outputs: st.SearchStrategy[int], falling: bool) -> tuple[list[Unit], list[list[float]]]:
+    """Up to four units of n:m with costs that fall convexly or, otherwise, as they like."""
+    m = draw(st.integers(3, 6))
+    pattern = NM(draw(st.integers(1, m - 1)), m)
+    sizes = [(draw(outputs), 2 * m) for _ in range(draw(st.integers(1, 4)))]
+    units = units_of(sizes, pattern)
+    costs = []
+    for unit in units:
+        steps = draw(st.lists(st.integers(1, 100), min_size=len(unit.patterns), max_size=len(unit.patterns)))
+        gains = sorted(steps, reverse=True)
+        costs.append(
+            [float(sum(gains[place:])) for place in range(len(gains))] if falling else [float(s) for s in steps]
+        )
+    return units, costs
+
+
+@given(problem=problems(st.integers(1, 9), falling=True))
+def test_the_least_sum_of_all_assignments(problem: tuple[list[Unit], list[list[float]]]) -> None:
+    units, costs = problem
+    assert total(costs, chosen(units, spend(units, costs))) == least(units, costs)
+
+
+@given(problem=problems(st.just(3), falling=True))
+def test_steps_by_what_they_save_find_it_too_where_all_are_of_one_size(
+    problem: tuple[list[Unit], list[list[float]]],
+) -> None:
+    units, costs = problem
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(budget, "LARGEST", -1)
+        assert total(costs, chosen(units, spend(units, costs))) == least(units, costs)
+
+
+@pytest.mark.parametrize("largest", [-1, 10**9])
+@given(problem=problems(st.integers(1, 9), falling=False))
+def test_the_budget_is_kept_and_spent_whatever_the_costs(
+    largest: int, problem: tuple[list[Unit], list[list[float]]]
+) -> None:
+    units, costs = problem
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(budget, "LARGEST", largest)
+        places = chosen(units, spend(units, costs))
+    left = survivors(units, uniform(units)) - survivors(units, places)
+    assert left >= 0
+    for unit, place in zip(units, places, strict=True):
+        assert place + 1 == len(unit.patterns) or unit.survivors[place + 1] - unit.survivors[place] > left
+    assert total(costs, places) <= total(costs, uniform(units))
+
+
+def test_by_hand(either: str) -> None:
+    units = units_of([(1, 4), (1, 4), (1, 4)], NM(2, 4))
+    costs = [[9.0, 1.0, 0.0], [9.0, 5.0, 2.0], [3.0, 2.0, 1.0]]
+    plan = spend(units, costs)  # the steps save 8, 1; 4, 3; 1, 1, and three of them are to be had
+    assert plan == {"layer1": NM(3, 4), "layer2": NM(1, 4)}
+
+
+def test_what_saves_nothing_is_not_done(either: str) -> None:
+    units = units_of([(2, 8), (1, 8)], NM(4, 8))
+    assert spend(units, [[0.0] * 7, [0.0] * 7]) == {}
+    assert spend(units, [[float(abs(n - 4)) for n in range(1, 8)]] * 2) == {}
+    assert spend([], []) == {}
+
+
+def test_layers_of_a_unit_share_its_pattern(either: str) -> None:
+    pattern = NM(2, 4)
+    first = Unit.of([Shape("q", 4, 8), Shape("k", 2, 8)], pattern, others(pattern, 0.25))
+    second = Unit.of([Shape("down", 6, 8)], pattern, others(pattern, 0.25))
+    assert first.survivors == (12, 24, 36)
+    plan = spend([first, second], [[9.0, 3.0, 0.0], [2.0, 1.0, 0.0]])
+    assert plan == {"q": NM(3, 4), "k": NM(3, 4), "down": NM(1, 4)}
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 5), NM(3, 8), Unstructured(62.5), Unstructured(33.3)], ids=str)
+@pytest.mark.parametrize("inputs", [3, 32, 47])
+def test_survivors_are_counted_as_the_pattern_leaves_them(pattern: Pattern, inputs: int) -> None:
+    scores_OI = torch.rand(6, inputs, generator=torch.Generator().manual_seed(inputs))
+    halves = [Shape("a", 4, inputs), Shape("b", 2, inputs)]
+    assert count(halves, pattern) == int(pattern.keep_top(scores_OI).sum())
+
+
+def test_salient_weights_do_not_count() -> None:
+    assert count([Shape("a", 3, 32)], Salient(NM(2, 4), NM(1, 16))) == 3 * 16
+
+
+def test_of_patterns_that_keep_as_much_the_nearest_to_the_one_asked_for_stands() -> None:
+    asked = Unstructured(50.0)
+    unit = Unit.of([Shape("a", 2, 10)], asked, others(asked, 0.2))  # rows of 10: 3 to 7 survive
+    assert unit.survivors == (6, 8, 10, 12, 14)
+    assert [p.removed_percent for p in unit.patterns] == [70.0, 60.0, 50.0, 49.9, 39.9]
+    assert unit.patterns[unit.asked] == asked

@@ -1,0 +1,184 @@
+"""Block reconstruction: masks held, losses falling, and the right tensors compared with each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from esparse.metrics.wanda import Wanda
+from esparse.models.blocks import Activations, BlockModel
+from esparse.patterns import NM
+from esparse.prune import Method, Pruned, prune
+from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries.reconstruct import _rate
+from esparse.recoveries.window import Window
+from esparse.report import Stages
+from esparse.shuffles import NoShuffle
+from tests.models.families import FAMILIES, tiny
+
+TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
+
+
+def window(**settings: Any) -> Window:
+    usual: dict[str, Any] = {
+        "window": "submodule",
+        "inputs": "propagated",
+        "targets": "block",
+        "train": "weights",
+        "learning_rate": 1e-3,
+        "final_rate": 0.0,
+        "decay": "linear",
+        "warm_up": 0.0,
+        "epochs": 2,
+        "batch": 2,
+        "beta2": 0.999,
+        "weight_decay": 0.0,
+        "clip": None,
+    }
+    return Window(**usual | settings)
+
+
+def run(
+    recovery: Recovery, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.nn.Module, Pruned]:
+    model = tiny(family).to(dtype)
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=40)
+    method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), recovery=recovery, seed=seed)
+    return model, prune(blocks, TOKENS_SL, method, stages=Stages())
+
+
+@pytest.mark.parametrize(
+    ("family", "train"), [*((family, "weights") for family in FAMILIES), ("llama", "all"), ("mixtral", "all")]
+)
+def test_losses_fall_and_masks_hold_in_every_family(family: str, train: str) -> None:
+    model, pruned = run(window(train=train, epochs=1), family)
+    assert pruned.pattern_holds
+    assert len(pruned.recoveries) >= 3  # one window per block at least
+    assert all(report.after <= report.before for report in pruned.recoveries)
+    assert sum(report.after for report in pruned.recoveries) < sum(report.before for report in pruned.recoveries)
+    for name, keep in pruned.keeps.items():
+        weight = model.state_dict()[name]
+        weight = weight if weight.shape == keep.shape and family not in ("gpt2", "gpt-oss") else weight.mT
+        assert not (weight[~keep] != 0).any()
+        assert not torch.signbit(weight[~keep]).any()
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_windows_of_the_families() -> None:
+    def names(family: str, **settings: Any) -> list[str]:
+        return [report.name for report in run(window(**settings), family)[1].recoveries[:2]]
+
+    assert names("llama") == ["model.layers.0.self_attn", "model.layers.0"]
+    assert names("opt") == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0"]  # fc1, fc2 stand in the block
+    assert names("gpt2") == ["transformer.h.0.attn", "transformer.h.0"]
+    assert names("mixtral") == ["model.layers.0.self_attn", "model.layers.0"]
+    assert names("llama", window="block") == ["model.layers.0", "model.layers.1"]
+
+
+def test_only_surviving_weights_change_unless_all_is_asked_for() -> None:
+    plain, _ = run(NoRecovery())
+    weights, pruned = run(window())
+    everything, _ = run(window(train="all"))
+    changed = {n for n, p in plain.state_dict().items() if not torch.equal(p, weights.state_dict()[n])}
+    assert changed <= set(pruned.keeps)
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(plain.state_dict()[norm], everything.state_dict()[norm])
+    head = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    assert all(torch.equal(plain.state_dict()[name], everything.state_dict()[name]) for name in head)
+
+
+@pytest.mark.parametrize("settings", [{}, {"inputs": "dense"}, {"targets": "parent"}])
+def test_the_reported_loss_is_the_mean_squared_error_to_the_right_target(settings: dict[str, str]) -> None:
+    """The last block's attention window, recomputed from the two models alone."""
+    recovery = window(**settings)
+    dense, (model, pruned) = tiny("llama"), run(recovery)
+    last = pruned.recoveries[-2]
+    assert last.name == "model.layers.2.self_attn"
+
+    def entering(of: torch.nn.Module) -> Activations:
+        blocks = BlockModel(of, device=torch.device("cpu"), batch_tokens=40)
+        stream = Activations(blocks, TOKENS_SL, 2)
+        stream.advance(0)
+        stream.advance(1)
+        return stream
+
+    def attention(weights_of: torch.nn.Module, stream: Activations) -> torch.Tensor:
+        seen = []
+        blocks = BlockModel(weights_of, device=torch.device("cpu"), batch_tokens=40)
+        hook = weights_of.model.layers[2].self_attn.register_forward_hook(lambda *call: seen.append(call[-1][0]))
+        other = Activations(blocks, TOKENS_SL, 2)
+        other.hidden = stream.hidden
+        other.observe(2)
+        hook.remove()
+        return torch.cat(seen)
+
+    inputs = entering(dense if recovery.inputs == "dense" else model)
+    targets = entering(dense) if recovery.targets == "parent" else inputs
+    after = (attention(model, inputs) - attention(dense, targets)).square().mean()
+    assert last.after == pytest.approx(float(after), rel=1e-4)
+
+
+def test_a_recovered_model_is_closer_to_the_dense_one() -> None:
+    dense = tiny("llama")(TOKENS_SL).logits
+
+    def distance(recovery: Recovery) -> float:
+        return float((run(recovery)[0](TOKENS_SL).logits - dense).square().mean().detach())
+
+    plain = distance(NoRecovery())
+    for settings in ({}, {"window": "block"}, {"inputs": "dense"}, {"targets": "parent"}):
+        assert distance(window(epochs=6, **settings)) < plain
+
+
+def test_a_loss_that_rises_is_undone() -> None:
+    plain, _ = run(NoRecovery())
+    model, pruned = run(window(learning_rate=1e3, epochs=1))
+    assert all(report.after == report.before for report in pruned.recoveries)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_one_seed_one_result() -> None:
+    first, second, other = run(window())[0], run(window())[0], run(window(), seed=1)[0]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_half_precision_is_trained_in_float32_and_comes_back() -> None:
+    model, pruned = run(window(), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert pruned.pattern_holds
+    assert pruned.survivors <= pruned.weights / 2
+    assert all(report.after <= report.before for report in pruned.recoveries)
+
+
+def test_two_recoveries_in_a_row() -> None:
+    _, pruned = run(Then(first=window(), second=window(window="block")))
+    assert [report.name.removeprefix("model.layers.0") for report in pruned.recoveries[:3]] == [".self_attn", "", ""]
+    assert pruned.recoveries[2].before == pytest.approx(pruned.recoveries[1].after, rel=1e-5)
+
+
+def test_the_learning_rate_by_hand() -> None:
+    linear = window(warm_up=0.2, final_rate=0.5)
+    assert [round(_rate(linear, step, 10), 4) for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.75, 0.5625]
+    cosine = window(decay="cosine", final_rate=0.2)
+    assert _rate(cosine, 0, 8) == 1.0
+    assert _rate(cosine, 2, 8) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert _rate(cosine, 8, 8) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": "layer"}, "recovery.window must be one of submodule, block, got 'layer'"),
+        ({"targets": "teacher"}, "recovery.targets must be one of block, parent, got 'teacher'"),
+        ({"epochs": 0}, "must be positive, got 0 and 2"),
+        ({"learning_rate": 0.0}, "learning_rate > 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        window(**settings)
