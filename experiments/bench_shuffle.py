@@ -8,7 +8,7 @@ order. The second table compares the local block shuffle with the plain greedy s
 block, makes the single best one and begins again; it runs on the first `--plain-blocks` blocks only, since the whole
 layer would take it ten minutes. The third table adds objective=error to the local block shuffle of `--error-blocks`
 layers that are one block wide, on inputs half of whose variance is shared: what a layer of k blocks
-takes is k times that. Cost: half a minute for the first table, one minute for each of the others on two cores.
+takes is k times that. Cost: half a minute for the first table, one for the second, less for the third, on two cores.
 """
 
 from __future__ import annotations

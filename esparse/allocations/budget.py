@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 
 from esparse.patterns import Pattern, Salient
 
-LARGEST = 2 * 10**8  # sums that the search for the least one may try: about a second, and 1.6 GB if all in one unit
+LARGEST = 2 * 10**8  # sums that the search for the least one may try, which takes about a second
 
 
 @dataclass(frozen=True, slots=True)

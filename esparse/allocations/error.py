@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from esparse.updates import Layer
 
 
+WEIGH = ("weights", "layers")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Errors:
     """The relative squared error of one layer under each of the patterns tried, from the sparsest to the densest."""
 
     shape: Shape
     errors: list[float]
-
-
-WEIGH = ("weights", "layers")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +41,10 @@ class LayerError(Allocation):
     input. The mask is the one by the scores, in the channels' own order and without an update. Layers that read the
     same tensor get one pattern. Of a pattern in per cent only percentages `points` apart are measured, and between
     them a straight line is taken. A layer that no token reached keeps the pattern that was asked for.
+
+    What errors of early blocks do to later ones is not in the sum, hence a small `spread`. Where layers count once,
+    the small ones of attention gain at the cost of the large ones, and one layer of q, k and v together counts a third
+    of the three.
     """
 
     spread: float  # most that the density of a layer may differ from the mean

@@ -106,6 +106,12 @@ def test_by_hand(either: str) -> None:
     assert plan == {"layer1": NM(3, 4), "layer2": NM(1, 4)}
 
 
+def test_what_a_step_saves_is_taken_per_weight(either: str) -> None:
+    units = units_of([(1, 4), (1, 4), (2, 4)], NM(2, 4))
+    plan = spend(units, [[6.0, 3.0, 0.0], [6.0, 3.0, 0.0], [8.0, 4.0, 0.0]])  # 3 for one weight, 4 for two
+    assert plan == {"layer0": NM(3, 4), "layer1": NM(3, 4), "layer2": NM(1, 4)}
+
+
 def test_what_saves_nothing_is_not_done(either: str) -> None:
     units = units_of([(2, 8), (1, 8)], NM(4, 8))
     assert spend(units, [[0.0] * 7, [0.0] * 7]) == {}

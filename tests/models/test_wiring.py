@@ -246,3 +246,39 @@ def test_experts_that_are_modules_read_rows_of_the_norm() -> None:
     assert found["post_attention_layernorm"] == ["mlp.experts.0.w1", "mlp.experts.1.w1"]
     assert found["mlp.experts.1.w1"] == ["mlp.experts.1.w2"]
     assert all(wiring.changed(together, doubled) for together in links)
+
+
+class Rarely(nn.Module):
+    """An expert beside the MLP for the few tokens whose channel exceeds a limit; made for these tests."""
+
+    def __init__(self, mlp: nn.Module, channel: int, limit: float) -> None:
+        super().__init__()
+        self.mlp, self.rare, self.channel, self.limit = mlp, Expert(), channel, limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, chosen = self.mlp(x), x[..., self.channel] > self.limit
+        if chosen.any():
+            out[chosen] += self.rare(x[chosen])
+        return out
+
+
+def test_an_expert_is_tried_on_tokens_that_reach_it() -> None:
+    model = tiny("llama")
+    layer = model.model.layers[0]
+    greatest: list[torch.Tensor] = []
+    norm = layer.post_attention_layernorm
+    hook = norm.register_forward_hook(lambda _, args, out: greatest.append(out.flatten(0, 1).amax(dim=0)))
+    with torch.no_grad():
+        for ids in tokens().split(2):
+            model(ids, use_cache=False)
+    hook.remove()
+    before_I, after_I = greatest
+    channel = int((after_I - before_I).argmax())
+    assert after_I[channel] > before_I[channel]
+    torch.manual_seed(0)
+    layer.mlp = Rarely(layer.mlp, channel, float(before_I[channel]))
+    block = block_of(model)
+    assert len(block.activations.hidden) == 2
+    links, unlinked = watched(block).links()
+    assert unlinked == []
+    assert "mlp.rare.w1" in {short(block, together[0].producer.name) for together in links}

@@ -184,6 +184,7 @@ def test_experts_that_saw_no_token_still_compute_the_same(family: str) -> None:
     wiring = Wiring(Block(0, Activations(cut(model), IDS[:1, :1]), None, (), 0))
     wiring.watch(lambda group, x_TI: None)
     assert len(wiring.matrices.groups) > len(wiring._busiest)  # at least one expert is idle
+    assert wiring.links()[1] == []  # and is found with its siblings
     equalised(model, ids=IDS[:1, :1])
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
 
