@@ -144,11 +144,12 @@ def test_percentages_are_those_wished_for() -> None:
 
 def test_groups_may_differ_within_a_block() -> None:
     layers = measured([0.05, 0.01])
-    layers[1] = Measured("0.mlp", 0, 1, layers[1].weights, measured([0.01])[0].value)
+    ordinary = scores(torch.ones(10, 32), torch.ones(2, 32), "0.mlp")
+    layers[1] = Measured("0.mlp", 0, 1, 320, ordinary)
     of_groups = Owl(threshold=5.0, spread=0.1, per="group").plan(layers, NM(8, 16))
     assert of_groups["0.attention"] != of_groups.get("0.mlp", NM(8, 16))
     of_blocks = Owl(threshold=5.0, spread=0.1, per="block").plan(layers, NM(8, 16))
-    assert of_blocks["0.attention"] == of_blocks["0.mlp"]
+    assert of_blocks["0.attention"] == of_blocks["0.mlp"] != NM(8, 16)
 
 
 @pytest.mark.parametrize(
