@@ -1,4 +1,4 @@
-"""The block loop: prepare, observe, score, shuffle, keep, update, recover, advance. The one place that writes masks.
+"""What pruning does at each block: score, shuffle, keep, update, recover. The one place that writes masks.
 
 Shapes: O outputs, I inputs, S sequences, L tokens of a sequence. Polarity: True in `keep` means the weight survives.
 """
@@ -11,52 +11,26 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esparse import gradients
-from esparse.allocations import Allocation, Measured, Uniform
+from esparse.allocations import Measured
+from esparse.method import Method
 from esparse.metrics import Metric
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
-from esparse.models.matrices import InputGroup, Matrix
+from esparse.models.blocks import BlockModel
+from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping, Pattern
-from esparse.prepare import NoPreparation, Prepare
-from esparse.recoveries import NoRecovery, Recovery
+from esparse.prepare import NoPreparation
 from esparse.report import LayerReport, RecoveryReport, Stages
-from esparse.shuffles import Layers, NoShuffle, Shuffle
-from esparse.stats import ColumnNorm, Factory, Gram, LayerStats, Statistic, TokenSample, WeightGradient
-from esparse.updates import Layer, NoUpdate, Solution, Update
+from esparse.shuffles import Layers, NoShuffle
+from esparse.stats import LayerStats, Statistic, TokenSample
+from esparse.updates import Layer, Solution
+from esparse.walk import Group, Walk
 
 log = logging.getLogger("esparse")
-
-ERROR_TOKENS = 2048  # tokens on which a layer's relative error is measured
-
-
-@dataclass(kw_only=True, slots=True)
-class Method:
-    """Everything that decides which weights survive and what becomes of them."""
-
-    metric: Metric
-    pattern: Pattern
-    shuffle: Shuffle
-    update: Update = field(default_factory=NoUpdate)
-    recovery: Recovery = field(default_factory=NoRecovery)
-    prepare: Prepare = field(default_factory=NoPreparation)
-    allocation: Allocation = field(default_factory=Uniform)
-    seed: int = 0
-
-    def collects(self) -> dict[str, Factory]:
-        asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
-        parts = (self.metric, self.shuffle, self.update, self.recovery)
-        return asked | {name: build for part in parts for name, build in part.collects().items()}
-
-    def sequences_at_once(self) -> int | None:
-        """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
-        return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
 
 
 @dataclass(slots=True)
@@ -77,21 +51,6 @@ class Pruned:
     metadata_bits: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    """An input group of one block, what its tokens summed up to, and the gradients of its weights, where asked for."""
-
-    group: InputGroup
-    statistics: dict[str, Statistic]
-    gradients: Mapping[str, Tensor]
-
-    def stats(self, matrix: Matrix) -> LayerStats:
-        extra = {}
-        if matrix.entry in self.gradients:
-            extra["gradient"] = WeightGradient(matrix.part_of(self.gradients[matrix.entry]))
-        return LayerStats(matrix.name, self.statistics | extra, self.statistics["norm"].tokens)
-
-
 def prune(
     blocks: BlockModel,
     tokens_SL: Tensor,
@@ -107,10 +66,14 @@ def prune(
     are not finite, naming the layer.
     """
     pruned, recovery = Pruned(), method.recovery
-    patterns = _allocated(blocks, tokens_SL, method, skip=skip, stages=stages)
+    walk = Walk(blocks, tokens_SL, skip, stages)
+    if method.metric.gradients() == "model":
+        with stages("calibrate"):
+            walk.of_model = gradients.of_model(blocks, tokens_SL, skip)
+    patterns = _allocated(walk, method)
     parent = copy.deepcopy(blocks.model) if recovery.needs_parent() else None
 
-    def prune_block(block: Block, groups: list[_Group]) -> None:
+    def prune_block(block: Block, groups: list[Group]) -> None:
         with stages("recover"):
             finish = recovery.begin(block)
         for group in groups:
@@ -122,7 +85,7 @@ def prune(
 
     if method.allocation.measures():  # which walked through the blocks already, and prepared them
         method = dataclasses.replace(method, prepare=NoPreparation())
-    _walk(blocks, tokens_SL, method, prune_block, method.collects(), skip=skip, stages=stages)
+    walk(method, method.collects(), prune_block)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
@@ -131,79 +94,7 @@ def prune(
     return pruned
 
 
-def _walk(
-    blocks: BlockModel,
-    tokens_SL: Tensor,
-    method: Method,
-    visit: Callable[[Block, list[_Group]], None],
-    collects: dict[str, Factory],
-    *,
-    skip: Sequence[str],
-    stages: Stages,
-) -> None:
-    """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns after the visit."""
-    with stages("calibrate"):
-        of_model = gradients.of_model(blocks, tokens_SL, skip) if method.metric.gradients() == "model" else {}
-        activations = Activations(blocks, tokens_SL, method.sequences_at_once())
-        dense = activations.twin() if method.recovery.needs_dense_stream() else None
-    for index in range(len(blocks.blocks)):
-        last = index + 1 == len(blocks.blocks)
-        with blocks.resident(index):
-            block = Block(index, activations, dense, skip, method.seed)
-            with stages("prepare"):
-                method.prepare.block(block)
-            with stages("calibrate"):
-                weights = gradients.of_block(block) if method.metric.gradients() == "block" else of_model
-                groups = _observe(block, collects, weights, sequences=len(tokens_SL))
-                ahead = None if dense is None or last else dense.advanced(index)
-            visit(block, groups)
-            with stages("calibrate"):
-                if not last:
-                    activations.advance(index)
-                if dense is not None and ahead is not None:
-                    dense.hidden = ahead
-
-
-def _observe(
-    block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], *, sequences: int
-) -> list[_Group]:
-    """The input groups of one block, each with what its tokens summed up to."""
-    activations, device = block.activations, block.activations.blocks.device
-    matrices = block.matrices()
-    statistics: dict[int, dict[str, Statistic]] = {}
-
-    def statistics_of(group: InputGroup) -> dict[str, Statistic]:
-        if id(group) not in statistics:
-            size: dict[str, Any] = {"inputs": group.inputs, "sequences": sequences, "device": device}
-            statistics[id(group)] = {name: build(**size) for name, build in collects.items()}
-        return statistics[id(group)]
-
-    look, looks = 0, 1
-    while look < looks:
-
-        def read(group: InputGroup, x_TI: Tensor, look: int = look) -> None:
-            for statistic in statistics_of(group).values():
-                statistic.add(x_TI, look)
-
-        with matrices.observed(read):
-            activations.observe(block.index)
-        looks = max([s.looks for of_group in statistics.values() for s in of_group.values()], default=1)
-        look += 1
-    for name in matrices.complete():
-        log.warning("%s took no part in the forward pass and stays dense", name)
-    for group in matrices.groups:
-        gram = statistics_of(group).get("gram")
-        if isinstance(gram, Gram) and not torch.isfinite(gram.gram_II).all():
-            raise ValueError(
-                f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
-                "or float32, otherwise the model's weights are damaged"
-            )
-    return [_Group(group, statistics_of(group), weight_gradients) for group in matrices.groups]
-
-
-def _allocated(
-    blocks: BlockModel, tokens_SL: Tensor, method: Method, *, skip: Sequence[str], stages: Stages
-) -> Mapping[str, Pattern]:
+def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
     """The patterns of those layers that get another one than the rest, by name."""
     allocation = method.allocation
     if not allocation.measures():
@@ -211,8 +102,8 @@ def _allocated(
     layers: list[Measured] = []
     grouping = Grouping(method.pattern)
 
-    def measure(block: Block, groups: list[_Group]) -> None:
-        with stages("score"):
+    def measure(block: Block, groups: list[Group]) -> None:
+        with walk.stages("score"):
             for group in groups:
                 number = len({layer.group for layer in layers})
                 for matrix in group.group.matrices:
@@ -223,12 +114,12 @@ def _allocated(
 
     # Only what the scores and the allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
-    _walk(blocks, tokens_SL, bare, measure, bare.collects() | allocation.collects(), skip=skip, stages=stages)
+    walk(bare, bare.collects() | allocation.collects(), measure)
     return allocation.plan(layers, method.pattern)
 
 
 def _prune_group(
-    group: _Group, method: Method, patterns: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
+    group: Group, method: Method, patterns: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
 ) -> list[LayerReport]:
     """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
     start = time.perf_counter()

@@ -19,6 +19,7 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # Options that give another class's numbers, or several classes in a row.
 MADE_FROM = {
+    ("metric", "regional"): "gradient",
     ("update", "sparsegpt"): "obs",
     ("update", "joint"): "then",
     ("update", "refine"): "then",

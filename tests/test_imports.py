@@ -18,6 +18,8 @@ LAYERS = [
     {"stats"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
     {"recoveries", "allocations", "plots"},
+    {"method"},
+    {"walk"},
     {"prune"},
     {"experiment", "tables"},
     {"schema"},

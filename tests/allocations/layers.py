@@ -47,7 +47,7 @@ def pruned(
     """A tiny LLaMA, or the model given, after it was pruned by Wanda."""
     model = model or uneven()
     method = Method(metric=Wanda(), pattern=pattern, shuffle=shuffle or NoShuffle(), allocation=allocation)
-    blocks = BlockModel(model, device=CPU, batch_tokens=40)
+    blocks = BlockModel(model, device=CPU, batch_tokens=120)
     return model, prune(blocks, TOKENS_SL, method, skip=skip, stages=Stages())
 
 

@@ -1,0 +1,40 @@
+"""What a run does to a model, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from esparse.allocations import Allocation, Uniform
+from esparse.metrics import Metric
+from esparse.patterns import Pattern
+from esparse.prepare import NoPreparation, Prepare
+from esparse.recoveries import NoRecovery, Recovery
+from esparse.shuffles import Shuffle
+from esparse.stats import ColumnNorm, Factory, TokenSample
+from esparse.updates import NoUpdate, Update
+
+ERROR_TOKENS = 2048  # tokens on which a layer's relative error is measured
+
+
+@dataclass(kw_only=True, slots=True)
+class Method:
+    """Everything that decides which weights survive and what becomes of them."""
+
+    metric: Metric
+    pattern: Pattern
+    shuffle: Shuffle
+    update: Update = field(default_factory=NoUpdate)
+    recovery: Recovery = field(default_factory=NoRecovery)
+    prepare: Prepare = field(default_factory=NoPreparation)
+    allocation: Allocation = field(default_factory=Uniform)
+    seed: int = 0
+
+    def collects(self) -> dict[str, Factory]:
+        asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
+        parts = (self.metric, self.shuffle, self.update, self.recovery)
+        return asked | {name: build for part in parts for name, build in part.collects().items()}
+
+    def sequences_at_once(self) -> int | None:
+        """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
+        return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
