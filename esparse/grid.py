@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class Grid:
     asked: list[str]
     measured: list[str]
     rows: list[dict[str, Any]]
+    like: dict[str, str] = field(default_factory=dict)  # columns that are written as another one is
+
+    def text(self, column: str, value: Any) -> str:
+        """A value as this column shows it."""
+        return text(self.like.get(column, column), value)
 
     @property
     def columns(self) -> list[str]:
@@ -106,15 +111,15 @@ def _fault(record: Any) -> str | None:
     for path, kind in NEEDED.items():
         if not isinstance(_at(record, path), kind):
             return f"its field {path} is missing or not what it should be"
-    for field, kind in (("layers", list), ("memory", dict), ("zeroshot", dict)):
-        if not isinstance(record.get(field, kind()), kind):
-            return f"its field {field} is not what it should be"
+    for part, kind in (("layers", list), ("memory", dict), ("zeroshot", dict)):
+        if not isinstance(record.get(part, kind()), kind):
+            return f"its field {part} is not what it should be"
     tests = [("quality", record["quality"]), ("zeroshot", record.get("zeroshot", {}))]
-    for field, values in tests:
+    for part, values in tests:
         for name, value in values.items():
             for which in ("dense", "pruned"):
                 if not isinstance(value, dict) or not isinstance(value.get(which, ""), (*NUMBER, type(None))):
-                    return f"its field {field}.{name}.{which} is missing or not a number"
+                    return f"its field {part}.{name}.{which} is missing or not a number"
     if not all(isinstance(layer, dict) for layer in record.get("layers", [])):
         return "its field layers is not what it should be"
     return None

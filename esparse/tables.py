@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, read_records, text
+from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, read_records
+from esparse.pivot import pivot
 from esparse.plots import FORMATS, plot
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def _cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
     shared = table.shared()
     columns = [column for column in table.columns if column not in shared]
     right = [all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows) for c in columns]
-    said = ", ".join(f"{column} {text(column, table.rows[0].get(column))}" for column in shared)
+    said = ", ".join(f"{column} {table.text(column, table.rows[0].get(column))}" for column in shared)
     line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {said}" if said else ""
-    return line, columns, right, [[text(c, row.get(c)) for c in columns] for row in table.rows]
+    return line, columns, right, [[table.text(c, row.get(c)) for c in columns] for row in table.rows]
 
 
 def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()) -> Table:
@@ -109,6 +110,11 @@ def latex(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str
 
 
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
+    across, value = asked.pop("across", None), asked.pop("value", None)
+    if across:
+        return pivot(means(grid(records, **asked)), across, value)
+    if value:
+        raise ValueError("a value is chosen for a table that is turned: say by which columns, with --across")
     sort = asked.pop("sort", None) if mean else None
     table = grid(records, **asked)
     if not mean:
@@ -131,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", metavar="NAME", help="perplexities of this corpus only")
     parser.add_argument("--sort", metavar="COLUMN", help="order by this column of the table, smallest first")
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
+    parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
+    parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
     if not options.folder.is_dir():
@@ -145,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot(records, options.out, corpus=options.corpus)
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex}[kind]
-            written = write(records, mean=options.mean, corpus=options.corpus, sort=options.sort)
+            asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value}
+            asked["across"] = options.across.split(",") if options.across else None
+            written = write(records, mean=options.mean or bool(options.across), **asked)
             if options.out is None:
                 print(written, end="")
             else:

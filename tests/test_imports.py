@@ -17,7 +17,7 @@ LAYERS = [
     {"patterns", "linalg", "report", "models", "data"},
     {"stats"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
-    {"recoveries", "allocations", "plots"},
+    {"recoveries", "allocations", "plots", "pivot"},
     {"method"},
     {"walk"},
     {"prune"},

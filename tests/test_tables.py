@@ -185,6 +185,32 @@ def test_mean_over_seeds_by_hand():
     assert ",14.0,2.0," in rows[2] and ",11.0,," in rows[1]
 
 
+def test_a_turned_table_by_hand():
+    runs = [record(str(seed), seed=seed, pruned=pruned) for seed, pruned in enumerate([12.0, 14.0])]
+    runs += [record("2", pattern="16:32", pruned=11.0), record("3", pattern="16:32", metric="entropy", pruned=12.5)]
+    turned = markdown(runs, across=["pattern"]).splitlines()
+    assert turned[0] == "All runs: model tiny, shuffle none, update none, recovery none, calibration builtin"
+    assert [line.replace(" ", "") for line in turned[2:4]] == ["|metric|2:4|16:32|", "|-------|-----------:|----:|"]
+    assert sorted(turned[4:]) == ["| entropy |              | 12.50 |", "| wanda   | 13.00 ± 1.41 | 11.00 |"]
+    errors = markdown(runs, across=["pattern", "metric"], value="error").splitlines()
+    assert "| 2:4, wanda | 16:32, entropy | 16:32, wanda |" in errors[2]
+    assert errors[4].replace(" ", "").endswith("|0.2500|0.2500|0.2500|")
+    assert csv(runs, mean=True, across=["pattern"]).splitlines()[0].endswith("2:4,2:4 std,16:32,16:32 std")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"across": ["colour"]}, "no column 'colour' to turn the table by; there is model, metric"),
+        ({"across": ["metric"], "value": "weight"}, "no column 'weight' to turn the table by; there is density"),
+        ({"value": "error"}, "say by which columns, with --across"),
+    ],
+)
+def test_a_table_that_cannot_be_turned(asked, words):
+    with pytest.raises(ValueError, match=words):
+        markdown(TWO, **asked)
+
+
 def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
     runs = [record("a", pruned=math.inf), record("b", pruned=None), record("c", pruned=123456.7)]
     rows = [line.split("|") for line in markdown(runs, sort="id").splitlines()[4:]]

@@ -1,0 +1,31 @@
+"""A table turned: one column for each value of some columns, one measurement in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from esparse.grid import Grid, exact, natural, text
+
+
+def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
+    """One row for what differs beside `across`, and the `value` of every combination of them as a column.
+
+    `value` is the first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that
+    the table lacks.
+    """
+    value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
+    for column, known in [*((c, table.asked) for c in across), (value, table.measured)]:
+        if column not in known or column not in table.columns:
+            there = ", ".join(c for c in known if c in table.columns and c != "runs")
+            raise ValueError(f"no column {column!r} to turn the table by; there is {there or 'nothing'}")
+    down = [c for c in table.asked if c not in (*across, "id", "runs")]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    names: dict[str, list[Any]] = {}
+    for row in table.rows:
+        name = ", ".join(text(c, row.get(c)) or "-" for c in across)
+        names.setdefault(name, [natural(row.get(c)) for c in across])
+        key = tuple(exact(row.get(c)) for c in down)
+        rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
+    columns = sorted(names, key=lambda name: names[name])
+    return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value))
