@@ -143,3 +143,18 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
 def test_a_run_has_a_short_name() -> None:
     assert schema.title(settings()) == "tiny 2:4 entropy esparse"
     assert schema.title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["metric=gradient", "prepare=equalise"], "use metric.source=block or prepare=none"),
+        (["outliers=16:256", "pattern=50%"], "outliers survive beside an n:m pattern"),
+        (["outliers=16:250"], "250 is not a multiple of 4"),
+        (["recovery=dsnot", "pattern=50%@rows", "shuffle=none"], "dsnot"),
+        (["allocation=owl"], "cannot change 2:4"),
+    ],
+)
+def test_parts_that_do_not_go_together(overrides: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        experiment(*overrides)

@@ -39,6 +39,7 @@ CONTRACT = {
     "layers": list,
     "seconds_by_stage": dict,
     "memory": dict,
+    "recovery": list,
 }
 
 
@@ -102,11 +103,12 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert record["status"] == "finished"
     assert record["sparsity"] == {"pattern": "2:4", "density": 0.5, "pattern_holds": True}
     assert set(record["quality"]) == {"text.txt"}
-    assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length"}
+    assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length", "dense_run"}
     assert record["quality"]["text.txt"]["tokens"] == 128
     assert len(record["layers"]) == 14
     assert {"name", "shape", "density", "kept_score", "relative_error", "seconds"} <= set(record["layers"][0])
-    assert set(record["memory"]) == {"peak_host_mib", "peak_device_mib", "dense_bytes", "sparse_bytes", "saving"}
+    bits = {"metadata_bits", "bits_per_weight"}
+    assert set(record["memory"]) == {"peak_host_mib", "peak_device_mib", "dense_bytes", "sparse_bytes", "saving"} | bits
     assert f"{record['quality']['text.txt']['pruned']:.0f}" in done.stdout
 
     folder = tmp_path / "out" / record["id"]
@@ -130,6 +132,33 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert repeated.returncode == 0
     assert (folder / "result.json").stat().st_mtime_ns > before
     assert (folder / "masks.safetensors").read_bytes() == masks_before
+
+
+def test_all_of_the_816_paper_in_one_run(small: list[str], tmp_path: Path) -> None:
+    small = ["-cd", str(ROOT / "experiments"), "-cn", "eight_sixteen", *small]
+    done = launch(*small, "outliers=8:32", "recovery.second.epochs=1")
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path)
+    assert record["name"] == "model 8:16+8:32 equalise ria variance_block"
+    assert record["sparsity"] == {"pattern": "8:16+8:32", "density": 0.75, "pattern_holds": True}
+    # ceil(log2 C(16, 8)) / 16 and ceil(log2 C(32, 8)) / 32 bits; three quarters of float32 weights.
+    assert record["memory"]["metadata_bits"] == 14 / 16 + 24 / 32
+    assert record["memory"]["bits_per_weight"] == 24 + 14 / 16 + 24 / 32
+    assert [part["name"] for part in record["recovery"]] == ["model.layers.0", "model.layers.1"]
+    assert all(part["after"] <= part["before"] for part in record["recovery"])
+    assert {"prepare", "recover"} <= set(record["seconds_by_stage"])
+
+
+def test_a_sweep_measures_the_dense_model_once(small: list[str], tmp_path: Path) -> None:
+    assert launch("-m", *small, "metric=wanda,magnitude", "seed=0,1").returncode == 0
+    qualities = [record["quality"]["text.txt"] for record in records(tmp_path)]
+    assert len({quality["dense_run"] for quality in qualities}) == 1
+    assert len({quality["dense"] for quality in qualities}) == 1
+    assert len({quality["pruned"] for quality in qualities}) > 1
+    folders = {record["id"] for record in records(tmp_path)}
+    assert {quality["dense_run"] for quality in qualities} <= folders
+    losses = [load_file(tmp_path / "out" / folder / "window_losses.safetensors") for folder in folders]
+    assert all(torch.equal(loss["dense/text.txt"], losses[0]["dense/text.txt"]) for loss in losses)
 
 
 def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:
