@@ -156,8 +156,10 @@ def _prune_group(
 
 
 def _write(matrix: Matrix, solution: Solution) -> None:
-    # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail.
-    matrix.view().copy_(solution.weight_OI.masked_fill(~solution.keep_OI, 0.0))
+    # Not weight * keep: a product leaves -0.0, on which packing kernels were seen to fail. So does half precision of a
+    # tiny negative survivor.
+    stored_OI = matrix.view().copy_(solution.weight_OI.masked_fill(~solution.keep_OI, 0.0))
+    stored_OI.masked_fill_(stored_OI == 0, 0.0)
     if solution.shift_O is not None and not matrix.add_to_bias(solution.shift_O):
         log.warning("%s has no place for a bias: it stays without its correction", matrix.name)
 

@@ -26,6 +26,7 @@ MADE_FROM = {
     ("recovery", "distill_lora"): "distill",
     ("recovery", "block"): "window",
     ("recovery", "matching"): "window",
+    ("recovery", "window_parent"): "window",
     ("recovery", "variance_block"): "then",
 }
 # What an option cannot know by itself.

@@ -270,3 +270,20 @@ def test_an_allocation_measures_the_dense_model_and_blocks_are_prepared_once() -
 def test_the_metadata_bits_follow_the_pattern() -> None:
     _, pruned = run(pattern=NM(2, 4))
     assert pruned.metadata_bits == 0.75 * pruned.weights
+
+
+class Vanishing(Update):
+    """Survivors so small and negative that float16 rounds them to zero; made for these tests."""
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        return Solution(torch.where(start.keep_OI, -1e-12, 0.0), start.keep_OI)
+
+
+def test_a_tiny_negative_survivor_does_not_become_minus_zero() -> None:
+    model = tiny("llama").half()
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=40)
+    method = Method(metric=Magnitude(), pattern=NM(2, 4), shuffle=NoShuffle(), update=Vanishing())
+    pruned = prune(blocks, TOKENS_SL, method, stages=Stages())
+    assert pruned.survivors == 0
+    for name in pruned.keeps:
+        assert not torch.signbit(model.state_dict()[name]).any()

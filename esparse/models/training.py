@@ -43,7 +43,10 @@ def masked(kept: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """While open, the module computes in float32; afterwards each tensor is in its own precision again."""
+    """While open, the module computes in float32; afterwards each tensor is in its own precision again.
+
+    What half precision rounds to zero is +0.0.
+    """
     parameters = {parameter: parameter.dtype for parameter in module.parameters()}
     buffers = [(owner, name, value) for owner in module.modules() for name, value in owner.named_buffers(recurse=False)]
     try:
@@ -51,6 +54,8 @@ def in_float32(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter, dtype in parameters.items():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+                parameter.data.masked_fill_(parameter.data == 0, 0.0)
         for owner, name, value in buffers:
             owner._buffers[name] = value

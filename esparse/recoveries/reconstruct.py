@@ -160,7 +160,8 @@ def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed
         log.warning("%s: training raised the loss from %.3g to %.3g and was undone", task.part.name, before, after)
         for parameter, value in zip(trained, saved, strict=True):
             parameter.data.copy_(value)
-    return [RecoveryReport(task.part.name, "mse", before, min(after, before), steps, time.perf_counter() - start)]
+        after = before
+    return [RecoveryReport(task.part.name, "mse", before, after, steps, time.perf_counter() - start)]
 
 
 def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator: torch.Generator) -> int:
