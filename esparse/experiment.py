@@ -67,6 +67,8 @@ class Experiment:
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
                 "prepared weights: use metric.source=block or prepare=none"
             )
+        if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
+            raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
 
@@ -96,20 +98,22 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     from esparse.models.blocks import BlockModel
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
-    from esparse.prune import prune
+    from esparse.prune import check_store, prune
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
     device = experiment.model.device()
     stages = Stages(settle=_settle(device))
     with stages("load"):
-        model, tokenizer = load(experiment.model)
-        blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens)
+        model, tokenizer, store = load(experiment.model, changed=folder / "blocks")
+        blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens, store=store)
+        check_store(blocks, method)
         longest = longest_sequence(model)
         tokens_SL = experiment.calibration.sample(tokenizer, longest)
         texts = experiment.evaluate
         windows = {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}
     with (
+        contextlib.closing(store),
         experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
         Progress(len(blocks.blocks)) as progress,
     ):
@@ -119,7 +123,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
         parameters = sum(p.numel() for p in model.parameters())
-        dense_bytes = sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+        dense_bytes = sum(p.nbytes for p in model.parameters())
         dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, stages, progress)
         progress.pruning()
         pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)

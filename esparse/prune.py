@@ -65,6 +65,7 @@ def prune(
     `skip` holds regular expressions of layer names that stay dense. Raises ValueError for weights or activations that
     are not finite, naming the layer.
     """
+    check_store(blocks, method)
     pruned, recovery = Pruned(), method.recovery
     walk = Walk(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
@@ -85,13 +86,20 @@ def prune(
 
     if method.allocation.measures():  # which walked through the blocks already, and prepared them
         method = dataclasses.replace(method, prepare=NoPreparation())
-    walk(method, method.collects(), prune_block)
+    walk(method, method.collects(), prune_block, changes=True)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
         pruned.recoveries += recovery.whole(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
-    _measure(pruned)
+    _measure(pruned, blocks)
     return pruned
+
+
+def check_store(blocks: BlockModel, method: Method) -> None:
+    """Raises ValueError where the method needs the whole model, which is not in memory."""
+    why = method.needs_whole_model()
+    if why is not None and not blocks.store.whole:
+        raise ValueError(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
 def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
@@ -114,7 +122,8 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
 
     # Only what the scores and the allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
-    walk(bare, bare.collects() | allocation.collects(), measure)
+    changes = not isinstance(method.prepare, NoPreparation)
+    walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
     return allocation.plan(layers, method.pattern)
 
 
@@ -193,14 +202,17 @@ def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Groupin
             stack[matrix.expert] = value.cpu()
 
 
-def _measure(pruned: Pruned) -> None:
+def _measure(pruned: Pruned, blocks: BlockModel) -> None:
     """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
-    for matrix, grouping in pruned.groupings:
-        survives_OI = matrix.view() != 0
-        pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
-        pruned.weights += survives_OI.numel()
-        pruned.survivors += int(survives_OI.sum())
-        pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+    for index in range(len(blocks.blocks)):
+        inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
+        with blocks.resident(index):
+            for matrix, grouping in inside:
+                survives_OI = matrix.view() != 0
+                pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
+                pruned.weights += survives_OI.numel()
+                pruned.survivors += int(survives_OI.sum())
+                pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
 
 
 def _device(order_I: Tensor | None) -> torch.device | None:

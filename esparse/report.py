@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Where and how a run is carried out, not what it is: changing these asks for the same run.
-NOT_IDENTITY = {"output_root", "tracking", "rerun", "choices", "model.devices", "model.batch_tokens"}
+NOT_IDENTITY = {"output_root", "tracking", "rerun", "choices", "model.devices", "model.batch_tokens", "model.store"}
 
 
 @dataclass(slots=True)

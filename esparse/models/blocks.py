@@ -2,7 +2,8 @@
 
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it. One block is on the device at a time, the activations stay on the host.
+arguments that the model would give it. One block is on the device at a time, the activations stay on the host; where
+the other blocks are is the store's business (models/store.py).
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from esparse.models.store import INSTEAD, MemoryStore, Store
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -45,11 +48,17 @@ class BlockModel:
     Raises ValueError where no list of decoder blocks can be found.
     """
 
-    def __init__(self, model: PreTrainedModel, *, device: torch.device, batch_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, device: torch.device, batch_tokens: int, store: Store | None = None
+    ) -> None:
+        """`store` keeps the model's weights; without one they are in the model, all of them."""
         self.model = model
+        self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
         self.prefix, self.blocks = find_blocks(model)
+        if not self.store.whole:
+            self._check_separate()
         self._returns_tuple = self._probe()
 
     def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
@@ -92,34 +101,51 @@ class BlockModel:
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """While open, the block is on the device."""
-        block = self.blocks[index]
-        home = next(block.parameters()).device
-        try:
-            yield block.to(self.device)
-        finally:
-            block.to(home)
+    def resident(self, index: int, *, changed: bool = False) -> Iterator[nn.Module]:
+        """While open, the block is on the device; what is done to its weights lasts only where `changed` is said."""
+        block, name = self.blocks[index], f"{self.prefix}.{index}"
+        modules = {f"{name}.{path}".rstrip("."): module for path, module in block.named_modules()}
+        with self._lent(modules, f"block-{index:05}" if changed else None):
+            yield block
 
     @contextmanager
     def ends_resident(self) -> Iterator[None]:
         """While open, all that is not a block (embeddings, final norm, head) is on the device."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
-        ends = [module for module in self.model.modules() if id(module) not in inside]
-        home = next(self.model.parameters()).device
-
-        def move(device: torch.device) -> None:
-            for module in ends:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(device)
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(device)
-
-        move(self.device)
-        try:
+        with self._lent({n: module for n, module in self.model.named_modules() if id(module) not in inside}, None):
             yield
+
+    def _check_separate(self) -> None:
+        blocks = [{id(parameter) for parameter in block.parameters()} for block in self.blocks]
+        seen = {id(parameter) for parameter in self.model.parameters()}.difference(*blocks)
+        for name, own in self.model.named_parameters(remove_duplicate=False):
+            if id(own) not in seen and not name.startswith(f"{self.prefix}."):
+                raise ValueError(f"{name} is also a block's weight; {INSTEAD}")
+        for index, of_block in enumerate(blocks):
+            if seen & of_block:
+                raise ValueError(f"{self.prefix}.{index} shares weights with a block before it; {INSTEAD}")
+            seen |= of_block
+
+    @contextmanager
+    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None) -> Iterator[None]:
+        """While open, the modules' own parameters and buffers are on the device."""
+        home = next(iter(_parameters(modules).values())).device
+        buffers = [(m, name, b.device) for m in modules.values() for name, b in m.named_buffers(recurse=False)]
+
+        def place_buffers(device: torch.device | None) -> None:
+            for module, name, buffer_home in buffers:
+                module._buffers[name] = module.get_buffer(name).to(device or buffer_home)
+
+        done = False
+        try:
+            self.store.lend(_parameters(modules), self.device)
+            place_buffers(self.device)
+            yield
+            done = True
         finally:
-            move(home)
+            # Asked for again: a correction may have given a layer a bias.
+            self.store.take_back(_parameters(modules), home, changed=changed if done else None)
+            place_buffers(None)
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
@@ -152,7 +178,8 @@ class BlockModel:
 
         hook = self.blocks[0].register_forward_hook(look)
         try:
-            self._run_until_captured(torch.zeros(1, 2, dtype=torch.long))
+            with self.ends_resident(), self.resident(0):
+                self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         finally:
             hook.remove()
         return isinstance(returned[0], tuple)
@@ -238,6 +265,16 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     name = min(fitting, key=lambda name: name.count("."))
     return name, lists[name]
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The modules' own parameters by name, each once."""
+    named = {
+        parameter: f"{path}.{name}".lstrip(".")
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    return {name: parameter for parameter, name in named.items()}
 
 
 def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
