@@ -96,6 +96,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     from esparse import audit
     from esparse.evaluate.perplexity import perplexity
     from esparse.models.blocks import BlockModel
+    from esparse.models.keeper import Keeper
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
     from esparse.prune import check_store, prune
@@ -106,7 +107,10 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     stages = Stages(settle=_settle(device))
     with stages("load"):
         model, tokenizer, store = load(experiment.model, changed=folder / "blocks")
-        blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens, store=store)
+        keeper = Keeper(experiment.model.activations, folder)
+        blocks = BlockModel(
+            model, device=device, batch_tokens=experiment.model.batch_tokens, store=store, keeper=keeper
+        )
         check_store(blocks, method)
         longest = longest_sequence(model)
         tokens_SL = experiment.calibration.sample(tokenizer, longest)

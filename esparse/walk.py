@@ -15,8 +15,9 @@ from torch import Tensor
 
 from esparse import gradients
 from esparse.method import Method
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import BlockModel
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.report import Stages
 from esparse.stats import Factory, Gram, LayerStats, Statistic, WeightGradient

@@ -2,8 +2,8 @@
 
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it. One block is on the device at a time, the activations stay on the host; where
-the other blocks are is the store's business (models/store.py).
+arguments that the model would give it. One block is on the device at a time; where the other blocks are is the
+store's business (models/store.py), and where the hidden states wait is the keeper's (models/keeper.py).
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -11,7 +11,6 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from esparse.models.keeper import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
@@ -49,10 +49,17 @@ class BlockModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, device: torch.device, batch_tokens: int, store: Store | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        batch_tokens: int,
+        store: Store | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
-        """`store` keeps the model's weights; without one they are in the model, all of them."""
+        """`store` keeps the weights (without one they are in the model), `keeper` what flows between blocks."""
         self.model = model
+        self.keeper = keeper or Keeper("host")
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
@@ -189,69 +196,6 @@ class BlockModel:
             self.model(input_ids=tokens_BL, use_cache=False)
 
 
-class Activations:
-    """The hidden states of all sequences on their way through the blocks; they live on the host between blocks.
-
-    A micro-batch holds at most `sequences_at_once` sequences, where that is given.
-    """
-
-    def __init__(self, blocks: BlockModel, tokens_SL: Tensor, sequences_at_once: int | None = None) -> None:
-        self.blocks = blocks
-        self.hidden: list[Tensor] = []
-        self._calls: list[list[Call]] = []
-        with blocks.ends_resident():
-            for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
-                hidden_BLH, calls = blocks.embed(tokens_BL)
-                self.hidden.append(hidden_BLH.cpu())
-                host = [call.to(torch.device("cpu")) for call in calls]
-                # Masks and positions are the same for every full micro-batch: one copy is enough.
-                if self._calls:
-                    host = [_same(first, call) for first, call in zip(self._calls[0], host, strict=True)]
-                self._calls.append(host)
-
-    def observe(self, index: int) -> None:
-        """Runs a block over all micro-batches for those who watch; the hidden states stay as they are."""
-        for batch in range(len(self.hidden)):
-            self.run(index, batch)
-
-    @torch.no_grad()
-    def run(self, index: int, batch: int) -> Tensor:
-        """What a block makes of one micro-batch, on the device; the hidden states stay as they are."""
-        return self.forward(index, batch)
-
-    def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
-        """As `run`, but differentiable; for a block that was cast to `dtype`."""
-        return self.blocks.forward(index, self.hidden[batch], self._calls[batch][index], dtype)
-
-    def advance(self, index: int) -> None:
-        """Replaces the hidden states by what the block makes of them; raises as `advanced` does."""
-        for batch, out in enumerate(self._outputs(index)):
-            self.hidden[batch] = out
-
-    def advanced(self, index: int) -> list[Tensor]:
-        """What the block makes of the hidden states, which stay as they are.
-
-        Raises ValueError where it is no longer finite.
-        """
-        return list(self._outputs(index))
-
-    def _outputs(self, index: int) -> Iterator[Tensor]:
-        for batch in range(len(self.hidden)):
-            out = self.run(index, batch)
-            if not torch.isfinite(out).all():
-                raise ValueError(
-                    f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
-                    "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
-                )
-            yield out.cpu()
-
-    def twin(self) -> Activations:
-        """Another stream that begins with the same hidden states."""
-        twin = copy.copy(self)
-        twin.hidden = list(self.hidden)
-        return twin
-
-
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the decoder blocks: the outermost list with one entry per hidden layer of the config."""
     expected = model.config.get_text_config().num_hidden_layers
@@ -293,17 +237,3 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, dict):
         return {k: _moved(v, device, dtype) for k, v in value.items()}
     return value
-
-
-def _same(first: Any, other: Any) -> Any:
-    """`first` where both hold the same values, else `other`."""
-    if isinstance(other, Call):
-        return Call(_same(first.args, other.args), _same(first.kwargs, other.kwargs))
-    if isinstance(other, Tensor):
-        equal = isinstance(first, Tensor) and first.shape == other.shape and torch.equal(first, other)
-        return first if equal else other
-    if isinstance(other, tuple | list) and len(first) == len(other):
-        return type(other)(_same(f, o) for f, o in zip(first, other, strict=True))
-    if isinstance(other, dict):
-        return {k: _same(first.get(k), v) for k, v in other.items()}
-    return other

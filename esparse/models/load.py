@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
+PLACES = ("auto", "host", "device", "disk")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Model:
     devices: str  # auto (a GPU where there is one) | cpu | cuda | cuda:1 ...
     batch_tokens: int  # tokens of one forward pass: more is faster until the device is full
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
+    activations: str  # where hidden states wait between blocks: auto | host | device | disk
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
     trust_remote_code: bool  # whether code that lies beside a hub model may run
 
@@ -37,6 +39,8 @@ class Model:
             raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.store not in STORES:
             raise ValueError(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
+        if self.activations not in PLACES:
+            raise ValueError(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
         if self.batch_tokens < 1:
             raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
 

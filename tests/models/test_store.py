@@ -60,6 +60,7 @@ def settings(folder: Path, store: str, dtype: str = "auto") -> Model:
         devices="cpu",
         batch_tokens=24,
         store=store,
+        activations="host",
         skip=[],
         trust_remote_code=False,
     )
