@@ -57,6 +57,7 @@ class Experiment:
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
     rerun: bool  # repeat a finished run
+    dry_run: bool  # only say what the run would take
 
     def __post_init__(self) -> None:
         pattern = self.parsed_pattern()
@@ -89,6 +90,15 @@ class Experiment:
             allocation=self.allocation,
             seed=self.seed,
         )
+
+
+def dry_run(experiment: Experiment, *, name: str) -> str:
+    """What the run would take, in words; nothing is loaded but the model's configuration."""
+    from esparse.plan import plan
+
+    calibration, window = experiment.calibration, experiment.evaluate.length
+    sizes = {"sequences": calibration.sequences, "length": calibration.length, "window": window}
+    return plan(experiment.model, experiment.method(), title=name, **sizes).text()
 
 
 def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:

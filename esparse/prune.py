@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esparse import gradients
 from esparse.allocations import Measured
+from esparse.audit import Masks
 from esparse.method import Method
 from esparse.metrics import Metric
 from esparse.models.block import Block
@@ -42,7 +43,7 @@ class Pruned:
 
     layers: list[LayerReport] = field(default_factory=list)
     recoveries: list[RecoveryReport] = field(default_factory=list)
-    keeps: dict[str, Tensor] = field(default_factory=dict)
+    keeps: Masks = field(default_factory=Masks)
     orders: dict[str, Tensor] = field(default_factory=dict)
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
@@ -191,15 +192,16 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
 
 def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping) -> None:
     pruned.groupings.append((matrix, grouping))
-    for store, value in ((pruned.keeps, keep_OI), (pruned.orders, grouping.order_I)):
-        if value is None:
-            continue
-        if matrix.expert is None:
-            store[matrix.entry] = value.cpu()
-        else:
-            experts = len(matrix.parameter)
-            stack = store.setdefault(matrix.entry, value.new_zeros(experts, *value.shape, device="cpu"))
-            stack[matrix.expert] = value.cpu()
+    if matrix.expert is None:
+        pruned.keeps.put(matrix.entry, keep_OI)
+        if grouping.order_I is not None:
+            pruned.orders[matrix.entry] = grouping.order_I.cpu()
+        return
+    experts = len(matrix.parameter)
+    pruned.keeps.put_expert(matrix.entry, keep_OI, matrix.expert, experts)
+    if (order_I := grouping.order_I) is not None:
+        stack = pruned.orders.setdefault(matrix.entry, order_I.new_zeros(experts, *order_I.shape, device="cpu"))
+        stack[matrix.expert] = order_I.cpu()
 
 
 def _measure(pruned: Pruned, blocks: BlockModel) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"recoveries", "allocations", "plots"},
     {"method"},
     {"walk"},
-    {"prune"},
+    {"prune", "plan"},
     {"experiment", "tables"},
     {"schema"},
     {"session"},

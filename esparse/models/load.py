@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from esparse.models.store import ShardStore, Store
+
+log = logging.getLogger("esparse")
 
 BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,6 +94,7 @@ def load(model: Model, changed: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
     if entry is not None and (model.store == "shards" or _too_large(entry)):
+        log.info("the weights of %s are read block by block from the checkpoint", model.title)
         skeleton, store = _streamed(model, path, entry, changed)
         return skeleton, tokenizer, store
     return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore()
@@ -151,6 +155,27 @@ def _streamed(model: Model, path: str, entry: Path, changed: Path) -> tuple[PreT
         raise ValueError(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
     skeleton = _computable(model, skeleton).eval()
     return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, changed=changed)
+
+
+def shape_only(model: Model) -> PreTrainedModel:
+    """The model on the meta device, from its configuration alone; no weights are looked for.
+
+    Raises as `load` does where there is no configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = str(BUILTIN) if model.path == "builtin" else str(Path(model.path).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(path, **_where(model))
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, Path(path).is_dir(), error) from error
+    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
+        )
+        return _computable(model, skeleton).eval()
 
 
 def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
+from esparse.models import room
 from esparse.models.checkpoint import Checkpoint, opened
 from esparse.report import write_whole
 
@@ -95,6 +96,8 @@ class ShardStore(Store):
         for parameter in parameters.values():
             empty = nn.Parameter(torch.empty_like(parameter, device=home), requires_grad=parameter.requires_grad)
             swap_tensors(parameter, empty)
+            del empty  # which has the weights now
+        room.trim()
 
     def close(self) -> None:
         shutil.rmtree(self._changed, ignore_errors=True)
