@@ -12,7 +12,7 @@ two runs can be compared window by window.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,34 @@ def unpack(packed: Tensor, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=shape[-1]).astype(bool)).view(shape)
 
 
+class Masks(Mapping[str, Tensor]):
+    """Keep masks by weight name, held bit-packed: as booleans those of a large model would fill the memory."""
+
+    def __init__(self, keeps: Mapping[str, Tensor] | None = None) -> None:
+        self.packed: dict[str, Tensor] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for name, keep in (keeps or {}).items():
+            self.put(name, keep)
+
+    def put(self, name: str, keep: Tensor) -> None:
+        self.packed[name], self.shapes[name] = pack(keep.cpu()), list(keep.shape)
+
+    def put_expert(self, name: str, keep_OI: Tensor, expert: int, experts: int) -> None:
+        """One of several masks that stand under one name, an expert's."""
+        packed = pack(keep_OI.cpu())
+        self.shapes[name] = [experts, *keep_OI.shape]
+        self.packed.setdefault(name, packed.new_zeros(experts, *packed.shape))[expert] = packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+
 def write(
     folder: Path,
     keeps: Mapping[str, Tensor],
@@ -42,10 +70,10 @@ def write(
     losses: Mapping[str, Mapping[str, Tensor]],
 ) -> int:
     """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
-    packed = {name: pack(keep) for name, keep in keeps.items()}
+    masks = keeps if isinstance(keeps, Masks) else Masks(keeps)
     # One entry: several would come in any order, and equal masks would not be equal files.
-    shapes = {"shapes": json.dumps({name: list(keep.shape) for name, keep in keeps.items()}, sort_keys=True)}
-    write_whole(folder / "masks.safetensors", lambda draft: save_file(packed, draft, metadata=shapes))
+    shapes = {"shapes": json.dumps(masks.shapes, sort_keys=True)}
+    write_whole(folder / "masks.safetensors", lambda draft: save_file(masks.packed, draft, metadata=shapes))
     if orders:
         as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
         write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
@@ -53,7 +81,7 @@ def write(
     write_whole(folder / "window_losses.safetensors", lambda draft: save_file(by_window, draft))
     tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}
     write_whole(folder / "calibration_tokens.safetensors", lambda draft: save_file(tokens, draft))
-    return sum(mask.numel() for mask in packed.values())
+    return sum(mask.numel() for mask in masks.packed.values())
 
 
 def read_masks(folder: Path) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ class Experiment:
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
     rerun: bool  # repeat a finished run
+    dry_run: bool  # only say what the run would take
 
     def __post_init__(self) -> None:
         pattern = self.parsed_pattern()
@@ -67,6 +68,8 @@ class Experiment:
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
                 "prepared weights: use metric.source=block or prepare=none"
             )
+        if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
+            raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
 
@@ -89,27 +92,42 @@ class Experiment:
         )
 
 
+def dry_run(experiment: Experiment, *, name: str) -> str:
+    """What the run would take, in words; nothing is loaded but the model's configuration."""
+    from esparse.plan import plan
+
+    calibration, window = experiment.calibration, experiment.evaluate.length
+    sizes = {"sequences": calibration.sequences, "length": calibration.length, "window": window}
+    return plan(experiment.model, experiment.method(), title=name, **sizes).text()
+
+
 def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record."""
     from esparse import audit
     from esparse.evaluate.perplexity import perplexity
     from esparse.models.blocks import BlockModel
+    from esparse.models.keeper import Keeper
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
-    from esparse.prune import prune
+    from esparse.prune import check_store, prune
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
     device = experiment.model.device()
     stages = Stages(settle=_settle(device))
     with stages("load"):
-        model, tokenizer = load(experiment.model)
-        blocks = BlockModel(model, device=device, batch_tokens=experiment.model.batch_tokens)
+        model, tokenizer, store = load(experiment.model, changed=folder / "blocks")
+        keeper = Keeper(experiment.model.activations, folder)
+        blocks = BlockModel(
+            model, device=device, batch_tokens=experiment.model.batch_tokens, store=store, keeper=keeper
+        )
+        check_store(blocks, method)
         longest = longest_sequence(model)
         tokens_SL = experiment.calibration.sample(tokenizer, longest)
         texts = experiment.evaluate
         windows = {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}
     with (
+        contextlib.closing(store),
         experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
         Progress(len(blocks.blocks)) as progress,
     ):
@@ -119,7 +137,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
         parameters = sum(p.numel() for p in model.parameters())
-        dense_bytes = sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+        dense_bytes = sum(p.nbytes for p in model.parameters())
         dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, stages, progress)
         progress.pruning()
         pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)

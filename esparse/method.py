@@ -38,3 +38,9 @@ class Method:
     def sequences_at_once(self) -> int | None:
         """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
         return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
+
+    def needs_whole_model(self) -> str | None:
+        """What needs all weights of the model at once, as the beginning of a sentence; None where nothing does."""
+        if self.metric.gradients() == "model":
+            return "metric.source=model takes gradients of the whole model"
+        return "distillation trains the whole model" if self.recovery.needs_parent() else None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esparse import gradients
 from esparse.allocations import Measured
+from esparse.audit import Masks
 from esparse.method import Method
 from esparse.metrics import Metric
 from esparse.models.block import Block
@@ -42,7 +43,7 @@ class Pruned:
 
     layers: list[LayerReport] = field(default_factory=list)
     recoveries: list[RecoveryReport] = field(default_factory=list)
-    keeps: dict[str, Tensor] = field(default_factory=dict)
+    keeps: Masks = field(default_factory=Masks)
     orders: dict[str, Tensor] = field(default_factory=dict)
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
@@ -65,6 +66,7 @@ def prune(
     `skip` holds regular expressions of layer names that stay dense. Raises ValueError for weights or activations that
     are not finite, naming the layer.
     """
+    check_store(blocks, method)
     pruned, recovery = Pruned(), method.recovery
     walk = Walk(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
@@ -85,13 +87,20 @@ def prune(
 
     if method.allocation.measures():  # which walked through the blocks already, and prepared them
         method = dataclasses.replace(method, prepare=NoPreparation())
-    walk(method, method.collects(), prune_block)
+    walk(method, method.collects(), prune_block, changes=True)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
         pruned.recoveries += recovery.whole(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
-    _measure(pruned)
+    _measure(pruned, blocks)
     return pruned
+
+
+def check_store(blocks: BlockModel, method: Method) -> None:
+    """Raises ValueError where the method needs the whole model, which is not in memory."""
+    why = method.needs_whole_model()
+    if why is not None and not blocks.store.whole:
+        raise ValueError(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
 def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
@@ -114,7 +123,8 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
 
     # Only what the scores and the allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
-    walk(bare, bare.collects() | allocation.collects(), measure)
+    changes = not isinstance(method.prepare, NoPreparation)
+    walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
     return allocation.plan(layers, method.pattern)
 
 
@@ -184,25 +194,29 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
 
 def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping) -> None:
     pruned.groupings.append((matrix, grouping))
-    for store, value in ((pruned.keeps, keep_OI), (pruned.orders, grouping.order_I)):
-        if value is None:
-            continue
-        if matrix.expert is None:
-            store[matrix.entry] = value.cpu()
-        else:
-            experts = len(matrix.parameter)
-            stack = store.setdefault(matrix.entry, value.new_zeros(experts, *value.shape, device="cpu"))
-            stack[matrix.expert] = value.cpu()
+    if matrix.expert is None:
+        pruned.keeps.put(matrix.entry, keep_OI)
+        if grouping.order_I is not None:
+            pruned.orders[matrix.entry] = grouping.order_I.cpu()
+        return
+    experts = len(matrix.parameter)
+    pruned.keeps.put_expert(matrix.entry, keep_OI, matrix.expert, experts)
+    if (order_I := grouping.order_I) is not None:
+        stack = pruned.orders.setdefault(matrix.entry, order_I.new_zeros(experts, *order_I.shape, device="cpu"))
+        stack[matrix.expert] = order_I.cpu()
 
 
-def _measure(pruned: Pruned) -> None:
+def _measure(pruned: Pruned, blocks: BlockModel) -> None:
     """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
-    for matrix, grouping in pruned.groupings:
-        survives_OI = matrix.view() != 0
-        pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
-        pruned.weights += survives_OI.numel()
-        pruned.survivors += int(survives_OI.sum())
-        pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+    for index in range(len(blocks.blocks)):
+        inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
+        with blocks.resident(index):
+            for matrix, grouping in inside:
+                survives_OI = matrix.view() != 0
+                pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
+                pruned.weights += survives_OI.numel()
+                pruned.survivors += int(survives_OI.sum())
+                pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
 
 
 def _device(order_I: Tensor | None) -> torch.device | None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 # Where and how a run is carried out, not what it is: changing these asks for the same run.
-NOT_IDENTITY = {"output_root", "tracking", "rerun", "choices", "model.devices", "model.batch_tokens"}
+NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "choices"} | {
+    f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")
+}
 
 
 @dataclass(slots=True)

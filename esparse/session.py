@@ -74,6 +74,9 @@ def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
     run_id, name = identity(settings), schema.title(settings)
     folder = Path(experiment.output_root) / run_id
     _seen["begun"] = True
+    if experiment.dry_run:
+        _plan(experiment, name)
+        return
     record = None if experiment.rerun else finished(folder)
     if record is not None:
         log.info("%s was run before (%s); rerun=true repeats it", name, folder)
@@ -83,6 +86,18 @@ def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
         _seen["code"] = FAILED
     elif not _seen["sweep"]:
         _print_table([record], [])
+
+
+def _plan(experiment: Experiment, name: str) -> None:
+    """Prints what a run would take; it leaves no files."""
+    from esparse.experiment import dry_run
+
+    _quiet_libraries()
+    try:
+        print(dry_run(experiment, name=name))
+    except (ValueError, OSError) as error:
+        print(f"esparse: {name} failed: {_sentence(error)}", file=sys.stderr)
+        _seen["code"] = FAILED
 
 
 def _attempt(
@@ -141,6 +156,8 @@ class Sweep(Callback):
             self._asked = [_composed(overrides) for overrides in _jobs(config)]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if all(settings["dry_run"] for settings in self._asked):
+            return
         records, failures = [], []
         for settings in self._asked:
             folder = Path(settings["output_root"]) / identity(settings)

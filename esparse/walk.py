@@ -15,8 +15,9 @@ from torch import Tensor
 
 from esparse import gradients
 from esparse.method import Method
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import BlockModel
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.report import Stages
 from esparse.stats import Factory, Gram, LayerStats, Statistic, WeightGradient
@@ -50,16 +51,24 @@ class Walk:
     of_model: Mapping[str, Tensor] = field(default_factory=dict)  # gradients, where the metric wants the whole model's
 
     def __call__(
-        self, method: Method, collects: dict[str, Factory], visit: Callable[[Block, list[Group]], None]
+        self,
+        method: Method,
+        collects: dict[str, Factory],
+        visit: Callable[[Block, list[Group]], None],
+        *,
+        changes: bool,
     ) -> None:
-        """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns afterwards."""
+        """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns afterwards.
+
+        `changes` says whether the blocks are to be kept as the preparation and the visitor leave them.
+        """
         blocks, stages = self.blocks, self.stages
         with stages("calibrate"):
             activations = Activations(blocks, self.tokens_SL, method.sequences_at_once())
             dense = activations.twin() if method.recovery.needs_dense_stream() else None
         for index in range(len(blocks.blocks)):
             last = index + 1 == len(blocks.blocks)
-            with blocks.resident(index):
+            with blocks.resident(index, changed=changes):
                 block = Block(index, activations, dense, self.skip, method.seed)
                 with stages("prepare"):
                     method.prepare.block(block)

@@ -12,8 +12,9 @@ from esparse import gradients
 from esparse.metrics import Metric
 from esparse.metrics.fisher import Fisher
 from esparse.metrics.gradient import Gradient
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.prune import Method, Pruned, prune
 from esparse.report import Stages

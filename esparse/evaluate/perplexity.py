@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.activations import Activations
+from esparse.models.blocks import BlockModel
 
 
 @torch.no_grad()

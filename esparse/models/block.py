@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from esparse.models.blocks import Activations
+from esparse.models.activations import Activations
 from esparse.models.matrices import BlockMatrices
 
 

@@ -2,7 +2,8 @@
 
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it. One block is on the device at a time, the activations stay on the host.
+arguments that the model would give it. One block is on the device at a time; where the other blocks are is the
+store's business (models/store.py), and where the hidden states wait is the keeper's (models/keeper.py).
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -10,8 +11,7 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from esparse.models.keeper import Keeper
+from esparse.models.store import INSTEAD, MemoryStore, Store
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -45,11 +48,24 @@ class BlockModel:
     Raises ValueError where no list of decoder blocks can be found.
     """
 
-    def __init__(self, model: PreTrainedModel, *, device: torch.device, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        batch_tokens: int,
+        store: Store | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        """`store` keeps the weights (without one they are in the model), `keeper` what flows between blocks."""
         self.model = model
+        self.keeper = keeper or Keeper("host")
+        self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
         self.prefix, self.blocks = find_blocks(model)
+        if not self.store.whole:
+            self._check_separate()
         self._returns_tuple = self._probe()
 
     def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
@@ -92,34 +108,51 @@ class BlockModel:
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """While open, the block is on the device."""
-        block = self.blocks[index]
-        home = next(block.parameters()).device
-        try:
-            yield block.to(self.device)
-        finally:
-            block.to(home)
+    def resident(self, index: int, *, changed: bool = False) -> Iterator[nn.Module]:
+        """While open, the block is on the device; what is done to its weights lasts only where `changed` is said."""
+        block, name = self.blocks[index], f"{self.prefix}.{index}"
+        modules = {f"{name}.{path}".rstrip("."): module for path, module in block.named_modules()}
+        with self._lent(modules, f"block-{index:05}" if changed else None):
+            yield block
 
     @contextmanager
     def ends_resident(self) -> Iterator[None]:
         """While open, all that is not a block (embeddings, final norm, head) is on the device."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
-        ends = [module for module in self.model.modules() if id(module) not in inside]
-        home = next(self.model.parameters()).device
-
-        def move(device: torch.device) -> None:
-            for module in ends:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(device)
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(device)
-
-        move(self.device)
-        try:
+        with self._lent({n: module for n, module in self.model.named_modules() if id(module) not in inside}, None):
             yield
+
+    def _check_separate(self) -> None:
+        blocks = [{id(parameter) for parameter in block.parameters()} for block in self.blocks]
+        seen = {id(parameter) for parameter in self.model.parameters()}.difference(*blocks)
+        for name, own in self.model.named_parameters(remove_duplicate=False):
+            if id(own) not in seen and not name.startswith(f"{self.prefix}."):
+                raise ValueError(f"{name} is also a block's weight; {INSTEAD}")
+        for index, of_block in enumerate(blocks):
+            if seen & of_block:
+                raise ValueError(f"{self.prefix}.{index} shares weights with a block before it; {INSTEAD}")
+            seen |= of_block
+
+    @contextmanager
+    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None) -> Iterator[None]:
+        """While open, the modules' own parameters and buffers are on the device."""
+        home = next(iter(_parameters(modules).values())).device
+        buffers = [(m, name, b.device) for m in modules.values() for name, b in m.named_buffers(recurse=False)]
+
+        def place_buffers(device: torch.device | None) -> None:
+            for module, name, buffer_home in buffers:
+                module._buffers[name] = module.get_buffer(name).to(device or buffer_home)
+
+        done = False
+        try:
+            self.store.lend(_parameters(modules), self.device)
+            place_buffers(self.device)
+            yield
+            done = True
         finally:
-            move(home)
+            # Asked for again: a correction may have given a layer a bias.
+            self.store.take_back(_parameters(modules), home, changed=changed if done else None)
+            place_buffers(None)
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
@@ -152,7 +185,8 @@ class BlockModel:
 
         hook = self.blocks[0].register_forward_hook(look)
         try:
-            self._run_until_captured(torch.zeros(1, 2, dtype=torch.long))
+            with self.ends_resident(), self.resident(0):
+                self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         finally:
             hook.remove()
         return isinstance(returned[0], tuple)
@@ -160,69 +194,6 @@ class BlockModel:
     def _run_until_captured(self, tokens_BL: Tensor) -> None:
         with contextlib.suppress(_Captured):
             self.model(input_ids=tokens_BL, use_cache=False)
-
-
-class Activations:
-    """The hidden states of all sequences on their way through the blocks; they live on the host between blocks.
-
-    A micro-batch holds at most `sequences_at_once` sequences, where that is given.
-    """
-
-    def __init__(self, blocks: BlockModel, tokens_SL: Tensor, sequences_at_once: int | None = None) -> None:
-        self.blocks = blocks
-        self.hidden: list[Tensor] = []
-        self._calls: list[list[Call]] = []
-        with blocks.ends_resident():
-            for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
-                hidden_BLH, calls = blocks.embed(tokens_BL)
-                self.hidden.append(hidden_BLH.cpu())
-                host = [call.to(torch.device("cpu")) for call in calls]
-                # Masks and positions are the same for every full micro-batch: one copy is enough.
-                if self._calls:
-                    host = [_same(first, call) for first, call in zip(self._calls[0], host, strict=True)]
-                self._calls.append(host)
-
-    def observe(self, index: int) -> None:
-        """Runs a block over all micro-batches for those who watch; the hidden states stay as they are."""
-        for batch in range(len(self.hidden)):
-            self.run(index, batch)
-
-    @torch.no_grad()
-    def run(self, index: int, batch: int) -> Tensor:
-        """What a block makes of one micro-batch, on the device; the hidden states stay as they are."""
-        return self.forward(index, batch)
-
-    def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
-        """As `run`, but differentiable; for a block that was cast to `dtype`."""
-        return self.blocks.forward(index, self.hidden[batch], self._calls[batch][index], dtype)
-
-    def advance(self, index: int) -> None:
-        """Replaces the hidden states by what the block makes of them; raises as `advanced` does."""
-        for batch, out in enumerate(self._outputs(index)):
-            self.hidden[batch] = out
-
-    def advanced(self, index: int) -> list[Tensor]:
-        """What the block makes of the hidden states, which stay as they are.
-
-        Raises ValueError where it is no longer finite.
-        """
-        return list(self._outputs(index))
-
-    def _outputs(self, index: int) -> Iterator[Tensor]:
-        for batch in range(len(self.hidden)):
-            out = self.run(index, batch)
-            if not torch.isfinite(out).all():
-                raise ValueError(
-                    f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
-                    "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
-                )
-            yield out.cpu()
-
-    def twin(self) -> Activations:
-        """Another stream that begins with the same hidden states."""
-        twin = copy.copy(self)
-        twin.hidden = list(self.hidden)
-        return twin
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -238,6 +209,16 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     name = min(fitting, key=lambda name: name.count("."))
     return name, lists[name]
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The modules' own parameters by name, each once."""
+    named = {
+        parameter: f"{path}.{name}".lstrip(".")
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    return {name: parameter for parameter, name in named.items()}
 
 
 def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -256,17 +237,3 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, dict):
         return {k: _moved(v, device, dtype) for k, v in value.items()}
     return value
-
-
-def _same(first: Any, other: Any) -> Any:
-    """`first` where both hold the same values, else `other`."""
-    if isinstance(other, Call):
-        return Call(_same(first.args, other.args), _same(first.kwargs, other.kwargs))
-    if isinstance(other, Tensor):
-        equal = isinstance(first, Tensor) and first.shape == other.shape and torch.equal(first, other)
-        return first if equal else other
-    if isinstance(other, tuple | list) and len(first) == len(other):
-        return type(other)(_same(f, o) for f, o in zip(first, other, strict=True))
-    if isinstance(other, dict):
-        return {k: _same(first.get(k), v) for k, v in other.items()}
-    return other

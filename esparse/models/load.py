@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from esparse.models.store import ShardStore, Store
+
+log = logging.getLogger("esparse")
+
 BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORES = ("auto", "memory", "shards")
+PLACES = ("auto", "host", "device", "disk")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,12 +32,18 @@ class Model:
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
     devices: str  # auto (a GPU where there is one) | cpu | cuda | cuda:1 ...
     batch_tokens: int  # tokens of one forward pass: more is faster until the device is full
+    store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
+    activations: str  # where hidden states wait between blocks: auto | host | device | disk
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
     trust_remote_code: bool  # whether code that lies beside a hub model may run
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.store not in STORES:
+            raise ValueError(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
+        if self.activations not in PLACES:
+            raise ValueError(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
         if self.batch_tokens < 1:
             raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
 
@@ -56,14 +69,17 @@ class Model:
         return device
 
 
-def load(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on the host, and its tokenizer.
+def load(model: Model, changed: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
+    """The model in evaluation mode on the host, its tokenizer, and the store that has the weights.
 
+    `changed` is the folder where a store that reads the checkpoint block by block puts the blocks that were changed.
     Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
     asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from esparse.models.checkpoint import find
+    from esparse.models.store import MemoryStore
 
     path = str(BUILTIN) if model.path == "builtin" else model.path
     local = Path(path).expanduser()
@@ -72,24 +88,102 @@ def load(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         path = str(local)
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model.path: there is no directory {path}")
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, experts_implementation="eager", output_loading_info=True, **where
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
+        entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
+    if entry is not None and (model.store == "shards" or _too_large(entry)):
+        log.info("the weights of %s are read block by block from the checkpoint", model.title)
+        skeleton, store = _streamed(model, path, entry, changed)
+        return skeleton, tokenizer, store
+    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore()
+
+
+def _where(model: Model) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _too_large(entry: Path) -> bool:
+    from esparse.models.checkpoint import Checkpoint
+    from esparse.models.room import free_host_bytes
+
+    return Checkpoint(entry).bytes > free_host_bytes() / 2
+
+
+def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation="eager", output_loading_info=True, **_where(model)
+        )
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, is_local, error) from error
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(
             f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
             f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
         )
-    if model.dtype == "auto" and model.device().type == "cpu" and loaded.dtype == torch.float16:
-        loaded = loaded.float()  # float16 arithmetic on a CPU is slow and loses precision
-    return loaded.eval(), tokenizer
+    return _computable(model, loaded).eval()
+
+
+def _streamed(model: Model, path: str, entry: Path, changed: Path) -> tuple[PreTrainedModel, ShardStore]:
+    """The model without its weights, which are on the meta device, and the store that reads them from the files."""
+    import torch
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from esparse.models.checkpoint import Checkpoint
+    from esparse.models.store import INSTEAD, ShardStore
+
+    checkpoint = Checkpoint(entry)
+    config = AutoConfig.from_pretrained(path, **_where(model))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"the checkpoint {model.path} is quantised; {INSTEAD}")
+    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or checkpoint.dtype()
+    # Not the meta device for everything: buffers (rotary frequencies) are computed while the model is made.
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
+        )
+    skeleton.tie_weights()
+    if skeleton._get_dtype_plan(dtype):
+        raise ValueError(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
+    skeleton = _computable(model, skeleton).eval()
+    return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, changed=changed)
+
+
+def shape_only(model: Model) -> PreTrainedModel:
+    """The model on the meta device, from its configuration alone; no weights are looked for.
+
+    Raises as `load` does where there is no configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = str(BUILTIN) if model.path == "builtin" else str(Path(model.path).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(path, **_where(model))
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, Path(path).is_dir(), error) from error
+    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
+        )
+        return _computable(model, skeleton).eval()
+
+
+def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:
+    """float32 where auto would mean float16 on a CPU, whose arithmetic in it is slow and loses precision."""
+    import torch
+
+    is_slow = model.dtype == "auto" and model.device().type == "cpu" and loaded.dtype == torch.float16
+    return loaded.float() if is_slow else loaded
 
 
 def longest_sequence(model: PreTrainedModel) -> int:

@@ -80,7 +80,7 @@ class BlockMatrices:
         self.block = block
         self._left_alone = [re.compile(pattern) for pattern in skip]
         self._layers: dict[nn.Module, Matrix] = {}
-        self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # 3-D parameters by address
+        self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # 3-D parameters by identity
         self._group_of: dict[str, InputGroup] = {}
         self.groups: list[InputGroup] = []
         for path, module in block.named_modules():
@@ -90,7 +90,7 @@ class BlockMatrices:
                 self._layers[module] = Matrix(f"{name}.weight", weight, isinstance(module, Conv1D), layer=module)
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and not self._skipped(f"{name}.{own}"):
-                    self._stacks[parameter.data_ptr()] = (f"{name}.{own}", parameter)
+                    self._stacks[id(parameter)] = (f"{name}.{own}", parameter)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that hold the matrices, by their names in the state dict."""

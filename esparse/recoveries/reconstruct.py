@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations
 from esparse.models.training import in_float32, masked, requiring_grad
 from esparse.recoveries import Finish
 from esparse.recoveries.window import Window

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from esparse.metrics.wanda import Wanda
-from esparse.models.blocks import Activations, BlockModel, _without_cache
+from esparse.models.activations import Activations
+from esparse.models.blocks import BlockModel, _without_cache
 from esparse.patterns import NM
 from esparse.prune import Method, prune
 from esparse.report import Stages

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import BlockModel
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.models.producers import Link, Producer
 from esparse.models.wiring import Wiring

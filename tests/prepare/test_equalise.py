@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from esparse.metrics import Metric
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
+from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.blocks import BlockModel
 from esparse.models.matrices import InputGroup
 from esparse.models.wiring import Wiring
 from esparse.patterns import NM

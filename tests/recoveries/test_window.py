@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from esparse.metrics.wanda import Wanda
-from esparse.models.blocks import Activations, BlockModel
+from esparse.models.activations import Activations
+from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.prune import Method, Pruned, prune
 from esparse.recoveries import NoRecovery, Recovery, Then

@@ -1,0 +1,99 @@
+"""The files of a checkpoint: which tensor lies in which file, and the tensors themselves, read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+# In the order in which transformers looks for them.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Checkpoint:
+    """A model's weights on disk; `files` says for every tensor in which file it is, by its name there."""
+
+    def __init__(self, entry: Path) -> None:
+        """`entry`: the one file that holds all weights, or the index of several."""
+        if entry.name.endswith(".index.json"):
+            parts = json.loads(entry.read_text())["weight_map"]
+            self.files = {name: entry.parent / part for name, part in parts.items()}
+            self.paths = sorted(set(self.files.values()))
+        else:
+            self.paths = [entry]
+            self.files = dict.fromkeys(shapes(entry), entry)
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor, without reading one."""
+        return {name: shape for path in self.paths for name, shape in shapes(path).items()}
+
+    def dtype(self) -> torch.dtype:
+        """That of the first floating-point tensor of the first file."""
+        with opened(self.paths[0]) as read:
+            for name in shapes(self.paths[0]):
+                if (tensor := read(name)).is_floating_point():
+                    return tensor.dtype
+        raise ValueError(f"{self.paths[0]} holds no floating-point weights")
+
+
+def find(path: str, **where: Any) -> Path | None:
+    """The file with which a local directory's or a hub model's checkpoint begins, on this machine; None without one.
+
+    A hub model's files are fetched where the cache lacks them, those that transformers would fetch as well.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    local = Path(path).is_dir()
+    for name in NAMES:
+        if local:
+            entry = Path(path) / name if (Path(path) / name).is_file() else None
+        else:
+            found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
+            entry = Path(found) if found else None
+            if entry is not None and name.endswith(".index.json"):
+                get_checkpoint_shard_files(path, str(entry), **where)
+        if entry is not None:
+            return entry
+    return None
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Callable[[str], Tensor]]:
+    """While open, gives tensors of a file by name; what is read may be a view of the file, so copy what is kept."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors.get_tensor
+    else:
+        yield _mapped(file).__getitem__
+
+
+def shapes(file: Path) -> dict[str, torch.Size]:
+    """The shapes of a file's tensors by name."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return {name: tensor.shape for name, tensor in _mapped(file).items()}
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:  # PyTorch's format before 1.6, or a file cut short
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read tensor by tensor ({first}): use model.store=memory") from error
+    return tensors

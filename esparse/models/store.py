@@ -1,0 +1,148 @@
+"""Where the weights of a model live while no block is at work: in memory, or in the files of the checkpoint.
+
+A block at work has its weights on the device; `lend` puts them there and `take_back` clears the place. A parameter
+stays the same object all the time, so that who holds one (a `Matrix`) finds it filled again at the block's next turn.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import swap_tensors
+from transformers import PreTrainedModel
+
+from esparse.models import room
+from esparse.models.checkpoint import Checkpoint, opened
+from esparse.report import write_whole
+
+INSTEAD = "it cannot be read block by block: use model.store=memory"
+
+
+class Store(ABC):
+    """Keeps the weights; parameters are given by their names in the state dict."""
+
+    whole: bool  # whether all weights can be used at once
+
+    @abstractmethod
+    def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        """Fills the parameters, on the device."""
+
+    @abstractmethod
+    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
+        """Clears the device; `changed` names what was changed and is to be kept, a file name without its ending."""
+
+    def close(self) -> None:
+        """Removes what the store wrote."""
+        return None
+
+
+class MemoryStore(Store):
+    """The model is loaded whole; a block at work is moved to the device and back."""
+
+    whole = True
+
+    def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(device)
+
+    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
+        self.lend(parameters, home)
+
+
+class ShardStore(Store):
+    """The weights are in the checkpoint's files, those that were changed in files of the store's own.
+
+    Outside its turn a parameter is on the meta device: a shape without weights. Raises ValueError where the names or
+    shapes in the checkpoint are not those of the model, which transformers then converts while it loads it whole.
+    """
+
+    whole = False
+
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype, changed: Path) -> None:
+        """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
+        self._dtype = dtype
+        self._changed = changed
+        self._places: dict[str, tuple[Path, str]] = {}
+        names_in_file = _names(skeleton, checkpoint)
+        for name, in_file in names_in_file.items():
+            self._places[name] = (checkpoint.files[in_file], in_file)
+        for module_name, module in skeleton.named_modules():
+            for own, buffer in module.named_buffers(recurse=False):
+                if (name := f"{module_name}.{own}".lstrip(".")) in self._places:
+                    [(_, value)] = self._read([name])
+                    module._buffers[own] = value.to(dtype=buffer.dtype, copy=True)
+
+    def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        for name, value in self._read(parameters):
+            parameter = parameters[name]
+            # Through the checkpoint's precision, as a whole model takes that way too.
+            value = value.to(self._dtype) if parameter.dtype != self._dtype else value
+            value = value.to(device=device, dtype=parameter.dtype, copy=True)
+            swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
+        if changed is not None:
+            file = self._changed / f"{changed}.safetensors"
+            self._changed.mkdir(parents=True, exist_ok=True)
+            tensors = {name: parameter.data.cpu().contiguous() for name, parameter in parameters.items()}
+            write_whole(file, lambda draft: save_file(tensors, draft))
+            self._places |= {name: (file, name) for name in tensors}
+        for parameter in parameters.values():
+            empty = nn.Parameter(torch.empty_like(parameter, device=home), requires_grad=parameter.requires_grad)
+            swap_tensors(parameter, empty)
+            del empty  # which has the weights now
+        room.trim()
+
+    def close(self) -> None:
+        shutil.rmtree(self._changed, ignore_errors=True)
+
+    def _read(self, names: Mapping[str, nn.Parameter] | list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, file by file; valid until the next one is asked for."""
+        for file in dict.fromkeys(self._places[name][0] for name in names):
+            with opened(file) as read:
+                for name in names:
+                    if self._places[name][0] == file:
+                        yield name, read(self._places[name][1])
+
+
+def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """For every parameter and every buffer that the checkpoint has, its name there."""
+    shapes = checkpoint.shapes()
+    prefix = f"{skeleton.base_model_prefix}."
+
+    def in_file(name: str) -> str | None:
+        # Some checkpoints were saved from the model without its head: BLOOM's has no `transformer.` in its names.
+        return next((n for n in (name, name.removeprefix(prefix)) if n in shapes), None)
+
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for names in aliases.values():
+        there = [file_name for name in names if (file_name := in_file(name)) is not None]
+        if not there:
+            raise ValueError(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
+        shape = skeleton.get_parameter(names[0]).shape
+        if any(shapes[file_name] != shape for file_name in there):
+            raise ValueError(
+                f"{names[0]} is {list(shapes[there[0]])} in the checkpoint, {list(shape)} in the model; {INSTEAD}"
+            )
+        if not _all_equal(checkpoint, there):
+            raise ValueError(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
+        found |= dict.fromkeys(names, there[0])
+    buffers = {name: in_file(name) for name, _ in skeleton.named_buffers()}
+    return found | {name: file_name for name, file_name in buffers.items() if file_name is not None}
+
+
+def _all_equal(checkpoint: Checkpoint, names: list[str]) -> bool:
+    for other in names[1:]:
+        with opened(checkpoint.files[names[0]]) as read_first, opened(checkpoint.files[other]) as read_other:
+            if not torch.equal(read_first(names[0]), read_other(other)):
+                return False
+    return True
