@@ -96,9 +96,15 @@ def dry_run(experiment: Experiment, *, name: str) -> str:
     """What the run would take, in words; nothing is loaded but the model's configuration."""
     from esparse.plan import plan
 
-    calibration, window = experiment.calibration, experiment.evaluate.length
-    sizes = {"sequences": calibration.sequences, "length": calibration.length, "window": window}
-    return plan(experiment.model, experiment.method(), title=name, **sizes).text()
+    calibration = experiment.calibration
+    return plan(
+        experiment.model,
+        experiment.method(),
+        title=name,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        window=experiment.evaluate.length,
+    ).text()
 
 
 def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:

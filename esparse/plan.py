@@ -8,7 +8,7 @@ tensors inside a block while it runs. What an update or a training needs beside 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from esparse.models.blocks import find_blocks
 from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
 from esparse.prepare import NoPreparation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
 
@@ -141,7 +138,7 @@ def _passes(method: Method) -> int:
     return passes
 
 
-def _groups(skeleton: PreTrainedModel, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:
+def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:
     """Inputs and all outputs of the layers that read one tensor, found by running the first block.
 
     Where its routing depends on values, which fake tensors lack, the layers behind it count as a group each.

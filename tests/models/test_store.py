@@ -320,3 +320,8 @@ def test_auto_streams_what_takes_more_than_half_of_the_memory(
 
 def test_the_free_memory_is_a_part_of_the_machines() -> None:
     assert 2**20 < free_host_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_broken_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.store must be one of auto, memory, shards, got 'disk'"):
+        settings(tmp_path, "disk")
