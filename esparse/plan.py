@@ -86,6 +86,7 @@ class Plan:
         for stage, (host, device) in self.peaks().items():
             on_device = "" if self.on_cpu else f", device about {_gib(device)}"
             lines.append(f"  peak, {stage:13} host about {_gib(host)}{on_device}")
+        lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
         return "\n".join(lines)
 
 
