@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from esparse.method import Method
     from esparse.models.blocks import BlockModel
     from esparse.progress import Progress
-    from esparse.prune import Method, Pruned
+    from esparse.prune import Pruned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +79,7 @@ class Experiment:
 
     def method(self) -> Method:
         """What decides which weights survive and what becomes of them."""
-        from esparse.prune import Method
+        from esparse.method import Method
 
         return Method(
             metric=self.metric,
@@ -203,8 +204,9 @@ def _dense_losses(
     progress: Progress,
 ) -> tuple[str, dict[str, Tensor]]:
     """The id of the run that measured the dense model, and its losses."""
-    windows_hash = sha256(b"".join(windows_WL.numpy().tobytes() for windows_WL in windows.values())).hexdigest()
-    asked = f"{experiment.model} {sorted(windows)} {windows_hash}"
+    # The shapes belong to it: the same tokens in windows of another length are another measurement.
+    tokens = {c: (tuple(w.shape), sha256(w.numpy().tobytes()).hexdigest()) for c, w in windows.items()}
+    asked = f"{experiment.model} {tokens}"
     if experiment.rerun or asked not in _dense:
         measured = _losses(blocks, windows, "dense", stages, progress)
         _dense.clear()

@@ -150,7 +150,21 @@ def test_all_of_the_816_paper_in_one_run(small: list[str], tmp_path: Path) -> No
 
 
 def test_a_sweep_measures_the_dense_model_once(small: list[str], tmp_path: Path) -> None:
-    assert launch("-m", *small, "metric=wanda,magnitude", "seed=0,1").returncode == 0
+    assert launch("-m", *small, "metric=wanda,magnitude", "evaluate.length=32,16").returncode == 0
+    by_length: dict[int, list[dict]] = {16: [], 32: []}
+    for record in records(tmp_path):
+        by_length[record["quality"]["text.txt"]["sequence_length"]].append(record)
+    # The same 128 tokens in windows of another length are another measurement.
+    dense = {length: {r["quality"]["text.txt"]["dense"] for r in of} for length, of in by_length.items()}
+    assert [len(values) for values in dense.values()] == [1, 1]
+    assert dense[16] != dense[32]
+    assert all(
+        load_file(tmp_path / "out" / r["id"] / "window_losses.safetensors")["dense/text.txt"].shape == (128 // length,)
+        for length, of in by_length.items()
+        for r in of
+    )
+    shutil.rmtree(tmp_path / "out")
+    assert launch("-m", *small, "metric=wanda,magnitude").returncode == 0
     qualities = [record["quality"]["text.txt"] for record in records(tmp_path)]
     assert len({quality["dense_run"] for quality in qualities}) == 1
     assert len({quality["dense"] for quality in qualities}) == 1
