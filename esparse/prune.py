@@ -25,6 +25,7 @@ from esparse.models.blocks import BlockModel
 from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
+from esparse.recoveries import PrunedModel
 from esparse.report import LayerReport, RecoveryReport, Stages
 from esparse.shuffles import Layers, NoShuffle
 from esparse.stats import LayerStats, Statistic, TokenSample
@@ -91,7 +92,8 @@ def prune(
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
-        pruned.recoveries += recovery.whole(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
+        model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
+        pruned.recoveries += recovery.whole(model)
     _measure(pruned, blocks)
     return pruned
 

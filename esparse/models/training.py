@@ -1,12 +1,50 @@
-"""What every training of weights needs: gradients of some parameters only, and weights that stay in their mask."""
+"""What every training of weights needs: gradients of some parameters, weights that stay in their mask, a way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger("esparse")
+
+
+def improved(
+    name: str, parameters: Sequence[nn.Parameter], loss: Callable[[], float], train: Callable[[], int]
+) -> tuple[float, float, int]:
+    """Trains, unless that raises the loss: then the parameters are as before. The loss before and after, and the steps.
+
+    A copy of the parameters waits on the host. Raises ValueError where the loss is not finite to begin with.
+    """
+    before = loss()
+    if not math.isfinite(before):
+        raise ValueError(
+            f"the training of {name} cannot begin: its loss is NaN or Inf; where the model is in float16, try "
+            "model.dtype=bfloat16 or float32"
+        )
+    saved = [parameter.data.to("cpu", copy=True) for parameter in parameters]
+    steps = train()
+    after = loss()
+    if after <= before:
+        return before, after, steps
+    log.warning("the training of %s raised its loss from %.4g to %.4g and was undone", name, before, after)  # or NaN
+    for parameter, value in zip(parameters, saved, strict=True):
+        parameter.data.copy_(value)
+    return before, before, steps
+
+
+def rate(step: int, total: int, *, warm_up: float, decay: str = "linear", final: float = 0.0) -> float:
+    """The share of the learning rate at a step: it rises for a share of the steps, then falls to `final`."""
+    rise = int(warm_up * total)
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, total - rise)
+    fall = (1 + math.cos(math.pi * done)) / 2 if decay == "cosine" else 1 - done
+    return final + (1 - final) * fall
 
 
 @contextmanager

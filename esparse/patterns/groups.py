@@ -57,13 +57,14 @@ class NM(Pattern):
         return outputs * (groups * _bits(self.n, self.m) + _bits(self._tail_survivors(tail), tail))
 
     def grouped_inputs(self, inputs: int) -> int:
+        """How many of a row's leading inputs stand in whole groups, so that a shuffle can move them between groups."""
         return inputs - inputs % self.m
 
     def cuts(self, inputs: int) -> list[slice]:
         return [slice(start, min(start + self.m, inputs)) for start in range(0, inputs, self.m)]
 
-    def contest(self, scores_OI: Tensor) -> tuple[Tensor, NM] | None:
-        return (scores_OI, self) if self.grouped_inputs(scores_OI.shape[-1]) else None
+    def shuffled_groups(self, inputs: int) -> NM | None:
+        return self if self.grouped_inputs(inputs) else None
 
     @property
     def swap_width(self) -> int:
@@ -106,15 +107,12 @@ class Salient(Pattern):
     def metadata_bits(self, outputs: int, inputs: int) -> int:
         return self.base.metadata_bits(outputs, inputs) + self.outliers.metadata_bits(outputs, inputs)
 
-    def grouped_inputs(self, inputs: int) -> int:
-        return self.base.grouped_inputs(inputs)
-
     def cuts(self, inputs: int) -> list[slice]:
         return self.outliers.cuts(inputs)
 
-    def contest(self, scores_OI: Tensor) -> tuple[Tensor, NM] | None:
-        """The base alone: what its groups can hold need not be recovered."""
-        return self.base.contest(scores_OI)
+    def shuffled_groups(self, inputs: int) -> NM | None:
+        """That of the base: what its groups can hold need not be recovered."""
+        return self.base.shuffled_groups(inputs)
 
     @property
     def swap_width(self) -> int:

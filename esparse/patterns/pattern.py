@@ -33,19 +33,12 @@ class Pattern(ABC):
         Without groups a flag per weight, or per column, row or block. What a kernel's format takes may be more.
         """
 
-    def grouped_inputs(self, inputs: int) -> int:
-        """How many of a row's leading inputs stand in whole groups, so that a shuffle can move them between groups."""
-        return 0
-
     def cuts(self, inputs: int) -> list[slice]:
         """The inputs of each set that `keep_top` can choose by itself, in order, a shorter last one included."""
         return [slice(0, inputs)]
 
-    def contest(self, scores_OI: Tensor) -> tuple[Tensor, NM] | None:
-        """What a shuffle works on: scores, and the n:m whose groups it forms; None where there is no whole group.
-
-        A search that promises to keep no less promises it of these scores under this n:m.
-        """
+    def shuffled_groups(self, inputs: int) -> NM | None:
+        """The n:m whose groups a shuffle of so many channels forms; None where there is no whole group."""
         return None
 
     @property

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Finish = Callable[[Mapping[str, "Tensor"]], "list[RecoveryReport]"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PrunedModel:
+    """A model whose blocks are all pruned, and what a recovery of the whole of it may look at."""
+
+    blocks: BlockModel
+    parent: nn.Module | None  # the dense model, where the recovery asked for it
+    tokens_SL: Tensor  # of the calibration
+    keeps: Mapping[str, Tensor]  # by the weight's name in the state dict
+    groupings: Sequence[tuple[Matrix, Grouping]]  # how each matrix was cut into groups
+    seed: int
+
+
 @dataclass(kw_only=True, slots=True)
 class Recovery(ABC):  # noqa: B024 - a recovery works on one scale or another, so no method must be there
     """Repairs what pruning did; does nothing by itself."""
@@ -60,16 +72,8 @@ class Recovery(ABC):  # noqa: B024 - a recovery works on one scale or another, s
         """Called while a block is dense; what it returns is called once the block is pruned, and reports."""
         return lambda keeps: []
 
-    def whole(
-        self,
-        student: BlockModel,
-        parent: nn.Module | None,
-        tokens_SL: Tensor,
-        keeps: Mapping[str, Tensor],
-        groupings: Sequence[tuple[Matrix, Grouping]],
-        seed: int,
-    ) -> list[RecoveryReport]:
-        """Called once, when all blocks are pruned; `groupings` says how each matrix was cut into groups."""
+    def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
+        """Called once, when all blocks are pruned."""
         return []
 
 
@@ -109,14 +113,5 @@ class Then(Recovery):
         first, second = self.first.begin(block), self.second.begin(block)
         return lambda keeps: [*first(keeps), *second(keeps)]
 
-    def whole(
-        self,
-        student: BlockModel,
-        parent: nn.Module | None,
-        tokens_SL: Tensor,
-        keeps: Mapping[str, Tensor],
-        groupings: Sequence[tuple[Matrix, Grouping]],
-        seed: int,
-    ) -> list[RecoveryReport]:
-        reports = self.first.whole(student, parent, tokens_SL, keeps, groupings, seed)
-        return reports + self.second.whole(student, parent, tokens_SL, keeps, groupings, seed)
+    def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
+        return [*self.first.whole(pruned), *self.second.whole(pruned)]

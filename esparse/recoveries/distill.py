@@ -8,18 +8,13 @@ the pattern's groups, and a dropout of whole groups of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esparse.recoveries import Recovery
+from esparse.recoveries import PrunedModel, Recovery
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from esparse.models.blocks import BlockModel
-    from esparse.models.matrices import Matrix
-    from esparse.patterns import Grouping, Pattern
+    from esparse.patterns import Pattern
     from esparse.report import RecoveryReport
 
 
@@ -72,17 +67,10 @@ class Distill(Recovery):
     def needs_parent(self) -> bool:
         return True
 
-    def whole(
-        self,
-        student: BlockModel,
-        parent: nn.Module | None,
-        tokens_SL: Tensor,
-        keeps: Mapping[str, Tensor],
-        groupings: Sequence[tuple[Matrix, Grouping]],
-        seed: int,
-    ) -> list[RecoveryReport]:
+    def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
         from esparse.recoveries.distillation import distill
         from esparse.recoveries.held import held_weights
 
-        assert parent is not None
-        return [distill(self, student, parent, tokens_SL, held_weights(keeps, groupings, student.device), seed)]
+        assert pruned.parent is not None
+        held = held_weights(pruned.keeps, pruned.groupings, pruned.blocks.device)
+        return [distill(self, pruned.blocks, pruned.parent, pruned.tokens_SL, held, pruned.seed)]

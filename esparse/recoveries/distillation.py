@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from esparse.models.blocks import BlockModel
-from esparse.models.training import in_float32, masked, requiring_grad
+from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
 from esparse.recoveries.distill import Distill
 from esparse.recoveries.held import Held, Lora, Whole, dropped, lasso
 from esparse.report import RecoveryReport
@@ -74,21 +74,13 @@ def distill(
     """
     start, pair = time.perf_counter(), Pair(student, parent, settings.temperature)
     with _on_device(student.model, student.device), _on_device(parent, student.device):
-        before = pair.mean(tokens_SL)
-        if not math.isfinite(before):
-            raise ValueError(
-                "distillation cannot begin: the logits of the dense or of the pruned model hold NaN or Inf; where the "
-                "model is in float16, try model.dtype=bfloat16 or float32"
-            )
         trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in held]
-        saved = [parameter.data.to("cpu", copy=True) for parameter in trained]
-        steps = _train(settings, pair, tokens_SL, held, trained, torch.Generator().manual_seed(seed))
-        after = pair.mean(tokens_SL)
-        if not after <= before:  # NaN included
-            log.warning("distillation raised the KL divergence from %.4g to %.4g and was undone", before, after)
-            for parameter, value in zip(trained, saved, strict=True):
-                parameter.data.copy_(value)
-            after = before
+        before, after, steps = improved(
+            "the whole model",
+            trained,
+            lambda: pair.mean(tokens_SL),
+            lambda: _train(settings, pair, tokens_SL, held, trained, torch.Generator().manual_seed(seed)),
+        )
     return RecoveryReport("model", "kl", before, after, steps, time.perf_counter() - start)
 
 
@@ -134,7 +126,7 @@ def _steps(
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained.leaves, settings.clip)
             for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * rate(step, total, settings.warm_up)
+                group["lr"] = settings.learning_rate * rate(step, total, warm_up=settings.warm_up)
             optimiser.step()
             optimiser.zero_grad()
             step += 1
@@ -161,12 +153,6 @@ def _backward(
     if settings.lasso and regularised:
         (settings.lasso * lasso(regularised, trained.weights())).backward()
     return seen
-
-
-def rate(step: int, total: int, warm_up: float) -> float:
-    """The share of the learning rate at a step: it rises for a share of the steps, then falls linearly towards 0."""
-    rise = int(warm_up * total)
-    return (step + 1) / rise if step < rise else (total - step) / (total - rise)
 
 
 def _with_groups(held: Sequence[Held]) -> list[Held]:

@@ -7,7 +7,6 @@ repairs what the windows before it left. Shapes: B sequences of a micro-batch, L
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +20,10 @@ from torch.nn.functional import mse_loss
 
 from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.training import in_float32, masked, requiring_grad
+from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
 from esparse.recoveries import Finish
 from esparse.recoveries.window import Window
 from esparse.report import RecoveryReport
-
-log = logging.getLogger("esparse")
 
 
 class _Reached(Exception):
@@ -152,15 +149,12 @@ def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed
         return []
     start = time.perf_counter()
     kept = {parameter: parameter.data != 0 for parameter in pruned.values()}
-    before, saved = task.mean_loss(), [parameter.data.clone() for parameter in trained]
-    with requiring_grad(task.stream.blocks.blocks[task.index], trained), masked(kept):
-        steps = _steps(settings, task, trained, torch.Generator().manual_seed(seed))
-    after = task.mean_loss()
-    if not after <= before:  # NaN included
-        log.warning("%s: training raised the loss from %.3g to %.3g and was undone", task.part.name, before, after)
-        for parameter, value in zip(trained, saved, strict=True):
-            parameter.data.copy_(value)
-        after = before
+
+    def train() -> int:
+        with requiring_grad(task.stream.blocks.blocks[task.index], trained), masked(kept):
+            return _steps(settings, task, trained, torch.Generator().manual_seed(seed))
+
+    before, after, steps = improved(task.part.name, trained, task.mean_loss, train)
     return [RecoveryReport(task.part.name, "mse", before, after, steps, time.perf_counter() - start)]
 
 
@@ -172,7 +166,8 @@ def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator
     # Micro-batches may be smaller than a step's batch, where a metric or the device wanted that.
     together = math.ceil(settings.batch / len(task.targets[0]))
     total = settings.epochs * math.ceil(len(task.targets) / together)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(settings, step, total))
+    shape: dict[str, Any] = {"warm_up": settings.warm_up, "decay": settings.decay, "final": settings.final_rate}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, total, **shape))
     for _ in range(settings.epochs):
         order = torch.randperm(len(task.targets), generator=generator).tolist()
         for first in range(0, len(order), together):
@@ -185,13 +180,3 @@ def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator
             optimiser.zero_grad()
             schedule.step()
     return total
-
-
-def _rate(settings: Window, step: int, total: int) -> float:
-    """The share of the learning rate at a step: a linear rise, then the decay to `final_rate`."""
-    rise = int(settings.warm_up * total)
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, total - rise)
-    fall = (1 + math.cos(math.pi * done)) / 2 if settings.decay == "cosine" else 1 - done
-    return settings.final_rate + (1 - settings.final_rate) * fall

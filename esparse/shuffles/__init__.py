@@ -92,10 +92,9 @@ class Search(Shuffle):
             )
 
     def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
-        contest = pattern.contest(scores_OI)
-        if contest is None:
+        nm = pattern.shuffled_groups(scores_OI.shape[1])
+        if nm is None:
             return None
-        scores_OI, nm = contest
         order_I = self.by_score(scores_OI, nm)
         if self.objective == "score" or layers is None:
             return order_I

@@ -26,8 +26,8 @@ class Gns(Shuffle):
         check_deal(self.deal)
 
     def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
-        contest = pattern.contest(scores_OI)
-        return None if contest is None else dealt(*contest, deal=self.deal)
+        nm = pattern.shuffled_groups(scores_OI.shape[1])
+        return None if nm is None else dealt(scores_OI, nm, deal=self.deal)
 
 
 def check_deal(deal: str) -> None:

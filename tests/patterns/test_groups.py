@@ -178,13 +178,9 @@ def test_metadata_of_tails_and_of_salient_weights() -> None:
     assert Salient(NM(8, 16), NM(16, 256)).metadata_bits(3, 512) == 3 * 2 * (16 * 14 + 84)
 
 
-def test_contest_is_what_the_base_decides() -> None:
-    x = scores(3, 19, 0, ties=False)
-    assert NM(2, 4).contest(x) == (x, NM(2, 4))
-    assert NM(2, 4).contest(x[:, :3]) is None
+def test_a_shuffle_forms_the_groups_of_the_base() -> None:
+    assert NM(2, 4).shuffled_groups(19) == NM(2, 4)
+    assert NM(2, 4).shuffled_groups(3) is None
     pattern = Salient(NM(2, 4), NM(3, 8))
-    contest = pattern.contest(x)
-    assert contest is not None and contest[1] == NM(2, 4)
-    assert torch.equal(contest[0], x)
-    assert pattern.contest(x[:, :3]) is None
-    assert pattern.grouped_inputs(23) == 20
+    assert pattern.shuffled_groups(19) == NM(2, 4)
+    assert pattern.shuffled_groups(3) is None

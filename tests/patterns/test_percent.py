@@ -125,6 +125,5 @@ def test_metadata_is_one_bit_for_each_thing_that_goes_whole() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_shuffle_has_nothing_to_form(pattern: Pattern) -> None:
-    assert pattern.contest(torch.rand(4, 16)) is None
+    assert pattern.shuffled_groups(16) is None
     assert pattern.swap_width is None
-    assert pattern.grouped_inputs(16) == 0

@@ -19,9 +19,9 @@ from esparse.metrics.magnitude import Magnitude
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured, parse
 from esparse.prune import Method, Pruned, prune
-from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries import NoRecovery, PrunedModel, Recovery, Then
 from esparse.recoveries.distill import Distill
-from esparse.recoveries.distillation import divergence, rate
+from esparse.recoveries.distillation import divergence
 from esparse.recoveries.held import Held, Lora, dropped, held_weights, lasso
 from esparse.report import RecoveryReport, Stages
 from esparse.shuffles import Layers, NoShuffle, Shuffle
@@ -78,7 +78,7 @@ def recover(
     recovery: Distill, blocks: BlockModel, left: Pruned, *, parent: nn.Module | None = None, seed: int = 0
 ) -> RecoveryReport:
     parent = parent or tiny(blocks.model.config.model_type.replace("_", "-")).to(blocks.model.dtype)
-    [report] = recovery.whole(blocks, parent, TOKENS_SL, left.keeps, left.groupings, seed)
+    [report] = recovery.whole(PrunedModel(blocks, parent, TOKENS_SL, left.keeps, left.groupings, seed))
     return report
 
 
@@ -164,12 +164,6 @@ def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int) -> 
     assert report.after < report.before
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(blocks.model.get_parameter(name), parameter, atol=1e-5, rtol=0)
-
-
-def test_the_rate_rises_and_falls() -> None:
-    assert [rate(step, 10, 0.2) for step in range(10)] == [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    assert [rate(step, 4, 0.0) for step in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert [rate(step, 2, 1.0) for step in range(2)] == [0.5, 1]
 
 
 # What is left
@@ -276,7 +270,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     blocks, left = pruned()
     parent = tiny("llama")
     parent.lm_head.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="distillation cannot begin"):
+    with pytest.raises(ValueError, match="the training of the whole model cannot begin"):
         recover(FULL, blocks, left, parent=parent)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.prune import Method, Pruned, prune
 from esparse.recoveries import NoRecovery, Recovery, Then
-from esparse.recoveries.reconstruct import _rate
 from esparse.recoveries.window import Window
 from esparse.report import Stages
 from esparse.shuffles import NoShuffle
@@ -161,15 +159,6 @@ def test_two_recoveries_in_a_row() -> None:
     _, pruned = run(Then(first=window(), second=window(window="block")))
     assert [report.name.removeprefix("model.layers.0") for report in pruned.recoveries[:3]] == [".self_attn", "", ""]
     assert pruned.recoveries[2].before == pytest.approx(pruned.recoveries[1].after, rel=1e-5)
-
-
-def test_the_learning_rate_by_hand() -> None:
-    linear = window(warm_up=0.2, final_rate=0.5)
-    assert [round(_rate(linear, step, 10), 4) for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.75, 0.5625]
-    cosine = window(decay="cosine", final_rate=0.2)
-    assert _rate(cosine, 0, 8) == 1.0
-    assert _rate(cosine, 2, 8) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
-    assert _rate(cosine, 8, 8) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
