@@ -15,7 +15,7 @@ product with the group's keep mask sums for each p. On a CPU this takes half the
 at 2:4 and a third at 4:8; `torch.cdist` (max(a, b) = (a + b + |a - b|) / 2) takes four times as long.
 
 Shapes: O outputs, I inputs, R = O rows; B blocks of equal width, C channels of a block, G groups of a block,
-M channels of a group, K groups taken from any block, P swaps. A place is where a channel stands in its block.
+M channels of a group, K groups taken from any block, T thresholds of a group, P swaps. A place is where a channel stands in its block.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class _Search:
     def _cut(self, block_K: Tensor, channels_KM: Tensor) -> _Cut:
         """Cuts the groups that these channels would form."""
         scores_KMR = self.columns_BCR[block_K[:, None], channels_KM]
-        top = _largest(scores_KMR, self.n + 1)
+        top = largest(scores_KMR, self.n + 1)
         kept_K = torch.stack([value_KR.sum(-1, dtype=torch.float64) for value_KR in top[: self.n]]).sum(0)
         # Where v_n = v_{n+1} more channels than n may count as kept: both thresholds are then the same.
         keep_KMR = scores_KMR >= top[self.n - 1][:, None]
@@ -208,7 +208,7 @@ class _Search:
         self.kept_BG[block_K, group_K] = cut.kept_K
         sizes = block_K.bincount(minlength=len(self.order_BC)).tolist()
         rows = [
-            _summed_maxima(thresholds_K2R, which_KM2R, scores_RC)[:, :, order_C]
+            summed_maxima(thresholds_K2R, which_KM2R, scores_RC)[:, :, order_C]
             for (thresholds_K2R, which_KM2R), scores_RC, order_C in zip(
                 cut.split(sizes), self.rows_BRC, self.order_BC, strict=True
             )
@@ -216,7 +216,7 @@ class _Search:
         self.cross_BCC.unflatten(1, (-1, self.m))[block_K, group_K] = torch.cat(rows)
 
 
-def _largest(scores_KMR: Tensor, count: int) -> list[Tensor]:
+def largest(scores_KMR: Tensor, count: int) -> list[Tensor]:
     """The `count` largest of each M in falling order: for few channels a bubble is many times faster than a sort."""
     values = list(scores_KMR.unbind(1))
     for first in range(count):
@@ -226,18 +226,22 @@ def _largest(scores_KMR: Tensor, count: int) -> list[Tensor]:
     return values[:count]
 
 
-def _summed_maxima(thresholds_K2R: Tensor, which_KM2R: Tensor, scores_RC: Tensor) -> Tensor:
-    """sum_r max(b_p[r], x_q[r]) for each p of the groups and each channel q of the block (K x M x C, float64)."""
+def summed_maxima(thresholds_KTR: Tensor, which_KMTR: Tensor, scores_RC: Tensor) -> Tensor:
+    """sum_r max(b_p[r], x_q[r]) for each p of the groups and each channel q (K x M x C, float64).
+
+    b_p is the one of a group's T thresholds (two here, one in an assignment) for which `which` is 1, else 0. Sums are
+    float32 within a tile of rows.
+    """
     group_step, row_step = CPU_TILE if scores_RC.device.type == "cpu" else GPU_TILE
-    groups, slots = which_KM2R.shape[:2]
+    groups, slots, thresholds = which_KMTR.shape[:3]
     sums_KMC = scores_RC.new_zeros((groups, slots, scores_RC.shape[1]), dtype=torch.float64)
-    buffer = scores_RC.new_empty(min(group_step, groups) * 2 * row_step * scores_RC.shape[1])
+    buffer = scores_RC.new_empty(min(group_step, groups) * thresholds * row_step * scores_RC.shape[1])
     for group in range(0, groups, group_step):
         some = slice(group, group + group_step)
         for row in range(0, len(scores_RC), row_step):
             rows = slice(row, row + row_step)
-            levels, tile_RC = thresholds_K2R[some, :, rows, None], scores_RC[rows]
-            maxima_K2RC = buffer[: levels.numel() * tile_RC.shape[1]].view(*levels.shape[:3], -1)
-            torch.maximum(levels, tile_RC, out=maxima_K2RC)
-            sums_KMC[some] += torch.bmm(which_KM2R[some, :, :, rows].flatten(2), maxima_K2RC.flatten(1, 2))
+            levels, tile_RC = thresholds_KTR[some, :, rows, None], scores_RC[rows]
+            maxima_KTRC = buffer[: levels.numel() * tile_RC.shape[1]].view(*levels.shape[:3], -1)
+            torch.maximum(levels, tile_RC, out=maxima_KTRC)
+            sums_KMC[some] += torch.bmm(which_KMTR[some, :, :, rows].flatten(2), maxima_KTRC.flatten(1, 2))
     return sums_KMC

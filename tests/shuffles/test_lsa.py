@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esparse.patterns import NM, Unstructured
-from esparse.shuffles.assign import assign_slots, summed_maxima
+from esparse.shuffles.assign import assign_slots
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.shuffles.lsa import Best, Lsa, kept_score
+from esparse.shuffles.swap import summed_maxima
 
 
 def scores(rows: int, inputs: int, seed: int) -> torch.Tensor:
@@ -74,12 +75,19 @@ def test_by_hand() -> None:
     assert kept_score(x, assign_slots(x, torch.arange(4), n=1, m=2), NM(1, 2)) == 17
 
 
-def test_summed_maxima() -> None:
-    left, right = scores(4, 7, 1), scores(5, 7, 2)
-    expected = [[sum(max(a, b) for a, b in zip(r, s, strict=True)) for s in right.tolist()] for r in left.tolist()]
-    torch.testing.assert_close(
-        summed_maxima(left, right), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
-    )
+@pytest.mark.parametrize("rows", [7, 300])  # less and more than a tile
+def test_summed_maxima(rows: int) -> None:
+    """Each channel p of 5 groups of 2 takes one of its group's 3 thresholds."""
+    thresholds = scores(15, rows, 1).view(5, 3, rows)
+    takes = torch.randint(3, (5, 2, rows), generator=torch.Generator().manual_seed(3))
+    which = torch.nn.functional.one_hot(takes, 3).movedim(-1, 2).float()
+    channels = scores(rows, 4, 2)
+    got = summed_maxima(thresholds, which, channels)
+    for k in range(5):
+        for p in range(2):
+            for q in range(4):
+                pairs = ((float(thresholds[k, takes[k, p, r], r]), float(channels[r, q])) for r in range(rows))
+                assert float(got[k, p, q]) == pytest.approx(sum(max(pair) for pair in pairs), rel=1e-6)
 
 
 def test_patterns_without_groups_have_no_order() -> None:
