@@ -46,6 +46,11 @@ class Masks(Mapping[str, Tensor]):
     def put(self, name: str, keep: Tensor) -> None:
         self.packed[name], self.shapes[name] = pack(keep.cpu()), list(keep.shape)
 
+    def take(self, other: Masks) -> None:
+        """Adds the masks of others, whose names are not among these."""
+        self.packed |= other.packed
+        self.shapes |= other.shapes
+
     def put_expert(self, name: str, keep_OI: Tensor, expert: int, experts: int) -> None:
         """One of several masks that stand under one name, an expert's."""
         packed = pack(keep_OI.cpu())

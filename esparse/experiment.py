@@ -20,7 +20,7 @@ from esparse.allocations import Allocation
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.metrics import Metric
-from esparse.models.load import Model
+from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
@@ -32,7 +32,9 @@ from esparse.updates import Update
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
+    from esparse.journal import Journal
     from esparse.method import Method
     from esparse.models.blocks import BlockModel
     from esparse.progress import Progress
@@ -58,6 +60,7 @@ class Experiment:
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
     rerun: bool  # repeat a finished run
+    snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
     dry_run: bool  # only say what the run would take
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class Experiment:
             )
         if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
             raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
+        if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
+            raise ValueError(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
 
@@ -112,6 +117,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record."""
     from esparse import audit
     from esparse.evaluate.perplexity import perplexity
+    from esparse.journal import Journal
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
     from esparse.models.load import load, longest_sequence
@@ -121,9 +127,10 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
     device = experiment.model.device()
+    software = environment(device)
     stages = Stages(settle=_settle(device))
     with stages("load"):
-        model, tokenizer, store = load(experiment.model, changed=folder / "blocks")
+        model, tokenizer, store = load(experiment.model, folder / "blocks")
         keeper = Keeper(experiment.model.activations, folder)
         blocks = BlockModel(
             model, device=device, batch_tokens=experiment.model.batch_tokens, store=store, keeper=keeper
@@ -133,8 +140,13 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
         tokens_SL = experiment.calibration.sample(tokenizer, longest)
         texts = experiment.evaluate
         windows = {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}
+        journal = Journal.open(
+            folder / "blocks",
+            _state_depends_on(experiment, run_id, model, tokens_SL, windows, software),
+            snapshot_seconds=experiment.snapshot_seconds,
+        )
     with (
-        contextlib.closing(store),
+        journal,
         experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
         Progress(len(blocks.blocks)) as progress,
     ):
@@ -145,9 +157,17 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
 
         parameters = sum(p.numel() for p in model.parameters())
         dense_bytes = sum(p.nbytes for p in model.parameters())
-        dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, stages, progress)
+        dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, journal, stages, progress)
         progress.pruning()
-        pruned = prune(blocks, tokens_SL, method, skip=experiment.model.skip, stages=stages, on_layer=on_layer)
+        pruned = prune(
+            blocks,
+            tokens_SL,
+            method,
+            skip=experiment.model.skip,
+            stages=stages,
+            on_layer=on_layer,
+            journal=journal,
+        )
         progress.block_done()
         after = _losses(blocks, windows, "pruned", stages, progress)
         mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense, "pruned": after})
@@ -156,9 +176,10 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             "name": name,
             "status": "finished",
             "started": started,
-            "seconds": round(time.perf_counter() - clock, 3),
+            "seconds": round(time.perf_counter() - clock + sum(journal.seconds.values()), 3),
+            "resumed": journal.resumed,
             "config": config,
-            "environment": environment(device),
+            "environment": software,
             "model": {
                 "name": experiment.model.title,
                 "family": model.config.model_type,
@@ -182,7 +203,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             },
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
-            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
+            "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
             "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, device),
         }
         sink.finish(record)
@@ -200,18 +221,42 @@ def _dense_losses(
     run_id: str,
     blocks: BlockModel,
     windows: dict[str, Tensor],
+    journal: Journal,
     stages: Stages,
     progress: Progress,
 ) -> tuple[str, dict[str, Tensor]]:
     """The id of the run that measured the dense model, and its losses."""
-    # The shapes belong to it: the same tokens in windows of another length are another measurement.
-    tokens = {c: (tuple(w.shape), sha256(w.numpy().tobytes()).hexdigest()) for c, w in windows.items()}
-    asked = f"{experiment.model} {tokens}"
+    if (known := journal.dense()) is not None:
+        return known
+    asked = f"{experiment.model} {_hashes(windows)}"
     if experiment.rerun or asked not in _dense:
         measured = _losses(blocks, windows, "dense", stages, progress)
         _dense.clear()
         _dense[asked] = (run_id, measured)
+    journal.write_dense(*_dense[asked])
     return _dense[asked]
+
+
+def _hashes(tokens: dict[str, Tensor]) -> dict[str, str]:
+    # The shapes belong to it: the same tokens in windows of another length are another measurement.
+    return {name: f"{list(t.shape)} {sha256(t.numpy().tobytes()).hexdigest()}" for name, t in tokens.items()}
+
+
+def _state_depends_on(
+    experiment: Experiment,
+    run_id: str,
+    model: PreTrainedModel,
+    tokens_SL: Tensor,
+    windows: dict[str, Tensor],
+    software: dict[str, Any],
+) -> dict[str, Any]:
+    """What has to be the same for a later attempt to go on where an earlier one stopped, as JSON has it."""
+    return {
+        "id": run_id,
+        "software": {name: software[name] for name in ("torch", "transformers", "esparse", "commit")},
+        "tokens": _hashes(windows | {"calibration": tokens_SL}),
+        "weights": [getattr(model.config, "_commit_hash", None), *weight_files(experiment.model)],
+    }
 
 
 def _losses(

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from esparse import gradients
+from esparse import gradients, patterns
 from esparse.allocations import Measured
 from esparse.audit import Masks
+from esparse.journal import Entry, Journal
 from esparse.method import Method
 from esparse.metrics import Metric
 from esparse.models.block import Block
@@ -26,11 +27,11 @@ from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
 from esparse.recoveries import PrunedModel
-from esparse.report import LayerReport, RecoveryReport, Stages
+from esparse.report import LayerReport, RecoveryReport, Stages, as_dicts
 from esparse.shuffles import Layers, NoShuffle
 from esparse.stats import LayerStats, Statistic, TokenSample
 from esparse.updates import Layer, Solution
-from esparse.walk import Group, Walk
+from esparse.walk import Observed, Walk
 
 log = logging.getLogger("esparse")
 
@@ -52,6 +53,26 @@ class Pruned:
     survivors: int = 0
     metadata_bits: float = 0.0
 
+    def take(self, other: Pruned) -> None:
+        """Adds what pruning another block left; its totals are counted at the end."""
+        self.layers += other.layers
+        self.recoveries += other.recoveries
+        self.keeps.take(other.keeps)
+        self.orders |= other.orders
+        self.groupings += other.groupings
+
+    def entry(self) -> Entry:
+        """All of it that cannot be counted on the weights, for the journal."""
+        facts = {
+            "layers": as_dicts(self.layers),
+            "recoveries": as_dicts(self.recoveries),
+            "matrices": [
+                {"entry": m.entry, "transposed": m.transposed, "expert": m.expert, "ordered": g.order_I is not None}
+                for m, g in self.groupings
+            ],
+        }
+        return Entry(self.keeps, self.orders, facts)
+
 
 def prune(
     blocks: BlockModel,
@@ -61,11 +82,13 @@ def prune(
     skip: Sequence[str] = (),
     stages: Stages,
     on_layer: Callable[[int, LayerReport], None] = lambda index, layer: None,
+    journal: Journal | None = None,
 ) -> Pruned:
     """Prunes the model in place, block after block; later blocks see what the pruned ones before them return.
 
-    `skip` holds regular expressions of layer names that stay dense. Raises ValueError for weights or activations that
-    are not finite, naming the layer.
+    `skip` holds regular expressions of layer names that stay dense. Blocks that the journal has are taken from it, and
+    those that are finished go into it. Raises ValueError for weights or activations that are not finite, naming the
+    layer.
     """
     check_store(blocks, method)
     pruned, recovery = Pruned(), method.recovery
@@ -73,28 +96,52 @@ def prune(
     if method.metric.gradients() == "model":
         with stages("calibrate"):
             walk.of_model = gradients.of_model(blocks, tokens_SL, skip)
-    patterns = _allocated(walk, method)
+    allocated = _allocated(walk, method)
     parent = copy.deepcopy(blocks.model) if recovery.needs_parent() else None
 
-    def prune_block(block: Block, groups: list[Group]) -> None:
+    for index in range(journal.finished if journal else 0):
+        pruned.take(_remembered(blocks, index, journal))
+
+    def prune_block(block: Block, groups: list[Observed]) -> Entry:
+        of_block = Pruned()
         with stages("recover"):
             finish = recovery.begin(block)
         for group in groups:
-            for layer in _prune_group(group, method, patterns, pruned, stages=stages):
-                pruned.layers.append(layer)
+            for layer in _prune_group(group, method, allocated, of_block, stages=stages):
+                of_block.layers.append(layer)
                 on_layer(block.index, layer)
         with stages("recover"):
-            pruned.recoveries += finish(pruned.keeps)
+            of_block.recoveries += finish(of_block.keeps)
+        pruned.take(of_block)
+        return of_block.entry()
 
     if method.allocation.measures():  # which walked through the blocks already, and prepared them
         method = dataclasses.replace(method, prepare=NoPreparation())
-    walk(method, method.collects(), prune_block, changes=True)
+    walk(method, method.collects(), prune_block, changes="pruned", journal=journal)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
         model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
         pruned.recoveries += recovery.whole(model)
     _measure(pruned, blocks)
+    return pruned
+
+
+def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Pruned:
+    """What an earlier attempt wrote down of one block."""
+    assert journal is not None
+    entry, module, name = journal.read(index), blocks.blocks[index], f"{blocks.prefix}.{index}"
+    pruned = Pruned(keeps=entry.keeps, orders=entry.orders)
+    pruned.layers = [LayerReport(**layer) for layer in entry.facts["layers"]]
+    pruned.recoveries = [RecoveryReport(**part) for part in entry.facts["recoveries"]]
+    for fact, layer in zip(entry.facts["matrices"], pruned.layers, strict=True):
+        path, expert = fact["entry"].removeprefix(f"{name}."), fact["expert"]
+        owner = module.get_submodule(path.rpartition(".")[0]) if expert is None else None
+        matrix = Matrix(fact["entry"], module.get_parameter(path), fact["transposed"], expert, owner)
+        order_I = None
+        if fact["ordered"]:
+            order_I = entry.orders[matrix.entry] if expert is None else entry.orders[matrix.entry][expert]
+        pruned.groupings.append((matrix, Grouping(patterns.from_str(layer.pattern), order_I)))
     return pruned
 
 
@@ -113,11 +160,11 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
     layers: list[Measured] = []
     grouping = Grouping(method.pattern)
 
-    def measure(block: Block, groups: list[Group]) -> None:
+    def measure(block: Block, groups: list[Observed]) -> None:
         with walk.stages("score"):
             for group in groups:
                 number = len({layer.group for layer in layers})
-                for matrix in group.group.matrices:
+                for matrix in group.inputs.matrices:
                     weight_OI, stats = _finite(matrix), group.stats(matrix)
                     score_OI = _scores(method.metric, weight_OI, stats)
                     value = allocation.measure(Layer(weight_OI, grouping, stats), score_OI)
@@ -125,22 +172,23 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
 
     # Only what the scores and the allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
-    changes = not isinstance(method.prepare, NoPreparation)
+    # In memory the blocks stay as they were prepared without being written.
+    changes = None if isinstance(method.prepare, NoPreparation) or walk.blocks.store.whole else "prepared"
     walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
     return allocation.plan(layers, method.pattern)
 
 
 def _prune_group(
-    group: Group, method: Method, patterns: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
+    group: Observed, method: Method, allocated: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
 ) -> list[LayerReport]:
     """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
     start = time.perf_counter()
-    matrices = group.group.matrices
+    matrices = group.inputs.matrices
     with stages("score"):
         weights = [_finite(matrix) for matrix in matrices]
         stats = [group.stats(matrix) for matrix in matrices]
         scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
-    pattern = patterns.get(matrices[0].name, method.pattern)
+    pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
         layers = None
         if "gram" in method.shuffle.collects() and stats[0].tokens:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Where and how a run is carried out, not what it is: changing these asks for the same run.
-NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "choices"} | {
+NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "snapshot_seconds", "choices"} | {
     f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")
 }
 
@@ -94,7 +94,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     draft = path.with_name(f"{path.name}.part")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # of any new file; safetensors would let nobody else read its own
         write(draft)
+        draft.chmod(mode)
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)

@@ -1,7 +1,8 @@
 """One call of launch.py: each run's folder, log, status and errors, and the table at the end.
 
 What a run leaves in OUTPUT_ROOT/<run id>: status.json from the beginning (running, failed with its reason, finished),
-run.log, and at the very end result.json, whose presence means finished.
+run.log (of all attempts), and at the very end result.json, whose presence means finished. Until then blocks/ has what
+another attempt goes on from.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import time
@@ -79,6 +81,7 @@ def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
         return
     record = None if experiment.rerun else finished(folder)
     if record is not None:
+        _tidy(folder)
         log.info("%s was run before (%s); rerun=true repeats it", name, folder)
     else:
         record = _attempt(experiment, settings, run_id=run_id, name=name, folder=folder)
@@ -86,6 +89,16 @@ def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
         _seen["code"] = FAILED
     elif not _seen["sweep"]:
         _print_table([record], [])
+
+
+def _tidy(folder: Path) -> None:
+    """Does what a run that was killed right behind its record had left to do."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
+    for draft in folder.glob("*.part"):
+        draft.unlink(missing_ok=True)
+    status = _status(folder)
+    if status.get("status") == "running":
+        write_json(folder / "status.json", status | {"status": "finished"})
 
 
 def _plan(experiment: Experiment, name: str) -> None:
@@ -108,6 +121,9 @@ def _attempt(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
+        if experiment.rerun:
+            shutil.rmtree(folder / "blocks", ignore_errors=True)
+            (folder / "run.log").unlink(missing_ok=True)
         write_json(folder / "status.json", status | {"status": "running"})
         with _log_to_file(folder / "run.log"):
             log.info("%s -> %s", name, folder)
@@ -197,10 +213,16 @@ def _config_name() -> str:
     return get_args_parser().parse_args().config_name or "config"
 
 
-def _reason(folder: Path) -> str:
+def _status(folder: Path) -> dict[str, Any]:
     try:
-        status = json.loads((folder / "status.json").read_text())
+        return dict(json.loads((folder / "status.json").read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _reason(folder: Path) -> str:
+    status = _status(folder)
+    if not status:
         return "never started"
     return status.get("reason") or f"died while {status.get('status')} on {status.get('host')}"
 
@@ -227,7 +249,7 @@ def _log_to_terminal() -> None:
 
 @contextmanager
 def _log_to_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:

@@ -6,7 +6,7 @@ Shapes: S sequences, L tokens of a sequence, T tokens, I inputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esparse import gradients
+from esparse.journal import Entry, Journal
 from esparse.method import Method
 from esparse.models.activations import Activations
 from esparse.models.block import Block
@@ -26,10 +27,10 @@ log = logging.getLogger("esparse")
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class Observed:
     """An input group of one block, what its tokens summed up to, and the gradients of its weights, where asked for."""
 
-    group: InputGroup
+    inputs: InputGroup
     statistics: dict[str, Statistic]
     gradients: Mapping[str, Tensor]
 
@@ -54,39 +55,87 @@ class Walk:
         self,
         method: Method,
         collects: dict[str, Factory],
-        visit: Callable[[Block, list[Group]], None],
+        visit: Callable[[Block, list[Observed]], Entry | None],
         *,
-        changes: bool,
+        changes: str | None,
+        journal: Journal | None = None,
     ) -> None:
         """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns afterwards.
 
-        `changes` says whether the blocks are to be kept as the preparation and the visitor leave them.
+        `changes` begins the names of the files for the blocks as the preparation and the visitor leave them; None:
+        nothing is kept. With a journal, the walk takes up where that ends, and writes down what the visitor returns.
         """
-        blocks, stages = self.blocks, self.stages
+        blocks, stages, done = self.blocks, self.stages, journal.finished if journal else 0
+        if done == len(blocks.blocks):  # only what comes after the walk is left to do
+            self._adopt(range(done), journal)
+            return
         with stages("calibrate"):
-            activations = Activations(blocks, self.tokens_SL, method.sequences_at_once())
-            dense = activations.twin() if method.recovery.needs_dense_stream() else None
-        for index in range(len(blocks.blocks)):
+            streams = {"pruned": Activations(blocks, self.tokens_SL, method.sequences_at_once())}
+            if method.recovery.needs_dense_stream():
+                streams["dense"] = streams["pruned"].twin()
+            first = self._restored(streams, journal)
+        activations, dense = streams["pruned"], streams.get("dense")
+        for index in range(first, len(blocks.blocks)):
+            block = Block(index, activations, dense, self.skip, method.seed)
+            if index < done:
+                self._pass_on(block, method, journal)
+                continue
             last = index + 1 == len(blocks.blocks)
             with blocks.resident(index, changed=changes):
-                block = Block(index, activations, dense, self.skip, method.seed)
                 with stages("prepare"):
                     method.prepare.block(block)
                 with stages("calibrate"):
                     of_block = gradients.of_block(block) if method.metric.gradients() == "block" else self.of_model
                     groups = _observe(block, collects, of_block, sequences=len(self.tokens_SL))
                     ahead = None if dense is None or last else dense.advanced(index)
-                visit(block, groups)
+                entry = visit(block, groups)
                 with stages("calibrate"):
                     if not last:
                         activations.advance(index)
                     if dense is not None and ahead is not None:
                         dense.hidden = ahead
+            if journal is not None and entry is not None:
+                journal.write(index, entry, stages)
+                if not last:
+                    journal.snapshot(index + 1, {name: stream.hidden for name, stream in streams.items()})
+
+    def _restored(self, streams: Mapping[str, Activations], journal: Journal | None) -> int:
+        """Gives the streams the hidden states that an earlier attempt wrote down; the block that they enter."""
+        first = 0 if journal is None else journal.snapshot_before()
+        if journal is None or not first:
+            return 0
+        saved = {name: journal.hidden(name) for name in streams}
+        if not all(stream.fits(saved[name]) for name, stream in streams.items()):
+            return 0  # another model.batch_tokens cuts other micro-batches
+        for name, stream in streams.items():
+            stream.put(saved[name])
+        self._adopt(range(first), journal)
+        return first
+
+    def _pass_on(self, block: Block, method: Method, journal: Journal | None) -> None:
+        """Lets the hidden states through a block that an earlier attempt finished."""
+        ahead = None
+        if block.dense is not None:
+            with self.blocks.resident(block.index):
+                with self.stages("prepare"):
+                    method.prepare.block(block)
+                with self.stages("calibrate"):
+                    ahead = block.dense.advanced(block.index)
+        self._adopt([block.index], journal)
+        with self.stages("calibrate"), self.blocks.resident(block.index):
+            block.activations.advance(block.index)
+        if block.dense is not None and ahead is not None:
+            block.dense.hidden = ahead
+
+    def _adopt(self, indices: Iterable[int], journal: Journal | None) -> None:
+        assert journal is not None
+        for index in indices:
+            self.blocks.adopt(index, journal.weights(index))
 
 
 def _observe(
     block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], *, sequences: int
-) -> list[Group]:
+) -> list[Observed]:
     """The input groups of one block, each with what its tokens summed up to."""
     activations, device = block.activations, block.activations.blocks.device
     matrices = block.matrices()
@@ -118,4 +167,4 @@ def _observe(
                 f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
                 "or float32, otherwise the model's weights are damaged"
             )
-    return [Group(group, statistics_of(group), weight_gradients) for group in matrices.groups]
+    return [Observed(group, statistics_of(group), weight_gradients) for group in matrices.groups]

@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "data"},
     {"stats"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
-    {"recoveries", "allocations", "plots", "pivot"},
+    {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method"},
     {"walk"},
     {"prune", "plan"},

@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from esparse import audit
-from esparse.models.load import BUILTIN
+from tests.workshop import furnished, launch, small_run
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = {
@@ -43,52 +42,18 @@ CONTRACT = {
 }
 
 
-def launch(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model directory of two shards and a text."""
-    folder = tmp_path_factory.mktemp("workshop")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model", max_shard_size="150KB")
+    folder = furnished(tmp_path_factory.mktemp("workshop"), blocks=2)
     assert len(list((folder / "model").glob("*.safetensors"))) >= 2
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUILTIN / name, folder / "model")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder
 
 
 @pytest.fixture
 def small(workshop: Path, tmp_path: Path) -> list[str]:
     """The overrides of a run of about a second, into a folder of its own."""
-    return [
-        "model=hf",
-        f"model.path={workshop / 'model'}",
-        "calibration=text",
-        f"calibration.path={workshop / 'text.txt'}",
-        "calibration.sequences=4",
-        "calibration.length=16",
-        "evaluate=text",
-        f"evaluate.path={workshop / 'text.txt'}",
-        "evaluate.length=32",
-        "evaluate.max_tokens=128",
-        "tracking=none",
-        f"output_root={tmp_path / 'out'}",
-    ]
+    return small_run(workshop, tmp_path / "out")
 
 
 def records(tmp_path: Path) -> list[dict]:
@@ -363,15 +328,15 @@ def test_a_mistake_on_the_command_line_stops_before_any_work(
 
 
 def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: list[str], tmp_path: Path) -> None:
-    def limited() -> None:  # no file may grow beyond 4 KiB: writing the masks fails as on a full disk
+    def limited() -> None:  # no file may grow beyond 4 KiB: writing a block fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     done = launch(*small, preexec_fn=limited)
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr
-    assert "masks.safetensors" in done.stderr
+    assert "pruned-00000.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").glob("*/*.part"))
+    assert not list((tmp_path / "out").rglob("*.part"))
     assert not records(tmp_path)
     assert launch(*small).returncode == 0
     assert len(records(tmp_path)) == 1

@@ -75,6 +75,16 @@ class Activations:
             assert self._keep is not None
             yield self._keep(out)
 
+    def fits(self, hidden: list[Tensor]) -> bool:
+        """Whether these could be the hidden states, by micro-batch."""
+        mine = [(h.shape, h.dtype) for h in self.hidden]
+        return mine == [(h.shape, h.dtype) for h in hidden]
+
+    def put(self, hidden: list[Tensor]) -> None:
+        """Goes on with these hidden states."""
+        assert self._keep is not None
+        self.hidden = [self._keep(h.to(self.blocks.device)) for h in hidden]
+
     def twin(self) -> Activations:
         """Another stream that begins with the same hidden states."""
         twin = copy.copy(self)

@@ -14,12 +14,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from esparse.models.checkpoint import shapes
 from esparse.models.keeper import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 
@@ -108,12 +110,26 @@ class BlockModel:
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, index: int, *, changed: bool = False) -> Iterator[nn.Module]:
-        """While open, the block is on the device; what is done to its weights lasts only where `changed` is said."""
-        block, name = self.blocks[index], f"{self.prefix}.{index}"
-        modules = {f"{name}.{path}".rstrip("."): module for path, module in block.named_modules()}
-        with self._lent(modules, f"block-{index:05}" if changed else None):
-            yield block
+    def resident(self, index: int, *, changed: str | None = None) -> Iterator[nn.Module]:
+        """While open, the block is on the device; what is done to its weights lasts only where `changed` is said.
+
+        `changed` begins the name of the file that they are written to.
+        """
+        with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}"):
+            yield self.blocks[index]
+
+    def adopt(self, index: int, file: Path) -> None:
+        """The block's weights are from now on those that were written to this file, biases that it got included."""
+        known = _parameters(self._modules(index))
+        example = next(iter(known.values()))
+        for name in shapes(file).keys() - known.keys():
+            layer = self.model.get_submodule(name.removesuffix(".bias"))
+            layer.bias = nn.Parameter(torch.empty(shapes(file)[name], dtype=example.dtype, device=example.device))
+        self.store.adopt(_parameters(self._modules(index)), file)
+
+    def _modules(self, index: int) -> dict[str, nn.Module]:
+        name = f"{self.prefix}.{index}"
+        return {f"{name}.{path}".rstrip("."): module for path, module in self.blocks[index].named_modules()}
 
     @contextmanager
     def ends_resident(self) -> Iterator[None]:

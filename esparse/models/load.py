@@ -69,10 +69,10 @@ class Model:
         return device
 
 
-def load(model: Model, changed: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
+def load(model: Model, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
     """The model in evaluation mode on the host, its tokenizer, and the store that has the weights.
 
-    `changed` is the folder where a store that reads the checkpoint block by block puts the blocks that were changed.
+    `folder` is where the store writes blocks that were changed.
     Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
     asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
     """
@@ -95,9 +95,9 @@ def load(model: Model, changed: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         raise _explained(model.path, local.is_dir(), error) from error
     if entry is not None and (model.store == "shards" or _too_large(entry)):
         log.info("the weights of %s are read block by block from the checkpoint", model.title)
-        skeleton, store = _streamed(model, path, entry, changed)
+        skeleton, store = _streamed(model, path, entry, folder)
         return skeleton, tokenizer, store
-    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore()
+    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore(folder)
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     return _computable(model, loaded).eval()
 
 
-def _streamed(model: Model, path: str, entry: Path, changed: Path) -> tuple[PreTrainedModel, ShardStore]:
+def _streamed(model: Model, path: str, entry: Path, folder: Path) -> tuple[PreTrainedModel, ShardStore]:
     """The model without its weights, which are on the meta device, and the store that reads them from the files."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
@@ -154,7 +154,14 @@ def _streamed(model: Model, path: str, entry: Path, changed: Path) -> tuple[PreT
     if skeleton._get_dtype_plan(dtype):
         raise ValueError(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
     skeleton = _computable(model, skeleton).eval()
-    return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, changed=changed)
+    return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, folder=folder)
+
+
+def weight_files(model: Model) -> list[str]:
+    """Name, size and time of change of every file of weights in a local directory; none for a hub model."""
+    folder = BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+    files = sorted(file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}"))
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def shape_only(model: Model) -> PreTrainedModel:

@@ -2,11 +2,11 @@
 
 A block at work has its weights on the device; `lend` puts them there and `take_back` clears the place. A parameter
 stays the same object all the time, so that who holds one (a `Matrix`) finds it filled again at the block's next turn.
+What a run changed is written to files in any case: a run that is stopped goes on from them (journal.py).
 """
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +29,10 @@ class Store(ABC):
 
     whole: bool  # whether all weights can be used at once
 
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: where changed weights are written; None: nowhere."""
+        self.folder = folder
+
     @abstractmethod
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         """Fills the parameters, on the device."""
@@ -37,9 +41,17 @@ class Store(ABC):
     def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
         """Clears the device; `changed` names what was changed and is to be kept, a file name without its ending."""
 
-    def close(self) -> None:
-        """Removes what the store wrote."""
-        return None
+    @abstractmethod
+    def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+        """From now on the parameters are what `take_back` once wrote to this file."""
+
+    def _save(self, parameters: Mapping[str, nn.Parameter], name: str) -> Path:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name}.safetensors"
+        tensors = {name: parameter.data.cpu().contiguous() for name, parameter in parameters.items()}
+        write_whole(file, lambda draft: save_file(tensors, draft))
+        return file
 
 
 class MemoryStore(Store):
@@ -53,6 +65,13 @@ class MemoryStore(Store):
 
     def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
         self.lend(parameters, home)
+        if changed is not None and self.folder is not None:
+            self._save(parameters, changed)
+
+    def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+        with opened(file) as read:
+            for name, parameter in parameters.items():
+                parameter.data = read(name).to(parameter.device, copy=True)
 
 
 class ShardStore(Store):
@@ -64,10 +83,10 @@ class ShardStore(Store):
 
     whole = False
 
-    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype, changed: Path) -> None:
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype, folder: Path) -> None:
         """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
+        super().__init__(folder)
         self._dtype = dtype
-        self._changed = changed
         self._places: dict[str, tuple[Path, str]] = {}
         names_in_file = _names(skeleton, checkpoint)
         for name, in_file in names_in_file.items():
@@ -88,19 +107,15 @@ class ShardStore(Store):
 
     def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
         if changed is not None:
-            file = self._changed / f"{changed}.safetensors"
-            self._changed.mkdir(parents=True, exist_ok=True)
-            tensors = {name: parameter.data.cpu().contiguous() for name, parameter in parameters.items()}
-            write_whole(file, lambda draft: save_file(tensors, draft))
-            self._places |= {name: (file, name) for name in tensors}
+            self.adopt(parameters, self._save(parameters, changed))
         for parameter in parameters.values():
             empty = nn.Parameter(torch.empty_like(parameter, device=home), requires_grad=parameter.requires_grad)
             swap_tensors(parameter, empty)
             del empty  # which has the weights now
         room.trim()
 
-    def close(self) -> None:
-        shutil.rmtree(self._changed, ignore_errors=True)
+    def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+        self._places |= {name: (file, name) for name in parameters}
 
     def _read(self, names: Mapping[str, nn.Parameter] | list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, file by file; valid until the next one is asked for."""

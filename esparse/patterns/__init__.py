@@ -7,6 +7,6 @@ Ties: of equal scores the one with the lowest index survives.
 from esparse.patterns.groups import NM, Salient
 from esparse.patterns.pattern import Grouping, Pattern
 from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
-from esparse.patterns.text import parse
+from esparse.patterns.text import from_str, parse
 
-__all__ = ["NM", "Blocks", "Columns", "Grouping", "Pattern", "Rows", "Salient", "Unstructured", "parse"]
+__all__ = ["NM", "Blocks", "Columns", "Grouping", "Pattern", "Rows", "Salient", "Unstructured", "from_str", "parse"]

@@ -40,6 +40,11 @@ def parse(text: object, outliers: object = None) -> Pattern:
     return Salient(pattern, salient)
 
 
+def from_str(text: str) -> Pattern:
+    """The pattern whose `str` this is."""
+    return parse(*text.split("+"))
+
+
 def _parse(text: object) -> Pattern:
     if pattern := _nm("pattern", text, EXPLAINED):
         return pattern

@@ -94,7 +94,7 @@ def tied(family: str) -> PreTrainedModel:
 
 
 def opened(folder: Path, store: str, dtype: str = "auto") -> BlockModel:
-    model, _, keeper = load(settings(folder, store, dtype), changed=folder / "blocks")
+    model, _, keeper = load(settings(folder, store, dtype), folder / f"blocks-{store}")
     return BlockModel(model, device=CPU, batch_tokens=24, store=keeper)
 
 
@@ -240,25 +240,23 @@ def test_what_is_not_said_to_be_changed_is_forgotten(tmp_path: Path) -> None:
         parameter = block.mlp.up_proj.weight
         before = parameter.detach().clone()
         parameter.data.zero_()
-    with pytest.raises(ZeroDivisionError), blocks.resident(0, changed=True) as block:
+    with pytest.raises(ZeroDivisionError), blocks.resident(0, changed="pruned") as block:
         parameter.data.zero_()
         raise ZeroDivisionError
     assert parameter.device.type == "meta"
-    assert not (tmp_path / "blocks").exists()
-    with blocks.resident(0, changed=True):
+    assert not (tmp_path / "blocks-shards").exists()
+    with blocks.resident(0, changed="pruned"):
         assert torch.equal(parameter, before)
         parameter.data.zero_()
     with blocks.resident(0):
         assert not parameter.any()
-    blocks.store.close()
-    assert not (tmp_path / "blocks").exists()
+    assert [file.name for file in (tmp_path / "blocks-shards").iterdir()] == ["pruned-00000.safetensors"]
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     blocks = opened(saved(tiny("llama"), tmp_path, "shards"), "shards")
-    (tmp_path / "blocks").mkdir()
-    (tmp_path / "blocks" / "block-00001.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"cannot write .*block-00001"), blocks.resident(1, changed=True):
+    (tmp_path / "blocks-shards" / "pruned-00001.safetensors").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"cannot write .*pruned-00001"), blocks.resident(1, changed="pruned"):
         pass
 
 
@@ -271,7 +269,7 @@ def test_what_transformers_converts_or_renames_is_refused(family: str, named: st
 
 def test_a_weight_of_two_blocks_is_refused(tmp_path: Path) -> None:
     folder = saved(tiny("llama"), tmp_path, "one")
-    model, _, store = load(settings(folder, "shards"), changed=folder / "blocks")
+    model, _, store = load(settings(folder, "shards"), folder / "blocks")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match=r"model.layers.1 shares weights.*use model.store=memory"):
         BlockModel(model, device=CPU, batch_tokens=24, store=store)

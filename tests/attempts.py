@@ -1,0 +1,72 @@
+"""Attempts at a run in processes of their own, which are killed at chosen moments.
+
+A server process has imported all libraries and forks one child per attempt: that takes milliseconds, not seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+import esparse.experiment
+import esparse.prune  # noqa: F401 - imported once, for all attempts
+from esparse import schema, session
+
+schema.register()
+CONF = Path(__file__).parent.parent / "conf"
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}
+
+
+def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> None:
+    """Carries out a run; the process kills itself at the `kill_at`th time that it touches a file of the run.
+
+    Without a kill the number of such times goes to the file `counted`.
+    """
+    events = 0
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        nonlocal events
+        # A file that is only read cannot be left half written.
+        if event in FILE_EVENTS and str(root) in str(args[0]) and (event != "open" or args[1] != "r"):
+            events += 1
+            if events == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    experiment = schema.build(config)
+    root = Path(experiment.output_root)
+    settings = schema.resolved(config, experiment, config.hydra.runtime.choices)
+    logging.getLogger("esparse").setLevel(logging.INFO)
+    sys.addaudithook(watch)
+    session.carry_out(experiment, settings)
+    if counted is not None:
+        counted.write_text(str(events))
+
+
+def start(overrides: list[str], *, kill_at: int | None = None, counted: Path | None = None) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=attempt, args=(overrides, kill_at, counted))
+    process.start()
+    return process
+
+
+def killed_when(process: BaseProcess, is_time: Callable[[], bool]) -> bool:
+    """Kills a process as soon as it is time to; False where it ended before."""
+    while process.is_alive():
+        if is_time():
+            process.kill()
+            process.join()
+            return process.exitcode == -signal.SIGKILL
+        time.sleep(0.001)
+    return False
