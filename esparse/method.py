@@ -14,7 +14,7 @@ from esparse.shuffles import Shuffle
 from esparse.stats import ColumnNorm, Factory, TokenSample
 from esparse.updates import NoUpdate, Update
 
-ERROR_TOKENS = 2048  # tokens on which a layer's relative error is measured
+ERROR_TOKENS = 1024  # tokens on which a layer's relative error is measured
 
 
 @dataclass(kw_only=True, slots=True)

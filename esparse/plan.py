@@ -47,7 +47,7 @@ class Plan:
     gradients: int  # of one block
     working: int  # estimated: a micro-batch inside a block
     logits: int  # of a micro-batch
-    passes: int  # of all calibration sequences through a block, forward
+    passes: int  # at most, of all calibration sequences through a block: a second look may need one
     streams_weights: bool  # whether blocks are read one by one
     on_disk: bool  # whether hidden states wait on the disk
     on_cpu: bool
@@ -81,7 +81,7 @@ class Plan:
             f"{'in files of the run' if self.on_disk else 'in memory'}; {_gib(self.window)} per evaluation window",
             f"  statistics          {_gib(self.statistics)} for one block; gradients {_gib(self.gradients)}",
             f"  masks               {_gib(self.masks)}",
-            f"  forward passes      {self.passes} of the calibration sequences and 2 of the evaluation windows",
+            f"  forward passes      {self.passes} at most of the calibration sequences and 2 of the evaluation windows",
         ]
         for stage, (host, device) in self.peaks().items():
             on_device = "" if self.on_cpu else f", device about {_gib(device)}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from esparse import gradients
 from esparse.journal import Entry, Journal
 from esparse.method import Method
+from esparse.models import room
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
@@ -133,6 +134,27 @@ class Walk:
             self.blocks.adopt(index, journal.weights(index))
 
 
+class Held:
+    """Inputs of a block that are looked at twice, from the first look to the second, as far as there is room."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room  # bytes
+        self._parts: list[tuple[Tensor, int, Statistic]] | None = []
+
+    def hold(self, x_TI: Tensor, statistic: Statistic) -> None:
+        self._room -= x_TI.nbytes
+        if self._room < 0:
+            self._parts = None
+        if self._parts is not None:
+            self._parts.append((x_TI, x_TI._version, statistic))
+
+    def whole(self) -> list[tuple[Tensor, Statistic]] | None:
+        """All that was held; None where room was short, or where the block wrote over what it had given to a layer."""
+        if self._parts is None or any(x_TI._version != version for x_TI, version, _ in self._parts):
+            return None
+        return [(x_TI, statistic) for x_TI, _, statistic in self._parts]
+
+
 def _observe(
     block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], *, sequences: int
 ) -> list[Observed]:
@@ -147,17 +169,28 @@ def _observe(
             statistics[id(group)] = {name: build(**size) for name, build in collects.items()}
         return statistics[id(group)]
 
-    look, looks = 0, 1
-    while look < looks:
+    held = Held(room.free_bytes(device) // 4)
 
-        def read(group: InputGroup, x_TI: Tensor, look: int = look) -> None:
-            for statistic in statistics_of(group).values():
-                statistic.add(x_TI, look)
+    def read(group: InputGroup, x_TI: Tensor) -> None:
+        for statistic in statistics_of(group).values():
+            statistic.add(x_TI, 0)
+            if statistic.looks > 1:
+                held.hold(x_TI, statistic)
 
-        with matrices.observed(read):
-            activations.observe(block.index)
-        looks = max([s.looks for of_group in statistics.values() for s in of_group.values()], default=1)
-        look += 1
+    def read_again(group: InputGroup, x_TI: Tensor) -> None:
+        for statistic in statistics_of(group).values():
+            if statistic.looks > 1:
+                statistic.add(x_TI, 1)
+
+    with matrices.observed(read):
+        activations.observe(block.index)
+    if any(statistic.looks > 1 for of_group in statistics.values() for statistic in of_group.values()):
+        parts = held.whole()
+        if parts is None:  # there was no room for all inputs, so they are computed once more
+            with matrices.observed(read_again):
+                activations.observe(block.index)
+        for x_TI, statistic in parts or ():
+            statistic.add(x_TI, 1)
     for name in matrices.complete():
         log.warning("%s took no part in the forward pass and stays dense", name)
     for group in matrices.groups:

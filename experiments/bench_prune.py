@@ -6,10 +6,10 @@
 
 Every method runs in a process of its own on the same random weights and tokens, so that its peak memory is its own;
 what is timed begins with the model in memory and ends with the last block. The floor is the model's own forward pass
-through its blocks, twice: once to look at the dense block, once with the pruned one. `plain wanda` and `plain sparsegpt`
-are written here as the papers' scripts work: hooks on every linear layer, one sequence after the other, a Python loop
-over the groups or columns. Rounds are interleaved; the table has the medians. Cost of the first table: ten minutes on
-two cores, of the growth fifteen.
+through its blocks, twice: once to look at the dense block, once with the pruned one. `plain wanda` and
+`plain sparsegpt` are written here as the papers' scripts work: hooks on every linear layer, one sequence after the
+other, a Python loop over the groups or columns. Rounds are interleaved; the table has the medians. Cost of the first
+table: ten minutes on two cores, of the growth fifteen.
 """
 
 from __future__ import annotations
@@ -162,16 +162,15 @@ def _plain(
         block.to(device)
         layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
         states: dict[nn.Module, dict[str, Tensor]] = {layer: {} for layer in layers}
-        seen = 0
+        for seen, h in enumerate(hidden):
 
-        def watch(layer: nn.Module, args: Any, states: Any = states) -> None:
-            observe(states[layer], args[0].flatten(0, -2), seen)
+            def watch(layer: nn.Module, args: Any, states: Any = states, seen: int = seen) -> None:
+                observe(states[layer], args[0].flatten(0, -2), seen)
 
-        hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
-        for seen, h in enumerate(hidden):  # noqa: B007 - the hooks read it
+            hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
             block(h, **calls[1])
-        for hook in hooks:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         for layer in layers:
             prune(layer, states[layer])
         hidden = [block(h, **calls[1]) for h in hidden]

@@ -16,8 +16,10 @@ from safetensors import safe_open
 from esparse import audit
 from esparse.allocations import Allocation, Measured
 from esparse.metrics import Metric
+from esparse.metrics.entropy import Entropy
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
+from esparse.models import room
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured
@@ -60,6 +62,49 @@ def run(
 def test_masks_do_not_depend_on_micro_batches(batch_tokens: int) -> None:
     _, expected = run(batch_tokens=40)
     _, got = run(batch_tokens=batch_tokens)
+    assert all(torch.equal(got.keeps[name], keep) for name, keep in expected.keeps.items())
+
+
+class Forwards:
+    """Counts how often the first block runs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        model.model.layers[0].register_forward_hook(self.add)
+
+    def add(self, *_: object) -> None:
+        self.count += 1
+
+
+ENTROPY = Entropy(base="magnitude", alpha=1.0, bins=20, norm="sequence", range="channel", limit=1.0)
+
+
+def overwriting(model: torch.nn.Module) -> None:
+    """Lets every block write over what it gave to its first layer."""
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(lambda module, args, kwargs, out: spoil(kwargs), with_kwargs=True)
+
+    def spoil(kwargs: dict[str, torch.Tensor]) -> None:
+        kwargs["hidden_states"].zero_()
+
+
+@pytest.mark.parametrize("case", ["room", "no room", "half the room", "overwritten"])
+def test_the_second_look_takes_another_forward_pass_only_where_it_must(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks are the same in any case. Three micro-batches are embedded, observed, perhaps again, and advanced."""
+    monkeypatch.setattr(room, "free_host_bytes", lambda: {"no room": 0, "half the room": 4 * 30_000}.get(case, 2**30))
+    model = tiny("llama")
+    if case == "overwritten":
+        overwriting(model)
+    forwards = Forwards(model)
+    _, got = run(metric=ENTROPY, model=model)
+    assert forwards.count == 1 + 3 * (3 if case == "room" else 4)  # the first finds out what a block returns
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 0)
+    reference = tiny("llama")
+    if case == "overwritten":
+        overwriting(reference)
+    _, expected = run(metric=ENTROPY, model=reference)
     assert all(torch.equal(got.keeps[name], keep) for name, keep in expected.keeps.items())
 
 

@@ -31,7 +31,7 @@ class Entropy(Metric):
     alpha: float  # weight of the norm beside the entropy
     bins: int  # histogram bins per input channel
     norm: str  # sequence (Wanda's) | rms (per token) | total (over all tokens)
-    range: str  # of the histogram: channel | layer (both read the tokens twice) | fixed (-limit .. limit, once)
+    range: str  # of the histogram: channel | layer (both look at the tokens twice) | fixed (-limit .. limit)
     limit: float  # the bound of a fixed range, in units of the activations
 
     def __post_init__(self) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_host_bytes() -> int:
-    """What the process may still take: of the machine, or of its control group (Slurm, containers) where that is less.
+    """What the process may still take: of the machine, of its control group (Slurm, containers), of `ulimit -v`.
 
     Where the system does not say what is free (macOS), all memory counts.
     """
@@ -18,7 +23,17 @@ def free_host_bytes() -> int:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    return min([free, *_group_limits()])
+    return min([free, *_group_limits(), *_process_limit()])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What the process may still take of a device's memory, or of the host's where the device is the CPU."""
+    if device.type == "cpu":
+        return free_host_bytes()
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def trim() -> None:
@@ -28,6 +43,14 @@ def trim() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _process_limit() -> list[int]:
+    """What `ulimit -v` has left of the process' addresses; nothing where it is not limited."""
+    most, own = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if most == resource.RLIM_INFINITY or not own.exists():
+        return []
+    return [max(0, most - int(own.read_text().split()[0]) * resource.getpagesize())]
 
 
 def _group_limits() -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,6 +320,16 @@ def test_auto_streams_what_takes_more_than_half_of_the_memory(
 
 def test_the_free_memory_is_a_part_of_the_machines() -> None:
     assert 2**20 < free_host_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_limit_of_the_process_counts() -> None:
+    code = (
+        "import resource; from esparse.models.room import free_host_bytes\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))\n"
+        "print(free_host_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert 0 < int(done.stdout) < 2**28 - 2**20
 
 
 def test_a_broken_setting_is_named(tmp_path: Path) -> None:
