@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Statistic, TokenSample
+from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Gram, Statistic, TokenSample
 
 CPU = torch.device("cpu")
 SIZE = {"inputs": 5, "sequences": 4, "device": CPU}
@@ -148,3 +148,15 @@ def test_moments_of_half_precision_inputs_and_of_none() -> None:
     for none in (ColumnMoments(**SIZE), fed(ColumnMoments(**SIZE), values()[:0], [])):
         assert torch.equal(none.mean_I(), torch.zeros(5))
         assert torch.equal(none.variance_I(), torch.zeros(5))
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 8, 13, 64])
+def test_the_gram_matrix_is_whole_whenever_it_is_read(inputs: int) -> None:
+    """Only its upper part is summed; it may be read between two additions."""
+    gram = Gram(inputs=inputs, sequences=2, device=torch.device("cpu"))
+    first, second = torch.randn(2, 20, inputs, generator=torch.Generator().manual_seed(0))
+    for tokens in (first, second):
+        gram.add(tokens, 0)
+        seen = torch.cat([first, second])[: gram.tokens]
+        torch.testing.assert_close(gram.gram_II, seen.T @ seen)
+        torch.testing.assert_close(gram.gram_II, gram.gram_II.T)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from esparse.stats import Factory
 
 MASKS = ("start", "own")
+INNER = 16  # columns
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,26 +62,42 @@ def sweep(
     """
     import torch
 
-    weight_OI = dense_OI.clone()
-    inputs = weight_OI.shape[1]
+    # Transposed, a column lies in one piece.
+    weight_IO = dense_OI.T.contiguous()
+    inputs = len(weight_IO)
     if fixed_OI is None:
-        keep_OI, cuts = torch.ones_like(weight_OI, dtype=torch.bool), pattern.cuts(inputs)
+        keep_IO, cuts = torch.ones_like(weight_IO, dtype=torch.bool), pattern.cuts(inputs)
     else:
-        keep_OI, cuts = fixed_OI, [slice(0, inputs)]
+        keep_IO, cuts = fixed_OI.T.contiguous(), [slice(0, inputs)]
     groups = {cut.start: cut for cut in cuts} if fixed_OI is None else {}
     diagonal_I = upper_II.diagonal()
-    for start, end in _blocks(cuts, block):
-        errors = torch.empty_like(weight_OI[:, start:end])
+    errors_IO = torch.empty_like(weight_IO)
+
+    def advance(start: int, end: int, sizes: tuple[int, ...]) -> None:
+        """Prunes the columns from start to end, and repairs those up to end."""
+        if sizes:
+            for first, last in _blocks(_clipped(cuts, start, end), sizes[0]):
+                advance(first, last, sizes[1:])
+                weight_IO[last:end].addmm_(upper_II[first:last, last:end].T, errors_IO[first:last], alpha=-1)
+            return
         for column in range(start, end):
             if column in groups:
                 cut = groups[column]
-                keep_OI[:, cut] = pattern.keep_top((weight_OI[:, cut] / diagonal_I[cut]).square())
-            lost_O = weight_OI[:, column].masked_fill(keep_OI[:, column], 0.0)
-            error_O = lost_O / diagonal_I[column]
-            weight_OI[:, column:end] -= error_O[:, None] * upper_II[column, column:end]
-            errors[:, column - start] = error_O
-        weight_OI[:, end:] -= errors @ upper_II[start:end, end:]
-    return weight_OI.masked_fill(~keep_OI, 0.0), keep_OI
+                keep_IO[cut] = pattern.keep_top((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
+            lost_O = weight_IO[column].masked_fill(keep_IO[column], 0.0)
+            errors_IO[column] = lost_O.div_(diagonal_I[column])
+            weight_IO[column:end].addr_(upper_II[column, column:end], errors_IO[column], alpha=-1)
+
+    # Within a block again blocks: what is repaired column by column should stay in the cache.
+    advance(0, inputs, (block, INNER) if block > INNER else (block,))
+    weight_IO.masked_fill_(~keep_IO, 0.0)
+    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+
+
+def _clipped(cuts: list[slice], start: int, end: int) -> list[slice]:
+    """The parts of the cuts from start to end."""
+    inside = (slice(max(cut.start, start), min(cut.stop, end)) for cut in cuts)
+    return [cut for cut in inside if cut.start < cut.stop]
 
 
 def _blocks(cuts: list[slice], block: int) -> list[tuple[int, int]]:
@@ -88,7 +105,7 @@ def _blocks(cuts: list[slice], block: int) -> list[tuple[int, int]]:
 
     So all repairs of a group's columns are done when it is chosen. A group longer than a block begins with one.
     """
-    blocks, start = [], 0
+    blocks, start = [], cuts[0].start
     for cut in cuts:
         if cut.stop - start > block and cut.start > start:
             blocks.append((start, cut.start))
