@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from esparse.cores import each_core
 from esparse.linalg import inverse_factor
 
 # Tokens whose columns are reduced at a time. A tile stays in the cache: reducing the columns of a whole micro-batch at
@@ -155,10 +157,19 @@ class ColumnEntropy(Statistic):
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
         # Indices of 32 bits are counted twice as fast as those of 64.
         place_I = torch.arange(self.inputs, dtype=torch.int32, device=self.device) * self.bins
-        # About 4 M values at a time: the indices beside it would otherwise be several times the input.
-        for part_TI in x_TI.split(max(1, 2**22 // self.inputs)):
-            bin_TI = (part_TI.float() - low_I).mul_(scale_I).clamp_(0, self.bins - 1).int().add_(place_I)
-            self.counts_IK += torch.bincount(bin_TI.flatten(), minlength=self.counts_IK.numel()).view_as(self.counts_IK)
+
+        def counts(part_TI: Tensor) -> Tensor:
+            place_TI = torch.empty(part_TI.shape, dtype=torch.int32, device=self.device)
+            for tile_TI, into_TI in zip(part_TI.split(TILE), place_TI.split(TILE), strict=True):
+                bin_TI = (tile_TI.float() - low_I).mul_(scale_I).clamp_(0, self.bins - 1)
+                into_TI.copy_(bin_TI).add_(place_I)
+            return torch.bincount(place_TI.flatten(), minlength=self.counts_IK.numel())
+
+        # Some million values at a time: the indices beside it would otherwise be as large as the input.
+        parts = x_TI.split(max(1, 2**21 // self.inputs))
+        with each_core() if self.device.type == "cpu" else nullcontext() as pool:
+            for found in pool.map(counts, parts) if pool else map(counts, parts):
+                self.counts_IK += found.view_as(self.counts_IK)
 
     def entropy_I(self) -> Tensor:
         """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""

@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from esparse.cores import each_core
 from esparse.patterns import NM, Grouping
 from esparse.shuffles.change import Block, lost
-from esparse.shuffles.swap import block_width, one_thread_per_operation
+from esparse.shuffles.swap import block_width
 
 SWEEPS = 50  # at most; of the built-in model's layers none wanted more than 15
 # A sweep that gains less than this part of the error is the last one. Where layers are wide, to go on until no swap
@@ -45,7 +46,7 @@ def swap_by_error(
     lost_OI = dense_OI.masked_fill(Grouping(NM(n, m), start_I).keep_top(scores_OI), 0.0)
     before = squared_error(lost_OI, gram_II)
     worth = TOLERANCE * before * m / len(start_I)
-    with one_thread_per_operation() as cores, ThreadPoolExecutor(cores) as pool:
+    with each_core() as pool:
         for _ in range(SWEEPS):
             gained = 0.0
             for places_C in order_I[:whole].split(width):  # views, into which the new order is written

@@ -22,16 +22,18 @@ stands in its block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from esparse.cores import each_core
+
 # A swap must raise what its two groups keep by more than this part of it. The float32 sums behind a gain carry
 # relative errors near 1e-7, so that smaller gains may be none, and all of them together are not worth a sweep.
 TOLERANCE = 1e-6
+# Rows that are summed in float32.
+STRIPE = 1024
 # Groups and rows of the maxima held at a time: on a CPU 1 MiB for blocks of 256, which stays in the cache of one core.
 CPU_TILE, GPU_TILE = (4, 128), (128, 1024)
 
@@ -82,19 +84,8 @@ def _over_blocks(swapped: Callable[[Tensor], Tensor], blocks: tuple[Tensor, ...]
         return [swapped(start_BC).flatten() for start_BC in (equal, *rest)]
     # Each core searches its own blocks. To split every operation over the cores would cost a barrier per operation,
     # and would let the sums, and with them the order, depend on the number of cores.
-    with one_thread_per_operation() as cores, ThreadPoolExecutor(cores) as pool:
+    with each_core() as pool:
         return list(pool.map(lambda start_C: swapped(start_C[None]).flatten(), blocks))
-
-
-@contextmanager
-def one_thread_per_operation() -> Iterator[int]:
-    """Inside, torch runs each operation in the thread that calls it; yields how many threads it used before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(slots=True)
@@ -197,11 +188,11 @@ class _Search:
         top = largest(scores_KMR, self.n + 1)
         kept_K = torch.stack([value_KR.sum(-1, dtype=torch.float64) for value_KR in top[: self.n]]).sum(0)
         # Where v_n = v_{n+1} more channels than n may count as kept: both thresholds are then the same.
-        keep_KMR = scores_KMR >= top[self.n - 1][:, None]
+        keep_KMR = (scores_KMR >= top[self.n - 1][:, None]).to(scores_KMR.dtype)
         return _Cut(
             kept_K=kept_K,
             thresholds_K2R=torch.stack(top[self.n - 1 :], dim=1),
-            which_KM2R=torch.stack([~keep_KMR, keep_KMR], dim=2).to(scores_KMR.dtype),
+            which_KM2R=torch.stack([1 - keep_KMR, keep_KMR], dim=2),
         )
 
     def _renew(self, block_K: Tensor, group_K: Tensor, cut: _Cut) -> None:
@@ -231,18 +222,27 @@ def summed_maxima(thresholds_KTR: Tensor, which_KMTR: Tensor, scores_RC: Tensor)
     """sum_r max(b_p[r], x_q[r]) for each p of the groups and each channel q (K x M x C, float64).
 
     b_p is the one of a group's T thresholds (two here, one in an assignment) for which `which` is 1, else 0. Sums are
-    float32 within a tile of rows.
+    float32 within `STRIPE` rows.
     """
+    groups, slots, thresholds, _ = which_KMTR.shape
+    # Whatever the number of groups, rows are cut alike: so a group's sums do not depend on the others.
     group_step, row_step = CPU_TILE if scores_RC.device.type == "cpu" else GPU_TILE
-    groups, slots, thresholds = which_KMTR.shape[:3]
+    group_step = max(1, min(group_step, groups))
     sums_KMC = scores_RC.new_zeros((groups, slots, scores_RC.shape[1]), dtype=torch.float64)
-    buffer = scores_RC.new_empty(min(group_step, groups) * thresholds * row_step * scores_RC.shape[1])
+    buffer = scores_RC.new_empty(group_step * thresholds * row_step * scores_RC.shape[1])
+    tiles = list(zip(thresholds_KTR[..., None].split(row_step, 2), scores_RC.split(row_step), strict=True))
+    which = [part_KMTR.flatten(2) for part_KMTR in which_KMTR.split(row_step, 3)]
+    stripe = max(1, STRIPE // row_step)
     for group in range(0, groups, group_step):
         some = slice(group, group + group_step)
-        for row in range(0, len(scores_RC), row_step):
-            rows = slice(row, row + row_step)
-            levels, tile_RC = thresholds_KTR[some, :, rows, None], scores_RC[rows]
-            maxima_KTRC = buffer[: levels.numel() * tile_RC.shape[1]].view(*levels.shape[:3], -1)
-            torch.maximum(levels, tile_RC, out=maxima_KTRC)
-            sums_KMC[some] += torch.bmm(which_KMTR[some, :, :, rows].flatten(2), maxima_KTRC.flatten(1, 2))
+        for first in range(0, len(tiles), stripe):
+            sum_KMC = torch.zeros_like(sums_KMC[some], dtype=scores_RC.dtype)
+            for (levels, tile_RC), part in zip(
+                tiles[first : first + stripe], which[first : first + stripe], strict=True
+            ):
+                levels = levels[some]
+                maxima_KTRC = buffer[: levels.numel() * tile_RC.shape[1]].view(*levels.shape[:3], -1)
+                torch.maximum(levels, tile_RC, out=maxima_KTRC)
+                sum_KMC.baddbmm_(part[some], maxima_KTRC.flatten(1, 2))
+            sums_KMC[some] += sum_KMC
     return sums_KMC
