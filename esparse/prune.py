@@ -192,8 +192,11 @@ def _prune_group(
     with stages("shuffle"):
         layers = None
         if "gram" in method.shuffle.collects() and stats[0].tokens:
-            layers = Layers(torch.cat(weights), stats[0]["gram"].gram_II)
-        grouping = Grouping(pattern, method.shuffle.order(torch.cat(scores), pattern, layers))
+            layers = Layers(_joined(weights), stats[0]["gram"].gram_II)
+        order_I = (
+            None if isinstance(method.shuffle, NoShuffle) else method.shuffle.order(_joined(scores), pattern, layers)
+        )
+        grouping = Grouping(pattern, order_I)
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)
     x_SI = sample.x_SI()
@@ -216,6 +219,10 @@ def _prune_group(
         report.seconds = shared + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies even a single one
 
 
 def _write(matrix: Matrix, solution: Solution) -> None:

@@ -148,9 +148,13 @@ def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any
     return record
 
 
+# How the host's memory, the device's and the system's file maps say that there is no more.
+NO_MEMORY = ("out of memory", "t allocate memory", "Cannot allocate memory")
+
+
 def _say_failed(error: Exception, name: str, folder: Path) -> None:
     sentence = f"esparse: {name} failed: {_sentence(error)}"
-    if not isinstance(error, ValueError | OSError):  # not a mistake that we foresaw
+    if not isinstance(error, ValueError | OSError | MemoryError) and not _lacks_memory(error):  # not foreseen
         sentence += f" ({type(error).__name__}; the traceback is in {folder / 'run.log'})"
     print(sentence, file=sys.stderr)
 
@@ -159,7 +163,16 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())
+    if _lacks_memory(error):
+        return (
+            f"not enough memory ({text or type(error).__name__}): model.store=shards holds one block at a time, "
+            "model.activations=disk no hidden states, a smaller model.batch_tokens fewer values inside a block"
+        )
     return text or type(error).__name__
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)
 
 
 class Sweep(Callback):

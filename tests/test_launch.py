@@ -342,6 +342,18 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: lis
     assert len(records(tmp_path)) == 1
 
 
+def test_too_little_memory_ends_in_one_sentence(tmp_path: Path) -> None:
+    def limited() -> None:  # the libraries alone take 0.9 GB of addresses
+        resource.setrlimit(resource.RLIMIT_AS, (1_300_000_000, 1_300_000_000))
+
+    many = ["calibration.sequences=256", "tracking=none", f"output_root={tmp_path / 'out'}"]
+    done = launch(*many, preexec_fn=limited)
+    assert done.returncode == 1, done.stderr
+    assert "not enough memory" in done.stderr
+    assert "model.store=shards" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_width_that_m_does_not_divide_is_handled(small: list[str], tmp_path: Path) -> None:
     done = launch(*small, "pattern=3:7")  # widths of 32 and 64: tails of 4 and 1
     assert done.returncode == 0, done.stderr
