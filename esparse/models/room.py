@@ -37,12 +37,19 @@ def free_bytes(device: torch.device) -> int:
 
 
 def trim() -> None:
-    """Makes the C library give freed memory back to the system, where it is glibc.
-
-    Between small tensors that stay it would keep holes as large as the blocks that went: about a block per block.
-    """
+    """Makes the C library give freed memory back to the system, where it is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def keep_large_tensors_apart() -> None:
+    """From now on every tensor of a megabyte or more has a mapping of its own, which goes with it; where it is glibc.
+
+    That library would soon put tensors of up to 32 MB among the small things that stay, and keep holes as large as the
+    blocks that went: the process would grow by about a block per block.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _process_limit() -> list[int]:

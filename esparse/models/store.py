@@ -86,6 +86,7 @@ class ShardStore(Store):
     def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype, folder: Path) -> None:
         """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
         super().__init__(folder)
+        room.keep_large_tensors_apart()
         self._dtype = dtype
         self._places: dict[str, tuple[Path, str]] = {}
         names_in_file = _names(skeleton, checkpoint)
