@@ -32,6 +32,7 @@ from torch import distributed as dist
 T = TypeVar("T")
 
 VALUES_AT_ONCE = 2**24  # of a float32 tensor that is summed in float64
+START = "spawn"  # not a fork: a process that looked at its GPUs cannot be forked into one that uses them
 GRACE = 5.0  # seconds that the other ranks have to end by themselves once one has failed
 
 
@@ -176,8 +177,7 @@ def together(devices: Sequence[torch.device], work: Callable[..., T], *args: Any
     Raises what the first rank to fail raised (with the rank's traceback as a note), ChildProcessError where one was
     killed. No process is left then, nor when this one is interrupted or killed.
     """
-    # Not a fork: a process that looked at its GPUs cannot be forked into one that uses them.
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START)
     processes: list[BaseProcess] = []
     readers: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="esparse-") as folder:

@@ -26,8 +26,30 @@ def carry_out(ranks: Ranks, runs: dict[str, list[str]], out: Path) -> None:
         experiment.run(asked, run_id=name, name=name, config=settings, folder=out / name, ranks=ranks)
 
 
-def fail(ranks: Ranks) -> None:
-    """The second rank fails, while the first one waits for it."""
+def exchange(ranks: Ranks) -> None:
+    """Tries all that ranks can tell each other; then the second one fails, while the first one waits for it."""
+    import torch
+
+    first, rank = ranks.leads, ranks.rank
+    assert ranks.gather(rank) == [0, 1]
+    assert ranks.from_first(lambda: f"of {rank}") == "of 0"
+    assert (ranks.before(5), ranks.share(torch.arange(5)).tolist()) == ((0, [0, 1, 2]) if first else (3, [3, 4]))
+    rows = torch.ones(3, 2, dtype=torch.bfloat16) if first else torch.zeros(0, 2)
+    assert torch.equal(ranks.joined(rows), torch.ones(3, 2, dtype=torch.bfloat16))
+    assert ranks.joined(torch.zeros(0, 2)).shape == (0, 2)
+    total, count = torch.tensor([2.0**24, 1.0]) if first else torch.tensor([1.0, 2.0]), torch.tensor(2**60 + rank)
+    for x in (total, count):
+        ranks.sum_(x)
+    assert total.tolist() == [2.0**24, 3.0]  # 2^24 + 1 has no float32
+    assert int(count) == 2**61 + 1
+    low, high = torch.tensor([float(rank), -1.0]), torch.tensor([float(rank), -1.0])
+    ranks.min_(low)
+    ranks.max_(high)
+    assert (low.tolist(), high.tolist()) == ([0.0, -1.0], [1.0, -1.0])
+    copies = [torch.full((2, 3), float(rank), dtype=t).T for t in (torch.float32, torch.bfloat16, torch.float16)]
+    copies.append(torch.nn.Parameter(torch.tensor(float(rank))))
+    ranks.copy_from_first(copies)
+    assert all(not copy.any() for copy in copies)
     if ranks.rank == 1:
         raise ValueError("the second rank has a reason")
     ranks.wait()

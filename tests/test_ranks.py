@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(workshop: Path) -> Path:
+def quick_start() -> Iterator[None]:
+    """Processes of a server that has imported the libraries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("esparse.ranks.START", "forkserver")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.attempts"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def pruned(workshop: Path, quick_start: None) -> Path:
     """A folder with all methods, carried out by `one` process and by `two`."""
     runs = {name: [*small_run(workshop, workshop), "model.batch_tokens=16", *how] for name, how in METHODS.items()}
     runs["experts"].append(f"model.path={workshop / 'experts'}")
@@ -232,9 +242,9 @@ def test_experts_are_seen_by_some_ranks_only(pruned: Path) -> None:
     assert 1 in experts  # one token, which can only be one rank's
 
 
-def test_a_rank_that_fails_ends_all() -> None:
+def test_ranks_tell_each_other_and_one_that_fails_ends_all(quick_start: None) -> None:
     with pytest.raises(ValueError) as failed:
-        together([CPU] * 2, members.fail)
+        together([CPU] * 2, members.exchange)
     assert str(failed.value) == "the second rank has a reason"
     assert "in process 2 of 2:\nTraceback" in failed.value.__notes__[0]
 
