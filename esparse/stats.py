@@ -4,7 +4,7 @@ Shapes: T tokens of one micro-batch, I input channels, K histogram bins, S sampl
 Every statistic gives the same value however the tokens are cut into micro-batches, but for rounding: sums are kept in
 float64 (in float32 over the rows of one tile), counts in integers, and what needs the whole range first asks for a
 second look at the same tokens. Where several ranks each see a share of the tokens, `unite` makes of their statistics
-that of all tokens, by the same arithmetic: only the sums of `ColumnMoments` and `Gram` are rounded otherwise.
+that of all tokens: what is counted or compared is the same as in one process, sums but for their rounding.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Statistic(ABC):
     def add(self, x_TI: Tensor, look: int) -> None:
         """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
 
-    def unite(self, ranks: Ranks, look: int) -> None:
-        """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look."""
+    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
+        """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look.
+
+        `tokens`: those that the statistics of the ranks have by then.
+        """
         if look == self.looks - 1:
-            tokens = ranks.gather(self.tokens)
             self._unite(ranks, tokens)
             self.tokens = sum(tokens)
 
@@ -177,11 +179,11 @@ class ColumnEntropy(Statistic):
             self.tokens += x_TI.shape[0]
             self._count(x_TI)
 
-    def unite(self, ranks: Ranks, look: int) -> None:
+    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
         if look == 0 and self.looks == 2:
             ranks.min_(self.low_I)
             ranks.max_(self.high_I)
-        super().unite(ranks, look)
+        super().unite(ranks, look, tokens)
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
         ranks.sum_(self.counts_IK)

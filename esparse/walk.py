@@ -179,9 +179,10 @@ def _observe(
         return statistics[group]
 
     def unite(look: int) -> None:
-        for group in matrices.groups:
-            for statistic in statistics_of(group).values():
-                statistic.unite(ranks, look)
+        united = [statistic for group in matrices.groups for statistic in statistics_of(group).values()]
+        counts = ranks.gather([statistic.tokens for statistic in united])  # of all at once: there may be many experts
+        for statistic, *tokens in zip(united, *counts, strict=True):
+            statistic.unite(ranks, look, tokens)
 
     # Processes on the CPU share its memory.
     held = Held(room.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))

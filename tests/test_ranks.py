@@ -92,7 +92,7 @@ def united(build: Callable[..., Statistic], shares: list[Tensor], *, before: lis
         for look in range(statistic.looks):
             for part in shares[ranks.rank].split(7):
                 statistic.add(part, look)
-            statistic.unite(ranks, look)
+            statistic.unite(ranks, look, ranks.gather(statistic.tokens))
         found[ranks.rank] = statistic
 
     in_threads(len(shares), work)
