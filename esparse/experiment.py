@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import platform
 import resource
 import socket
@@ -26,7 +27,7 @@ from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
 from esparse.report import LayerReport, Stages, as_dicts, write_json
 from esparse.shuffles import Shuffle
-from esparse.tracking import Tracking
+from esparse.tracking import NoTracking, Tracking
 from esparse.updates import Update
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
     from esparse.progress import Progress
     from esparse.prune import Pruned
+    from esparse.ranks import Ranks
+
+log = logging.getLogger("esparse")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,10 +78,20 @@ class Experiment:
             )
         if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
             raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
+        if self.model.processes > 1 and (why := self.method().needs_all_sequences()) is not None:
+            raise ValueError(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
             raise ValueError(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
+
+    def devices(self) -> list[torch.device]:
+        """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""
+        devices = self.model.all_devices()
+        if len(devices) > 1 and (why := self.method().needs_all_sequences()) is not None:
+            log.info("%s: of %d devices only %s is used", why, len(devices), devices[0])
+            return devices[:1]
+        return devices
 
     def parsed_pattern(self) -> Pattern:
         return patterns.parse(self.pattern, self.outliers)
@@ -110,11 +124,23 @@ def dry_run(experiment: Experiment, *, name: str) -> str:
         sequences=calibration.sequences,
         length=calibration.length,
         window=experiment.evaluate.length,
+        ranks=len(experiment.devices()),
     ).text()
 
 
-def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record."""
+def run(
+    experiment: Experiment,
+    *,
+    run_id: str,
+    name: str,
+    config: dict[str, Any],
+    folder: Path,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record.
+
+    Where there are several ranks, each calls it; the first one writes the files.
+    """
     from esparse import audit
     from esparse.evaluate.perplexity import perplexity
     from esparse.journal import Journal
@@ -123,32 +149,44 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
     from esparse.models.load import load, longest_sequence
     from esparse.progress import Progress
     from esparse.prune import check_store, prune
+    from esparse.ranks import Ranks
 
+    ranks = ranks or Ranks()
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
-    device = experiment.model.device()
-    software = environment(device)
+    device = experiment.model.all_devices()[ranks.rank]
+    software = environment(device, ranks.size)
     stages = Stages(settle=_settle(device))
     with stages("load"):
-        model, tokenizer, store = load(experiment.model, folder / "blocks")
+        model, tokenizer, store = load(experiment.model, folder / "blocks", ranks)
         keeper = Keeper(experiment.model.activations, folder)
         blocks = BlockModel(
-            model, device=device, batch_tokens=experiment.model.batch_tokens, store=store, keeper=keeper
+            model,
+            device=device,
+            batch_tokens=experiment.model.batch_tokens,
+            store=store,
+            keeper=keeper,
+            ranks=ranks,
         )
         check_store(blocks, method)
         longest = longest_sequence(model)
-        tokens_SL = experiment.calibration.sample(tokenizer, longest)
         texts = experiment.evaluate
-        windows = {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}
-        journal = Journal.open(
-            folder / "blocks",
-            _state_depends_on(experiment, run_id, model, tokens_SL, windows, software),
-            snapshot_seconds=experiment.snapshot_seconds,
+        # Read by one rank, so that all have the same.
+        tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest))
+        windows = ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora})
+        journal = ranks.from_first(
+            lambda: Journal.open(
+                folder / "blocks",
+                _state_depends_on(experiment, run_id, model, tokens_SL, windows, software),
+                snapshot_seconds=experiment.snapshot_seconds,
+            )
         )
+        journal.writes = ranks.leads
+    tracking = experiment.tracking if ranks.leads else NoTracking()
     with (
         journal,
-        experiment.tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
-        Progress(len(blocks.blocks)) as progress,
+        tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
+        Progress(len(blocks.blocks), shown=ranks.leads) as progress,
     ):
 
         def on_layer(block: int, layer: LayerReport) -> None:
@@ -170,6 +208,9 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
         )
         progress.block_done()
         after = _losses(blocks, windows, "pruned", stages, progress)
+        peaks = ranks.gather(peak_mib(device))
+        if not ranks.leads:
+            return {}
         mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense, "pruned": after})
         record = {
             "id": run_id,
@@ -204,7 +245,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
             "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
-            "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, device),
+            "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
         }
         sink.finish(record)
         write_json(folder / "result.json", record)
@@ -213,7 +254,7 @@ def run(experiment: Experiment, *, run_id: str, name: str, config: dict[str, Any
 
 # Of the last dense model measured in this process: what was measured, and the losses. The runs of a sweep that prune
 # the same model then measure it once; the record says which run did.
-_dense: dict[str, tuple[str, dict[str, Tensor]]] = {}
+dense_known: dict[str, tuple[str, dict[str, Tensor]]] = {}
 
 
 def _dense_losses(
@@ -226,15 +267,15 @@ def _dense_losses(
     progress: Progress,
 ) -> tuple[str, dict[str, Tensor]]:
     """The id of the run that measured the dense model, and its losses."""
-    if (known := journal.dense()) is not None:
+    if (known := blocks.ranks.from_first(journal.dense)) is not None:
         return known
     asked = f"{experiment.model} {_hashes(windows)}"
-    if experiment.rerun or asked not in _dense:
+    if experiment.rerun or asked not in dense_known:
         measured = _losses(blocks, windows, "dense", stages, progress)
-        _dense.clear()
-        _dense[asked] = (run_id, measured)
-    journal.write_dense(*_dense[asked])
-    return _dense[asked]
+        dense_known.clear()
+        dense_known[asked] = (run_id, measured)
+    journal.write_dense(*dense_known[asked])
+    return dense_known[asked]
 
 
 def _hashes(tokens: dict[str, Tensor]) -> dict[str, str]:
@@ -268,7 +309,7 @@ def _losses(
         return {c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
     """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
     import torch
 
@@ -284,35 +325,44 @@ def environment(device: torch.device) -> dict[str, Any]:
                 timeout=10,
             )
             commit = described.stdout.strip() or None
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "esparse": __version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": kind if devices == 1 else f"{devices} x {kind}",
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "commit": commit,
     }
 
 
-def memory(
-    dense_bytes: int, element_bytes: int, pruned: Pruned, mask_bytes: int, device: torch.device
-) -> dict[str, Any]:
-    """Peaks of the process in MiB, and the bytes of the model's tensors dense and bit-mask packed.
+def peak_mib(device: torch.device) -> tuple[float, float | None]:
+    """The most that this process ever took of the host and of the device."""
+    import torch
 
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return round(host / 2**20, 1), None if on_device is None else round(on_device / 2**20, 1)
+
+
+def memory(
+    dense_bytes: int, element_bytes: int, pruned: Pruned, mask_bytes: int, peaks: list[tuple[float, float | None]]
+) -> dict[str, Any]:
+    """Peaks in MiB, and the bytes of the model's tensors dense and bit-mask packed.
+
+    `peaks` of each process: those of the host are added, of the devices the fullest one counts.
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
     bits_per_weight: that and the surviving values.
     """
-    import torch
-
-    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     sparse = dense_bytes - (pruned.weights - pruned.survivors) * element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
     return {
-        "peak_host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1),
-        "peak_device_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else None,
+        "peak_host_mib": round(sum(host for host, _ in peaks), 1),
+        "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse,
         "saving": 1 - sparse / dense_bytes,

@@ -51,6 +51,7 @@ class Journal:
     finished: int = 0  # blocks
     resumed: list[int] = field(default_factory=list)  # the blocks with which later attempts began
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, of the attempts before this one
+    writes: bool = True  # of several ranks only the first one's does
     _written: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -84,7 +85,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, ValueError):
+        if self.writes and (kind is None or issubclass(kind, ValueError)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def with_earlier(self, stages: Stages) -> dict[str, float]:
@@ -97,6 +98,8 @@ class Journal:
 
     def write(self, index: int, entry: Entry, stages: Stages) -> None:
         """A block is finished; its weights are on disk already."""
+        if not self.writes:
+            return
         facts = {"facts": entry.facts | {"seconds": self.with_earlier(stages)}, "shapes": entry.keeps.shapes}
         tensors = {f"keep/{name}": packed for name, packed in entry.keeps.packed.items()}
         tensors |= {f"order/{name}": order.clone() for name, order in entry.orders.items()}  # some are one tensor
@@ -138,7 +141,8 @@ class Journal:
 
     def write_dense(self, run_id: str, losses: Mapping[str, Tensor]) -> None:
         """The dense model's losses by corpus, and the id of the run that measured them."""
-        write_whole(self._dense, lambda draft: save_file(dict(losses), draft, metadata={"run": run_id}))
+        if self.writes:
+            write_whole(self._dense, lambda draft: save_file(dict(losses), draft, metadata={"run": run_id}))
 
     def dense(self) -> tuple[str, dict[str, Tensor]] | None:
         """What `write_dense` was given; None where it was given nothing."""

@@ -39,6 +39,16 @@ class Method:
         """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
         return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
 
+    def needs_all_sequences(self) -> str | None:
+        """What needs all calibration sequences in one process, as the beginning of a sentence; None: nothing does."""
+        if self.metric.gradients() != "none":
+            return f"metric.source={self.metric.gradients()} takes gradients on all calibration sequences"
+        if not isinstance(self.prepare, NoPreparation):
+            return "the preparation (prepare) looks at all calibration sequences before the statistics are taken"
+        if self.recovery.needs_sequences():
+            return "the recovery trains on all calibration sequences"
+        return None
+
     def needs_whole_model(self) -> str | None:
         """What needs all weights of the model at once, as the beginning of a sentence; None where nothing does."""
         if self.metric.gradients() == "model":

@@ -51,9 +51,10 @@ class Plan:
     streams_weights: bool  # whether blocks are read one by one
     on_disk: bool  # whether hidden states wait on the disk
     on_cpu: bool
+    ranks: int  # processes that share the sequences
 
     def peaks(self) -> dict[str, tuple[int, int]]:
-        """Host and device at each stage; on a CPU all is the host's."""
+        """Host (of all processes) and device (of one) at each stage; on a CPU all is the host's."""
         kept = self.ends and (2 * self.largest_block if self.streams_weights else self.weights)
         waiting = 0 if self.on_disk else self.stream * (self.streams + 1)
         at_work = {
@@ -63,15 +64,17 @@ class Plan:
         }
         peaks = {}
         for stage, device in at_work.items():
-            host = max(kept, self.ends) + waiting + (0 if stage == "embed" else self.masks)
+            host = self.ranks * (max(kept, self.ends) + (0 if stage == "embed" else self.masks)) + waiting
             if self.on_cpu:  # a block at work is one of the two that are counted already
-                host, device = host + device - (self.largest_block if self.streams_weights else 0), 0
+                host += self.ranks * (device - (self.largest_block if self.streams_weights else 0))
+                device = 0
             peaks[stage] = (host, device)
         return peaks
 
     def text(self) -> str:
         """For people, a line per number."""
         where = "read block by block from the checkpoint" if self.streams_weights else "loaded whole"
+        where += f", by each of {self.ranks} processes" if self.ranks > 1 else ""
         lines = [
             f"plan of {self.title} (a dry run: nothing is pruned)",
             f"  parameters          {self.parameters:,} in {self.blocks} blocks, {self.pruned_weights:,} to be pruned",
@@ -90,8 +93,20 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: Model, method: Method, *, title: str, sequences: int, length: int | None, window: int | None) -> Plan:
-    """The plan of a run with so many calibration sequences; `length` and `window` None: what the model takes."""
+def plan(
+    model: Model,
+    method: Method,
+    *,
+    title: str,
+    sequences: int,
+    length: int | None,
+    window: int | None,
+    ranks: int = 1,
+) -> Plan:
+    """The plan of a run with so many calibration sequences; `length` and `window` None: what the model takes.
+
+    `ranks`: the processes that they are dealt out to.
+    """
     with FakeTensorMode():
         skeleton = shape_only(model)
         prefix, blocks = find_blocks(skeleton)
@@ -103,7 +118,9 @@ def plan(model: Model, method: Method, *, title: str, sequences: int, length: in
     hidden = skeleton.config.get_text_config().hidden_size * element
     pruned = sum(p.numel() for i, b in enumerate(blocks) for p in _pruned(b, f"{prefix}.{i}", model.skip))
     length = length or longest
-    at_once = 1 if method.sequences_at_once() == 1 else max(1, min(sequences, model.batch_tokens // length))
+    at_once = (
+        1 if method.sequences_at_once() == 1 else max(1, min(-(-sequences // ranks), model.batch_tokens // length))
+    )
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     stream, free = sequences * length * hidden, room.free_host_bytes()
     return Plan(
@@ -123,9 +140,10 @@ def plan(model: Model, method: Method, *, title: str, sequences: int, length: in
         working=at_once * length * (2 * hidden + element * sum(outputs for _, outputs in groups)),
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
         passes=_passes(method),
-        streams_weights=model.store == "shards" or (model.store == "auto" and weights > free / 2),
+        streams_weights=model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2),
         on_disk=model.activations == "disk" or (model.activations == "auto" and stream > free / 4),
         on_cpu=model.device().type == "cpu",
+        ranks=ranks,
     )
 
 

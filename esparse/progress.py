@@ -18,7 +18,7 @@ log = logging.getLogger("esparse")
 class Progress:
     """One bar: the block at work, its layers, and the time left. Without a terminal each block is a line."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, *, shown: bool = True) -> None:
         self._blocks = blocks
         self._console = Console(stderr=True)
         self._bar = Bar(
@@ -30,7 +30,7 @@ class Progress:
             TextColumn("[dim]{task.fields[layer]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task("", total=blocks, layer="")
         self._layers: list[LayerReport] = []

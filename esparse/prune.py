@@ -86,6 +86,7 @@ def prune(
 ) -> Pruned:
     """Prunes the model in place, block after block; later blocks see what the pruned ones before them return.
 
+    Where `blocks.ranks` are several, `tokens_SL` are the tokens of all, and all are left with the same weights.
     `skip` holds regular expressions of layer names that stay dense. Blocks that the journal has are taken from it, and
     those that are finished go into it. Raises ValueError for weights or activations that are not finite, naming the
     layer.
@@ -175,7 +176,7 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
     # In memory the blocks stay as they were prepared without being written.
     changes = None if isinstance(method.prepare, NoPreparation) or walk.blocks.store.whole else "prepared"
     walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
-    return allocation.plan(layers, method.pattern)
+    return walk.blocks.ranks.from_first(lambda: allocation.plan(layers, method.pattern))
 
 
 def _prune_group(

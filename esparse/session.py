@@ -33,6 +33,7 @@ from esparse.report import run_id as identity
 
 if TYPE_CHECKING:
     from esparse.experiment import Experiment
+    from esparse.ranks import Ranks
 
 log = logging.getLogger("esparse")
 
@@ -140,12 +141,42 @@ def _attempt(
 
 
 def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from esparse.experiment import run  # torch is loaded from here on
+    from esparse import experiment as one_run  # torch is loaded from here on
+    from esparse.ranks import together
 
-    _quiet_libraries()
-    record = run(experiment, run_id=status["id"], name=status["name"], config=settings, folder=folder)
+    devices = experiment.devices()
+    asked = {"run_id": status["id"], "name": status["name"], "config": settings, "folder": folder}
+    if len(devices) == 1:
+        _quiet_libraries()
+        record = one_run.run(experiment, **asked)
+    else:
+        log.info("the sequences are dealt out to %d processes on %s", len(devices), ", ".join(map(str, devices)))
+        try:
+            record, dense = together(devices, _take_part, experiment, asked, one_run.dense_known)
+        except ValueError:
+            shutil.rmtree(folder / "blocks", ignore_errors=True)  # as the journal does where its own process sees it
+            raise
+        one_run.dense_known.clear()
+        one_run.dense_known.update(dense)
     write_json(folder / "status.json", status | {"status": "finished"})
     return record
+
+
+def _take_part(
+    ranks: Ranks, experiment: Experiment, asked: dict[str, Any], dense_known: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run as one process of several sees it; the record, and what is known of the dense model from then on."""
+    from esparse import experiment as one_run
+
+    _quiet_libraries()
+    one_run.dense_known.update(dense_known)
+    if not ranks.leads:  # what it has to say the first one says, too
+        log.handlers[:] = [logging.NullHandler()]
+        log.propagate = False
+        return one_run.run(experiment, **asked, ranks=ranks), {}
+    _log_to_terminal()
+    with _log_to_file(asked["folder"] / "run.log"):
+        return one_run.run(experiment, **asked, ranks=ranks), one_run.dense_known
 
 
 # How the host's memory, the device's and the system's file maps say that there is no more.

@@ -3,13 +3,14 @@
 Shapes: T tokens of one micro-batch, I input channels, K histogram bins, S sampled tokens.
 Every statistic gives the same value however the tokens are cut into micro-batches, but for rounding: sums are kept in
 float64 (in float32 over the rows of one tile), counts in integers, and what needs the whole range first asks for a
-second look at the same tokens.
+second look at the same tokens. Where several ranks each see a share of the tokens, `unite` makes of their statistics
+that of all tokens: what is counted or compared is the same as in one process, sums but for their rounding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from esparse.cores import each_core
 from esparse.linalg import inverse_factor
+from esparse.ranks import Ranks
 
 # Tokens whose columns are reduced at a time. A tile stays in the cache: reducing the columns of a whole micro-batch at
 # once is ten times slower on a CPU.
@@ -32,15 +34,30 @@ class Statistic(ABC):
 
     looks = 1
 
-    def __init__(self, *, inputs: int, sequences: int, device: torch.device) -> None:
+    def __init__(self, *, inputs: int, sequences: int, device: torch.device, before: int = 0) -> None:
+        """`sequences`: of all ranks; `before`: how many tokens the ranks before this one have, before any routing."""
         self.inputs = inputs
         self.sequences = sequences
         self.device = device
+        self.before = before
         self.tokens = 0
 
     @abstractmethod
     def add(self, x_TI: Tensor, look: int) -> None:
         """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
+
+    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
+        """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look.
+
+        `tokens`: those that the statistics of the ranks have by then.
+        """
+        if look == self.looks - 1:
+            self._unite(ranks, tokens)
+            self.tokens = sum(tokens)
+
+    @abstractmethod
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        """After the last look; `tokens` of each rank."""
 
 
 # Builds a statistic from (inputs, sequences, device); a metric returns a dictionary of them.
@@ -59,6 +76,9 @@ class ColumnNorm(Statistic):
             self.tokens += x_TI.shape[0]
             for tile_TI in x_TI.split(TILE):
                 self.sum_sq_I += tile_TI.float().square().sum(0)
+
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        ranks.sum_(self.sum_sq_I)
 
     def norm_I(self, convention: str) -> Tensor:
         """The norms (float32, I values) by one of three conventions.
@@ -96,6 +116,16 @@ class ColumnMoments(Statistic):
             self.sum_I += distance_TI.sum(0)
             self.sum_sq_I += distance_TI.square_().sum(0)
 
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        # Each rank has the distances from its own first token: they become those from the first token of all.
+        first_I = ranks.joined(self.first_I[None] if self.tokens else self.first_I.new_zeros(0, self.inputs))[:1].sum(0)
+        moved_I = self.first_I - first_I if self.tokens else torch.zeros_like(first_I)
+        self.sum_sq_I += (2 * self.sum_I + self.tokens * moved_I) * moved_I
+        self.sum_I += self.tokens * moved_I
+        self.first_I = first_I
+        ranks.sum_(self.sum_I)
+        ranks.sum_(self.sum_sq_I)
+
     def mean_I(self) -> Tensor:
         """The means (float32, I values), 0 where no token came."""
         return (self.first_I + self.sum_I / max(self.tokens, 1)).float()
@@ -118,6 +148,9 @@ class ColumnMax(Statistic):
             self.tokens += x_TI.shape[0]
             for tile_TI in x_TI.split(TILE):
                 torch.maximum(self.max_I, tile_TI.abs().amax(dim=0).float(), out=self.max_I)
+
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        ranks.max_(self.max_I)
 
 
 class ColumnEntropy(Statistic):
@@ -147,6 +180,15 @@ class ColumnEntropy(Statistic):
         if look == self.looks - 1:
             self.tokens += x_TI.shape[0]
             self._count(x_TI)
+
+    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
+        if look == 0 and self.looks == 2:
+            ranks.min_(self.low_I)
+            ranks.max_(self.high_I)
+        super().unite(ranks, look, tokens)
+
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        ranks.sum_(self.counts_IK)
 
     def _count(self, x_TI: Tensor) -> None:
         low_I, high_I = self.low_I, self.high_I
@@ -206,6 +248,9 @@ class Gram(Statistic):
             self._is_whole = True
         return self._sum_II
 
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        ranks.sum_(self.gram_II)
+
     def inverse_factor(self, order_I: Tensor | None, damp: float) -> Tensor:
         """`linalg.inverse_factor` of the Gram matrix with its channels in that order; layers of a group share it."""
         key = (damp, None if order_I is None else tuple(order_I.tolist()))
@@ -216,7 +261,11 @@ class Gram(Statistic):
 
 
 class TokenSample(Statistic):
-    """The inputs of up to `most` tokens, evenly spaced over all of them: every 2^k-th token, k as small as fits."""
+    """The inputs of up to `most` tokens, evenly spaced over all of them: every 2^k-th token, k as small as fits.
+
+    Of an expert with more than `most` tokens on one of several ranks, the rank may have let go of the very token that
+    one process would take: it gives the next one that it still has.
+    """
 
     def __init__(self, *, most: int, **size: Any) -> None:
         super().__init__(**size)
@@ -227,12 +276,25 @@ class TokenSample(Statistic):
     def add(self, x_TI: Tensor, look: int) -> None:
         if look != 0:
             return
-        first = -self.tokens % self.stride
+        first = -(self.before + self.tokens) % self.stride
         self._parts.append(x_TI[first :: self.stride].clone())
         self.tokens += x_TI.shape[0]
         while -(-self.tokens // self.stride) > self.most:
-            self._parts = [torch.cat(self._parts)[::2].clone()]
+            # The first one that is there stands at a multiple of the stride, which may be an odd one.
+            self._parts = [torch.cat(self._parts)[-(-self.before // self.stride) % 2 :: 2].clone()]
             self.stride *= 2
+
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        stride = self.stride
+        while -(-sum(tokens) // stride) > self.most:
+            stride *= 2
+        # Local positions: of the first token that is here, and of the first one that is wanted. All of them are here
+        # but of an expert, which has not as many tokens before it as `before` says.
+        here, wanted = -self.before % self.stride, -sum(tokens[: ranks.rank]) % stride
+        first = max(0, -((here - wanted) // self.stride))
+        own_SI = torch.cat(self._parts) if self._parts else torch.zeros(0, self.inputs, device=self.device)
+        self._parts = [ranks.joined(own_SI[first :: stride // self.stride])]
+        self.stride = stride
 
     def x_SI(self) -> Tensor:
         """The sampled inputs in float32."""

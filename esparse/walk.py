@@ -66,12 +66,13 @@ class Walk:
         `changes` begins the names of the files for the blocks as the preparation and the visitor leave them; None:
         nothing is kept. With a journal, the walk takes up where that ends, and writes down what the visitor returns.
         """
-        blocks, stages, done = self.blocks, self.stages, journal.finished if journal else 0
+        blocks, ranks, stages = self.blocks, self.blocks.ranks, self.stages
+        done = journal.finished if journal else 0
         if done == len(blocks.blocks):  # only what comes after the walk is left to do
             self._adopt(range(done), journal)
             return
         with stages("calibrate"):
-            streams = {"pruned": Activations(blocks, self.tokens_SL, method.sequences_at_once())}
+            streams = {"pruned": Activations(blocks, ranks.share(self.tokens_SL), method.sequences_at_once())}
             if method.recovery.needs_dense_stream():
                 streams["dense"] = streams["pruned"].twin()
             first = self._restored(streams, journal)
@@ -87,23 +88,27 @@ class Walk:
                     method.prepare.block(block)
                 with stages("calibrate"):
                     of_block = gradients.of_block(block) if method.metric.gradients() == "block" else self.of_model
-                    groups = _observe(block, collects, of_block, sequences=len(self.tokens_SL))
+                    groups = _observe(block, collects, of_block, self.tokens_SL.shape)
                     ahead = None if dense is None or last else dense.advanced(index)
                 entry = visit(block, groups)
                 with stages("calibrate"):
+                    if changes is not None:
+                        # All ranks computed the same, but on devices that may round differently. What the first one
+                        # has is written, so that the hidden states of all must come from it.
+                        ranks.copy_from_first(block.module.parameters())
                     if not last:
                         activations.advance(index)
                     if dense is not None and ahead is not None:
                         dense.hidden = ahead
             if journal is not None and entry is not None:
                 journal.write(index, entry, stages)
-                if not last:
+                if not last and ranks.size == 1:  # of several, each has its share only
                     journal.snapshot(index + 1, {name: stream.hidden for name, stream in streams.items()})
 
     def _restored(self, streams: Mapping[str, Activations], journal: Journal | None) -> int:
         """Gives the streams the hidden states that an earlier attempt wrote down; the block that they enter."""
         first = 0 if journal is None else journal.snapshot_before()
-        if journal is None or not first:
+        if journal is None or not first or self.blocks.ranks.size > 1:
             return 0
         saved = {name: journal.hidden(name) for name in streams}
         if not all(stream.fits(saved[name]) for name, stream in streams.items()):
@@ -156,20 +161,31 @@ class Held:
 
 
 def _observe(
-    block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], *, sequences: int
+    block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], shape_SL: tuple[int, ...]
 ) -> list[Observed]:
-    """The input groups of one block, each with what its tokens summed up to."""
-    activations, device = block.activations, block.activations.blocks.device
+    """The input groups of one block, each with what its tokens summed up to over all ranks.
+
+    `shape_SL`: of the calibration tokens of all ranks.
+    """
+    activations, device, ranks = block.activations, block.activations.blocks.device, block.activations.blocks.ranks
     matrices = block.matrices()
-    statistics: dict[int, dict[str, Statistic]] = {}
+    sequences, length = shape_SL
+    size: dict[str, Any] = {"sequences": sequences, "device": device, "before": ranks.before(sequences) * length}
+    statistics: dict[InputGroup, dict[str, Statistic]] = {}
 
     def statistics_of(group: InputGroup) -> dict[str, Statistic]:
-        if id(group) not in statistics:
-            size: dict[str, Any] = {"inputs": group.inputs, "sequences": sequences, "device": device}
-            statistics[id(group)] = {name: build(**size) for name, build in collects.items()}
-        return statistics[id(group)]
+        if group not in statistics:
+            statistics[group] = {name: build(inputs=group.inputs, **size) for name, build in collects.items()}
+        return statistics[group]
 
-    held = Held(room.free_bytes(device) // 4)
+    def unite(look: int) -> None:
+        united = [statistic for group in matrices.groups for statistic in statistics_of(group).values()]
+        counts = ranks.gather([statistic.tokens for statistic in united])  # of all at once: there may be many experts
+        for statistic, *tokens in zip(united, *counts, strict=True):
+            statistic.unite(ranks, look, tokens)
+
+    # Processes on the CPU share its memory.
+    held = Held(room.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
 
     def read(group: InputGroup, x_TI: Tensor) -> None:
         for statistic in statistics_of(group).values():
@@ -184,13 +200,19 @@ def _observe(
 
     with matrices.observed(read):
         activations.observe(block.index)
-    if any(statistic.looks > 1 for of_group in statistics.values() for statistic in of_group.values()):
+    replaced = matrices.unite(ranks.gather(matrices.members()))
+    for group, own in zip(matrices.groups, replaced, strict=True):
+        if own:  # of several that turned out to read one tensor, some may have been seen without tokens
+            statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
+    unite(0)
+    if any(statistic.looks > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
         parts = held.whole()
         if parts is None:  # there was no room for all inputs, so they are computed once more
             with matrices.observed(read_again):
                 activations.observe(block.index)
         for x_TI, statistic in parts or ():
             statistic.add(x_TI, 1)
+        unite(1)
     for name in matrices.complete():
         log.warning("%s took no part in the forward pass and stays dense", name)
     for group in matrices.groups:

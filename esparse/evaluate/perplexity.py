@@ -23,8 +23,9 @@ def window_losses(
     """The mean negative log-likelihood (nats, float64) of each window's tokens that have a predecessor in it: W values.
 
     Logits are cast to float32 before the loss: on half-precision logits one window's perplexity was seen to move by
-    0.2 %. Raises ValueError where a loss is not finite.
+    0.2 %. Several ranks share the windows, and all get all losses. Raises ValueError where a loss is not finite.
     """
+    windows_WL = blocks.ranks.share(windows_WL)
     activations = Activations(blocks, windows_WL)
     for index in range(len(blocks.blocks)):
         with blocks.resident(index):
@@ -34,7 +35,7 @@ def window_losses(
     with blocks.ends_resident():
         for ids_BL, hidden_BLH in zip(blocks.micro_batches(windows_WL), activations.hidden, strict=True):
             losses += [_mean_loss(*window) for window in zip(blocks.logits(ids_BL, hidden_BLH), ids_BL, strict=True)]
-    losses_W = torch.tensor(losses, dtype=torch.float64)
+    losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
         raise ValueError("the perplexity is not a finite number: the model's logits hold NaN or Inf")
     return losses_W

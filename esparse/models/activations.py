@@ -30,7 +30,8 @@ class Activations:
             for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
                 hidden_BLH, calls = blocks.embed(tokens_BL)
                 if self._keep is None:
-                    self._keep = blocks.keeper.choose(hidden_BLH[0].nbytes * len(tokens_SL))
+                    size = hidden_BLH[0].nbytes * len(tokens_SL)
+                    self._keep = blocks.keeper.choose(size * blocks.ranks.size)  # which take as much of one host
                 self.hidden.append(self._keep(hidden_BLH))
                 host = [call.to(torch.device("cpu")) for call in calls]
                 # Masks and positions are the same for every full micro-batch: one copy is enough.

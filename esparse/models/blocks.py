@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from esparse.models.checkpoint import shapes
 from esparse.models.keeper import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
+from esparse.ranks import Ranks
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -58,9 +59,14 @@ class BlockModel:
         batch_tokens: int,
         store: Store | None = None,
         keeper: Keeper | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`store` keeps the weights (without one they are in the model), `keeper` what flows between blocks."""
+        """`store` keeps the weights (without one they are in the model), `keeper` what flows between blocks.
+
+        `ranks`: the processes that share the sequences, each with a model of its own.
+        """
         self.model = model
+        self.ranks = ranks or Ranks()
         self.keeper = keeper or Keeper("host")
         self.store = store or MemoryStore()
         self.device = device
@@ -73,7 +79,8 @@ class BlockModel:
     def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
         """Cuts sequences into micro-batches of about `batch_tokens` tokens, one to `most` sequences each."""
         sequences = max(1, self.batch_tokens // tokens_SL.shape[1])
-        return list(tokens_SL.split(sequences if most is None else min(sequences, most)))
+        parts = tokens_SL.split(sequences if most is None else min(sequences, most))
+        return [part for part in parts if len(part)]  # there is none where a rank has no sequence
 
     @torch.no_grad()
     def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call]]:

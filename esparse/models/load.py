@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from esparse.models.store import ShardStore, Store
+    from esparse.ranks import Ranks
 
 log = logging.getLogger("esparse")
 
@@ -30,7 +32,7 @@ class Model:
     path: str  # a name on the Hugging Face hub, a local directory, or `builtin`
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
-    devices: str  # auto (a GPU where there is one) | cpu | cuda | cuda:1 ...
+    devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
     batch_tokens: int  # tokens of one forward pass: more is faster until the device is full
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
     activations: str  # where hidden states wait between blocks: auto | host | device | disk
@@ -51,28 +53,45 @@ class Model:
     def title(self) -> str:
         return self.name or self.path.rstrip("/").rpartition("/")[2]
 
+    @property
+    def processes(self) -> int:
+        """How many processes on the CPU are asked for; 1 where it is not processes that are."""
+        kind, _, number = self.devices.partition(":")
+        return int(number) if kind == "cpu" and number.isdecimal() and int(number) else 1
+
     def device(self) -> torch.device:
-        """The device to compute on; ValueError where a GPU is asked for that is not there."""
+        """The first device to compute on; raises as `all_devices` does."""
+        return self.all_devices()[0]
+
+    def all_devices(self) -> list[torch.device]:
+        """The devices to compute on, one for each process; ValueError where a GPU is asked for that is not there."""
         import torch
 
-        if self.devices == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+        if self.devices == "auto" and torch.cuda.is_available():
+            return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        if self.devices in ("auto", "cpu", f"cpu:{self.processes}"):
+            return [torch.device("cpu")] * self.processes
+        device = None
+        with contextlib.suppress(RuntimeError):
             device = torch.device(self.devices)
-        except RuntimeError:
-            raise ValueError(f"model.devices must be auto, cpu, cuda or cuda:N, got {self.devices!r}") from None
+        if device is None or device.type == "cpu":  # cpu:0
+            raise ValueError(
+                f"model.devices must be auto, cpu, cuda or cuda:N, or cpu:N for N processes, got {self.devices!r}"
+            )
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"model.devices={self.devices} asks for a GPU, but PyTorch {torch.__version__} sees "
                 f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
             )
-        return device
+        return [device]
 
 
-def load(model: Model, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
+def load(
+    model: Model, folder: Path, ranks: Ranks | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
     """The model in evaluation mode on the host, its tokenizer, and the store that has the weights.
 
-    `folder` is where the store writes blocks that were changed.
+    `folder` is where the store writes blocks that were changed. Every rank loads the model.
     Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
     asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
     """
@@ -80,7 +99,9 @@ def load(model: Model, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
     from esparse.models.checkpoint import find
     from esparse.models.store import MemoryStore
+    from esparse.ranks import Ranks
 
+    ranks = ranks or Ranks()
     path = str(BUILTIN) if model.path == "builtin" else model.path
     local = Path(path).expanduser()
     if local.is_dir():
@@ -93,22 +114,22 @@ def load(model: Model, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
         entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
-    if entry is not None and (model.store == "shards" or _too_large(entry)):
+    if entry is not None and ranks.from_first(lambda: model.store == "shards" or _too_large(entry, copies=ranks.size)):
         log.info("the weights of %s are read block by block from the checkpoint", model.title)
-        skeleton, store = _streamed(model, path, entry, folder)
+        skeleton, store = _streamed(model, path, entry, folder, ranks)
         return skeleton, tokenizer, store
-    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore(folder)
+    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore(folder, ranks)
 
 
 def _where(model: Model) -> dict[str, Any]:
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
-def _too_large(entry: Path) -> bool:
+def _too_large(entry: Path, *, copies: int) -> bool:
     from esparse.models.checkpoint import Checkpoint
     from esparse.models.room import free_host_bytes
 
-    return Checkpoint(entry).bytes > free_host_bytes() / 2
+    return Checkpoint(entry).bytes * copies > free_host_bytes() / 2
 
 
 def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
@@ -131,7 +152,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     return _computable(model, loaded).eval()
 
 
-def _streamed(model: Model, path: str, entry: Path, folder: Path) -> tuple[PreTrainedModel, ShardStore]:
+def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) -> tuple[PreTrainedModel, ShardStore]:
     """The model without its weights, which are on the meta device, and the store that reads them from the files."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
@@ -154,7 +175,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path) -> tuple[PreTr
     if skeleton._get_dtype_plan(dtype):
         raise ValueError(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
     skeleton = _computable(model, skeleton).eval()
-    return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, folder=folder)
+    return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, folder=folder, ranks=ranks)
 
 
 def weight_files(model: Model) -> list[str]:

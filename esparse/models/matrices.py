@@ -71,6 +71,7 @@ class InputGroup:
 
 
 Reader = Callable[[InputGroup, Tensor], None]
+Member = tuple[str, bool, int | None, int]  # of a group: its matrix's entry, transposed, expert; the width of the input
 
 
 class BlockMatrices:
@@ -140,6 +141,41 @@ class BlockMatrices:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def members(self) -> list[list[Member]]:
+        """The groups that were observed, as what can be told to another process."""
+        return [[(m.entry, m.transposed, m.expert, group.inputs) for m in group.matrices] for group in self.groups]
+
+    def unite(self, of_ranks: Sequence[list[list[Member]]]) -> list[list[InputGroup]]:
+        """Replaces the groups by those that the ranks saw between them, in the same order wherever this is called.
+
+        An expert may have had tokens on some of the ranks only. Returns, for every group, those that it replaces here.
+        """
+        united: list[dict[Member, None]] = []
+        for member_list in (members for of_rank in of_ranks for members in of_rank):
+            known = [group for group in united if any(member in group for member in member_list)]
+            united = [group for group in united if group not in known[1:]]
+            if not known:
+                known = [{}]
+                united += known
+            for members in (*known[1:], member_list):
+                known[0].update(dict.fromkeys(members))
+        own = {matrix.name: (matrix, group) for group in self.groups for matrix in group.matrices}
+        replaced = []
+        self.groups = []
+        for together in united:
+            matrices = [self._matrix(*member[:3]) for member in together]
+            group = InputGroup(next(iter(together))[3], [own.get(m.name, (m,))[0] for m in matrices])
+            self.groups.append(group)
+            self._group_of |= {matrix.name: group for matrix in matrices}
+            replaced.append(list(dict.fromkeys(own[m.name][1] for m in matrices if m.name in own)))
+        return replaced
+
+    def _matrix(self, entry: str, transposed: bool, expert: int | None) -> Matrix:
+        if expert is None:
+            return next(matrix for matrix in self._layers.values() if matrix.entry == entry)
+        parameter = next(parameter for name, parameter in self._stacks.values() if name == entry)
+        return Matrix(entry, parameter, transposed, expert)
 
     def complete(self) -> list[str]:
         """Adds the experts that no token reached, each a group of its own; returns the names of layers never used.

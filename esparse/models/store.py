@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from esparse.models import room
 from esparse.models.checkpoint import Checkpoint, opened
+from esparse.ranks import Ranks
 from esparse.report import write_whole
 
 INSTEAD = "it cannot be read block by block: use model.store=memory"
@@ -29,9 +30,10 @@ class Store(ABC):
 
     whole: bool  # whether all weights can be used at once
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where changed weights are written; None: nowhere."""
+    def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
+        """`folder`: where changed weights are written; None: nowhere. Of several ranks the first one writes."""
         self.folder = folder
+        self.ranks = ranks or Ranks()
 
     @abstractmethod
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
@@ -49,8 +51,10 @@ class Store(ABC):
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.safetensors"
-        tensors = {name: parameter.data.cpu().contiguous() for name, parameter in parameters.items()}
-        write_whole(file, lambda draft: save_file(tensors, draft))
+        if self.ranks.leads:
+            tensors = {name: parameter.data.cpu().contiguous() for name, parameter in parameters.items()}
+            write_whole(file, lambda draft: save_file(tensors, draft))
+        self.ranks.wait()  # the others may read it
         return file
 
 
@@ -83,9 +87,17 @@ class ShardStore(Store):
 
     whole = False
 
-    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype, folder: Path) -> None:
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        folder: Path,
+        ranks: Ranks | None = None,
+    ) -> None:
         """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
-        super().__init__(folder)
+        super().__init__(folder, ranks)
         room.keep_large_tensors_apart()
         self._dtype = dtype
         self._places: dict[str, tuple[Path, str]] = {}

@@ -60,6 +60,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery works on one scale or another, s
         """Whether `Block.dense` is wanted: the hidden states of the dense model beside those of the pruned one."""
         return False
 
+    def needs_sequences(self) -> bool:
+        """Whether more of the calibration sequences is looked at than the statistics of a layer's input."""
+        return type(self).begin is not Recovery.begin or type(self).whole is not Recovery.whole
+
     def needs_parent(self) -> bool:
         """Whether `whole` is given the dense model: a copy of it is kept on the host then."""
         return False
@@ -102,6 +106,9 @@ class Then(Recovery):
 
     def needs_dense_stream(self) -> bool:
         return self.first.needs_dense_stream() or self.second.needs_dense_stream()
+
+    def needs_sequences(self) -> bool:
+        return self.first.needs_sequences() or self.second.needs_sequences()
 
     def needs_parent(self) -> bool:
         return self.first.needs_parent() or self.second.needs_parent()
