@@ -163,7 +163,7 @@ def run(
         blocks = BlockModel(
             model,
             device=device,
-            batch_tokens=experiment.model.batch_tokens,
+            batch_tokens=experiment.model.tokens_at_once(device),
             store=store,
             keeper=keeper,
             ranks=ranks,

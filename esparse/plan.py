@@ -119,7 +119,9 @@ def plan(
     pruned = sum(p.numel() for i, b in enumerate(blocks) for p in _pruned(b, f"{prefix}.{i}", model.skip))
     length = length or longest
     at_once = (
-        1 if method.sequences_at_once() == 1 else max(1, min(-(-sequences // ranks), model.batch_tokens // length))
+        1
+        if method.sequences_at_once() == 1
+        else max(1, min(-(-sequences // ranks), model.tokens_at_once(model.all_devices()[0]) // length))
     )
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     stream, free = sequences * length * hidden, room.free_host_bytes()

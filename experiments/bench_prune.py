@@ -329,7 +329,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one forward pass")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="of one forward pass; by default what esparse takes on the device"
+    )
     parser.add_argument("--methods", nargs="+", choices=ALL, default=ALL, metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--growth", action="store_true")
@@ -338,6 +340,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(arguments.one)))
         return
+    if arguments.batch_tokens is None:
+        arguments.batch_tokens = 8192 if torch.cuda.is_available() else 1024
     RESULTS.mkdir(exist_ok=True)
     result = growth(arguments) if arguments.growth else table(arguments)
     result["date"] = time.strftime("%Y-%m-%d")

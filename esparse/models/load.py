@@ -33,7 +33,7 @@ class Model:
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
     devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
-    batch_tokens: int  # tokens of one forward pass: more is faster until the device is full
+    batch_tokens: int | None  # of one forward pass; null: what is fast, 1024 on a CPU (its caches) and 8192 on a GPU
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
     activations: str  # where hidden states wait between blocks: auto | host | device | disk
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
@@ -46,8 +46,12 @@ class Model:
             raise ValueError(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
         if self.activations not in PLACES:
             raise ValueError(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
+
+    def tokens_at_once(self, device: torch.device) -> int:
+        """About how many tokens a forward pass takes."""
+        return self.batch_tokens or (1024 if device.type == "cpu" else 8192)
 
     @property
     def title(self) -> str:
