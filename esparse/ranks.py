@@ -270,7 +270,7 @@ def _portable(error: BaseException) -> Exception:
     """The error, or one that says the same where it cannot be passed on to another process."""
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # its constructor is called with what it passed on, and may raise anything
         copy = None
     return copy if isinstance(copy, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 
