@@ -144,7 +144,7 @@ def grid(records: Sequence[Record], *, corpus: str | None = None, sort: str | No
     others = sorted({group for record in records for group in _choices(record)} - MEASURING - set(METHOD))
     asked = ["model", *METHOD, *[g for g in others if "/" not in g], "pattern", "outliers", "seed"]
     for path in _differing(records):
-        values = [_leaves(record["config"]).get(path) for record in records]
+        values = [leaves(record["config"]).get(path) for record in records]
         # A setting that follows the seed, as ${seed} does, says nothing new.
         if not any([exact(row.get(c)) for row in rows] == [exact(v) for v in values] for c in asked):
             asked.insert(-1, path)
@@ -199,20 +199,21 @@ def _differing(records: Sequence[Record]) -> list[str]:
     seen: dict[str, dict[str, set[str]]] = {}
     for record in records:
         choices = _choices(record) | {"model": record["model"]["name"]}
-        for path, value in _leaves(record["config"]).items():
+        for path, value in leaves(record["config"]).items():
             chosen = choices.get(path.partition(".")[0], "")
             seen.setdefault(path, {}).setdefault(chosen, set()).add(exact(value))
     return [path for path, by_choice in seen.items() if max(map(len, by_choice.values())) > 1]
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that tell runs apart, by path: {"metric.alpha": 1.0}."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
         if path in HIDDEN or key.startswith("_"):
             continue
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves
+        found |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
 
 
 def _place(corpora: list[str]) -> Any:
@@ -233,11 +234,12 @@ def means(table: Grid) -> Grid:
     for runs in alike.values():
         values = {c: [run[c] for run in runs if run.get(c) is not None] for c in table.measured}
         same: dict[str, Any] = {c: runs[0].get(c) for c in asked} | {"runs": len(runs)}
-        rows.append(same | {column: _spread(of_runs) for column, of_runs in values.items()})
+        rows.append(same | {column: spread(of_runs) for column, of_runs in values.items()})
     return Grid([*asked, "runs"], table.measured, rows)
 
 
-def _spread(values: list[float]) -> Spread | None:
+def spread(values: list[float]) -> Spread | None:
+    """Mean and sample standard deviation; None of nothing."""
     if not values:
         return None
     mean = sum(values) / len(values)
@@ -247,8 +249,8 @@ def _spread(values: list[float]) -> Spread | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    spread = _spread([value for value in values if value is not None])
-    return None if spread is None else spread.mean
+    of_all = spread([value for value in values if value is not None])
+    return None if of_all is None else of_all.mean
 
 
 def keys(records: Sequence[Record], field: str) -> list[str]:

@@ -60,7 +60,12 @@ def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()
 
 def markdown(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
     """A Markdown table whose columns are aligned in plain text too; `asked` as in `grid`."""
-    line, columns, right, rows = _cells(_table(records, mean, asked))
+    return markdown_of(_table(records, mean, asked))
+
+
+def markdown_of(table: Grid) -> str:
+    """A table that is made already, as Markdown."""
+    line, columns, right, rows = _cells(table)
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [columns, *rows]]
     widths = [max(3, *(len(row[i]) for row in escaped)) for i in range(len(columns))]
     ruler = [
@@ -75,12 +80,16 @@ def markdown(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> 
 
 def csv(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
     """Every column with its full precision; a mean over seeds as two columns, `x` and `x std`."""
+    table = _table(records, mean, asked)
+    return csv_of(table, spread=set(table.measured) if mean else set())
+
+
+def csv_of(table: Grid, *, spread: set[str]) -> str:
+    """A table that is made already, as CSV; the columns of `spread` hold means over seeds."""
     from csv import writer
 
-    table = _table(records, mean, asked)
     buffer = io.StringIO()
     lines = writer(buffer, lineterminator="\n")
-    spread = {c for c in table.measured if mean}
     lines.writerow([name for c in table.columns for name in ([c, f"{c} std"] if c in spread else [c])])
     for row in table.rows:
         lines.writerow([value for c in table.columns for value in _plain(row.get(c), c in spread)])
