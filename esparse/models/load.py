@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from esparse.models.store import ShardStore, Store
     from esparse.ranks import Ranks
 
 log = logging.getLogger("esparse")
 
-BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = ASSETS / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
@@ -192,6 +193,7 @@ def weight_files(model: Model) -> list[str]:
 def shape_only(model: Model) -> PreTrainedModel:
     """The model on the meta device, from its configuration alone; no weights are looked for.
 
+    Without the hub the shapes that ship with esparse (assets/shapes.json) stand in, and the log says so.
     Raises as `load` does where there is no configuration.
     """
     import torch
@@ -201,21 +203,36 @@ def shape_only(model: Model) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path, **_where(model))
     except (OSError, ValueError) as error:
-        raise _explained(model.path, Path(path).is_dir(), error) from error
+        config = None if Path(path).is_dir() else published_config(model.path)
+        if config is None:
+            raise _explained(model.path, Path(path).is_dir(), error) from error
+        log.info("%s is not in reach: its published shape stands in for its configuration", model.path)
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
+    if _is_slow(model, dtype):
+        dtype = torch.float32
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
-        )
-        return _computable(model, skeleton).eval()
+        ).eval()
+
+
+def published_config(name: str) -> PretrainedConfig | None:
+    """The shape of a hub model that esparse has an option for, as its authors publish it; None for any other name."""
+    from transformers import AutoConfig
+
+    shape = json.loads((ASSETS / "shapes.json").read_text(encoding="utf-8")).get(name)
+    return None if shape is None else AutoConfig.for_model(**shape)
 
 
 def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:
-    """float32 where auto would mean float16 on a CPU, whose arithmetic in it is slow and loses precision."""
+    return loaded.float() if _is_slow(model, loaded.dtype) else loaded
+
+
+def _is_slow(model: Model, dtype: torch.dtype) -> bool:
+    """Whether auto would mean float16 on a CPU, whose arithmetic in it is slow and loses precision: then float32."""
     import torch
 
-    is_slow = model.dtype == "auto" and model.device().type == "cpu" and loaded.dtype == torch.float16
-    return loaded.float() if is_slow else loaded
+    return model.dtype == "auto" and model.device().type == "cpu" and dtype == torch.float16
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
