@@ -44,8 +44,8 @@ class Progress:
         self._bar.stop()
 
     def evaluating(self, what: str) -> Callable[[int], None]:
-        """Starts the bar anew for one perplexity; returns what to call after each block."""
-        self._bar.reset(self._task, description=f"perplexity {what}", layer="")
+        """Starts the bar anew for one measurement; returns what to call after each block."""
+        self._bar.reset(self._task, description=f"measuring {what}", layer="")
         return lambda index: self._bar.update(self._task, completed=index + 1)
 
     def pruning(self) -> None:

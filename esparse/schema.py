@@ -18,6 +18,7 @@ from esparse.allocations.error import LayerError
 from esparse.allocations.owl import Owl
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from esparse.evaluate.zeroshot import ZeroShot
 from esparse.experiment import Experiment
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
@@ -86,6 +87,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "then": RecoverThen,
     },
     "evaluate": {"any": Perplexity},
+    "zeroshot": {"any": ZeroShot},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 
