@@ -201,7 +201,9 @@ def run(
         def measure(which: str) -> tuple[dict[str, Tensor], Scores]:
             """Perplexities and accuracies of the model as it is; every rank calls it."""
             with stages("evaluate"):
-                losses = {c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
+                losses = {
+                    c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()
+                }
             with stages("zeroshot"):
                 on_block = progress.evaluating(f"{which} on tasks")
                 return losses, experiment.zeroshot.measure(tasks, blocks, tokenizer, longest, on_block)
@@ -222,7 +224,9 @@ def run(
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads:
             return {}
-        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses})
+        mask_bytes = audit.write(
+            folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses}
+        )
         record = {
             "id": run_id,
             "name": name,

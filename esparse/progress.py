@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -20,7 +21,7 @@ class Progress:
 
     def __init__(self, blocks: int, *, shown: bool = True) -> None:
         self._blocks = blocks
-        self._console = Console(stderr=True)
+        self._console = Console(file=sys.stderr)  # as it is now: others may be silenced meanwhile
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

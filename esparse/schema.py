@@ -117,6 +117,10 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     settings: dict[str, Any] = OmegaConf.to_container(_without_hydra(config), resolve=True)  # type: ignore[assignment]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
+    if several := [group for group in CHOICES if group not in choices]:
+        group = several[0]
+        hint = "; name tasks by zeroshot.tasks=[...]" if group == "zeroshot" else ""
+        raise ValueError(f"{group} takes one option, not a list of them{hint}")
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
 

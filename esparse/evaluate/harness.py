@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 class BlockLM(TemplateLM):
     """Answers lm-eval's requests for log-likelihoods as its own Hugging Face model does (HFLM), block by block."""
 
-    def __init__(
-        self, blocks: BlockModel, tokenizer: Tokenizer, longest: int, on_block: Callable[[int], None]
-    ) -> None:
+    def __init__(self, blocks: BlockModel, tokenizer: Tokenizer, longest: int, on_block: Callable[[int], None]) -> None:
         super().__init__()
         self.blocks, self.tokenizer, self.longest, self.on_block = blocks, tokenizer, longest, on_block
 

@@ -1,13 +1,15 @@
 """Zero-shot accuracy on the tasks of lm-eval (EleutherAI's harness), by their own definitions.
 
 Building lm-eval's index of all its tasks takes ten seconds. A task by its own name is found by looking for its file,
-and only what is no such name (a group, a tag) has the index built.
+and only what is no such name (a group, a tag, a mistake) has the index built.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import io
+import json
 import logging
 import re
 import tempfile
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of local copies, and who reads them
+NEAR = {"boolq": "super_glue", "rte": "glue"}  # folders of tasks that are not called like theirs
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 MEASURED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # kinds of task
 BOOTSTRAP = 1000  # resamples, for measures whose standard error has no formula
@@ -53,19 +56,25 @@ class ZeroShot:
             raise ValueError(
                 f"zeroshot.data={self.data} is no folder: expected one that holds <task>/<split>.jsonl or .parquet"
             )
+        for task in self.tasks:
+            if task != BUILTIN and task_file(task) is None and task not in (known := _index().all_tasks):
+                near = difflib.get_close_matches(task, [BUILTIN, *known], n=5)
+                hint = f"; near it: {', '.join(near)}" if near else ""
+                raise ValueError(f"zeroshot.tasks: lm-eval knows no task {task!r}{hint}")
 
     def load(self) -> dict[str, Any]:
         """The tasks with their data, as lm-eval takes them.
 
-        Raises ValueError for names that it does not know, tasks that have a model write text, and local copies that
-        lack a split; ConnectionError where data is neither in the cache of `datasets` nor to be had.
+        Raises ValueError for tasks that have a model write text and local copies that lack a split; ConnectionError
+        where data is neither in the cache of `datasets` nor to be had.
         """
         if not self.tasks:
             return {"tasks": {}, "groups": {}, "group_map": {}}
-        _quiet()
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in self.tasks:
-            for part, of_task in self._load(name).items():
+            with _quiet():
+                parts = self._load(name)
+            for part, of_task in parts.items():
                 loaded[part] |= of_task
         for name, task in loaded["tasks"].items():
             if task.OUTPUT_TYPE not in MEASURED:
@@ -88,16 +97,11 @@ class ZeroShot:
             return _builtin()
         file = task_file(name)
         if file is None:
-            manager = TaskManager()
-            if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, [BUILTIN, *manager.all_tasks], n=5)
-                hint = f"; near it: {', '.join(near)}" if near else ""
-                raise ValueError(f"zeroshot.tasks: lm-eval knows no task {name!r}{hint}")
             if self.data is not None:
                 raise ValueError(
                     f"zeroshot.tasks: {name} is a group of tasks, and zeroshot.data has data by task: name its tasks"
                 )
-            return _loaded(manager, name)
+            return _loaded(_index(), name)
         if self.data is None:
             return _loaded(TaskManager(include_path=str(file.parent), include_defaults=False), name)
         with tempfile.TemporaryDirectory() as folder:
@@ -106,8 +110,6 @@ class ZeroShot:
 
     def _local(self, name: str, file: Path, cache: Path) -> str:
         """The task's definition with its data taken from local files, as YAML."""
-        import json
-
         assert self.data is not None
         own = definition(file)
         wanted = {kind: own[kind] for kind in SPLITS if own.get(kind) not in (None, "null", "")}
@@ -155,7 +157,7 @@ class ZeroShot:
         from esparse.evaluate.harness import BlockLM
 
         model = BlockLM(blocks, tokenizer, longest, on_block)
-        with _silent_bars():
+        with _quiet():
             results = evaluate(
                 lm=model, task_dict=loaded, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False
             )
@@ -206,32 +208,42 @@ def definition(file: Path) -> dict[str, Any]:
 
 @cache
 def task_file(name: str) -> Path | None:
-    """lm-eval's file that defines the single task of this name; None where no file says so."""
+    """The file in which lm-eval defines the single task of this name; None where none says so plainly."""
     import importlib.util
 
     spec = importlib.util.find_spec("lm_eval")  # which is not imported for that
     assert spec is not None and spec.origin is not None
     root = Path(spec.origin).parent / "tasks"
-    near = [root / name, root / name.partition("_")[0]]  # where most of them are
     says = re.compile(rf"^task: *[\"']?{re.escape(name)}[\"']? *$", re.MULTILINE)
-    for folder in (*(place for place in near if place.is_dir()), root):
+    near = root / NEAR.get(name, name.partition("_")[0])  # where most of them are
+    for folder in (near, root) if near.is_dir() else (root,):
         for file in sorted(folder.rglob("*.yaml")):
             if says.search(file.read_text(encoding="utf-8")):
                 return file
     return None
 
 
+@cache
+def _index() -> Any:
+    """lm-eval's own index of tasks, groups and tags."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def _loaded(manager: Any, name: str) -> dict[str, Any]:
     """One task, group or tag with its data."""
-    with _silent_bars():
+    from esparse.data.hub import from_cache_where_out_of_reach
+
+    with from_cache_where_out_of_reach():
         try:
             return dict(manager.load([name]))
         except Exception as cause:  # the hub, `datasets` and the network fail in many unrelated types
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
             raise ConnectionError(
-                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had ({reason}): run "
-                f"it once where there is internet, or give local copies: zeroshot.data=DIR with DIR/{name}/<split>"
-                ".jsonl or .parquet"
+                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had ({reason}): fill "
+                f"the cache where there is internet, or give local copies: zeroshot.data=DIR with "
+                f"DIR/{name}/<split>.jsonl or .parquet"
             ) from cause
 
 
@@ -241,7 +253,6 @@ def _builtin() -> dict[str, Any]:
 
     from esparse.data.choices import questions
 
-    # Its data comes from a function, which lm-eval mentions as a warning.
     rows = [dict(question) for question in questions()]
     task = ConfigurableTask(
         config={
@@ -277,15 +288,13 @@ def _measures(result: dict[str, Any]) -> dict[str, list[float | None]]:
     return measures
 
 
-def _quiet() -> None:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
 @contextlib.contextmanager
-def _silent_bars() -> Iterator[None]:
-    """While open, neither lm-eval nor `datasets` draws bars: the run has one of its own."""
-    import io
-    import sys
-
-    with contextlib.redirect_stderr(io.StringIO() if not sys.stderr.isatty() else sys.stderr):
-        yield
+def _quiet() -> Iterator[None]:
+    """While open, neither lm-eval nor `datasets` prints, warns or draws bars: the run has a bar of its own."""
+    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
