@@ -9,7 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from esparse.tables import csv, grid, latex, markdown, means, plot, read_records, runs_table
+from esparse.grid import grid, means, read_records
+from esparse.pictures import plot
+from esparse.tables import csv, latex, markdown, runs_table
 
 CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
 
