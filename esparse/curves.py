@@ -106,18 +106,20 @@ def roofline(records: Sequence[Record]) -> Figure | None:
 
 
 def profile(records: Sequence[Record]) -> Figure | None:
-    """The share of near zeros, before and after pruning, along depth: weights, activations, attention."""
+    """The shares of zeros and of near zeros, before and after pruning, along depth: weights, activations, attention."""
     first = next((record for record in records if record.get("profile")), None)
     if first is None:
         return None
-    rows, threshold = first["profile"]["rows"], str(first["profile"]["thresholds"][-1])
+    rows, thresholds = first["profile"]["rows"], first["profile"]["thresholds"]
     kinds = [kind for kind in ("weight", "activation", "attention") if any(row["kind"] == kind for row in rows)]
     figure, axes = _grid_of(len(kinds))
     for ax, kind in zip(axes, kinds, strict=False):
         of_kind = [row for row in rows if row["kind"] == kind]
         for which, color, marker in (("dense", COLORS[0], "o"), ("pruned", COLORS[1], "s")):
-            points = _by_place((_depth(row["name"]), row[which][threshold]) for row in of_kind if row[which])
-            _line(ax, points, color=color, marker=marker, label=which)
+            for threshold, style in zip(thresholds[::2], ("--", "-"), strict=True):
+                points = _by_place((_depth(row["name"]), row[f"{which} {threshold:g}"]) for row in of_kind)
+                label = f"{which}, x = 0" if threshold == 0 else f"{which}, |x| ≤ {threshold:g}"
+                _line(ax, points, color=color, marker=marker, label=label, linestyle=style)
             ranges = {place: (min(values), max(values)) for place, values in sorted(points.items())}
             ax.fill_between(
                 list(ranges), [low for low, _ in ranges.values()], [high for _, high in ranges.values()],
@@ -125,7 +127,7 @@ def profile(records: Sequence[Record]) -> Figure | None:
             )  # fmt: skip
         ax.set_title(kind, fontsize=10)
         ax.set_xlabel("block", fontsize=9)
-        ax.set_ylabel(f"share of values with |x| ≤ {threshold} of scale", fontsize=9)
+        ax.set_ylabel("share of values", fontsize=9)
         ax.set_ylim(-0.02, 1.02)
     return _finished(figure)
 

@@ -64,6 +64,7 @@ class Experiment:
     outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
+    profile: bool  # report shares of zeros and near zeros in weights, activations and attention
     rerun: bool  # repeat a finished run
     snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
     dry_run: bool  # only say what the run would take
@@ -143,6 +144,7 @@ def run(
     Where there are several ranks, each calls it; the first one writes the files.
     """
     from esparse import audit
+    from esparse.evaluate import zeros
     from esparse.evaluate.perplexity import perplexity, window_losses
     from esparse.journal import Journal
     from esparse.models.blocks import BlockModel
@@ -208,6 +210,11 @@ def run(
                 on_block = progress.evaluating(f"{which} on tasks")
                 return losses, experiment.zeroshot.measure(tasks, blocks, tokenizer, longest, on_block)
 
+        def profiled() -> zeros.Shares:
+            with stages("profile"):
+                return ranks.from_first(lambda: zeros.shares(blocks, tokens_SL)) if experiment.profile else {}
+
+        dense_shares = profiled()
         dense = _dense(experiment, run_id, blocks, windows, journal, measure)
         progress.pruning()
         pruned = prune(
@@ -221,6 +228,7 @@ def run(
         )
         progress.block_done()
         losses, scores = measure("pruned")
+        shares = profiled()
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads:
             return {}
@@ -258,6 +266,7 @@ def run(
                 for corpus, windows_WL in windows.items()
             },
             **({"zeroshot": experiment.zeroshot.report(dense.zeroshot, scores, dense.run)} if scores else {}),
+            **({"profile": zeros.report(dense_shares, shares, tokens_SL)} if shares else {}),
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
             "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},

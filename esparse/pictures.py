@@ -51,8 +51,8 @@ PICTURES = {
     ),
     "profile": Picture(
         "Zeros and near zeros",
-        "Mean and range over the layers, or attention heads, of a block; near zero is measured against the root mean "
-        "square of the same values, of attention against 1. Of the first run that has a profile.",
+        "Mean and range over the layers, or attention heads, of a block. Weights and activations are measured against "
+        "the root mean square of a layer's values, attention against 1. Of the first run that has a profile.",
         curves.profile,
     ),
     "latency": Picture(
