@@ -212,6 +212,23 @@ def _measured(record: Record, corpora: list[str], tasks: list[str]) -> dict[str,
     return row
 
 
+def profiles(records: Sequence[Record]) -> Grid:
+    """The profiles of all runs that have one: a row per layer, input of a layer or attention head.
+
+    Raises ValueError where no run has one.
+    """
+    rows = [
+        {"id": record["id"], "model": record["model"]["name"], "pattern": record["sparsity"]["pattern"]} | row
+        for record in records
+        for row in (record.get("profile") or {}).get("rows", [])
+    ]
+    if not rows:
+        raise ValueError("no run has a profile: run it with profile=true")
+    asked = ["id", "model", "pattern", "kind", "name", "head"]
+    measured = list(dict.fromkeys(key for row in rows for key in row if key not in (*asked, "values")))
+    return Grid([*asked, "values"], measured, rows, like=dict.fromkeys(measured, "share pruned"))
+
+
 def _differing(records: Sequence[Record]) -> list[str]:
     """Settings that two runs of the same choice have differently, as paths like metric.alpha."""
     seen: dict[str, dict[str, set[str]]] = {}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, read_records
+from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, profiles, read_records
 from esparse.page import page
 from esparse.pictures import FORMATS, PICTURES, plot
 from esparse.pivot import pivot
@@ -117,6 +117,8 @@ def html(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
 
 
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
+    if asked.pop("profile", False):
+        return profiles(records)
     across, value = asked.pop("across", None), asked.pop("value", None)
     if across:
         return pivot(means(grid(records, **asked)), across, value)
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
     parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
     parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
+    parser.add_argument("--profile", action="store_true", help="the zeros of layers and heads (runs with profile=true)")
     parser.add_argument("--plot", choices=PICTURES, default="perplexity", help="which picture a .png, .svg or .pdf is")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
@@ -162,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value}
+            asked["profile"] = options.profile
             asked["across"] = options.across.split(",") if options.across else None
             if kind == "html":
                 asked["title"] = f"Runs in {options.folder.resolve().name}"

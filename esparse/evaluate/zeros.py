@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ log = logging.getLogger("esparse")
 
 THRESHOLDS = (0.0, 0.001, 0.01, 0.1)
 SEQUENCES = 4  # one at a time: the probabilities of one layer take heads x L x L values
+VALUES_AT_ONCE = 2**24
 SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 
 # What was counted: weight, activation or attention; the name; the head, of attention.
@@ -47,16 +48,17 @@ class Count:
     def look(self, x: Tensor) -> None:
         """Takes part in the scale."""
         self.values += x.numel()
-        self.squares += float(x.double().square().sum())
+        self.squares += sum(float(part.double().square().sum()) for part in _parts(x))
 
     @property
     def scale(self) -> float:
         return (self.squares / self.values) ** 0.5 if self.values else 0.0
 
     def count(self, x: Tensor, scale: float) -> None:
-        magnitude = x.float().abs()
-        for i, threshold in enumerate(THRESHOLDS):
-            self.below[i] += int((magnitude <= threshold * scale).sum())
+        for part in _parts(x):
+            magnitude = part.float().abs()
+            for i, threshold in enumerate(THRESHOLDS):
+                self.below[i] += int((magnitude <= threshold * scale).sum())
 
     def shares(self) -> dict[str, Any]:
         of_each = (count / self.values if self.values else 0.0 for count in self.below)
@@ -106,6 +108,10 @@ def report(dense: Shares, pruned: Shares, tokens_SL: Tensor) -> dict[str, Any]:
     ]
     sequences, length = tokens_SL[:SEQUENCES].shape
     return {"thresholds": list(THRESHOLDS), "sequences": sequences, "length": length, "rows": rows}
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    return x.reshape(-1).split(VALUES_AT_ONCE)  # the experts of one parameter are large
 
 
 def _of(counts: dict[str, Count], group: InputGroup) -> Count:
