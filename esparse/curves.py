@@ -33,9 +33,10 @@ def tasks(records: Sequence[Record]) -> Figure | None:
     names = keys(records, "zeroshot")
     if not names:
         return None
-    figure, panels = _panels([run for run in _runs(records) if run[2].get("zeroshot")], width=1.6 + 0.9 * len(names))
+    measured = [run for run in _runs(records) if run[2].get("zeroshot")]
+    look = looks([name for _, name, _ in measured])
+    figure, panels = _panels(measured, width=1.6 + 0.9 * len(names))
     for ax, runs in panels:
-        look = looks([name for name, _ in runs])
         step = 0.8 / len(runs)
         for place, task in enumerate(names):
             dense = [record["zeroshot"][task]["dense"] for _, record in runs if task in record["zeroshot"]]
@@ -53,6 +54,7 @@ def tasks(records: Sequence[Record]) -> Figure | None:
             )  # fmt: skip
         ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
         ax.set_ylabel("score of a task (higher is better)", fontsize=9)
+    _same_heights([ax for ax, _ in panels])
     return _finished(figure)
 
 
@@ -136,9 +138,9 @@ def _along_depth(records: Sequence[Record], field: str, what: str) -> Figure | N
     runs = [run for run in _runs(records) if any(layer.get(field) is not None for layer in run[2].get("layers", []))]
     if not runs:
         return None
+    look = looks([name for _, name, _ in runs])
     figure, panels = _panels(runs, width=3.6)
     for ax, of_panel in panels:
-        look = looks([name for name, _ in of_panel])
         lines: dict[str, Points] = {}
         for name, record in of_panel:
             for layer in record["layers"]:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def test_layers_stand_at_their_depth() -> None:
     assert lines(draw("errors", seeds))["wanda"][0] == pytest.approx((0, 0.2))
 
 
+def test_a_method_has_its_color_in_every_panel() -> None:
+    runs = [furnished("a", metric="wanda"), furnished("b", metric="ria", pattern="4:8"), furnished("c", pattern="4:8")]
+    for name in ("errors", "kept", "tasks"):
+        colors: dict[str, set[Any]] = {}
+        for ax in draw(name, runs).axes:
+            shown = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+            for label in shown.keys() - {"dense"}:
+                line = shown[label][0] if name == "tasks" else shown[label]
+                colors.setdefault(label, set()).add(line.get_color())
+        assert set(colors) == {"wanda", "ria"} and all(len(seen) == 1 for seen in colors.values())
+        assert colors["wanda"] != colors["ria"]
+
+
 def test_latency_and_work_by_hand() -> None:
     found = lines(draw("latency", RUNS[:1]))
     assert found == {"dense": [(1, 2), (16, 32), (256, 512)], "packed": [(1, 1), (16, 16), (256, 256)]}
@@ -102,8 +116,13 @@ class Seen(HTMLParser):
                 self.links.append(str(value))
 
 
+@cache
+def whole_page() -> str:
+    return html(RUNS, title="Runs in <x>")
+
+
 def test_the_page_is_whole_and_needs_nothing_else() -> None:
-    text = html(RUNS, title="Runs in <x>")
+    text = whole_page()
     seen = Seen(text)
     assert seen.tags.count("svg") == len(PICTURES) - 1 and "No run has the data for: Zeros and near zeros." in text
     assert all(link.startswith("#") for link in seen.links)
@@ -153,7 +172,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_a_browser_sorts_the_table(browser: Any, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(html(RUNS, title="Runs"), encoding="utf-8")
+    (tmp_path / "page.html").write_text(whole_page(), encoding="utf-8")
     browser.get((tmp_path / "page.html").as_uri())
 
     def shown() -> list[str]:
@@ -178,7 +197,7 @@ def test_a_browser_sorts_the_table(browser: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_fits_the_window(browser: Any, tmp_path: Path, width: int) -> None:
-    (tmp_path / "page.html").write_text(html(RUNS, title="Runs"), encoding="utf-8")
+    (tmp_path / "page.html").write_text(whole_page(), encoding="utf-8")
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     )
@@ -190,7 +209,7 @@ def test_the_page_fits_the_window(browser: Any, tmp_path: Path, width: int) -> N
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_schemes(browser: Any, tmp_path: Path, scheme: str) -> None:
-    (tmp_path / "page.html").write_text(html(RUNS, title="Runs"), encoding="utf-8")
+    (tmp_path / "page.html").write_text(whole_page(), encoding="utf-8")
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get((tmp_path / "page.html").as_uri())
