@@ -22,8 +22,7 @@ schema.register()
 def main(config: DictConfig) -> None:
     with session.mistakes():
         experiment = schema.build(config)
-    hydra_config = HydraConfig.get()
-    settings = schema.resolved(config, experiment, hydra_config.runtime.choices)
+        settings = schema.resolved(config, experiment, HydraConfig.get().runtime.choices)
     session.carry_out(experiment, settings)
 
 

@@ -20,6 +20,7 @@ from esparse import __version__, patterns
 from esparse.allocations import Allocation
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from esparse.evaluate.zeroshot import Scores, ZeroShot
 from esparse.metrics import Metric
 from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from esparse.journal import Journal
+    from esparse.journal import Dense, Journal
     from esparse.method import Method
     from esparse.models.blocks import BlockModel
-    from esparse.progress import Progress
     from esparse.prune import Pruned
     from esparse.ranks import Ranks
 
@@ -58,11 +58,13 @@ class Experiment:
     update: Update
     recovery: Recovery
     evaluate: Perplexity
+    zeroshot: ZeroShot
     tracking: Tracking
     pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
     outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
+    profile: bool  # report shares of zeros and near zeros in weights, activations and attention
     rerun: bool  # repeat a finished run
     snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
     dry_run: bool  # only say what the run would take
@@ -142,7 +144,8 @@ def run(
     Where there are several ranks, each calls it; the first one writes the files.
     """
     from esparse import audit
-    from esparse.evaluate.perplexity import perplexity
+    from esparse.evaluate import zeros
+    from esparse.evaluate.perplexity import perplexity, window_losses
     from esparse.journal import Journal
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
@@ -174,6 +177,7 @@ def run(
         # Read by one rank, so that all have the same.
         tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest))
         windows = ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora})
+        tasks = experiment.zeroshot.load()
         journal = ranks.from_first(
             lambda: Journal.open(
                 folder / "blocks",
@@ -195,7 +199,23 @@ def run(
 
         parameters = sum(p.numel() for p in model.parameters())
         dense_bytes = sum(p.nbytes for p in model.parameters())
-        dense_run, dense = _dense_losses(experiment, run_id, blocks, windows, journal, stages, progress)
+
+        def measure(which: str) -> tuple[dict[str, Tensor], Scores]:
+            """Perplexities and accuracies of the model as it is; every rank calls it."""
+            with stages("evaluate"):
+                losses = {
+                    c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()
+                }
+            with stages("zeroshot"):
+                on_block = progress.evaluating(f"{which} on tasks")
+                return losses, experiment.zeroshot.measure(tasks, blocks, tokenizer, longest, on_block)
+
+        def profiled() -> zeros.Shares:
+            with stages("profile"):
+                return ranks.from_first(lambda: zeros.shares(blocks, tokens_SL)) if experiment.profile else {}
+
+        dense_shares = profiled()
+        dense = _dense(experiment, run_id, blocks, windows, journal, measure)
         progress.pruning()
         pruned = prune(
             blocks,
@@ -207,11 +227,14 @@ def run(
             journal=journal,
         )
         progress.block_done()
-        after = _losses(blocks, windows, "pruned", stages, progress)
+        losses, scores = measure("pruned")
+        shares = profiled()
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads:
             return {}
-        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense, "pruned": after})
+        mask_bytes = audit.write(
+            folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses}
+        )
         record = {
             "id": run_id,
             "name": name,
@@ -234,14 +257,16 @@ def run(
             },
             "quality": {
                 corpus: {
-                    "dense": perplexity(dense[corpus]),
-                    "pruned": perplexity(after[corpus]),
+                    "dense": perplexity(dense.losses[corpus]),
+                    "pruned": perplexity(losses[corpus]),
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
-                    "dense_run": dense_run,
+                    "dense_run": dense.run,
                 }
                 for corpus, windows_WL in windows.items()
             },
+            **({"zeroshot": experiment.zeroshot.report(dense.zeroshot, scores, dense.run)} if scores else {}),
+            **({"profile": zeros.report(dense_shares, shares, tokens_SL)} if shares else {}),
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
             "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
@@ -252,29 +277,30 @@ def run(
     return record
 
 
-# Of the last dense model measured in this process: what was measured, and the losses. The runs of a sweep that prune
+# Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune
 # the same model then measure it once; the record says which run did.
-dense_known: dict[str, tuple[str, dict[str, Tensor]]] = {}
+dense_known: dict[str, Dense] = {}
 
 
-def _dense_losses(
+def _dense(
     experiment: Experiment,
     run_id: str,
     blocks: BlockModel,
     windows: dict[str, Tensor],
     journal: Journal,
-    stages: Stages,
-    progress: Progress,
-) -> tuple[str, dict[str, Tensor]]:
-    """The id of the run that measured the dense model, and its losses."""
+    measure: Callable[[str], tuple[dict[str, Tensor], Scores]],
+) -> Dense:
+    """What was measured on the dense model, now or earlier."""
+    from esparse.journal import Dense
+
     if (known := blocks.ranks.from_first(journal.dense)) is not None:
         return known
-    asked = f"{experiment.model} {_hashes(windows)}"
+    asked = f"{experiment.model} {_hashes(windows)} {experiment.zeroshot} {experiment.zeroshot.stamps()}"
     if experiment.rerun or asked not in dense_known:
-        measured = _losses(blocks, windows, "dense", stages, progress)
+        measured = Dense(run_id, *measure("dense"))
         dense_known.clear()
-        dense_known[asked] = (run_id, measured)
-    journal.write_dense(*dense_known[asked])
+        dense_known[asked] = measured
+    journal.write_dense(dense_known[asked])
     return dense_known[asked]
 
 
@@ -294,19 +320,11 @@ def _state_depends_on(
     """What has to be the same for a later attempt to go on where an earlier one stopped, as JSON has it."""
     return {
         "id": run_id,
-        "software": {name: software[name] for name in ("torch", "transformers", "esparse", "commit")},
+        "software": {name: software[name] for name in ("torch", "transformers", "lm_eval", "esparse", "commit")},
         "tokens": _hashes(windows | {"calibration": tokens_SL}),
+        "tasks": experiment.zeroshot.stamps(),
         "weights": [getattr(model.config, "_commit_hash", None), *weight_files(experiment.model)],
     }
-
-
-def _losses(
-    blocks: BlockModel, windows: dict[str, Tensor], which: str, stages: Stages, progress: Progress
-) -> dict[str, Tensor]:
-    from esparse.evaluate.perplexity import window_losses
-
-    with stages("evaluate"):
-        return {c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()}
 
 
 def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
@@ -330,6 +348,7 @@ def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "lm_eval": version("lm_eval"),
         "esparse": __version__,
         "device": kind if devices == 1 else f"{devices} x {kind}",
         "threads": torch.get_num_threads(),

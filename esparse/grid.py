@@ -1,7 +1,7 @@
 """Run records as columns: what was asked, what was measured, and which of both differ between runs.
 
 A column per choice (metric, shuffle, ...), per setting in which runs of the same choice differ (metric.alpha)
-and per measurement. Computed here: ratio = pruned / dense perplexity, means over layers (error =
+and per measurement. Computed here: ratio = pruned / dense perplexity, means over tasks, means over layers (error =
 ||X (W - W')^T||_F / ||X W^T||_F, kept = surviving share of the score), and mean and sample standard deviation over
 seeds.
 """
@@ -44,6 +44,10 @@ MEASURING = {
 # Settings that are not worth a column: they change no measurement here, or have a column already.
 HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "bench", "export", "hydra"}
 HIDDEN |= {"model.device", "model.name", "evaluate.corpora", "zeroshot.tasks"}
+
+
+# Measures of a task that are shares of its questions, so that a mean over tasks means something.
+SHARES = ("acc", "acc_norm", "exact_match")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ def grid(records: Sequence[Record], *, corpus: str | None = None, sort: str | No
     if corpus is not None and corpus not in corpora:
         raise ValueError(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
     corpora = corpora if corpus is None else [corpus]
-    rows = [_asked(record) | _measured(record, corpora) for record in records]
+    common = _common_tasks(records)
+    rows = [_asked(record) | _measured(record, corpora, common) for record in records]
     others = sorted({group for record in records for group in _choices(record)} - MEASURING - set(METHOD))
     asked = ["model", *METHOD, *[g for g in others if "/" not in g], "pattern", "outliers", "seed"]
     for path in _differing(records):
@@ -178,7 +183,17 @@ def _choices(record: Record) -> dict[str, str]:
     return classes | (config.get("choices") or {})
 
 
-def _measured(record: Record, corpora: list[str]) -> dict[str, Any]:
+def _common_tasks(records: Sequence[Record]) -> list[str]:
+    """The tasks that all runs with tasks have in common, with an accuracy: of others a mean says nothing."""
+    with_tasks = [record["zeroshot"] for record in records if record.get("zeroshot")]
+
+    def has(tasks: Record, task: str) -> bool:
+        return task in tasks and tasks[task].get("score", "acc") in SHARES
+
+    return [task for task in keys(records, "zeroshot") if all(has(tasks, task) for tasks in with_tasks)]
+
+
+def _measured(record: Record, corpora: list[str], tasks: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"density": record["sparsity"]["density"]}
     for corpus in corpora:
         dense, pruned = (_at(record, "quality").get(corpus, {}).get(which) for which in ("dense", "pruned"))
@@ -186,12 +201,32 @@ def _measured(record: Record, corpora: list[str]) -> dict[str, Any]:
         row[f"{corpus} ratio"] = pruned / dense if dense and pruned is not None else None
     for task, value in record.get("zeroshot", {}).items():
         row[f"{task} dense"], row[f"{task} pruned"] = value["dense"], value["pruned"]
+    if len(tasks) > 1 and record.get("zeroshot"):
+        for which in ("dense", "pruned"):
+            row[f"mean of tasks {which}"] = _mean(record["zeroshot"][task][which] for task in tasks)
     layers, memory = record.get("layers", []), record.get("memory", {})
     row["error"] = _mean(layer.get("relative_error") for layer in layers)
     row["kept"] = _mean(layer.get("kept_score") for layer in layers)
     row["seconds"] = record["seconds"]
     row["host MiB"], row["device MiB"] = memory.get("peak_host_mib"), memory.get("peak_device_mib")
     return row
+
+
+def profiles(records: Sequence[Record]) -> Grid:
+    """The profiles of all runs that have one: a row per layer, input of a layer or attention head.
+
+    Raises ValueError where no run has one.
+    """
+    rows = [
+        {"id": record["id"], "model": record["model"]["name"], "pattern": record["sparsity"]["pattern"]} | row
+        for record in records
+        for row in (record.get("profile") or {}).get("rows", [])
+    ]
+    if not rows:
+        raise ValueError("no run has a profile: run it with profile=true")
+    asked = ["id", "model", "pattern", "kind", "name", "head"]
+    measured = list(dict.fromkeys(key for row in rows for key in row if key not in (*asked, "values")))
+    return Grid([*asked, "values"], measured, rows, like=dict.fromkeys(measured, "share pruned"))
 
 
 def _differing(records: Sequence[Record]) -> list[str]:

@@ -3,7 +3,7 @@
 In RUN/blocks, each file whole or not there: journal.json (whose run it is), pruned-00003.safetensors (the weights of a
 pruned block, written by the model's store), done-00003.safetensors (its keep masks and orders, and as metadata its
 reports; its presence means that the block is finished), hidden.safetensors (the hidden states in front of some block)
-and dense.safetensors (the dense model's losses). Nothing of it is left once result.json is there.
+and dense.safetensors (what was measured on the dense model). Nothing of it is left once result.json is there.
 
 What flows between the blocks is by far the largest part of a run's state, and can be computed anew by running the
 finished blocks once more. So it is written only every so many seconds.
@@ -38,6 +38,15 @@ class Entry:
     keeps: Masks
     orders: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Dense:
+    """What was measured on a dense model, and the id of the run that did: a corpus's losses, a task's scores."""
+
+    run: str
+    losses: dict[str, Tensor]
+    zeroshot: dict[str, dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -139,17 +148,20 @@ class Journal:
         with safe_open(self._hidden, framework="pt") as file:
             return [file.get_tensor(n) for n in sorted(file.keys()) if n.startswith(f"{stream}/")]
 
-    def write_dense(self, run_id: str, losses: Mapping[str, Tensor]) -> None:
-        """The dense model's losses by corpus, and the id of the run that measured them."""
+    def write_dense(self, dense: Dense) -> None:
+        """What was measured on the dense model."""
         if self.writes:
-            write_whole(self._dense, lambda draft: save_file(dict(losses), draft, metadata={"run": run_id}))
+            facts = {"json": json.dumps({"run": dense.run, "zeroshot": dense.zeroshot})}
+            write_whole(self._dense, lambda draft: save_file(dense.losses, draft, metadata=facts))
 
-    def dense(self) -> tuple[str, dict[str, Tensor]] | None:
+    def dense(self) -> Dense | None:
         """What `write_dense` was given; None where it was given nothing."""
         if not self._dense.exists():
             return None
         with safe_open(self._dense, framework="pt") as file:
-            return file.metadata()["run"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = json.loads(file.metadata()["json"])
+            losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Dense(facts["run"], losses, facts["zeroshot"])
 
     @property
     def _hidden(self) -> Path:

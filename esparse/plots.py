@@ -1,36 +1,35 @@
-"""Perplexities of many runs as a picture."""
+"""Perplexities of many runs as a picture, and how all pictures call and colour a method."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.grid import METHOD, Grid, Record, grid, keys, means, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-FORMATS = (".png", ".svg", ".pdf")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")  # Okabe and Ito
 MARKERS = "osD^vPX"
 
 
-def plot(records: Sequence[Record], path: Path, *, corpus: str | None = None) -> None:
+def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure | None:
     """Perplexity by pattern: a marker per method (mean and deviation over seeds), dense as a line.
 
     A color per metric, a shape per shuffle and the rest, a panel per model and corpus; what is not finite
-    is named below its panel. Raises ValueError for a file type that is not .png, .svg or .pdf.
+    is named below its panel. None where no run was measured.
     """
     from matplotlib.figure import Figure
 
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"a plot is written as {', '.join(FORMATS)}, not as {path.name!r}")
+    if not keys(records, "quality"):
+        return None
     table = means(grid(records, corpus=corpus))
     for row in table.rows:
-        row["method"] = _method(row, table)
+        row["method"] = method(row, table)
     corpora = [corpus] if corpus is not None else keys(records, "quality")
     models = list(dict.fromkeys(row["model"] for row in table.rows))
     methods = list(dict.fromkeys(row["method"] for row in table.rows))
@@ -46,10 +45,10 @@ def plot(records: Sequence[Record], path: Path, *, corpus: str | None = None) ->
     handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     ordered = [label for label in [*methods, "dense"] if label in handles]
     figure.legend([handles[o] for o in ordered], ordered, loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=200)
+    return figure
 
 
-def _method(row: dict[str, Any], table: Grid) -> str:
+def method(row: dict[str, Any], table: Grid) -> str:
     """How a legend calls a row: its choices that do something, and the settings that differ."""
     chosen = [str(row[c]) for c in METHOD if row.get(c) not in (None, "none")]
     known = {"model", "pattern", "runs", "method", *METHOD}
@@ -66,11 +65,20 @@ def _rest(method: str) -> str:
     return method[len(_metric(method)) :]
 
 
+def looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and marker of each method: a color per metric, a shape per shuffle and the rest."""
+    metrics = list(dict.fromkeys(map(_metric, methods)))
+    rests = sorted(dict.fromkeys(map(_rest, methods)))
+    return {
+        m: (COLORS[metrics.index(_metric(m)) % len(COLORS)], MARKERS[rests.index(_rest(m)) % len(MARKERS)])
+        for m in methods
+    }
+
+
 def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[str], patterns: list[str]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    metrics = list(dict.fromkeys(map(_metric, methods)))
-    rests = sorted(dict.fromkeys(map(_rest, methods)))
+    look = looks(methods)
     dense = [s.mean for row in rows if (s := row[f"{corpus} ppl dense"]) and math.isfinite(s.mean)]
     floor = sum(dense) / len(dense) if dense else None
     drawn, lost = list(dense), []
@@ -81,9 +89,7 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[s
             lost.append(f"{row['method']} {row['pattern']}")
             continue
         x = patterns.index(row["pattern"]) + (k - (len(methods) - 1) / 2) * step
-        metric, rest = (part(row["method"]) for part in (_metric, _rest))
-        color = COLORS[metrics.index(metric) % len(COLORS)]
-        marker = MARKERS[rests.index(rest) % len(MARKERS)]
+        color, marker = look[row["method"]]
         if floor is not None:
             ax.plot([x, x], [floor, spread.mean], color=color, linewidth=1.2, alpha=0.5, zorder=2)
         ax.errorbar(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -20,7 +21,7 @@ class Progress:
 
     def __init__(self, blocks: int, *, shown: bool = True) -> None:
         self._blocks = blocks
-        self._console = Console(stderr=True)
+        self._console = Console(file=sys.stderr)  # as it is now: others may be silenced meanwhile
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,8 +45,8 @@ class Progress:
         self._bar.stop()
 
     def evaluating(self, what: str) -> Callable[[int], None]:
-        """Starts the bar anew for one perplexity; returns what to call after each block."""
-        self._bar.reset(self._task, description=f"perplexity {what}", layer="")
+        """Starts the bar anew for one measurement; returns what to call after each block."""
+        self._bar.reset(self._task, description=f"measuring {what}", layer="")
         return lambda index: self._bar.update(self._task, completed=index + 1)
 
     def pruning(self) -> None:

@@ -18,6 +18,7 @@ from esparse.allocations.error import LayerError
 from esparse.allocations.owl import Owl
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from esparse.evaluate.zeroshot import ZeroShot
 from esparse.experiment import Experiment
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
@@ -86,6 +87,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "then": RecoverThen,
     },
     "evaluate": {"any": Perplexity},
+    "zeroshot": {"any": ZeroShot},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 
@@ -115,6 +117,10 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     settings: dict[str, Any] = OmegaConf.to_container(_without_hydra(config), resolve=True)  # type: ignore[assignment]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
+    if several := [group for group in CHOICES if group not in choices]:
+        group = several[0]
+        hint = "; name tasks by zeroshot.tasks=[...]" if group == "zeroshot" else ""
+        raise ValueError(f"{group} takes one option, not a list of them{hint}")
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
 

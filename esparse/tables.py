@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, read_records
+from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, profiles, read_records
+from esparse.page import page
+from esparse.pictures import FORMATS, PICTURES, plot
 from esparse.pivot import pivot
-from esparse.plots import FORMATS, plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,7 +119,15 @@ def latex(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str
     return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def html(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+    """A page for a browser, in one file: the table, which sorts by any column, and all pictures."""
+    title, corpus = asked.pop("title"), asked.get("corpus")
+    return page(_table(records, mean, asked), records, title=title, corpus=corpus)
+
+
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
+    if asked.pop("profile", False):
+        return profiles(records)
     across, value = asked.pop("across", None), asked.pop("value", None)
     if across:
         return pivot(means(grid(records, **asked)), across, value)
@@ -140,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Reads a folder of records and writes one table; exit code 1 = no records, 2 = a mistake."""
     parser = argparse.ArgumentParser(prog="python -m esparse.tables", description="One table of many runs.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that holds records (result.json) at any depth")
-    kinds = ("markdown", "csv", "latex", "png")
+    kinds = ("markdown", "csv", "latex", "html", "png")
     parser.add_argument("--format", choices=kinds, help="default: by the ending of --out, else markdown")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write here instead of the terminal (a plot: always)")
     parser.add_argument("--corpus", metavar="NAME", help="perplexities of this corpus only")
@@ -148,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
     parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
     parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
+    parser.add_argument("--profile", action="store_true", help="the zeros of layers and heads (runs with profile=true)")
+    parser.add_argument("--plot", choices=PICTURES, default="perplexity", help="which picture a .png, .svg or .pdf is")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
     if not options.folder.is_dir():
@@ -159,11 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     try:
         if kind == "png":
-            plot(records, options.out, corpus=options.corpus)
+            plot(records, options.out, name=options.plot, corpus=options.corpus)
         else:
-            write = {"markdown": markdown, "csv": csv, "latex": latex}[kind]
+            write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value}
+            asked["profile"] = options.profile
             asked["across"] = options.across.split(",") if options.across else None
+            if kind == "html":
+                asked["title"] = f"Runs in {options.folder.resolve().name}"
             written = write(records, mean=options.mean or bool(options.across), **asked)
             if options.out is None:
                 print(written, end="")
@@ -177,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kind(out: Path | None) -> str:
-    endings = {".csv": "csv", ".tex": "latex", **dict.fromkeys(FORMATS, "png")}
+    endings = {".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html", **dict.fromkeys(FORMATS, "png")}
     return endings.get(out.suffix.lower(), "markdown") if out is not None else "markdown"
 
 

@@ -51,7 +51,11 @@ def test_there_are_commands() -> None:
 def test_commands_compose(command: str) -> None:
     words = shlex.split(command)
     multirun = "-m" in words
-    overrides = [word.replace("NAME_OR_DIR", "x").replace("FILE", "f.txt") for word in words if word != "-m"]
+    overrides = [
+        word.replace("NAME_OR_DIR", "x").replace("FILE", "f.txt").replace("=DIR", "=.")
+        for word in words
+        if word != "-m"
+    ]
     schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         parsed = OverridesParser.create().parse_overrides(overrides)

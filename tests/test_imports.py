@@ -19,9 +19,9 @@ LAYERS = [
     {"stats"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
-    {"method"},
-    {"walk"},
-    {"prune", "plan"},
+    {"method", "curves"},
+    {"walk", "pictures"},
+    {"prune", "plan", "page"},
     {"experiment", "tables"},
     {"schema"},
     {"session"},
@@ -30,8 +30,9 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"schema", "session"},
     "wandb": {"tracking"},
-    "transformers": {"models", "data", "session", "experiment"},
-    "datasets": {"data"},
+    "transformers": {"models", "data", "evaluate", "session", "experiment"},
+    "datasets": {"data", "evaluate"},
+    "lm_eval": {"evaluate"},
 }
 
 

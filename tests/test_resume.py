@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from esparse.journal import Dense, Journal
 from tests.attempts import killed_when, start
 from tests.workshop import ROOT, furnished, small_run
 
@@ -188,3 +189,14 @@ def test_a_disk_that_is_full_and_has_room_again(workshop: Path, tmp_path: Path) 
     start(small_run(workshop, tmp_path / "whole")).join()
     (masks,) = (tmp_path / "whole").glob("*/masks.safetensors")
     assert masks.read_bytes() == (tmp_path / "masks.safetensors").read_bytes()
+
+
+def test_what_was_measured_on_the_dense_model_is_written_down(tmp_path: Path) -> None:
+    dense = Dense("a1", {"text": torch.rand(3)}, {"piqa": {"n": 5, "measures": {"acc": [0.25, None]}}})
+    with Journal.open(tmp_path / "blocks", {"id": "a1"}, snapshot_seconds=None) as journal:
+        assert journal.dense() is None
+        journal.write_dense(dense)
+        known = Journal.open(tmp_path / "blocks", {"id": "a1"}, snapshot_seconds=None).dense()
+        assert known is not None and (known.run, known.zeroshot) == (dense.run, dense.zeroshot)
+        assert torch.equal(known.losses["text"], dense.losses["text"])
+        assert Journal.open(tmp_path / "blocks", {"id": "b2"}, snapshot_seconds=None).dense() is None

@@ -9,7 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from esparse.tables import csv, grid, latex, markdown, means, plot, read_records, runs_table
+from esparse.grid import grid, means, read_records
+from esparse.pictures import plot
+from esparse.tables import csv, latex, markdown, runs_table
 
 CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
 
@@ -146,6 +148,20 @@ def test_outliers_and_tasks_have_columns_where_some_run_has_them():
     assert lines[2].startswith("| id  | outliers | builtin ppl pruned | builtin ratio | arc dense | arc pruned |")
     assert lines[4].startswith("| a   |          |              15.00 |         1.500 |           |            |")
     assert lines[5].startswith("| b   | 16:256   |              15.00 |         1.500 |    0.5000 |     0.3750 |")
+
+
+def test_the_mean_over_tasks_is_over_those_that_all_runs_have():
+    def with_tasks(run, **scores):
+        tasks = {task: {"dense": 0.5, "pruned": pruned, "stderr": 0.1, "n": 8} for task, pruned in scores.items()}
+        return record(run, metric=run) | {"zeroshot": tasks}
+
+    runs = [with_tasks("a", arc=0.25, piqa=0.5, sciq=0.75), with_tasks("b", piqa=0.25, sciq=0.125), record("c")]
+    table = grid(runs)
+    assert [row.get("mean of tasks pruned") for row in table.rows] == [0.625, 0.1875, None]
+    assert table.columns.index("mean of tasks pruned") > table.columns.index("sciq pruned")
+    assert "0.6250" in markdown(runs).splitlines()[4] and "mean of tasks pruned" in csv(runs).splitlines()[0]
+    runs[0]["zeroshot"]["piqa"]["score"] = "word_perplexity"  # of which there is no mean
+    assert "mean of tasks pruned" not in grid(runs).columns
 
 
 def test_rows_are_sorted_by_pattern_as_numbers_or_by_a_column():

@@ -7,8 +7,11 @@ has fetched once is there for the other. A cached file is taken without asking t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ANSWER_S = 10.0  # how long the hub may take to answer at all before it counts as out of reach
 
@@ -49,3 +52,24 @@ class HubFile:
     def _command(self) -> str:
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
         return f"hf download --repo-type dataset{revision} {self.repo} {self.file}"
+
+
+@contextmanager
+def from_cache_where_out_of_reach() -> Iterator[None]:
+    """While open, `datasets` looks into its cache only, unless the hub answers; it would try for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    modules: list[Any] = [datasets.config, constants]
+    asked = [(settings, settings.HF_HUB_OFFLINE) for settings in modules]
+    try:
+        get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+    except Exception:  # of the client's many types
+        for settings, _ in asked:
+            settings.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for settings, offline in asked:
+            settings.HF_HUB_OFFLINE = offline

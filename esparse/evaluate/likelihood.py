@@ -1,0 +1,101 @@
+"""The log-likelihood of given continuations, one block at a time: what a model thinks of answers that it may choose.
+
+Shapes: B inputs of a bucket, L tokens of each, T tokens of a continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from esparse.models import room
+from esparse.models.activations import Activations
+from esparse.models.blocks import BlockModel
+
+Tokens = tuple[int, ...]
+BUCKET = 16  # inputs are filled up to a multiple of so many tokens
+
+
+@torch.no_grad()
+def log_likelihoods(
+    blocks: BlockModel,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    on_block: Callable[[int], None] = lambda index: None,
+) -> list[tuple[float, bool]]:
+    """Of each (input, continuation): the sum of the continuation's log-probabilities (nats), and whether it is greedy.
+
+    The continuation's last token is not part of the input, all others are its last ones: the logits of the last T
+    input tokens say what they are to follow. Equal inputs (answers of one token) are computed once. Inputs of about
+    the same length go through the blocks together, filled up behind their end, which a causal model does not see. As
+    many take part in a pass over the blocks as hidden states fit into a quarter of the free memory. Several ranks
+    share the inputs, and all get all results. Raises ValueError where a log-probability is not finite.
+    """
+    wanted: dict[Tokens, list[int]] = {}
+    for index, (inputs, _) in enumerate(requests):
+        wanted.setdefault(inputs, []).append(index)
+    longest_first = sorted(wanted, key=lambda inputs: (-len(inputs), inputs))
+    ranks = blocks.ranks
+    found: dict[int, tuple[float, bool]] = {}
+    for chunk in _chunks(longest_first[ranks.rank :: ranks.size], _room(blocks)):
+        for inputs, logits_LV in _logits(blocks, chunk, on_block):
+            for index in wanted[inputs]:
+                found[index] = _log_likelihood(logits_LV, inputs, requests[index][1])
+    for other in ranks.gather(found):
+        found |= other
+    if not all(math.isfinite(value) for value, _ in found.values()):
+        raise ValueError("the likelihood of an answer is not a finite number: the model's logits hold NaN or Inf")
+    return [found[index] for index in range(len(requests))]
+
+
+def _logits(
+    blocks: BlockModel, chunk: Sequence[Tokens], on_block: Callable[[int], None]
+) -> Iterator[tuple[Tokens, Tensor]]:
+    """The inputs of one pass over the blocks, each with its logits_LV (those behind its end belong to nothing)."""
+    buckets = [list(same) for _, same in groupby(chunk, key=_padded)]
+    tokens = [torch.tensor([[*inputs, *[0] * (_padded(inputs) - len(inputs))] for inputs in b]) for b in buckets]
+    streams = [Activations(blocks, tokens_BL) for tokens_BL in tokens]
+    for index in range(len(blocks.blocks)):
+        with blocks.resident(index):
+            for stream in streams:
+                stream.advance(index)
+        on_block(index)
+    with blocks.ends_resident():
+        for bucket, tokens_BL, stream in zip(buckets, tokens, streams, strict=True):
+            of_bucket = iter(bucket)
+            for ids_BL, hidden_BLH in zip(blocks.micro_batches(tokens_BL), stream.hidden, strict=True):
+                yield from ((next(of_bucket), logits_LV) for logits_LV in blocks.logits(ids_BL, hidden_BLH))
+
+
+def _log_likelihood(logits_LV: Tensor, inputs: Tokens, continuation: Tokens) -> tuple[float, bool]:
+    # In float32, and only where the continuation stands: the logits of a large vocabulary are large.
+    logits_TV = logits_LV[len(inputs) - len(continuation) : len(inputs)].float()
+    target_T = torch.tensor(continuation, device=logits_TV.device)
+    log_p_T = logits_TV.log_softmax(-1).gather(-1, target_T[:, None])
+    return float(log_p_T.double().sum()), bool((logits_TV.argmax(-1) == target_T).all())
+
+
+def _padded(inputs: Tokens) -> int:
+    return -(-len(inputs) // BUCKET) * BUCKET
+
+
+def _chunks(inputs: Sequence[Tokens], most_tokens: int) -> Iterator[Sequence[Tokens]]:
+    """Cuts the inputs into runs of at most so many tokens, one input at least."""
+    first, tokens = 0, 0
+    for index, one in enumerate(inputs):
+        tokens += _padded(one)
+        if tokens > most_tokens and index > first:
+            yield inputs[first:index]
+            first, tokens = index, _padded(one)
+    if first < len(inputs):
+        yield inputs[first:]
+
+
+def _room(blocks: BlockModel) -> int:
+    """How many tokens' hidden states take a quarter of the free memory where they wait."""
+    config = blocks.model.config.get_text_config()
+    device = blocks.device if blocks.keeper.place == "device" else torch.device("cpu")
+    return int(room.free_bytes(device) // 4 // blocks.ranks.size // (config.hidden_size * blocks.model.dtype.itemsize))

@@ -1,0 +1,300 @@
+"""Zero-shot accuracy on the tasks of lm-eval (EleutherAI's harness), by their own definitions.
+
+Building lm-eval's index of all its tasks takes ten seconds. A task by its own name is found by looking for its file,
+and only what is no such name (a group, a tag, a mistake) has the index built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from esparse.models.blocks import BlockModel
+
+BUILTIN = "builtin"
+ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of local copies, and who reads them
+NEAR = {"boolq": "super_glue", "rte": "glue"}  # folders of tasks that are not called like theirs
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+MEASURED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # kinds of task
+BOOTSTRAP = 1000  # resamples, for measures whose standard error has no formula
+
+# Of each task: n, and of each measure its value and standard error. Plain values, so that they fit into JSON.
+Scores = dict[str, dict[str, Any]]
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroShot:
+    """Which tasks are measured, dense and pruned, and on how many of their questions."""
+
+    tasks: list[str]  # `builtin`, or names of lm-eval
+    data: str | None = None  # folder of local copies: DATA/<task>/<split>.jsonl or .parquet
+    limit: int | None  # questions of each task, the first ones; None: all
+    shots: int | None  # examples in front of each question; None: as the task has it, mostly none
+    score: str  # the measure that stands for a task; where a task lacks it, its first one
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"zeroshot.limit must be at least 1 question or null, got {self.limit}")
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"zeroshot.shots must not be negative, got {self.shots}")
+        if doubled := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
+            raise ValueError(f"zeroshot.tasks names {doubled[0]} twice: name each task once")
+        if self.data is not None and not Path(self.data).expanduser().is_dir():
+            raise ValueError(
+                f"zeroshot.data={self.data} is no folder: expected one that holds <task>/<split>.jsonl or .parquet"
+            )
+        for task in self.tasks:
+            if task != BUILTIN and task_file(task) is None and task not in (known := _index().all_tasks):
+                near = difflib.get_close_matches(task, [BUILTIN, *known], n=5)
+                hint = f"; near it: {', '.join(near)}" if near else ""
+                raise ValueError(f"zeroshot.tasks: lm-eval knows no task {task!r}{hint}")
+
+    def load(self) -> dict[str, Any]:
+        """The tasks with their data, as lm-eval takes them.
+
+        Raises ValueError for tasks that have a model write text and local copies that lack a split; ConnectionError
+        where data is neither in the cache of `datasets` nor to be had.
+        """
+        if not self.tasks:
+            return {"tasks": {}, "groups": {}, "group_map": {}}
+        loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        for name in self.tasks:
+            with _quiet():
+                parts = self._load(name)
+            for part, of_task in parts.items():
+                loaded[part] |= of_task
+        for name, task in loaded["tasks"].items():
+            if task.OUTPUT_TYPE not in MEASURED:
+                raise ValueError(
+                    f"the task {name} has the model write text, which is not measured here: choose tasks of multiple "
+                    "choice or of likelihoods"
+                )
+            own = task.get_config("num_fewshot")
+            if self.shots is None or own == 0:  # what a task forbids stays forbidden, as in lm-eval
+                task.set_config(key="num_fewshot", value=own or 0)
+            else:
+                task.set_config(key="num_fewshot", value=self.shots)
+            task.set_fewshot_seed(seed=1234)  # lm-eval's own
+        return loaded
+
+    def _load(self, name: str) -> dict[str, Any]:
+        from lm_eval.tasks import TaskManager
+
+        if name == BUILTIN:
+            return _builtin()
+        file = task_file(name)
+        if file is None:
+            if self.data is not None:
+                raise ValueError(
+                    f"zeroshot.tasks: {name} is a group of tasks, and zeroshot.data has data by task: name its tasks"
+                )
+            return _loaded(_index(), name)
+        if self.data is None:
+            return _loaded(TaskManager(include_path=str(file.parent), include_defaults=False), name)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "local.yaml").write_text(self._local(name, file, Path(folder)))
+            return _loaded(TaskManager(include_path=folder, include_defaults=False), name)
+
+    def _local(self, name: str, file: Path, cache: Path) -> str:
+        """The task's definition with its data taken from local files, as YAML."""
+        assert self.data is not None
+        own = definition(file)
+        wanted = {kind: own[kind] for kind in SPLITS if own.get(kind) not in (None, "null", "")}
+        measured = wanted.get("test_split") or wanted.get("validation_split")
+        folder = Path(self.data).expanduser() / name
+        found = {split: path for split in wanted.values() if (path := _copy(folder, split)) is not None}
+        if measured is None:
+            raise ValueError(f"the task {name} names no split to be measured on: it cannot have local copies")
+        if measured not in found:
+            endings = " or ".join(f"{measured}{ending}" for ending in (".jsonl", ".parquet"))
+            there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise ValueError(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {there or 'nothing'}")
+        kinds = {ENDINGS[path.suffix] for path in found.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
+        files = {split: str(path.resolve()) for split, path in found.items()}
+        # The copies are read into memory: the cache of `datasets` would keep one more copy.
+        reading = {"data_files": files, "keep_in_memory": True, "cache_dir": str(cache / "cache")}
+        asked: dict[str, Any] = {"include": str(file), "task": name, "dataset_path": kinds.pop(), "dataset_name": None}
+        asked |= {"dataset_kwargs": reading} | {kind: None for kind, split in wanted.items() if split not in found}
+        return json.dumps(asked)  # which is YAML
+
+    def stamps(self) -> list[str]:
+        """Name, size and time of change of every local copy; nothing without them."""
+        folders = [] if self.data is None else [Path(self.data).expanduser() / task for task in self.tasks]
+        files = sorted(file for folder in folders for file in folder.glob("*.*"))
+        return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+
+    def measure(
+        self,
+        loaded: dict[str, Any],
+        blocks: BlockModel,
+        tokenizer: Tokenizer,
+        longest: int,
+        on_block: Callable[[int], None] = lambda index: None,
+    ) -> Scores:
+        """What lm-eval makes of the model's log-likelihoods, by task; a group counts as one task where it has a score.
+
+        `longest`: tokens that the model takes. Every rank calls it, and all get the same.
+        """
+        if not loaded["tasks"]:
+            return {}
+        from lm_eval.evaluator import evaluate
+
+        from esparse.evaluate.harness import BlockLM
+
+        model = BlockLM(blocks, tokenizer, longest, on_block)
+        with _quiet():
+            results = evaluate(
+                lm=model, task_dict=loaded, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+            )
+        counts, scores = results["n-samples"], {}
+        for name in (each for asked in self.tasks for each in self._names(asked, loaded, results["results"])):
+            measures = _measures(results["results"][name])
+            members = [name] if name in counts else loaded["groups"][name].get_all_tasks()
+            n = sum(counts[getattr(m, "task_name", m)]["effective"] for m in members)
+            scores[name] = {"n": n, "measures": measures}
+        return scores
+
+    def _names(self, asked: str, loaded: dict[str, Any], results: dict[str, Any]) -> list[str]:
+        """Under which names the results of what was asked stand: its own, or those of the tasks in it."""
+        if _measures(results.get(asked, {})):
+            return [asked]
+        inside = loaded["group_map"].get(asked) or [name for name in loaded["tasks"] if name not in self.tasks]
+        return [name for name in inside if _measures(results.get(name, {}))]
+
+    def report(self, dense: Scores, pruned: Scores, dense_run: str) -> dict[str, dict[str, Any]]:
+        """What the record says of each task; `stderr` is the pruned score's."""
+        reports = {}
+        for task, after in pruned.items():
+            before = dense[task]["measures"]
+            score = self.score if self.score in before else next(iter(before))
+            both = {
+                measure: {
+                    "dense": before[measure][0],
+                    "pruned": value,
+                    "stderr": stderr,
+                    "dense_stderr": before[measure][1],
+                }
+                for measure, (value, stderr) in after["measures"].items()
+            }
+            reports[task] = both[score] | {"n": after["n"], "score": score, "dense_run": dense_run, "measures": both}
+        return reports
+
+
+def definition(file: Path) -> dict[str, Any]:
+    """A task's YAML with what it includes; functions and numbers stay text."""
+    import yaml
+
+    own: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    includes = own.pop("include", [])
+    for include in [includes] if isinstance(includes, str) else includes:
+        own = definition(file.parent / include) | own
+    return own
+
+
+@cache
+def task_file(name: str) -> Path | None:
+    """The file in which lm-eval defines the single task of this name; None where none says so plainly."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("lm_eval")  # which is not imported for that
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent / "tasks"
+    says = re.compile(rf"^task: *[\"']?{re.escape(name)}[\"']? *$", re.MULTILINE)
+    near = root / NEAR.get(name, name.partition("_")[0])  # where most of them are
+    for folder in (near, root) if near.is_dir() else (root,):
+        for file in sorted(folder.rglob("*.yaml")):
+            if says.search(file.read_text(encoding="utf-8")):
+                return file
+    return None
+
+
+@cache
+def _index() -> Any:
+    """lm-eval's own index of tasks, groups and tags."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _loaded(manager: Any, name: str) -> dict[str, Any]:
+    """One task, group or tag with its data."""
+    from esparse.data.hub import from_cache_where_out_of_reach
+
+    with from_cache_where_out_of_reach():
+        try:
+            return dict(manager.load([name]))
+        except Exception as cause:  # the hub, `datasets` and the network fail in many unrelated types
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+            raise ConnectionError(
+                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had ({reason}): fill "
+                f"the cache where there is internet, or give local copies: zeroshot.data=DIR with "
+                f"DIR/{name}/<split>.jsonl or .parquet"
+            ) from cause
+
+
+def _builtin() -> dict[str, Any]:
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    from esparse.data.choices import questions
+
+    rows = [dict(question) for question in questions()]
+    task = ConfigurableTask(
+        config={
+            "task": BUILTIN,
+            "custom_dataset": lambda **kwargs: DatasetDict({"held-out": Dataset.from_list(rows)}),
+            "test_split": "held-out",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{endings}}",
+            "doc_to_target": "{{label}}",
+            "target_delimiter": "",
+            "num_fewshot": 0,
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            ],
+        }
+    )
+    return {"tasks": {BUILTIN: task}, "groups": {}, "group_map": {}}
+
+
+def _copy(folder: Path, split: str) -> Path | None:
+    return next((path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()), None)
+
+
+def _measures(result: dict[str, Any]) -> dict[str, list[float | None]]:
+    """Value and standard error by measure: lm-eval writes `acc,none` and `acc_stderr,none`."""
+    measures: dict[str, list[float | None]] = {}
+    for key, value in result.items():
+        measure, comma, which = key.partition(",")
+        if comma and not measure.endswith("_stderr") and isinstance(value, int | float):
+            stderr = result.get(f"{measure}_stderr,{which}")
+            measures.setdefault(measure, [float(value), stderr if isinstance(stderr, float) else None])
+    return measures
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, neither lm-eval nor `datasets` prints, warns or draws bars: the run has a bar of its own."""
+    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
