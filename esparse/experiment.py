@@ -20,13 +20,14 @@ from esparse import __version__, patterns
 from esparse.allocations import Allocation
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from esparse.export import Export
 from esparse.metrics import Metric
 from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
 from esparse.report import LayerReport, Stages, as_dicts, write_json
-from esparse.shuffles import Shuffle
+from esparse.shuffles import NoShuffle, Shuffle
 from esparse.tracking import NoTracking, Tracking
 from esparse.updates import Update
 
@@ -58,6 +59,7 @@ class Experiment:
     update: Update
     recovery: Recovery
     evaluate: Perplexity
+    export: Export
     tracking: Tracking
     pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
     outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
@@ -71,6 +73,7 @@ class Experiment:
         pattern = self.parsed_pattern()
         for component in (self.allocation, self.shuffle, self.update, self.recovery):
             component.check(pattern)
+        self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
             raise ValueError(
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
@@ -143,6 +146,7 @@ def run(
     """
     from esparse import audit
     from esparse.evaluate.perplexity import perplexity
+    from esparse.export import Finished
     from esparse.journal import Journal
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
@@ -169,6 +173,7 @@ def run(
             ranks=ranks,
         )
         check_store(blocks, method)
+        experiment.export.ready(blocks, experiment.recovery, folder)
         longest = longest_sequence(model)
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
@@ -247,6 +252,12 @@ def run(
             "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
             "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
         }
+        with stages("export"):
+            exported = experiment.export.write(Finished(blocks, tokenizer, pruned, tokens_SL, record, folder))
+        if exported is not None:
+            record["export"] = exported
+            record["seconds"] = round(time.perf_counter() - clock + sum(journal.seconds.values()), 3)
+            record["seconds_by_stage"]["export"] = round(stages.seconds["export"], 3)
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record

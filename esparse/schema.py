@@ -19,6 +19,9 @@ from esparse.allocations.owl import Owl
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.experiment import Experiment
+from esparse.export import NoExport
+from esparse.export.dense import Dense
+from esparse.export.packed import Packed
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
 from esparse.metrics.gradient import Gradient
@@ -86,6 +89,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "then": RecoverThen,
     },
     "evaluate": {"any": Perplexity},
+    "export": {"none": NoExport, "dense": Dense, "packed": Packed},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 

@@ -16,7 +16,7 @@ Shapes: O outputs, I inputs, K survivors of a row, S salient ones, G groups, M w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,23 @@ class PackedMatrix:
     def nbytes(self) -> int:
         parts = (self.values_OK, self.bits_OB, self.salient_values_OS, self.salient_places_OS)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def restored(self, order_I: Tensor) -> PackedMatrix:
+        """The same with its columns in another order: column k becomes column `order_I[k]`.
+
+        Groups then no longer stand side by side, but every row has as many survivors as before. ValueError for salient
+        weights, whose places are those within a run of columns.
+        """
+        if self.salient_values_OS is not None:
+            raise ValueError("salient weights are found by their runs of columns, which cannot be put into another order")
+        back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))
+        values, bits = [], []
+        for first in range(0, len(self.values_OK), 256):  # rows
+            rows = slice(first, first + 256)
+            keep_OI = unpacked_bits(self.bits_OB[rows], self.inputs)[:, back_I]
+            values.append(self.dense(first, first + 256)[:, back_I].masked_select(keep_OI))
+            bits.append(packed_bits(keep_OI))
+        return replace(self, values_OK=torch.cat(values).view_as(self.values_OK), bits_OB=torch.cat(bits))
 
     def dense(self, first: int = 0, end: int | None = None) -> Tensor:
         """The rows `first` to `end` with their zeros."""
