@@ -249,7 +249,7 @@ def run(
             },
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
-            "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
+            "seconds_by_stage": _rounded(journal.with_earlier(stages)),
             "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
         }
         with stages("export"):
@@ -257,7 +257,7 @@ def run(
         if exported is not None:
             record["export"] = exported
             record["seconds"] = round(time.perf_counter() - clock + sum(journal.seconds.values()), 3)
-            record["seconds_by_stage"]["export"] = round(stages.seconds["export"], 3)
+            record["seconds_by_stage"] = _rounded(journal.with_earlier(stages))
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record
@@ -380,6 +380,10 @@ def memory(
         "metadata_bits": metadata_bits,
         "bits_per_weight": 8 * element_bytes * pruned.survivors / pruned.weights + metadata_bits,
     }
+
+
+def _rounded(seconds_by_stage: dict[str, float]) -> dict[str, float]:
+    return {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()}
 
 
 def _settle(device: torch.device) -> Callable[[], None]:

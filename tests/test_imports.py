@@ -17,11 +17,13 @@ LAYERS = [
     {"patterns", "linalg", "report", "cores", "ranks"},
     {"models", "data"},
     {"stats"},
+    {"packed"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method"},
     {"walk"},
     {"prune", "plan"},
+    {"export"},
     {"experiment", "tables"},
     {"schema"},
     {"session"},
@@ -30,7 +32,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"schema", "session"},
     "wandb": {"tracking"},
-    "transformers": {"models", "data", "session", "experiment"},
+    "transformers": {"models", "data", "packed", "export", "session", "experiment"},
     "datasets": {"data"},
 }
 

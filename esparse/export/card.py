@@ -19,8 +19,8 @@ def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
     how = "An ordinary Hugging Face checkpoint: pruned weights are zeros, so it is as large as the dense model."
     if facts["order"] == "original" and _shuffled(record):
         how += (
-            " Groups were cut in shuffled orders of the columns (`orders.safetensors` of the run), and the columns stand"
-            " in their own order here: kernels for n:m would not find groups in it."
+            " Groups were cut in shuffled orders of the columns (`orders.safetensors` of the run), and the columns "
+            "stand in their own order here: kernels for n:m would not find groups in it."
         )
     return _card(record, facts, how, "")
 
@@ -29,7 +29,7 @@ def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
     """That of a checkpoint in esparse's format."""
     how = (
         f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and an "
-        "index. It needs `pip install esparse`; transformers loads it once esparse is imported, and checks the files' "
+        "index. It needs the Python package esparse; transformers loads it once that is imported, and checks the files' "
         "checksums. The model computes from the packed weights."
     )
     if facts["gathers"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.export import Finished, ToFolder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from esparse.models.blocks import BlockModel
     from esparse.recoveries import Recovery
 
@@ -34,8 +35,8 @@ class Dense(ToFolder):
         without = [matrix.name for matrix in layers if matrix.layer is not None and matrix.layer.bias is None]
         if without:
             raise ValueError(
-                f"the recovery gives biases to layers that have none ({without[0]}, ...), and an ordinary checkpoint of "
-                f"{type(blocks.model).__name__} has no place for them: use export=packed"
+                f"the recovery gives biases to layers that have none ({without[0]}, ...), and an ordinary checkpoint "
+                f"of {type(blocks.model).__name__} has no place for them: use export=packed"
             )
 
     def write(self, run: Finished) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Dense(ToFolder):
         with Draft(self.place(run.folder), run) as draft:
             for tensors, plan in parts(run, physical=physical, gathers=False):
                 draft.add(on_disk(run, {name: plan.stored(name, value) for name, value in tensors.items()}, dtype))
-                absorbed += len(plan.columns)
+                absorbed += plan.absorbed
                 left += plan.left
             facts = {
                 "path": str(draft.place),

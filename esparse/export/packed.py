@@ -101,7 +101,7 @@ class Packed(ToFolder):
         from esparse.packed.matrix import pack, to_file
 
         packed: dict[str, Tensor] = {}
-        for name in tensors.keys() & matrices.keys():
+        for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
             stored = cast(plan.stored(name, tensors[name]), dtype)
@@ -118,6 +118,6 @@ class Packed(ToFolder):
             packed |= {f"{layer}.input_order": order.int() for layer, order in plan.before.items()}
             contents.behind += plan.behind
             contents.before += plan.before
-            contents.absorbed += sum(name in plan.columns for name in plan.columns) - len(plan.before)
+            contents.absorbed += plan.absorbed
         rest = {name: plan.stored(name, value) for name, value in tensors.items() if name not in matrices}
         return packed | on_disk(run, rest, dtype)

@@ -35,6 +35,7 @@ class Reordered:
     rows: dict[str, Tensor] = field(default_factory=dict)  # of weight and bias, by the weight's name
     behind: dict[str, Tensor] = field(default_factory=dict)  # gathers behind a norm, by the module's name
     before: dict[str, Tensor] = field(default_factory=dict)  # gathers in front of a layer, likewise
+    absorbed: int = 0  # tensors that come in their order by themselves
     left: list[str] = field(default_factory=list)  # weights that keep their columns' own order, and had another
     transposed: set[str] = field(default_factory=set)
 
@@ -75,6 +76,7 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
             continue
         if rows is not None:
             plan.rows |= {matrix.entry: order_R for matrix, order_R in rows}
+            plan.absorbed += 1
         elif norm is not None and _gathered_behind(wiring, group, norm[1], order_I):
             plan.behind[norm[0]] = order_I
         else:
@@ -170,8 +172,8 @@ def _follows(
     with _restored([*orders, *group.matrices]):
         for matrix, order_R in orders.items():
             _set(matrix.view(), 0, order_R)
-            if isinstance(bias := getattr(matrix.layer, "bias", None), nn.Parameter):
-                _set(bias.data, 0, order_R)
+            for bias_R in _biases([matrix]):
+                _set(bias_R, 0, order_R)
         after_TI = wiring.tensor(None, group)
         expected_TI = before_TI[:, order_I.to(before_TI.device)]
         if not wiring.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype):
@@ -198,14 +200,17 @@ def _gathered_behind(wiring: Wiring, group: InputGroup, norm: nn.Module, order_I
 @contextmanager
 def _restored(matrices: list[Matrix]) -> Iterator[None]:
     """Gives these matrices and their biases back the values they had, whatever happens."""
-    stored = [matrix.parameter.data for matrix in matrices]
-    stored += [m.layer.bias.data for m in matrices if isinstance(getattr(m.layer, "bias", None), nn.Parameter)]
-    saved = [(value, value.clone()) for value in stored]
+    saved = [(value, value.clone()) for value in (*(m.parameter.data for m in matrices), *_biases(matrices))]
     try:
         yield
     finally:
         for value, before in saved:
             value.copy_(before)
+
+
+def _biases(matrices: list[Matrix]) -> list[Tensor]:
+    found = [getattr(matrix.layer, "bias", None) for matrix in matrices]
+    return [bias.data for bias in found if isinstance(bias, nn.Parameter)]
 
 
 def _set(stored: Tensor, dim: int, order: Tensor) -> None:

@@ -71,6 +71,11 @@ class PackedLinear(nn.Module):
     def _keep_values(self, name: str, value: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
+    @property
+    def weight(self) -> Tensor:
+        """The surviving values (O x K), for code that asks a layer's weight for its device or precision."""
+        return self.values
+
     def packed(self) -> PackedMatrix:
         """The weights, sharing memory with the layer."""
         salient_values = getattr(self, "salient_values", None)
@@ -86,14 +91,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed()
-        x_TI = x.flatten(0, -2)
+        x_TI = x.reshape(-1, self.in_features)
         y_TO = x.new_empty(len(x_TI), self.out_features)
         rows = max(1, TILE_BYTES // (self.in_features * x.element_size()))
         for first in range(0, self.out_features, rows):
             end = min(first + rows, self.out_features)
             bias_R = None if self.bias is None else self.bias[first:end]
             y_TO[:, first:end] = linear(x_TI, packed.dense(first, end), bias_R)
-        return y_TO.unflatten(0, x.shape[:-1])
+        return y_TO.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, bias={self.bias is not None}"

@@ -49,7 +49,7 @@ class PackedMatrix:
         weights, whose places are those within a run of columns.
         """
         if self.salient_values_OS is not None:
-            raise ValueError("salient weights are found by their runs of columns, which cannot be put into another order")
+            raise ValueError("salient weights are found by their runs of columns, which cannot be reordered")
         back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))
         values, bits = [], []
         for first in range(0, len(self.values_OK), 256):  # rows

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-
 @register_quantization_config(METHOD)
 class EsparseConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed checkpoint's config.json."""
@@ -46,7 +45,7 @@ class EsparseConfig(QuantizationConfigMixin):
         their columns' own order while they are loaded.
         """
         if version != VERSION:
-            raise ValueError(f"the checkpoint is in version {version} of esparse's format, this esparse reads {VERSION}")
+            raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
         self.quant_method = METHOD
         self.version, self.order = version, order
         self.layers, self.files = layers, files
@@ -109,4 +108,3 @@ class EsparseQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
