@@ -366,17 +366,22 @@ def memory(
 
     `peaks` of each process: those of the host are added, of the devices the fullest one counts.
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
+    packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
     bits_per_weight: that and the surviving values.
     """
     sparse = dense_bytes - (pruned.weights - pruned.survivors) * element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
+    packable = [layer for layer in pruned.layers if layer.packed_bytes is not None]
+    rest = dense_bytes - sum(layer.dense_bytes for layer in packable)
     return {
         "peak_host_mib": round(sum(host for host, _ in peaks), 1),
         "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse,
         "saving": 1 - sparse / dense_bytes,
+        "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
+        "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
         "metadata_bits": metadata_bits,
         "bits_per_weight": 8 * element_bytes * pruned.survivors / pruned.weights + metadata_bits,
     }

@@ -28,8 +28,8 @@ def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
 def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
     """That of a checkpoint in esparse's format."""
     how = (
-        f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and an "
-        "index. It needs the Python package esparse; transformers loads it once that is imported, and checks the files' "
+        f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and "
+        "an index. It needs the Python package esparse; transformers loads it once that is imported, and checks the files' "
         "checksums. The model computes from the packed weights."
     )
     if facts["gathers"]:

@@ -66,7 +66,10 @@ class Draft:
     def finish(self, dtype: torch.dtype, card: str, mark: dict[str, Any], quantization: dict[str, Any] | None) -> None:
         """Writes what stands beside the weights: their index, configuration, tokenizer and the model card."""
         model = self.run.blocks.model
-        write_json(self.folder / INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._where.items()))})
+        write_json(
+            self.folder / INDEX,
+            {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._where.items()))},
+        )
         model.config.save_pretrained(self.folder)
         config = json.loads((self.folder / "config.json").read_text())
         config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}

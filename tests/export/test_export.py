@@ -63,9 +63,7 @@ def pruned(
     recovery: Recovery | None = None,
     asked: tuple[str, str | None] = ("2:4", None),
 ) -> Pruned:
-    method = Method(
-        metric=Wanda(), pattern=patterns.parse(*asked), shuffle=shuffle, recovery=recovery or NoRecovery()
-    )
+    method = Method(metric=Wanda(), pattern=patterns.parse(*asked), shuffle=shuffle, recovery=recovery or NoRecovery())
     return prune(blocks, TOKENS_SL, method, stages=Stages())
 
 

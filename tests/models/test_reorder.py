@@ -66,7 +66,9 @@ def test_a_reordered_model_computes_the_same(family: str, in_heads: bool) -> Non
     blocks, plans = reordered(family, in_heads=in_heads)
     torch.testing.assert_close(logits(blocks), expected, rtol=0, atol=1e-5)
     original = tiny(family).state_dict()
-    moved = [n for n, value in blocks.model.state_dict().items() if n in original and not torch.equal(value, original[n])]
+    moved = [
+        n for n, value in blocks.model.state_dict().items() if n in original and not torch.equal(value, original[n])
+    ]
     assert moved and all(plan.columns for plan in plans)
 
 

@@ -18,7 +18,9 @@ def in_order(n: int, m: int) -> list[int]:
     return [sum(1 << place for place in chosen) for chosen in combinations(range(m), n)]
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (3, 5), (2, 7), (8, 16), (1, 16), (2, 20)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (3, 5), (2, 7), (8, 16), (1, 16), (2, 20)]
+)
 def test_numbers_are_places_among_the_combinations(n: int, m: int) -> None:
     words_N = torch.tensor(in_order(n, m))
     assert codes.numbers(words_N, n, m).tolist() == list(range(math.comb(m, n)))

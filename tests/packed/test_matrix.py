@@ -13,7 +13,15 @@ from esparse.packed import matrix
 from esparse.packed.matrix import from_file, pack, packed_bits, to_file
 from esparse.patterns import NM
 
-PATTERNS = [("2:4", None), ("4:8", None), ("8:16", None), ("1:4", None), ("3:5", None), ("16:32", None), ("32:64", None)]
+PATTERNS = [
+    ("2:4", None),
+    ("4:8", None),
+    ("8:16", None),
+    ("1:4", None),
+    ("3:5", None),
+    ("16:32", None),
+    ("32:64", None),
+]
 PATTERNS += [("2:4", "4:16"), ("8:16", "2:64"), ("8:16", "16:256"), ("2:4", "30:1024")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
