@@ -29,8 +29,8 @@ def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
     """That of a checkpoint in esparse's format."""
     how = (
         f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and "
-        "an index. It needs the Python package esparse; transformers loads it once that is imported, and checks the files' "
-        "checksums. The model computes from the packed weights."
+        "an index, and the model computes from these. It needs the Python package esparse: once that is imported, "
+        "transformers knows the format. A file that is damaged or cut short is refused by its checksum."
     )
     if facts["gathers"]:
         how += f" The channels of {facts['gathers']} tensors are gathered while it runs; all else was absorbed."
