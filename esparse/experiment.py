@@ -21,13 +21,14 @@ from esparse.allocations import Allocation
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.evaluate.zeroshot import Scores, ZeroShot
+from esparse.export import Export
 from esparse.metrics import Metric
 from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
 from esparse.report import LayerReport, Stages, as_dicts, write_json
-from esparse.shuffles import Shuffle
+from esparse.shuffles import NoShuffle, Shuffle
 from esparse.tracking import NoTracking, Tracking
 from esparse.updates import Update
 
@@ -59,6 +60,7 @@ class Experiment:
     recovery: Recovery
     evaluate: Perplexity
     zeroshot: ZeroShot
+    export: Export
     tracking: Tracking
     pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
     outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
@@ -73,6 +75,7 @@ class Experiment:
         pattern = self.parsed_pattern()
         for component in (self.allocation, self.shuffle, self.update, self.recovery):
             component.check(pattern)
+        self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
             raise ValueError(
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
@@ -146,6 +149,7 @@ def run(
     from esparse import audit
     from esparse.evaluate import zeros
     from esparse.evaluate.perplexity import perplexity, window_losses
+    from esparse.export import Finished
     from esparse.journal import Journal
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
@@ -172,6 +176,7 @@ def run(
             ranks=ranks,
         )
         check_store(blocks, method)
+        experiment.export.ready(blocks, experiment.recovery, folder)
         longest = longest_sequence(model)
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
@@ -269,9 +274,15 @@ def run(
             **({"profile": zeros.report(dense_shares, shares, tokens_SL)} if shares else {}),
             "layers": as_dicts(pruned.layers),
             "recovery": as_dicts(pruned.recoveries),
-            "seconds_by_stage": {s: round(seconds, 3) for s, seconds in journal.with_earlier(stages).items()},
+            "seconds_by_stage": _rounded(journal.with_earlier(stages)),
             "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
         }
+        with stages("export"):
+            exported = experiment.export.write(Finished(blocks, tokenizer, pruned, tokens_SL, record, folder))
+        if exported is not None:
+            record["export"] = exported
+            record["seconds"] = round(time.perf_counter() - clock + sum(journal.seconds.values()), 3)
+            record["seconds_by_stage"] = _rounded(journal.with_earlier(stages))
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record
@@ -374,20 +385,29 @@ def memory(
 
     `peaks` of each process: those of the host are added, of the devices the fullest one counts.
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
+    packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
     bits_per_weight: that and the surviving values.
     """
     sparse = dense_bytes - (pruned.weights - pruned.survivors) * element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
+    packable = [layer for layer in pruned.layers if layer.packed_bytes is not None]
+    rest = dense_bytes - sum(layer.dense_bytes for layer in packable)
     return {
         "peak_host_mib": round(sum(host for host, _ in peaks), 1),
         "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse,
         "saving": 1 - sparse / dense_bytes,
+        "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
+        "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
         "metadata_bits": metadata_bits,
         "bits_per_weight": 8 * element_bytes * pruned.survivors / pruned.weights + metadata_bits,
     }
+
+
+def _rounded(seconds_by_stage: dict[str, float]) -> dict[str, float]:
+    return {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()}
 
 
 def _settle(device: torch.device) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from esparse.metrics import Metric
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.matrices import Matrix
+from esparse.packed.sizes import of_matrix
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
 from esparse.recoveries import PrunedModel
@@ -217,6 +218,10 @@ def _prune_group(
         _remember(pruned, matrix, solution.keep_OI, grouping)
         report = _report(matrix, weight_OI, solution, score_OI, x_SI)
         report.pattern = str(pattern)
+        report.dense_bytes = matrix.view().nbytes
+        if pattern.parts() and matrix.expert is None:
+            size = of_matrix(pattern, *matrix.view().shape, matrix.parameter.dtype)
+            report.packed_bytes, report.file_bytes = size.in_memory, size.on_disk
         report.seconds = shared + time.perf_counter() - start
         reports.append(report)
     return reports

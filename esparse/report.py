@@ -24,6 +24,8 @@ class LayerReport:
 
     kept_score: share of the matrix's total score that survived (0 to 1). relative_error:
     ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None where no token came.
+    Bytes: of the dense matrix, and of the packed one in memory and on disk, None where `export=packed` leaves it dense
+    (experts, patterns without n:m).
     """
 
     name: str
@@ -34,6 +36,9 @@ class LayerReport:
     error_tokens: int
     seconds: float
     pattern: str = ""
+    dense_bytes: int = 0
+    packed_bytes: int | None = None
+    file_bytes: int | None = None
 
 
 @dataclass(slots=True)

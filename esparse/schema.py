@@ -20,6 +20,9 @@ from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.evaluate.zeroshot import ZeroShot
 from esparse.experiment import Experiment
+from esparse.export import NoExport
+from esparse.export.dense import Dense
+from esparse.export.packed import Packed
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
 from esparse.metrics.gradient import Gradient
@@ -88,6 +91,7 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "evaluate": {"any": Perplexity},
     "zeroshot": {"any": ZeroShot},
+    "export": {"none": NoExport, "dense": Dense, "packed": Packed},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 

@@ -68,6 +68,7 @@ def test_the_contracts_defaults() -> None:
         "calibration": "builtin",
         "evaluate": "builtin",
         "zeroshot": "none",
+        "export": "none",
         "tracking": "wandb",
     }
     assert asked["choices"] == expected

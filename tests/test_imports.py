@@ -17,12 +17,15 @@ LAYERS = [
     {"patterns", "linalg", "report", "cores", "ranks"},
     {"models", "data"},
     {"stats"},
+    {"packed"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method", "curves"},
     {"walk", "pictures"},
     {"prune", "plan", "page"},
+    {"export"},
     {"experiment", "tables"},
+    {"published"},
     {"schema"},
     {"session"},
 ]
@@ -30,7 +33,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"schema", "session"},
     "wandb": {"tracking"},
-    "transformers": {"models", "data", "evaluate", "session", "experiment"},
+    "transformers": {"models", "data", "evaluate", "packed", "export", "session", "experiment"},
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
 }

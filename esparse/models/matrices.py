@@ -98,6 +98,10 @@ class BlockMatrices:
         of_layers = {matrix.entry: matrix.parameter for matrix in self._layers.values()}
         return of_layers | dict(self._stacks.values())
 
+    def layers(self) -> list[Matrix]:
+        """The matrices that are layers of their own; experts, which are known by their use, are not among them."""
+        return list(self._layers.values())
+
     def _skipped(self, name: str) -> bool:
         return name.rpartition(".")[2] in ROUTERS or any(p.search(name) for p in self._left_alone)
 

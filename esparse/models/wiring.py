@@ -101,7 +101,7 @@ class Wiring:
                 return None  # layers that did not run may read it as well
             candidates = (Producer.of_norm(norm, self._norms[norm], offset) for offset in (0.0, 1.0))
             return next((producer for producer in candidates if self.makes(producer, group, before_TI)), None)
-        for matrix in self._earlier(group):
+        for matrix in self.earlier(group):
             for rows_V in row_sets(matrix.view().shape[0], group.inputs, heads=matrix.expert is None):
                 maps = [Producer.of_matrix(matrix, row_of_I) for row_of_I in row_maps(rows_V, group.inputs)]
                 # First whether these rows make it at all: if not, no way to deal them out will fit.
@@ -128,8 +128,7 @@ class Wiring:
             for stored, value in saved:
                 stored.copy_(value)
         expected_TI = before_TI * factor_I.to(before_TI.device)
-        wrong_I = (after_TI - expected_TI).norm(dim=0)
-        return bool((wrong_I <= _tolerance(group.matrices[0].parameter.dtype) * expected_TI.norm(dim=0)).all())
+        return self.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype)
 
     @torch.no_grad()
     def changed(self, links: Sequence[Link], change: Callable[[Link], None]) -> bool:
@@ -140,13 +139,37 @@ class Wiring:
         saved = [(stored, stored.clone()) for link in links for stored in link.stored()]
         for link in links:
             change(link)
-        after = self.block.activations.run(self.block.index, 0)
-        wrong = float((after.float() - self._returned.float()).norm())
-        if wrong < _tolerance(after.dtype) * float(self._returned.float().norm()):
+        if self.same():
             return True
         for stored, value in saved:
             stored.copy_(value)
         return False
+
+    def same(self) -> bool:
+        """Whether the block returns for the first micro-batch what it returned when it was watched."""
+        after = self.block.activations.run(self.block.index, 0)
+        wrong = float((after.float() - self._returned.float()).norm())
+        return wrong < _tolerance(after.dtype) * float(self._returned.float().norm())
+
+    def follows(self, after_TI: Tensor, expected_TI: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a tensor is what was expected of it, channel by channel, up to the rounding of this precision."""
+        wrong_I = (after_TI - expected_TI).norm(dim=0)
+        return bool((wrong_I <= _tolerance(dtype) * expected_TI.norm(dim=0)).all())
+
+    def source(self, group: InputGroup) -> str | None:
+        """The norm whose output a group reads; None where it reads something else."""
+        return self._source[group]
+
+    def norm_before(self, group: InputGroup) -> tuple[str, nn.Module] | None:
+        """The norm whose output this group reads and nothing else does, as far as is known; None without one."""
+        norm = self._source[group]
+        if norm is None or norm in self._router_source.values():
+            return None
+        if [g for g in self.matrices.groups if self._source[g] == norm] != [group]:
+            return None
+        if any(group.inputs in parameter.shape for parameter in self._unused):
+            return None  # layers that did not run may read it as well
+        return norm, self._norms[norm]
 
     def _settle(self) -> None:
         """Adds what no token reached: an expert reads what its siblings read, of a layer nothing is known."""
@@ -166,7 +189,7 @@ class Wiring:
             return [group]
         return [g for g in self.matrices.groups if g.matrices[0].entry == first.entry]
 
-    def _earlier(self, group: InputGroup) -> Iterator[Matrix]:
+    def earlier(self, group: InputGroup) -> Iterator[Matrix]:
         """The matrices used before the group, the last one first; for an expert, its own ones."""
         groups = self.matrices.groups
         for before in reversed(groups[: groups.index(group)]):

@@ -44,13 +44,24 @@ class NM(Pattern):
 
     def excess(self, counts_OI: Tensor) -> Tensor:
         """By how much each group's sum is above what may survive of it (O x G, a shorter last group included)."""
+        return (self._counts(counts_OI) - self._allowed(counts_OI)).clamp_(min=0)
+
+    def _counts(self, counts_OI: Tensor) -> Tensor:
         import torch
 
         groups_OGM = filled(counts_OI, self.m).unflatten(-1, (-1, self.m))
-        allowed_G = torch.full(groups_OGM.shape[-2:-1], self.n, device=counts_OI.device)
-        if tail := counts_OI.shape[-1] % self.m:
-            allowed_G[-1] = self._tail_survivors(tail)
-        return (groups_OGM.sum(-1) - allowed_G).clamp_(min=0)
+        if self.m > 32:
+            return groups_OGM.sum(-1)
+        sum_OG = groups_OGM[..., 0].to(torch.int32)
+        for place in range(1, self.m):  # several times as fast as a sum over so short a dimension
+            sum_OG += groups_OGM[..., place]
+        return sum_OG
+
+    def _allowed(self, counts_OI: Tensor) -> Tensor:
+        import torch
+
+        allowed = [n for count, n, _ in self.groups(counts_OI.shape[-1]) for _ in range(count)]
+        return torch.tensor(allowed, device=counts_OI.device)
 
     def metadata_bits(self, outputs: int, inputs: int) -> int:
         groups, tail = divmod(inputs, self.m)
@@ -65,6 +76,45 @@ class NM(Pattern):
 
     def shuffled_groups(self, inputs: int) -> NM | None:
         return self if self.grouped_inputs(inputs) else None
+
+    def parts(self) -> tuple[NM, ...]:
+        return (self,)
+
+    def split(self, keep_OI: Tensor) -> list[Tensor]:
+        return [self.exactly(keep_OI)]
+
+    def survivors(self, inputs: int) -> int:
+        """How many weights of a row survive."""
+        return sum(count * n for count, n, _ in self.groups(inputs))
+
+    def groups(self, inputs: int) -> list[tuple[int, int, int]]:
+        """How many groups a row is cut into, how many weights of each survive, and of how many: whole ones, the tail.
+
+        Without those that a row has none of.
+        """
+        count, tail = divmod(inputs, self.m)
+        cut = [(count, self.n, self.m), (1, self._tail_survivors(tail), tail)]
+        return [(count, n, m) for count, n, m in cut if count * m]
+
+    def exactly(self, keep_OI: Tensor) -> Tensor:
+        """A mask that keeps of every group exactly as many as may survive.
+
+        Of too many survivors those with the lowest index, and where there are too few, pruned weights likewise.
+        """
+        import torch
+
+        if not (self._counts(keep_OI) - self._allowed(keep_OI)).any():
+            return keep_OI
+        parts, start = [], 0
+        for count, n, m in self.groups(keep_OI.shape[-1]):
+            keep_OGM = keep_OI[..., start : start + count * m].unflatten(-1, (count, m))
+            first_OGM = keep_OGM & (keep_OGM.cumsum(-1, dtype=torch.int32) <= n)
+            short_OG1 = n - first_OGM.sum(-1, keepdim=True, dtype=torch.int32)
+            others_OGM = ~keep_OGM
+            more_OGM = others_OGM & (others_OGM.cumsum(-1, dtype=torch.int32) <= short_OG1)
+            parts.append((first_OGM | more_OGM).flatten(-2))
+            start += count * m
+        return torch.cat(parts, -1)
 
     @property
     def swap_width(self) -> int:
@@ -109,6 +159,13 @@ class Salient(Pattern):
 
     def cuts(self, inputs: int) -> list[slice]:
         return self.outliers.cuts(inputs)
+
+    def parts(self) -> tuple[NM, ...]:
+        return (self.base, self.outliers)
+
+    def split(self, keep_OI: Tensor) -> list[Tensor]:
+        placed_OI = self.base.exactly(keep_OI)
+        return [placed_OI, self.outliers.exactly(keep_OI & ~placed_OI)]
 
     def shuffled_groups(self, inputs: int) -> NM | None:
         """That of the base: what its groups can hold need not be recovered."""

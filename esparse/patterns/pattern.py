@@ -41,6 +41,17 @@ class Pattern(ABC):
         """The n:m whose groups a shuffle of so many channels forms; None where there is no whole group."""
         return None
 
+    def parts(self) -> tuple[NM, ...]:
+        """The n:m that the pattern is the sum of, each of which can be stored by itself; none where there are none."""
+        return ()
+
+    def split(self, keep_OI: Tensor) -> list[Tensor]:
+        """A mask that holds the pattern as one for each of `parts`, which between them keep all that it keeps.
+
+        Each keeps exactly as many as may survive of each of its groups: pruned weights, too, where there are too few.
+        """
+        return []
+
     @property
     def swap_width(self) -> int | None:
         """Within groups of so many inputs a kept and a pruned weight may change places; None where there are none."""

@@ -68,6 +68,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery works on one scale or another, s
         """Whether `whole` is given the dense model: a copy of it is kept on the host then."""
         return False
 
+    def adds_biases(self) -> bool:
+        """Whether `layer` may give a bias to a layer that has none."""
+        return False
+
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         """The layer after the recovery, where `pruned` is how the update left it."""
         return pruned
@@ -112,6 +116,9 @@ class Then(Recovery):
 
     def needs_parent(self) -> bool:
         return self.first.needs_parent() or self.second.needs_parent()
+
+    def adds_biases(self) -> bool:
+        return self.first.adds_biases() or self.second.adds_biases()
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         return self.second.layer(layer, self.first.layer(layer, pruned))

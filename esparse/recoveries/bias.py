@@ -29,6 +29,9 @@ class Bias(Recovery):
 
         return {"moments": ColumnMoments}
 
+    def adds_biases(self) -> bool:
+        return True
+
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         lost_OI = layer.dense_OI - pruned.weight_OI
         return replace(pruned, shift_O=lost_OI @ layer.stats["moments"].mean_I())

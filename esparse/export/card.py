@@ -1,0 +1,91 @@
+"""The model card that goes with an export: how it was made, what was measured of it, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LOAD = """```python
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+inputs = tokenizer("The quick brown fox", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```"""
+
+
+def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
+    """That of an ordinary checkpoint with zeros."""
+    how = "An ordinary Hugging Face checkpoint: pruned weights are zeros, so it is as large as the dense model."
+    if facts["order"] == "original" and _shuffled(record):
+        how += (
+            " Groups were cut in shuffled orders of the columns (`orders.safetensors` of the run), and the columns "
+            "stand in their own order here: kernels for n:m would not find groups in it."
+        )
+    return _card(record, facts, how, "")
+
+
+def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
+    """That of a checkpoint in esparse's format."""
+    how = (
+        f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and "
+        "an index, and the model computes from these. It needs the Python package esparse: once that is imported, "
+        "transformers knows the format. A file that is damaged or cut short is refused by its checksum."
+    )
+    if facts["gathers"]:
+        how += f" The channels of {facts['gathers']} tensors are gathered while it runs; all else was absorbed."
+    return _card(record, facts, how, "import esparse  # noqa: F401  transformers then knows the format\n")
+
+
+def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -> str:
+    name, sparsity, config = record["model"]["name"], record["sparsity"], record["config"]
+    choices = ", ".join(f"{group}={option}" for group, option in config["choices"].items() if group in METHOD)
+    calibration = config["calibration"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [sparse, pruned, esparse]",
+        "---",
+        "",
+        f"# {name}, pruned to {sparsity['pattern']}",
+        "",
+        how,
+        "",
+        "## Recipe",
+        "",
+        f"- made by esparse {record['environment']['esparse']} from `{config['model']['path']}`, run `{record['id']}`",
+        f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
+        f"{record['model']['pruned_parameters']:,} weights are left",
+        f"- {choices}",
+        f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
+        f"{calibration['seed']}",
+        "",
+        "## Measured",
+        "",
+        *_numbers(record),
+        f"- {facts['bytes']:,} bytes of tensors in {facts['dtype']}",
+        "",
+        "## Loading",
+        "",
+        LOAD.format(first=first),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
+
+
+def _numbers(record: dict[str, Any]) -> list[str]:
+    if not record["quality"]:
+        return ["- no perplexity was measured"]
+    head = ["| perplexity on | tokens, in windows of | dense | pruned |", "|---|---|---|---|"]
+    rows = [
+        f"| {corpus} | {of['tokens']:,}, {of['sequence_length']} | {of['dense']:.2f} | {of['pruned']:.2f} |"
+        for corpus, of in record["quality"].items()
+    ]
+    return [*head, *rows, ""]
+
+
+def _shuffled(record: dict[str, Any]) -> bool:
+    return bool(record["config"]["choices"]["shuffle"] != "none")

@@ -1,0 +1,217 @@
+"""Channel orders made physical: the columns of a matrix stored in the order in which its groups are cut.
+
+Then the tensor that it reads must come in that order, too. Where rows of an earlier matrix make it, these are put into
+the order (down_proj's into the rows of gate and up; o_proj's into v_proj's, as far as it stays within the heads), and
+nothing is to be done when the model runs. Everywhere else the tensor is gathered, once for all that read it: behind
+the norm that makes it, if nothing else reads that norm, or in front of the layer. What makes a tensor is found by
+trying (models/wiring.py), for every family alike.
+
+Shapes: T tokens, I channels of a tensor, R rows of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esparse.models.block import Block
+from esparse.models.matrices import InputGroup, Matrix
+from esparse.models.producers import row_maps, row_sets
+from esparse.models.wiring import Wiring
+
+Rows = list[tuple[Matrix, Tensor]]  # matrices, each with the row that makes each channel of a tensor
+
+
+@dataclass(slots=True)
+class Reordered:
+    """How the weights of one block are to be stored. `order[k]` is the old place of what stands at place k."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)  # by the weight's name in the state dict
+    rows: dict[str, Tensor] = field(default_factory=dict)  # of weight and bias, by the weight's name
+    behind: dict[str, Tensor] = field(default_factory=dict)  # gathers behind a norm, by the module's name
+    before: dict[str, Tensor] = field(default_factory=dict)  # gathers in front of a layer, likewise
+    absorbed: int = 0  # tensors that come in their order by themselves
+    left: list[str] = field(default_factory=list)  # weights that keep their columns' own order, and had another
+    transposed: set[str] = field(default_factory=set)
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the block by its name in the state dict, as it is to be stored."""
+        columns, outputs = (0, 1) if name in self.transposed else (1, 0)
+        if name in self.columns:
+            value = value.index_select(columns, self.columns[name].to(value.device))
+        if name in self.rows:
+            value = value.index_select(outputs, self.rows[name].to(value.device))
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and weight in self.rows:
+            value = value.index_select(0, self.rows[weight].to(value.device))
+        return value
+
+
+def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reordered:
+    """How the orders of this block's weights are made physical; the block is on the device, and stays as it is.
+
+    Without `gathers` only what can be absorbed is reordered, and the rest is named. So are experts, whose input is
+    dealt out inside of one module.
+    """
+    plan, wiring = Reordered(), Wiring(block)
+    wiring.watch(lambda group, x_TI: None)
+    for group in wiring.matrices.groups:
+        ordered = [matrix for matrix in group.matrices if matrix.entry in orders]
+        if not ordered:
+            continue
+        order_I = None if ordered[0].expert is not None else orders[ordered[0].entry].long()
+        if order_I is not None and torch.equal(order_I, torch.arange(len(order_I))):
+            continue
+        rows = None if order_I is None else _absorbing(wiring, group, order_I)
+        if rows is not None and any(matrix.entry in plan.rows for matrix, _ in rows):
+            rows = None  # they are in another tensor's order already
+        norm = wiring.norm_before(group) if gathers else None
+        if order_I is None or (rows is None and not gathers):
+            plan.left += [matrix.entry for matrix in ordered if matrix.entry not in plan.left]
+            continue
+        if rows is not None:
+            plan.rows |= {matrix.entry: order_R for matrix, order_R in rows}
+            plan.absorbed += 1
+        elif norm is not None and _gathered_behind(wiring, group, norm[1], order_I):
+            plan.behind[norm[0]] = order_I
+        else:
+            plan.before |= {matrix.name: order_I for matrix in group.matrices}
+        plan.columns |= {matrix.entry: order_I for matrix in group.matrices}
+    plan.transposed = {m.entry for group in wiring.matrices.groups for m in group.matrices if m.transposed}
+    return plan
+
+
+def gather_behind(norm: nn.Module, order_I: Tensor) -> Any:
+    """From now on the norm returns its channels in this order; returns the hook."""
+    norm.register_buffer("output_order", order_I)
+    return norm.register_forward_hook(lambda module, args, out: out.index_select(-1, module.output_order))
+
+
+def gather_before(layer: nn.Module, order_I: Tensor) -> Any:
+    """From now on the layer gets its channels in this order; returns the hook."""
+    layer.register_buffer("input_order", order_I)
+    return layer.register_forward_pre_hook(
+        lambda module, args: (args[0].index_select(-1, module.input_order), *args[1:])
+    )
+
+
+@torch.no_grad()
+def apply(model: nn.Module, name: str, plan: Reordered) -> None:
+    """Reorders a block in memory, which has this name in the model; it computes what it did before."""
+    block = model.get_submodule(name)
+    for own, parameter in block.named_parameters():
+        parameter.data = plan.stored(f"{name}.{own}", parameter.data)
+    for module, order_I in plan.behind.items():
+        gather_behind(model.get_submodule(module), order_I.to(parameter.device))
+    for module, order_I in plan.before.items():
+        gather_before(model.get_submodule(module), order_I.to(parameter.device))
+
+
+def _absorbing(wiring: Wiring, group: InputGroup, order_I: Tensor) -> Rows | None:
+    """The matrices whose rows make what the group reads, with the order their rows then take; None without any."""
+    before_TI: Tensor | None = None
+    for made_by in _candidates(wiring, group):
+        orders_R = [_row_order(matrix, row_of_I, order_I) for matrix, row_of_I in made_by]
+        # Two halves of one matrix are put into order one after the other.
+        of_matrix: dict[Matrix, Tensor] = {}
+        for (matrix, _), order_R in zip(made_by, orders_R, strict=True):
+            if order_R is None:
+                break
+            of_matrix[matrix] = order_R if matrix not in of_matrix else of_matrix[matrix][order_R]
+        else:
+            before_TI = wiring.tensor(None, group) if before_TI is None else before_TI
+            if _follows(wiring, group, of_matrix, before_TI, order_I):
+                return list(of_matrix.items())
+    return None
+
+
+def _candidates(wiring: Wiring, group: InputGroup) -> Iterator[Rows]:
+    """What may make the tensor that a group reads, the likeliest first.
+
+    Layers that read one tensor and are multiplied with each other (gate and up); the same two in one matrix, side by
+    side or in turns; rows of one matrix.
+    """
+    if wiring.source(group) is not None:
+        return  # a norm's weights could be reordered, but not the hidden state in front of it
+    inputs, all_I = group.inputs, torch.arange(group.inputs)
+    groups = wiring.matrices.groups
+    for before in reversed(groups[: groups.index(group)]):
+        fitting = [m for m in before.matrices if m.expert is None and m.view().shape[0] == inputs]
+        if len(fitting) > 1:
+            yield [(matrix, all_I) for matrix in fitting]
+    for matrix in wiring.earlier(group):
+        outputs = matrix.view().shape[0]
+        if outputs == 2 * inputs:
+            yield [(matrix, all_I), (matrix, all_I + inputs)]
+            yield [(matrix, 2 * all_I), (matrix, 2 * all_I + 1)]
+        for rows_V in row_sets(outputs, inputs, heads=True):
+            for row_of_I in row_maps(rows_V, inputs):
+                yield [(matrix, row_of_I)]
+
+
+def _row_order(matrix: Matrix, row_of_I: Tensor, order_I: Tensor) -> Tensor | None:
+    """The order of a matrix's rows that puts the channels they make into this one; None where no order does.
+
+    Several channels that one row makes must stay together.
+    """
+    order_R = torch.arange(matrix.view().shape[0])
+    order_R[row_of_I] = row_of_I[order_I]
+    return order_R if torch.equal(order_R[row_of_I], row_of_I[order_I]) else None
+
+
+@torch.no_grad()
+def _follows(
+    wiring: Wiring, group: InputGroup, orders: Mapping[Matrix, Tensor], before_TI: Tensor, order_I: Tensor
+) -> bool:
+    """Whether the tensor comes in the order once these rows are in theirs, and nothing else reads it."""
+    with _restored([*orders, *group.matrices]):
+        for matrix, order_R in orders.items():
+            _set(matrix.view(), 0, order_R)
+            for bias_R in _biases([matrix]):
+                _set(bias_R, 0, order_R)
+        after_TI = wiring.tensor(None, group)
+        expected_TI = before_TI[:, order_I.to(before_TI.device)]
+        if not wiring.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype):
+            return False
+        for matrix in group.matrices:
+            _set(matrix.view(), 1, order_I)
+        return wiring.same()
+
+
+@torch.no_grad()
+def _gathered_behind(wiring: Wiring, group: InputGroup, norm: nn.Module, order_I: Tensor) -> bool:
+    """Whether the norm's output may be gathered for all that read it: the block still returns the same."""
+    with _restored(group.matrices):
+        for matrix in group.matrices:
+            _set(matrix.view(), 1, order_I)
+        hook = gather_behind(norm, order_I.to(group.matrices[0].parameter.device))
+        try:
+            return wiring.same()
+        finally:
+            hook.remove()
+            del norm.output_order
+
+
+@contextmanager
+def _restored(matrices: list[Matrix]) -> Iterator[None]:
+    """Gives these matrices and their biases back the values they had, whatever happens."""
+    saved = [(value, value.clone()) for value in (*(m.parameter.data for m in matrices), *_biases(matrices))]
+    try:
+        yield
+    finally:
+        for value, before in saved:
+            value.copy_(before)
+
+
+def _biases(matrices: list[Matrix]) -> list[Tensor]:
+    found = [getattr(matrix.layer, "bias", None) for matrix in matrices]
+    return [bias.data for bias in found if isinstance(bias, nn.Parameter)]
+
+
+def _set(stored: Tensor, dim: int, order: Tensor) -> None:
+    stored.copy_(stored.index_select(dim, order.to(stored.device)))

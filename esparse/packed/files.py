@@ -1,0 +1,30 @@
+"""Whether the files of a packed checkpoint are as they were written. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+
+def check_files(files: Sequence[Path], checksums: Mapping[str, str]) -> None:
+    """Raises ValueError that names the first file that is not as it was written."""
+    for file in files:
+        expected = checksums.get(file.name)
+        if expected is None:
+            raise ValueError(f"{file} is no part of this packed checkpoint: its config.json does not name it")
+        if checksum(file) != expected:
+            size = file.stat().st_size
+            raise ValueError(
+                f"{file} is damaged or cut short: its {size:,} bytes do not have the SHA-256 that config.json names; "
+                "copy it again"
+            )
+
+
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file in hex digits."""
+    digest = sha256()
+    with file.open("rb") as read:
+        while piece := read.read(2**24):
+            digest.update(piece)
+    return digest.hexdigest()

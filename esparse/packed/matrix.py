@@ -1,0 +1,212 @@
+"""A pruned matrix without its zeros: in memory, where it is computed from, and on disk.
+
+In memory every row has as many survivors as every other: `values` (O x K, in the order of their columns) and `bits`
+(O x ceil(I / 8), uint8): bit i (of value 2^i) of byte j is 1 where column 8 j + i survives. Salient weights stand
+beside them: `salient_values` (O x S), and for each its place in its run of 256 columns (`salient_places`, uint8; int32
+for longer runs). A matrix is the sum of both.
+
+On disk the values are as they are, and which weights survive is said in the fewest bits of three ways: as the number
+of each group's choice (m <= 32; 0.75 bits per weight for 2:4, 0.875 for 4:8 and 8:16), as the survivors' places
+(4 bits per weight of 16:128 become 0.875), or as the bits. Whole groups of all rows come first, then the tails, each
+filled to a byte.
+
+Shapes: O outputs, I inputs, K survivors of a row, S salient ones, G groups, M weights of a group, B bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esparse.packed import codes
+from esparse.patterns import NM, Pattern
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """A matrix in the form that is computed from."""
+
+    pattern: Pattern
+    inputs: int
+    values_OK: Tensor
+    bits_OB: Tensor
+    salient_values_OS: Tensor | None = None
+    salient_places_OS: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.values_OK, self.bits_OB, self.salient_values_OS, self.salient_places_OS)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def restored(self, order_I: Tensor) -> PackedMatrix:
+        """The same with its columns in another order: column k becomes column `order_I[k]`.
+
+        Groups then no longer stand side by side, but every row has as many survivors as before. ValueError for salient
+        weights, whose places are those within a run of columns.
+        """
+        if self.salient_values_OS is not None:
+            raise ValueError("salient weights are found by their runs of columns, which cannot be reordered")
+        back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))
+        values, bits = [], []
+        for first in range(0, len(self.values_OK), 256):  # rows
+            rows = slice(first, first + 256)
+            keep_OI = unpacked_bits(self.bits_OB[rows], self.inputs)[:, back_I]
+            values.append(self.dense(first, first + 256)[:, back_I].masked_select(keep_OI))
+            bits.append(packed_bits(keep_OI))
+        return replace(self, values_OK=torch.cat(values).view_as(self.values_OK), bits_OB=torch.cat(bits))
+
+    def dense(self, first: int = 0, end: int | None = None) -> Tensor:
+        """The rows `first` to `end` with their zeros."""
+        rows = slice(first, end)
+        keep_OI = unpacked_bits(self.bits_OB[rows], self.inputs)
+        values_OK = self.values_OK[rows]
+        weight_OI = values_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, values_OK)
+        if self.salient_values_OS is not None and self.salient_places_OS is not None:
+            outliers = self.pattern.parts()[1]
+            columns_OS = self.salient_places_OS[rows].long() + _starts(outliers, self.inputs).to(keep_OI.device)
+            weight_OI.scatter_add_(1, columns_OS, self.salient_values_OS[rows])
+        return weight_OI
+
+
+def pack(weight_OI: Tensor, pattern: Pattern) -> PackedMatrix:
+    """The matrix without its zeros; ValueError where it has more survivors than the pattern allows."""
+    keep_OI = weight_OI != 0
+    if not pattern.parts():
+        raise ValueError(f"the pattern {pattern} has no groups of n:m, in which weights could be packed")
+    placed_OI, *salient = pattern.split(keep_OI)
+    if (keep_OI & ~(placed_OI | salient[0] if salient else placed_OI)).any():
+        raise ValueError(f"the weights do not hold {pattern}")
+    values_OK = _taken(weight_OI, placed_OI)
+    bits_OB = packed_bits(placed_OI)
+    if not salient:
+        return PackedMatrix(pattern, weight_OI.shape[1], values_OK, bits_OB)
+    outliers = pattern.parts()[1]
+    columns_OS = salient[0].nonzero()[:, 1].view(len(weight_OI), -1)
+    places_OS = (columns_OS - _starts(outliers, weight_OI.shape[1])).to(_place_type(outliers))
+    # Where few survive, some of the salient places are among the others: nothing is to be added there.
+    values_OS = _taken(weight_OI.masked_fill(placed_OI, 0), salient[0])
+    return PackedMatrix(pattern, weight_OI.shape[1], values_OK, bits_OB, values_OS, places_OS)
+
+
+def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    values_OK = weight_OI.masked_select(keep_OI).view(len(weight_OI), -1)
+    return values_OK.masked_fill_(values_OK == 0, 0)  # no -0.0
+
+
+def packed_bits(keep_OI: Tensor) -> Tensor:
+    """A boolean mask as bytes, the lowest bit first, each row filled to a byte."""
+    return torch.from_numpy(np.packbits(keep_OI.cpu().numpy(), axis=-1, bitorder="little"))
+
+
+def unpacked_bits(bits_OB: Tensor, inputs: int) -> Tensor:
+    """The boolean mask that `packed_bits` was given."""
+    if bits_OB.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits_OB.numpy(), axis=-1, count=inputs, bitorder="little").view(bool))
+    shifts = torch.arange(8, device=bits_OB.device, dtype=torch.uint8)
+    return ((bits_OB[..., None] >> shifts) & 1).bool().flatten(-2)[..., :inputs]
+
+
+def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
+    """The tensors that stand for the matrix on disk, by the ending of their names."""
+    base, *outliers = packed.pattern.parts()
+    keep_OI = unpacked_bits(packed.bits_OB, packed.inputs)
+    tensors = {"values": packed.values_OK, "index": _index(keep_OI, base)}
+    if outliers:
+        assert packed.salient_values_OS is not None and packed.salient_places_OS is not None
+        columns_OS = packed.salient_places_OS.long() + _starts(outliers[0], packed.inputs)
+        keep_OI = torch.zeros_like(keep_OI).scatter_(1, columns_OS, True)
+        tensors |= {"salient_values": packed.salient_values_OS, "salient_index": _index(keep_OI, outliers[0])}
+    return tensors
+
+
+def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> PackedMatrix:
+    """The matrix that `to_file` was given; ValueError where the index is not one of this pattern."""
+    base, *outliers = pattern.parts()
+    outputs = len(tensors["values"])
+    bits_OB = packed_bits(_keep(tensors["index"], base, outputs, inputs))
+    if not outliers:
+        return PackedMatrix(pattern, inputs, tensors["values"], bits_OB)
+    columns_OS = _keep(tensors["salient_index"], outliers[0], outputs, inputs).nonzero()[:, 1].view(outputs, -1)
+    places_OS = (columns_OS - _starts(outliers[0], inputs)).to(_place_type(outliers[0]))
+    return PackedMatrix(pattern, inputs, tensors["values"], bits_OB, tensors["salient_values"], places_OS)
+
+
+def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors on disk by the ending of their names; an index is in bytes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, part in zip(("", "salient_"), pattern.parts(), strict=False):
+        shapes[f"{prefix}values"] = (outputs, part.survivors(inputs))
+        shapes[f"{prefix}index"] = (
+            sum(-(-outputs * count * _way(n, m)[1] // 8) for count, n, m in part.groups(inputs)),
+        )
+    return shapes
+
+
+def empty(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> PackedMatrix:
+    """A matrix in memory without its numbers, for instance on the meta device, to count its bytes."""
+    base, *outliers = pattern.parts()
+    values_OK = torch.empty(outputs, base.survivors(inputs), dtype=dtype, device=device)
+    bits_OB = torch.empty(outputs, -(-inputs // 8), dtype=torch.uint8, device=device)
+    if not outliers:
+        return PackedMatrix(pattern, inputs, values_OK, bits_OB)
+    values_OS = torch.empty(outputs, outliers[0].survivors(inputs), dtype=dtype, device=device)
+    places_OS = torch.empty(values_OS.shape, dtype=_place_type(outliers[0]), device=device)
+    return PackedMatrix(pattern, inputs, values_OK, bits_OB, values_OS, places_OS)
+
+
+def _way(n: int, m: int) -> tuple[str, int]:
+    """How a group's choice is written, and in how many bits."""
+    if m <= codes.LONGEST:
+        return "number", codes.code_bits(n, m)
+    places = n * (m - 1).bit_length()
+    return ("places", places) if places < m else ("bits", m)
+
+
+def _index(keep_OI: Tensor, pattern: NM) -> Tensor:
+    parts, start = [], 0
+    for count, n, m in pattern.groups(keep_OI.shape[1]):
+        keep_NM = keep_OI[:, start : start + count * m].reshape(-1, m)
+        start += count * m
+        way, bits = _way(n, m)
+        if way == "number":
+            parts.append(codes.to_bytes(codes.numbers(codes.words(keep_NM), n, m), bits))
+        elif way == "places":
+            parts.append(codes.to_bytes(keep_NM.nonzero()[:, 1], bits // n))
+        else:
+            parts.append(packed_bits(keep_NM.reshape(1, -1))[0])
+    return torch.cat(parts)
+
+
+def _keep(index_B: Tensor, pattern: NM, outputs: int, inputs: int) -> Tensor:
+    parts, start = [], 0
+    for count, n, m in pattern.groups(inputs):
+        groups = outputs * count
+        way, bits = _way(n, m)
+        bytes_B = index_B[start : start + -(-groups * bits // 8)]
+        start += len(bytes_B)
+        if way == "number":
+            keep_NM = codes.unworded(codes.choices(codes.from_bytes(bytes_B, groups, bits), n, m), m)
+        elif way == "places":
+            places_NK = codes.from_bytes(bytes_B, groups * n, bits // n).view(groups, n)
+            keep_NM = torch.zeros(groups, m, dtype=torch.bool).scatter_(1, places_NK.clamp_(max=m - 1), True)
+        else:
+            keep_NM = unpacked_bits(bytes_B[None], groups * m).view(groups, m)
+        if (keep_NM.sum(1) != n).any():
+            raise ValueError(f"the index names other choices than {n} of {m}: it is damaged")
+        parts.append(keep_NM.view(outputs, count * m))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _starts(pattern: NM, inputs: int) -> Tensor:
+    """The first column of the group that each survivor of a row stands in."""
+    starts = [range(cut.start, cut.stop) for cut in pattern.cuts(inputs)]
+    kept = [n for count, n, _ in pattern.groups(inputs) for _ in range(count)]
+    return torch.tensor([cut.start for cut, n in zip(starts, kept, strict=True) for _ in range(n)])
+
+
+def _place_type(pattern: NM) -> torch.dtype:
+    return torch.uint8 if pattern.m <= 256 else torch.int32

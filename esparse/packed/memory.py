@@ -1,0 +1,139 @@
+"""What n:m would save, from configurations alone: `python -m esparse.packed.memory [NAME_OR_DIR ...]`.
+
+Without arguments LLaMA-7B to 65B. Models are built on the meta device, and the bytes of all tensors are counted there:
+of the whole model, in which embeddings, norms and head stay dense, as it is in memory and as it lies on disk.
+
+E-Sparse (arXiv 2310.15929) publishes savings that come out otherwise. They are reproduced to the last digit by
+counting four d x d and only two d x f matrices per block (LLaMA has three) and one embedding (LLaMA has two, the head
+being one), with a bit per weight for the index: `counted as published`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from esparse import patterns
+from esparse.models.blocks import find_blocks
+from esparse.models.matrices import BlockMatrices
+from esparse.packed.sizes import META, Saving, of_matrix
+from esparse.patterns import Pattern
+
+PATTERNS = ("2:4", "4:8", "8:16", "8:16+16:256")
+LLAMA: dict[str, dict[str, int]] = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama-30b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
+    "llama-65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+VOCABULARY = 32000
+# Per cent saved by 2:4 on LLaMA, as E-Sparse publishes it (arXiv 2310.15929, abstract: 42.64 % to 43.52 %).
+PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
+
+
+def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
+    """Of a whole model of which all decoder layers are packed; experts, embeddings, norms and head stay dense."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    saving = Saving(total, total, total)
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for layer in BlockMatrices(block, f"{prefix}.{index}").layers():
+            packed = of_matrix(pattern, *layer.view().shape, dtype)
+            saving += Saving(0, packed.in_memory - packed.dense, packed.on_disk - packed.dense)
+    return saving
+
+
+def as_published(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
+    """What E-Sparse's figures come from: too few matrices, see above."""
+    width, inner = config.hidden_size, config.intermediate_size
+    block = of_matrix(pattern, width, width, dtype) * 4
+    block += of_matrix(pattern, inner, width, dtype) + of_matrix(pattern, width, inner, dtype)
+    embedding = nn.Embedding(config.vocab_size, width, dtype=dtype, device=META).weight.nbytes
+    return block * config.num_hidden_layers + Saving(embedding, embedding, embedding)
+
+
+def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[list[str]]:
+    """The header and a row for each model and pattern."""
+    header = [
+        "model",
+        "pattern",
+        "dense",
+        "in memory",
+        "saved",
+        "on disk",
+        "saved",
+        "counted as published",
+        "published",
+    ]
+    rows = [header]
+    for name, config in models.items():
+        for text in asked:
+            pattern = patterns.from_str(text)
+            whole = of_model(config, pattern)
+            llama = config.model_type == "llama"
+            counted = as_published(config, pattern).share_in_memory if llama else None
+            published = PUBLISHED.get(name) if text == "2:4" else None
+            rows.append(
+                [
+                    name,
+                    text,
+                    _gb(whole.dense),
+                    _gb(whole.in_memory),
+                    _percent(whole.share_in_memory),
+                    _gb(whole.on_disk),
+                    _percent(whole.share_on_disk),
+                    "" if counted is None else _percent(counted),
+                    "" if published is None else f"{published:.2f} %",
+                ]
+            )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m esparse.packed.memory", description=__doc__)
+    parser.add_argument("models", nargs="*", help="names on the hub or directories; without any LLaMA-7B to 65B")
+    parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with salient weights")
+    asked = parser.parse_args(arguments)
+    try:
+        for text in asked.patterns.split(","):
+            if not patterns.from_str(text).parts():
+                raise ValueError(f"{text} is no pattern of n:m: nothing of it could be packed")
+        models = {name.rstrip("/").rpartition("/")[2]: _config(name) for name in asked.models}
+        rows = table(models or {name: _llama(shape) for name, shape in LLAMA.items()}, asked.patterns.split(","))
+    except (ValueError, OSError) as error:
+        print(f"esparse: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return 2
+    for number, row in enumerate(rows):
+        print(f"| {' | '.join(row)} |")
+        if number == 0:
+            print("|---" * len(row) + "|")
+    print("\nIn 16-bit precision; GB are 10^9 bytes. Saved: of the whole model, embeddings, norms and head dense.")
+    return 0
+
+
+def _llama(shape: dict[str, int]) -> PretrainedConfig:
+    return AutoConfig.for_model("llama", vocab_size=VOCABULARY, **shape)
+
+
+def _config(name: str) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(str(Path(name).expanduser()))
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What transformers calls when it meets a checkpoint in esparse's format: layers without zeros take the places.
+
+`import esparse` registers it (esparse/packed/hook.py); then AutoModelForCausalLM.from_pretrained(DIR) is all. This is
+imported while transformers itself still is: what needs the whole of that is imported in the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from esparse.packed.files import check_files
+from esparse.packed.format import METHOD, VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(METHOD)
+class EsparseConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of a packed checkpoint's config.json."""
+
+    def __init__(
+        self,
+        *,
+        layers: dict[str, str],
+        files: dict[str, str],
+        version: int = VERSION,
+        order: str = "physical",
+        biases: Sequence[str] = (),
+        ordered: Sequence[str] = (),
+        behind: Sequence[str] = (),
+        before: Sequence[str] = (),
+        **other: Any,
+    ) -> None:
+        """`layers`: the pattern of each packed layer. `files`: the SHA-256 of each file of weights.
+
+        `biases`: layers with a bias that the family has no place for. With `order=physical` the channels are gathered
+        behind the norms `behind` and in front of the layers `before`; with `original` the layers `ordered` get back
+        their columns' own order while they are loaded.
+        """
+        if version != VERSION:
+            raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+        self.quant_method = METHOD
+        self.version, self.order = version, order
+        self.layers, self.files = layers, files
+        self.biases, self.ordered = list(biases), list(ordered)
+        self.behind, self.before = list(behind), list(before)
+
+
+@register_quantizer(METHOD)
+class EsparseQuantizer(HfQuantizer):
+    """Puts packed layers into the skeleton of a model, and settles them once they are filled."""
+
+    requires_calibration = True  # a model is packed by a run of esparse, not while it is loaded
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        import torch
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        from esparse import patterns
+        from esparse.models.reorder import gather_before, gather_behind
+        from esparse.packed.layer import PackedLinear
+
+        config = self.quantization_config
+        check_files([Path(file) for file in checkpoint_files or ()], config.files)
+        for name, pattern in config.layers.items():
+            old = model.get_submodule(name)
+            assert isinstance(old, nn.Linear | Conv1D)
+            outputs, inputs = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
+            layer = PackedLinear(
+                inputs,
+                outputs,
+                patterns.from_str(pattern),
+                bias=old.bias is not None or name in config.biases,
+                ordered=name in config.ordered,
+                dtype=old.weight.dtype,
+                device=old.weight.device,
+            )
+            model.set_submodule(name, layer)
+        for name in config.behind:
+            weight = model.get_submodule(name).get_parameter("weight")
+            gather_behind(model.get_submodule(name), torch.empty(len(weight), dtype=torch.int32, device=weight.device))
+        for name in config.before:
+            layer = model.get_submodule(name)
+            inputs, device = layer.in_features, next(layer.parameters()).device
+            gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name in self.quantization_config.layers:
+            try:
+                model.get_submodule(name).settle()
+            except ValueError as error:
+                raise ValueError(f"the packed layer {name} cannot be read: {error}") from error
+        return model
+
+    def is_serializable(self) -> bool:
+        return False  # the run that packed it can be asked for another export
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,259 @@
+"""Exports of small models of several families: what is loaded computes what the pruned model did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import esparse  # noqa: F401  transformers then knows the format
+from esparse import patterns
+from esparse.export import Export, Finished
+from esparse.export.dense import Dense
+from esparse.export.packed import Packed
+from esparse.method import Method
+from esparse.metrics.wanda import Wanda
+from esparse.models.blocks import BlockModel
+from esparse.models.load import BUILTIN
+from esparse.packed.layer import PackedLinear
+from esparse.prune import Pruned, prune
+from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries.bias import Bias
+from esparse.report import Stages
+from esparse.shuffles import NoShuffle, Shuffle
+from esparse.shuffles.gns import Gns
+from tests.models.families import tiny
+from tests.models.test_store import opened, saved
+
+CPU = torch.device("cpu")
+TOKENS_SL = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(5))
+GNS = Gns(deal="straight")
+RECORD: dict[str, Any] = {
+    "id": "0123abcd",
+    "model": {"name": "small", "pruned_parameters": 1000},
+    "sparsity": {"pattern": "2:4", "density": 0.5},
+    "quality": {"text": {"dense": 2.0, "pruned": 3.0, "tokens": 64, "sequence_length": 16}},
+    "environment": {"esparse": "0"},
+    "config": {
+        "model": {"path": "small"},
+        "choices": {"metric": "wanda", "shuffle": "gns"},
+        "calibration": {"sequences": 4, "corpus": None, "seed": 0},
+    },
+}
+
+
+def packed(**settings: Any) -> Packed:
+    return Packed(**({"path": None, "dtype": "auto", "order": "physical"} | settings))
+
+
+def dense(**settings: Any) -> Dense:
+    return Dense(**({"path": None, "dtype": "auto", "order": "original"} | settings))
+
+
+def pruned(
+    blocks: BlockModel,
+    shuffle: Shuffle = GNS,
+    recovery: Recovery | None = None,
+    asked: tuple[str, str | None] = ("2:4", None),
+) -> Pruned:
+    method = Method(metric=Wanda(), pattern=patterns.parse(*asked), shuffle=shuffle, recovery=recovery or NoRecovery())
+    return prune(blocks, TOKENS_SL, method, stages=Stages())
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS_SL, use_cache=False).logits
+
+
+def written(export: Export, blocks: BlockModel, of: Pruned, folder: Path) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+    facts = export.write(Finished(blocks, tokenizer, of, TOKENS_SL, RECORD, folder))
+    assert facts is not None
+    return facts
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+
+
+def exported(
+    family: str, export: Export, folder: Path, **how: Any
+) -> tuple[Tensor, PreTrainedModel, dict[str, Any], Pruned]:
+    """The pruned model's logits, the export as it loads, its entry in the record, and what was pruned."""
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    of = pruned(blocks, **how)
+    expected = logits(blocks.model)
+    before = {name: value.clone() for name, value in blocks.model.state_dict().items()}
+    facts = written(export, blocks, of, folder)
+    assert all(torch.equal(value, before[name]) for name, value in blocks.model.state_dict().items())
+    return expected, loaded(folder / "export"), facts, of
+
+
+@pytest.mark.parametrize("order", ["physical", "original"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "bloom", "phi3", "qwen2-moe"])
+def test_a_packed_model_computes_what_the_pruned_one_did(family: str, order: str, tmp_path: Path) -> None:
+    expected, model, facts, of = exported(family, packed(order=order), tmp_path)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    entries = {m.entry.removesuffix(".weight") for m, _ in of.groupings if m.expert is None}
+    assert layers == entries and facts["packed_layers"] == len(entries)
+    assert (facts["gathers"] > 0) == (order == "physical")
+    assert facts["absorbed"] > 0 or order == "original" or family == "qwen2-moe"
+
+
+@pytest.mark.parametrize("asked", [("2:4", None), ("4:8", None), ("2:4", "4:16"), ("3:5", None)], ids=str)
+def test_every_pattern_is_packed(asked: tuple[str, str | None], tmp_path: Path) -> None:
+    expected, model, facts, of = exported("llama", packed(), tmp_path, asked=asked)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(layer, PackedLinear)
+    # In the file's order the groups stand side by side.
+    assert patterns.parse(*asked).holds(layer.packed().dense() != 0)
+    files = [load_file(file) for file in sorted((tmp_path / "export").glob("*.safetensors"))]
+    assert facts["bytes"] == sum(value.nbytes for file in files for value in file.values())
+
+
+def test_generate_works_from_packed_weights(tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = blocks.model.generate(TOKENS_SL[:1], **asked)
+    written(packed(), blocks, of, tmp_path)
+    assert torch.equal(loaded(tmp_path / "export").generate(TOKENS_SL[:1], **asked), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "mixtral", "gpt-neox"])
+@pytest.mark.parametrize("order", ["original", "physical"])
+def test_a_dense_checkpoint_is_an_ordinary_one(family: str, order: str, tmp_path: Path) -> None:
+    expected, model, facts, of = exported(family, dense(order=order), tmp_path)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert zeros >= of.weights - of.survivors
+    assert not any((p.signbit() & (p == 0)).any() for p in model.parameters())
+    if order == "physical" and family == "llama":  # what gate and up absorb stands in groups
+        assert patterns.parse("2:4").holds(model.get_submodule("model.layers.1.mlp.down_proj").weight != 0)
+
+
+def test_what_a_dense_checkpoint_cannot_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exported("llama", dense(order="physical"), tmp_path)
+    assert "weights keep their columns' own order" in caplog.text and "q_proj" in caplog.text
+    caplog.clear()
+    exported("llama", dense(order="physical"), tmp_path, shuffle=NoShuffle())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("make", [packed, dense])
+def test_a_model_read_block_by_block_gives_the_same_files(make: Any, tmp_path: Path) -> None:
+    checkpoint = saved(tiny("llama"), tmp_path / "model", "shards")
+    for store in ("memory", "shards"):
+        blocks = opened(checkpoint, store)
+        written(make(), blocks, pruned(blocks), tmp_path / store)
+    for file in (tmp_path / "memory" / "export").iterdir():
+        assert file.read_bytes() == (tmp_path / "shards" / "export" / file.name).read_bytes(), file.name
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    expected, model, facts, _ = exported("llama", packed(dtype="bfloat16"), tmp_path)
+    assert model.dtype == torch.bfloat16 and facts["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    torch.testing.assert_close(logits(model).float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_biases_that_a_family_has_no_place_for(tmp_path: Path) -> None:
+    recovery = Then(first=NoRecovery(), second=Bias())
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    with pytest.raises(ValueError, match=r"q_proj, \.\.\.\), and an ordinary checkpoint .* has no place for them"):
+        dense().ready(blocks, recovery, tmp_path)
+    packed().ready(blocks, recovery, tmp_path)
+    dense().ready(blocks, NoRecovery(), tmp_path)
+    dense().ready(BlockModel(tiny("opt"), device=CPU, batch_tokens=24), recovery, tmp_path)
+    expected, model, _, _ = exported("llama", packed(), tmp_path, recovery=recovery)
+    assert model.get_submodule("model.layers.0.mlp.up_proj").bias is not None
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    blocks = BlockModel(model, device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    expected = logits(model)
+    for export in (packed(), dense()):
+        written(export, blocks, of, tmp_path)
+        torch.testing.assert_close(logits(loaded(tmp_path / "export")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "swapped"])
+def test_a_damaged_file_is_refused_by_its_name(harm: str, tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    first, second = sorted((tmp_path / "export").glob("model-0000[23]-*.safetensors"))
+    content = bytearray(second.read_bytes())
+    if harm == "cut":
+        second.write_bytes(content[:-100])
+    elif harm == "flipped":
+        content[-1] ^= 1
+        second.write_bytes(content)
+    else:
+        shutil.copy(first, second)
+    with pytest.raises(ValueError, match=f"{second.name} is damaged or cut short"):
+        loaded(tmp_path / "export")
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["version"] = 99
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="version 99"):
+        loaded(tmp_path / "export")
+
+
+def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    written(dense(), blocks, of, tmp_path)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
+    from esparse.export import checkpoint
+
+    number = []
+
+    def fail(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        number.append(1)
+        if len(number) == 3:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        written(packed(), blocks, of, tmp_path)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    place = packed(path=str(tmp_path / "mine"))
+    place.ready(blocks, NoRecovery(), tmp_path)  # an empty one may be filled
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="is there already, and is no export"):
+        place.ready(blocks, NoRecovery(), tmp_path)
+
+
+def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    facts = written(packed(), blocks, pruned(blocks), tmp_path)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "# small, pruned to 2:4" in card and "| text | 64, 16 | 2.00 | 3.00 |" in card
+    assert "import esparse" in card and f"{facts['bytes']:,} bytes" in card

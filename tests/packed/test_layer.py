@@ -1,0 +1,47 @@
+"""The packed layer computes what the masked dense layer does, tile by tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from esparse import patterns
+from esparse.packed import layer
+from esparse.packed.layer import PackedLinear
+from esparse.packed.matrix import pack, to_file
+from tests.packed.test_matrix import pruned
+
+
+@pytest.mark.parametrize("asked", [("2:4", None), ("8:16", None), ("2:4", "4:16")], ids=str)
+@pytest.mark.parametrize("tile_bytes", [1, 4 * 36 * 5, 2**22])
+def test_it_is_the_masked_linear(
+    asked: tuple[str, str | None], tile_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "TILE_BYTES", tile_bytes)
+    pattern = patterns.parse(*asked)
+    dense = nn.Linear(36, 17)
+    dense.weight.data = pruned(pattern, 17, 36, torch.float32)
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    packed.load_state_dict({**to_file(pack(dense.weight.data, pattern)), "bias": dense.bias.data})
+    packed.settle()
+    x = torch.randn(2, 3, 36, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), dense(x))
+        torch.testing.assert_close(packed(x[0, 0]), dense(x[0, 0]))
+    assert set(packed.state_dict()) - {"salient_values", "salient_places"} == {"values", "bits", "bias"}
+
+
+def test_the_whole_weight_is_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "TILE_BYTES", 4 * 64 * 8)
+    pattern = patterns.parse("2:4")
+    packed = PackedLinear(64, 100, pattern, bias=False, dtype=torch.float32, device=torch.device("cpu"))
+    packed.load_state_dict(to_file(pack(pruned(pattern, 100, 64, torch.float32), pattern)))
+    packed.settle()
+    rows = []
+    of_matrix = layer.PackedMatrix.dense
+    monkeypatch.setattr(
+        layer.PackedMatrix, "dense", lambda self, first, end: rows.append(end - first) or of_matrix(self, first, end)
+    )
+    packed(torch.randn(1, 64))
+    assert sum(rows) == 100 and max(rows) == 8

@@ -1,0 +1,69 @@
+"""Savings counted from configurations alone, against arithmetic by hand and what is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from esparse import patterns
+from esparse.packed import memory
+from esparse.packed.memory import LLAMA, VOCABULARY, as_published, main, of_model
+from esparse.packed.sizes import of_matrix
+from tests.models.families import tiny
+
+# GB in 16 bit: two embeddings, per block 4 d^2 + 3 d f, of which 9 of 16 bits (in memory) are left at 2:4.
+WIDTHS = {"llama-7b": (4096, 11008, 32), "llama-65b": (8192, 22016, 80)}
+
+
+def llama(name: str) -> AutoConfig:
+    return AutoConfig.for_model("llama", vocab_size=VOCABULARY, **LLAMA[name])
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_llama_by_hand(name: str) -> None:
+    width, inner, blocks = WIDTHS[name]
+    matrices = 2 * blocks * (4 * width**2 + 3 * width * inner)
+    rest = 2 * (2 * VOCABULARY * width + (2 * blocks + 1) * width)
+    saving = of_model(llama(name), patterns.parse("2:4"))
+    assert saving.dense == matrices + rest
+    assert saving.in_memory == rest + matrices * 9 // 16
+    assert saving.on_disk == rest + matrices * 8.75 / 16
+
+
+@pytest.mark.parametrize(("name", "per_cent"), memory.PUBLISHED.items())
+def test_what_is_published_comes_out_when_counted_as_there(name: str, per_cent: float) -> None:
+    assert round(100 * as_published(llama(name), patterns.parse("2:4")).share_in_memory, 2) == per_cent
+
+
+@pytest.mark.parametrize(
+    ("asked", "in_memory", "on_disk"),
+    [
+        (("2:4", None), 9, 8.75),
+        (("4:8", None), 9, 8.875),
+        (("8:16", None), 9, 8.875),
+        (("8:16", "16:256"), 10.5, 10.375),
+    ],
+)
+def test_bits_per_weight(asked: tuple[str, str | None], in_memory: float, on_disk: float) -> None:
+    size = of_matrix(patterns.parse(*asked), 64, 1024, torch.bfloat16)
+    assert [8 * n / (64 * 1024) for n in (size.dense, size.in_memory, size.on_disk)] == [16, in_memory, on_disk]
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("qwen2").config.save_pretrained(tmp_path / "small")
+    assert main([str(tmp_path / "small"), "--patterns", "2:4,8:16+16:256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| model | pattern | dense |")
+    assert [line.split("|")[1:3] for line in lines[2:4]] == [[" small ", " 2:4 "], [" small ", " 8:16+16:256 "]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--patterns", "50%"], "no pattern of n:m"), (["/nowhere/at/all"], "nowhere")],
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
