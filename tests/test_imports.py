@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "esparse").rglob("*.
 
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part.
 LAYERS = [
-    {"patterns", "linalg", "report", "cores", "ranks"},
+    {"patterns", "linalg", "report", "cores", "ranks", "kernels"},
     {"models", "data"},
     {"stats"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
