@@ -257,7 +257,8 @@ def _gather_kernel(
     sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    for step in range(first_step, first_step + PER_SPLIT):
+    for index in range(PER_SPLIT):
+        step = first_step + index
         run = step * RUNS + chunk * LANES + lane
         inside = row_here & (run * COLUMNS < inputs)
         at = run[:, :, :, None] * SURVIVORS + slot
@@ -278,25 +279,28 @@ def _gather_kernel(
         column += run[:, :, :, None] * COLUMNS
         if ORDERED:
             column = tl.load(order + column, mask=here, other=0).to(tl.int32)
+        # Beyond the last token the last one is taken again; what comes of it is not stored.
         sum0 += tl.sum(value * tl.load(x + token * inputs + column, mask=here, other=0.0).to(tl.float32), 3)
         if TOKENS > 1:
-            there = here & (token + 1 < tokens)
-            sum1 += tl.sum(value * tl.load(x + (token + 1) * inputs + column, mask=there, other=0.0).to(tl.float32), 3)
+            row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
+            sum1 += tl.sum(value * tl.load(row1 + column, mask=here, other=0.0).to(tl.float32), 3)
         if TOKENS > 2:
-            there = here & (token + 2 < tokens)
-            sum2 += tl.sum(value * tl.load(x + (token + 2) * inputs + column, mask=there, other=0.0).to(tl.float32), 3)
-            there = here & (token + 3 < tokens)
-            sum3 += tl.sum(value * tl.load(x + (token + 3) * inputs + column, mask=there, other=0.0).to(tl.float32), 3)
+            row2 = x + tl.minimum(token + 2, tokens - 1) * inputs
+            row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
+            sum2 += tl.sum(value * tl.load(row2 + column, mask=here, other=0.0).to(tl.float32), 3)
+            sum3 += tl.sum(value * tl.load(row3 + column, mask=here, other=0.0).to(tl.float32), 3)
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = out + (tl.program_id(1) * tokens + token) * rows + out_row
-    fits = out_row < rows
     kind = out.dtype.element_ty
-    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=fits)
+    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=out_row < rows)
     if TOKENS > 1:
-        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits & (token + 1 < tokens))
+        fits = out_row < tl.where(token + 1 < tokens, rows, 0)
+        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits)
     if TOKENS > 2:
-        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits & (token + 2 < tokens))
-        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits & (token + 3 < tokens))
+        fits = out_row < tl.where(token + 2 < tokens, rows, 0)
+        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits)
+        fits = out_row < tl.where(token + 3 < tokens, rows, 0)
+        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits)
 
 
 @triton.jit
@@ -358,7 +362,8 @@ def _expand_kernel(
     place = tl.arange(0, RUNS * WIDTH)
     first_step = tl.program_id(1) * PER_SPLIT
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in range(first_step, first_step + PER_SPLIT):
+    for index in range(PER_SPLIT):
+        step = first_step + index
         run = (step * RUNS + tl.arange(0, RUNS))[None, :]
         weight = expanded(
             values,
