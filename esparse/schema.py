@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from esparse.allocations import Uniform
 from esparse.allocations.error import LayerError
 from esparse.allocations.owl import Owl
+from esparse.bench import NoBench
+from esparse.bench.gemm import Gemm
+from esparse.bench.model import ModelBench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.experiment import Experiment
@@ -86,6 +89,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "then": RecoverThen,
     },
     "evaluate": {"any": Perplexity},
+    "bench": {"none": NoBench, "gemm": Gemm, "model": ModelBench},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 

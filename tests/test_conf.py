@@ -67,6 +67,7 @@ def test_the_contracts_defaults() -> None:
         "recovery": "none",
         "calibration": "builtin",
         "evaluate": "builtin",
+        "bench": "none",
         "tracking": "wandb",
     }
     assert asked["choices"] == expected

@@ -17,7 +17,8 @@ LAYERS = [
     {"patterns", "linalg", "report", "cores", "ranks", "kernels"},
     {"models", "data"},
     {"stats"},
-    {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
+    {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "bench", "audit", "grid"}
+    | {"tracking", "progress"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method"},
     {"walk"},
