@@ -207,7 +207,7 @@ def _worst_error(
     for seed in (11, 12):
         x_TI = table.random_input(case.tokens, case.inputs, case.dtype, device, seed)
         y_TR = kernel.call(prepared, x_TI, case, algorithm)
-        if kernel.call is table.KERNELS["packed_gather"].call:
+        if kernel.gathers:
             x_TI = x_TI[:, prepared.parts["order"]]
         for part in (slice(0, 64), slice(-64, None)):
             worst = max(worst, table.error(y_TR[part], table.reference(weight_RI, x_TI[part])))

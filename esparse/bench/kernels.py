@@ -61,6 +61,7 @@ class Kernel:
     why_not: Callable[[Case], str | None]
     sparse_cores: bool = False
     searched: bool = False
+    gathers: bool = False  # computes from the inputs in another order, which `prepare` leaves as "order"
 
 
 def dtype(name: str) -> torch.dtype:
@@ -160,7 +161,7 @@ def _no_cutlass(case: Case) -> str | None:
 def _packed(weight_RI: Tensor, case: Case) -> Prepared:
     values_RK, bits_RB = to_form(weight_RI, weight_RI != 0)
     order_I = torch.randperm(case.inputs, device=weight_RI.device).to(torch.int32)
-    parts = {"values": values_RK, "bits": bits_RB, "order": order_I, "back": torch.argsort(order_I)}
+    parts = {"values": values_RK, "bits": bits_RB, "order": order_I}
     return Prepared(parts, values_RK.nbytes + bits_RB.nbytes)
 
 
@@ -201,6 +202,6 @@ KERNELS: dict[str, Kernel] = {
     "cusparselt_default": Kernel(_cusparselt, _cusparselt_call, _no_cusparselt, sparse_cores=True),
     "cutlass": Kernel(_cutlass, lambda p, x, *_: linear(x, p.parts["sparse"]), _no_cutlass, sparse_cores=True),
     "packed": Kernel(_packed, _packed_call, _no_gemv),
-    "packed_gather": Kernel(_packed, _gathered_call, _no_gemv),
+    "packed_gather": Kernel(_packed, _gathered_call, _no_gemv, gathers=True),
     "decode": Kernel(_packed, _packed_call, _no_expanding),
 }

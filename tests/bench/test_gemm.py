@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from esparse.bench import LayerShape, distinct
+from esparse import schema
+from esparse.bench import Bench, LayerShape, distinct
 from esparse.bench import kernels as table
 from esparse.bench.gemm import DTYPES, KERNEL_NAMES, Gemm
 from esparse.bench.kernels import Case, Kernel, Prepared, pruned
 from esparse.bench.limits import Limits
 from esparse.bench.shapes import NAMED
 from esparse.bench.timing import WallClock
+from esparse.experiment import run
 from esparse.patterns import NM, parse
-from tests.workshop import furnished, launch, small_run
+from tests.workshop import ROOT, furnished, launch, small_run
 
 CPU = torch.device("cpu")
+SHAPES = ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"]
 OWN = [LayerShape("a.q", 32, 64), LayerShape("a.k", 32, 64), LayerShape("a.down", 64, 32)]
 
 
@@ -161,6 +166,34 @@ def test_patterns_without_a_packed_form_are_refused() -> None:
 def test_names_that_are_known_without_torch_are_those_of_the_tables() -> None:
     assert tuple(table.KERNELS) == KERNEL_NAMES
     assert table.DTYPES == DTYPES
+
+
+@pytest.mark.parametrize("bench", ["gemm", "model"])
+def test_a_run_leaves_its_latencies_in_the_record(bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a run but the GPU, whose clock is the time of day here."""
+    schema.register()
+    overrides = [f"bench={bench}", "bench.warm_up=1", "bench.repeats=2", "bench.least_ms=0.1", "shuffle=lbs"]
+    overrides += {"gemm": ["bench.tokens=[1]", "bench.dtypes=[float32]"], "model": ["bench.batches=[1]"]}[bench]
+    workshop = furnished(tmp_path, blocks=1)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        asked = schema.build(compose("config", [*small_run(workshop, tmp_path), *overrides]))
+    monkeypatch.setattr(Bench, "require", lambda *_: None)
+    monkeypatch.setattr("esparse.bench.timing.CudaClock", lambda _: WallClock())
+    monkeypatch.setattr("esparse.bench.search.Algorithms.of", lambda *_: NoAlgorithms())
+    monkeypatch.setattr("esparse.bench.limits.limits", lambda *_, **__: Limits(1e10, {"float32": 1e11}))
+    (tmp_path / "run").mkdir()
+    record = run(asked, run_id="x", name="x", config={}, folder=tmp_path / "run")
+    assert record == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["seconds_by_stage"]["bench"] > 0
+    rows = record["latency"]
+    if bench == "gemm":
+        assert [row["layer"] for row in rows[::2]] == [f"model.layers.0.{n}" for n in SHAPES]
+        assert [row["matrices"] for row in rows[::2]] == [4, 2, 1]
+        assert record["limits"]["copy_bytes_per_s"] == 1e10
+    else:
+        assert [row["phase"] for row in rows] == ["prefill", "decode"]
+        assert rows[0]["gathers"] > 0 and rows[0]["packed_layers"] == 7
+    assert all(row["speedup"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
