@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from esparse import __version__, patterns
 from esparse.allocations import Allocation
+from esparse.bench import Bench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.evaluate.zeroshot import Scores, ZeroShot
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from esparse.bench import Measured
     from esparse.journal import Dense, Journal
     from esparse.method import Method
     from esparse.models.blocks import BlockModel
@@ -60,6 +62,7 @@ class Experiment:
     recovery: Recovery
     evaluate: Perplexity
     zeroshot: ZeroShot
+    bench: Bench
     export: Export
     tracking: Tracking
     pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
@@ -73,7 +76,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         pattern = self.parsed_pattern()
-        for component in (self.allocation, self.shuffle, self.update, self.recovery):
+        for component in (self.allocation, self.shuffle, self.update, self.recovery, self.bench):
             component.check(pattern)
         self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
@@ -162,6 +165,7 @@ def run(
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
     device = experiment.model.all_devices()[ranks.rank]
+    experiment.bench.require(device)
     software = environment(device, ranks.size)
     stages = Stages(settle=_settle(device))
     with stages("load"):
@@ -177,6 +181,7 @@ def run(
         )
         check_store(blocks, method)
         experiment.export.ready(blocks, experiment.recovery, folder)
+        experiment.bench.ready(model)
         longest = longest_sequence(model)
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
@@ -237,6 +242,8 @@ def run(
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads:
             return {}
+        with stages("bench"):
+            timed = _timed(experiment, blocks, pruned)
         mask_bytes = audit.write(
             folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses}
         )
@@ -277,6 +284,8 @@ def run(
             "seconds_by_stage": _rounded(journal.with_earlier(stages)),
             "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
         }
+        if timed.rows:
+            record |= {"latency": timed.rows, "limits": timed.limits}
         with stages("export"):
             exported = experiment.export.write(Finished(blocks, tokenizer, pruned, tokens_SL, record, folder))
         if exported is not None:
@@ -286,6 +295,18 @@ def run(
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record
+
+
+def _timed(experiment: Experiment, blocks: BlockModel, pruned: Pruned) -> Measured:
+    """Dense against sparse, as `bench` asks; nothing where it asks for nothing."""
+    from esparse.bench import LayerShape, Measured, Subject
+    from esparse.patterns import NM
+
+    nm = experiment.parsed_pattern()
+    if not isinstance(nm, NM):  # only bench=none takes any other
+        return Measured()
+    layers = [LayerShape(layer.name, *layer.shape) for layer in pruned.layers]
+    return experiment.bench.run(Subject(blocks.model, layers, pruned.keeps, pruned.orders, nm, blocks.device))
 
 
 # Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Where and how a run is carried out, not what it is: changing these asks for the same run.
-NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "snapshot_seconds", "choices"} | {
+NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "snapshot_seconds", "choices", "bench.cache"} | {
     f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")
 }
 

@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from esparse.allocations import Uniform
 from esparse.allocations.error import LayerError
 from esparse.allocations.owl import Owl
+from esparse.bench import NoBench
+from esparse.bench.gemm import Gemm
+from esparse.bench.model import ModelBench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.evaluate.zeroshot import ZeroShot
@@ -92,6 +95,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "evaluate": {"any": Perplexity},
     "zeroshot": {"any": ZeroShot},
     "export": {"none": NoExport, "dense": Dense, "packed": Packed},
+    "bench": {"none": NoBench, "gemm": Gemm, "model": ModelBench},
     "tracking": {"wandb": Wandb, "none": NoTracking},
 }
 

@@ -69,6 +69,7 @@ def test_the_contracts_defaults() -> None:
         "evaluate": "builtin",
         "zeroshot": "none",
         "export": "none",
+        "bench": "none",
         "tracking": "wandb",
     }
     assert asked["choices"] == expected

@@ -14,11 +14,12 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "esparse").rglob("*.
 
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part.
 LAYERS = [
-    {"patterns", "linalg", "report", "cores", "ranks"},
+    {"patterns", "linalg", "report", "cores", "ranks", "kernels"},
     {"models", "data"},
     {"stats"},
     {"packed"},
-    {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
+    {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "bench", "audit", "grid"}
+    | {"tracking", "progress"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method", "curves"},
     {"walk", "pictures"},

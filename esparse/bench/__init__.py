@@ -1,0 +1,106 @@
+"""What the pruned model gains in speed: matrix products (`gemm`) or the whole model (`model`), dense against sparse.
+
+Only measured numbers come out. What measures does not know how weights were chosen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from esparse.patterns import NM, Pattern
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class LayerShape(NamedTuple):
+    """A pruned matrix by name: rows (outputs) x inputs, `matrices` of that shape."""
+
+    layer: str
+    rows: int
+    inputs: int
+    matrices: int = 1
+
+
+@dataclass(slots=True)
+class Subject:
+    """What is measured: a pruned model, its layers, and by the weights' names the keep masks and channel orders."""
+
+    model: nn.Module
+    layers: list[LayerShape]
+    keeps: Any
+    orders: dict[str, Tensor]
+    nm: NM
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Measured:
+    """Rows of the record's `latency`, and what the device can do at most (`limits`), both of one run."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    limits: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Bench(ABC):
+    """What is timed at the end of a run."""
+
+    def check(self, pattern: Pattern) -> None:
+        """Raises ValueError where the pattern has no packed form that a kernel computes from."""
+        if not isinstance(pattern, NM):
+            raise ValueError(
+                f"bench={type(self).__name__.lower()} measures kernels for n:m patterns, not {pattern}: "
+                "use bench=none or a pattern such as 2:4"
+            )
+
+    def require(self, device: torch.device) -> None:
+        """Raises ValueError where the device cannot be measured; called before any work."""
+        if device.type != "cuda":
+            raise ValueError(
+                f"bench={type(self).__name__.lower()} times sparse kernels on a GPU, and this run computes on the "
+                f"{device.type}: use bench=none, or model.devices=cuda on a machine with one"
+            )
+
+    def needs_weights(self) -> bool:
+        """Whether the pruned weights themselves are computed with, so that they have to be in memory."""
+        return False
+
+    def ready(self, model: nn.Module) -> None:
+        """Raises ValueError where the loaded model cannot be measured; called before it is pruned."""
+        if self.needs_weights() and any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "bench=model times the whole model, whose weights are read block by block: use model.store=memory"
+            )
+
+    @abstractmethod
+    def run(self, subject: Subject) -> Measured:
+        """Times dense against sparse."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NoBench(Bench):
+    """Nothing is timed."""
+
+    def check(self, pattern: Pattern) -> None:
+        pass
+
+    def require(self, device: torch.device) -> None:
+        pass
+
+    def run(self, subject: Subject) -> Measured:
+        return Measured()
+
+
+def distinct(layers: Sequence[LayerShape]) -> list[LayerShape]:
+    """One layer of each shape, the first, and how many have it."""
+    seen: dict[tuple[int, int], LayerShape] = {}
+    for layer in layers:
+        shape = layer.rows, layer.inputs
+        known = seen.get(shape, layer._replace(matrices=0))
+        seen[shape] = known._replace(matrices=known.matrices + layer.matrices)
+    return list(seen.values())

@@ -1,0 +1,67 @@
+"""The compute form of an n:m matrix, in plain PyTorch: from a dense matrix and back.
+
+Shapes: R rows (outputs), I columns (inputs), K survivors of a row, B bytes of a row's bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A row cut into runs of `columns` columns with `survivors` survivors each; a shorter last run has fewer.
+
+    A run holds whole groups of n:m, so that the k-th survivor of run u is value u * survivors + k of its row.
+    """
+
+    columns: int
+    survivors: int
+
+
+def units(n: int, m: int) -> Units | None:
+    """How kernels cut rows of n:m; None where no run of at most 32 columns with at most 16 survivors exists.
+
+    Eight survivors are preferred: of 16 bits each, they are one 16-byte load.
+    """
+    cuts = [Units(c, c * n // m) for c in (16, 32, m) if c % m == 0 and c <= 32 and c * n // m <= 16]
+    return max(cuts, key=lambda u: (u.columns in (16, 32), u.survivors == 8, u.survivors), default=None)
+
+
+def survivors(inputs: int, n: int, m: int) -> int:
+    """K: n of each whole group, ceil(r * n / m) of a shorter last one of r columns."""
+    groups, tail = divmod(inputs, m)
+    return groups * n - (-tail * n // m)
+
+
+def to_form(weight_RI: Tensor, keep_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """The compute form (values_RK, bits_RB) of what `keep` (True = survives) leaves of a matrix.
+
+    Raises ValueError where the rows do not all keep the same number.
+    """
+    counts_R = keep_RI.sum(1)
+    if len(counts_R) and not (counts_R == counts_R[0]).all():
+        least, most = int(counts_R.min()), int(counts_R.max())
+        raise ValueError(f"every row must keep as many weights for the compute form, got {least} to {most}")
+    rows, inputs = weight_RI.shape
+    padded = keep_RI.new_zeros(rows, -(-inputs // 8) * 8)
+    padded[:, :inputs] = keep_RI
+    powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=keep_RI.device)
+    bits_RB = (padded.view(rows, -1, 8) * powers).sum(-1, dtype=torch.uint8)
+    values_RK = weight_RI[keep_RI].view(rows, -1)
+    return values_RK.masked_fill(values_RK == 0, 0.0), bits_RB  # no -0.0: kernels of others compress it wrongly
+
+
+def keep_of(bits_RB: Tensor, inputs: int) -> Tensor:
+    """The boolean matrix (R x inputs) behind the bits; True = survives."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_RB.device)
+    return ((bits_RB[..., None] >> shifts) & 1).flatten(1)[:, :inputs].bool()
+
+
+def to_dense(values_RK: Tensor, bits_RB: Tensor, inputs: int) -> Tensor:
+    """The dense matrix (R x inputs), zeros where nothing survived."""
+    dense_RI = values_RK.new_zeros(values_RK.shape[0], inputs)
+    return dense_RI.masked_scatter_(keep_of(bits_RB, inputs), values_RK)

@@ -1,0 +1,393 @@
+"""Products of a packed matrix with 1 to 16 tokens: bound by the bytes of the weights, of which 9/16 are left at 50 %.
+
+Two kernels. `_gather_kernel` goes over survivors: values are read 16 bytes at a time, a table of all bytes turns 16
+bits into eight column numbers, and the inputs are gathered from the cache: its work grows with the tokens.
+`_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
+token, hardly more for sixteen. Which one, with which tile, is tried once per shape on the device.
+
+Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row (form.Units), S places of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from esparse.kernels.form import Units, units
+
+MOST_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program of a kernel takes at a time; `depth` runs of each of `rows` rows."""
+
+    kernel: str  # gather | expand
+    rows: int
+    depth: int
+    warps: int
+    split: int = 1  # programs that share the runs of a row
+
+
+def matvec(
+    values_RK: Tensor,
+    bits_RB: Tensor,
+    x_TI: Tensor,
+    *,
+    n: int,
+    m: int,
+    order_I: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x @ W^T (T x R) for 1 to 16 tokens from W's compute form; sums are float32, the result has x's dtype.
+
+    `order_I`: column i of W is input order[i] of x. Without a `tile` the fastest one is looked for, once per shape.
+    Raises ValueError where the kernels cannot cut n:m (form.units) or shapes do not fit.
+    """
+    cut = units(n, m)
+    tokens, inputs = x_TI.shape
+    if cut is None:
+        raise ValueError(f"no kernel for {n}:{m}: needs m up to 32 with at most 16 survivors in a run of whole groups")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"the packed matrix-vector kernel takes 1 to {MOST_TOKENS} tokens, got {tokens}")
+    if bits_RB.shape != (len(values_RK), -(-inputs // 8)):
+        raise ValueError(f"bits have the shape {tuple(bits_RB.shape)}, which does not fit {inputs} inputs")
+    x_TI = x_TI.contiguous()
+    if tile is None:
+        key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m, order_I is None)
+        choices = candidates(len(values_RK), inputs, tokens, cut)
+        tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, cut, t))
+    return _launch(values_RK, bits_RB, x_TI, order_I, cut, tile)
+
+
+def candidates(rows: int, inputs: int, tokens: int, cut: Units) -> list[Tile]:
+    """Tiles worth trying on a shape, the likeliest first."""
+    runs = -(-inputs // cut.columns)
+    # Few rows make too few programs for a large chip: several then share a row.
+    splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
+    tiles = [
+        Tile("gather", rows_, depth, warps, split)
+        for split in splits
+        for rows_, depth, warps in ((8, 64, 4), (8, 32, 4), (8, 64, 8), (16, 32, 4), (8, 32, 2), (16, 16, 2))
+        if depth * split <= max(runs, 16)
+    ]
+    if tokens > 2:
+        wide = [
+            Tile("expand", rows_, depth, warps, split)
+            for split in sorted({*splits, 2})
+            for rows_, depth, warps in ((16, 16, 4), (32, 8, 4), (64, 8, 4), (64, 4, 4))
+        ]
+        tiles = tiles + wide if tokens < 8 else wide + tiles[:4]
+    return tiles
+
+
+_fastest: dict[Hashable, Tile] = {}
+
+
+def fastest(key: Hashable, tiles: Iterable[Tile], call: Callable[[Tile], Tensor]) -> Tile:
+    """The tile whose call takes the least time on this device, remembered; the first one where nothing can be timed."""
+    if key in _fastest:
+        return _fastest[key]
+    tiles = list(tiles)
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return tiles[0]
+    times = {tile: _milliseconds(tile, call) for tile in tiles}
+    _fastest[key] = min(times, key=lambda tile: times[tile])
+    return _fastest[key]
+
+
+def _milliseconds(tile: Tile, call: Callable[[Tile], Tensor]) -> float:
+    from triton.testing import do_bench
+
+    try:
+        # do_bench empties the L2 cache between calls, as the other layers of a model do.
+        return float(do_bench(lambda: call(tile), warmup=2, rep=6, return_mode="median"))
+    except triton.runtime.errors.OutOfResources:  # more registers or shared memory than this device has
+        return float("inf")
+
+
+def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | None, cut: Units, tile: Tile) -> Tensor:
+    tokens, inputs = x_TI.shape
+    rows, kept = values_RK.shape
+    runs = -(-inputs // cut.columns)
+    run_bits, word = words(bits_RB, inputs, cut)
+    splits = 1 if runs <= tile.depth else tile.split
+    out_type = x_TI.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, tokens, rows, dtype=out_type, device=x_TI.device)
+    shared = {
+        "COLUMNS": cut.columns,
+        "SURVIVORS": cut.survivors,
+        "WORD": word,
+        "ORDERED": order_I is not None,
+        "ROWS": tile.rows,
+        "RUNS": tile.depth,
+        "PER_SPLIT": -(-runs // (splits * tile.depth)),
+        "num_warps": tile.warps,
+    }
+    strides = (rows, inputs, kept, run_bits.stride(0), tokens)
+    order = x_TI if order_I is None else order_I
+    blocks = triton.cdiv(rows, tile.rows)
+    if tile.kernel == "gather":
+        at_once = min(4, triton.next_power_of_2(tokens))
+        lanes = min(tile.depth, max(1, 32 // triton.next_power_of_2(cut.survivors)))
+        _gather_kernel[(blocks, splits, triton.cdiv(tokens, at_once))](
+            values_RK,
+            run_bits,
+            x_TI,
+            order,
+            _columns_of_bytes(x_TI.device),
+            out,
+            *strides,
+            TOKENS=at_once,
+            SLOTS=triton.next_power_of_2(cut.survivors),
+            LANES=lanes,
+            **shared,
+        )
+    else:
+        _expand_kernel[(blocks, splits)](
+            values_RK,
+            run_bits,
+            x_TI,
+            order,
+            out,
+            *strides,
+            TOKENS=16,
+            WIDTH=triton.next_power_of_2(cut.columns),
+            # float32 inputs are multiplied as float32 (no TF32)
+            PRECISION="ieee" if x_TI.dtype == torch.float32 else None,
+            INTERPRETED=interpreted(),
+            **shared,
+        )
+    return out[0] if splits == 1 else out.sum(0).to(x_TI.dtype)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return not isinstance(_gather_kernel, triton.runtime.JITFunction)
+
+
+def words(bits_RB: Tensor, inputs: int, cut: Units) -> tuple[Tensor, int]:
+    """The bits as one integer per run where rows are whole numbers of runs; else as bytes (second value 0)."""
+    if cut.columns in (16, 32) and inputs % cut.columns == 0 and bits_RB.is_contiguous():
+        return bits_RB.view(torch.int16 if cut.columns == 16 else torch.int32), cut.columns
+    return bits_RB.contiguous(), 0
+
+
+@cache
+def _columns_of_bytes(device: torch.device) -> Tensor:
+    """The numbers of each byte's set bits, four bits each, and above them, from bit 32, four times how many there are.
+
+    256 entries for the lower byte of 16 bits, then 256 for the upper one.
+    """
+    entries = []
+    for first in (0, 8):
+        for byte in range(256):
+            columns = [first + bit for bit in range(8) if byte >> bit & 1]
+            entries.append(sum(column << 4 * k for k, column in enumerate(columns)) | 4 * len(columns) << 32)
+    return torch.tensor(entries, dtype=torch.int64, device=device)
+
+
+@triton.jit
+def run_words(bits, row, run, inside, stride, COLUMNS: tl.constexpr, WORD: tl.constexpr):
+    """The bits of runs of rows (int64, bit j = column j of the run); `inside` says which runs there are."""
+    if WORD > 0:
+        words = tl.load(bits + row * stride + run, mask=inside, other=0).to(tl.int64)
+        return words & ((1 << WORD) - 1)
+    else:
+        first = run * COLUMNS
+        words = tl.zeros_like(row + run).to(tl.int64)
+        for byte in tl.static_range((COLUMNS + 14) // 8):  # a run may begin at the last bit of a byte
+            at = first // 8 + byte
+            one = tl.load(bits + row * stride + at, mask=inside & (at < stride), other=0)
+            words |= one.to(tl.int64) << (8 * byte)
+        return (words >> (first % 8).to(tl.int64)) & ((1 << COLUMNS) - 1)
+
+
+@triton.jit
+def _listed(table, half):
+    """The columns of up to 16 bits, four bits each, and four times how many."""
+    low = tl.load(table + (half & 255))
+    high = tl.load(table + 256 + (half >> 8))
+    columns = (low & 0xFFFFFFFF) | ((high & 0xFFFFFFFF) << (low >> 32))
+    return columns, (low >> 32) + (high >> 32)
+
+
+@triton.jit
+def _gather_kernel(
+    values,
+    bits,
+    x,
+    order,
+    table,
+    out,
+    rows,
+    inputs,
+    kept,
+    bit_stride,
+    tokens,
+    COLUMNS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    WORD: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    # Tiles are (C, ROWS, LANES, SLOTS): a thread holds the survivors of one run, neighbouring threads of a warp a few
+    # runs of several rows, so that they gather inputs from the same few cache lines; warps and repetitions go along C.
+    CHUNKS: tl.constexpr = RUNS // LANES
+    chunk = tl.arange(0, CHUNKS)[:, None, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    slot = tl.arange(0, SLOTS)[None, None, None, :]
+    token = tl.program_id(2) * TOKENS
+    first_step = tl.program_id(1) * PER_SPLIT
+    row_here = row < rows
+    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    for index in range(PER_SPLIT):
+        step = first_step + index
+        run = step * RUNS + chunk * LANES + lane
+        inside = row_here & (run * COLUMNS < inputs)
+        at = run[:, :, :, None] * SURVIVORS + slot
+        here = row_here[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
+        value = tl.load(values + row[:, :, :, None].to(tl.int64) * kept + at, mask=here, other=0.0).to(tl.float32)
+        word = run_words(bits, row, run, inside, bit_stride, COLUMNS, WORD)
+        columns, count4 = _listed(table, word & 65535)
+        if COLUMNS > 16:
+            upper, _ = _listed(table, (word >> 16) & 65535)
+            # 16 columns below leave none above, whose list is then empty: any shift will do.
+            columns |= upper << tl.minimum(count4, 60)
+        if SLOTS <= 8:
+            column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
+        else:
+            column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
+        if COLUMNS > 16:
+            column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
+        column += run[:, :, :, None] * COLUMNS
+        if ORDERED:
+            column = tl.load(order + column, mask=here, other=0).to(tl.int32)
+        # Beyond the last token the last one is taken again; what comes of it is not stored.
+        sum0 += tl.sum(value * tl.load(x + token * inputs + column, mask=here, other=0.0).to(tl.float32), 3)
+        if TOKENS > 1:
+            row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
+            sum1 += tl.sum(value * tl.load(row1 + column, mask=here, other=0.0).to(tl.float32), 3)
+        if TOKENS > 2:
+            row2 = x + tl.minimum(token + 2, tokens - 1) * inputs
+            row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
+            sum2 += tl.sum(value * tl.load(row2 + column, mask=here, other=0.0).to(tl.float32), 3)
+            sum3 += tl.sum(value * tl.load(row3 + column, mask=here, other=0.0).to(tl.float32), 3)
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = out + (tl.program_id(1) * tokens + token) * rows + out_row
+    kind = out.dtype.element_ty
+    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=out_row < rows)
+    if TOKENS > 1:
+        fits = out_row < tl.where(token + 1 < tokens, rows, 0)
+        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits)
+    if TOKENS > 2:
+        fits = out_row < tl.where(token + 2 < tokens, rows, 0)
+        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits)
+        fits = out_row < tl.where(token + 3 < tokens, rows, 0)
+        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits)
+
+
+@triton.jit
+def expanded(
+    values,
+    bits,
+    row,
+    run,
+    rows,
+    inputs,
+    kept,
+    bit_stride,
+    COLUMNS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    WORD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The dense values (ROWS, RUNS, WIDTH) of runs of rows, zeros where nothing survived."""
+    place = tl.arange(0, WIDTH)[None, None, :]
+    word = run_words(bits, row, run, (row < rows) & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
+    word = word.to(tl.uint32)[:, :, None]
+    survives = ((word >> place.to(tl.uint32)) & 1).to(tl.int32)
+    if INTERPRETED:  # which has no population count
+        before = tl.cumsum(survives, 2) - survives
+    else:
+        lower = word & ((1 << place.to(tl.uint32)) - 1)
+        before = libdevice.popc(lower.to(tl.int32, bitcast=True))
+    at = run[:, :, None] * SURVIVORS + before
+    return tl.load(values + row[:, :, None].to(tl.int64) * kept + at, mask=survives == 1, other=0.0)
+
+
+@triton.jit
+def _expand_kernel(
+    values,
+    bits,
+    x,
+    order,
+    out,
+    rows,
+    inputs,
+    kept,
+    bit_stride,
+    tokens,
+    COLUMNS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    WORD: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    place = tl.arange(0, RUNS * WIDTH)
+    first_step = tl.program_id(1) * PER_SPLIT
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for index in range(PER_SPLIT):
+        step = first_step + index
+        run = (step * RUNS + tl.arange(0, RUNS))[None, :]
+        weight = expanded(
+            values,
+            bits,
+            row[:, None],
+            run,
+            rows,
+            inputs,
+            kept,
+            bit_stride,
+            COLUMNS,
+            SURVIVORS,
+            WORD,
+            WIDTH,
+            INTERPRETED,
+        )
+        column = (step * RUNS + place // WIDTH) * COLUMNS + place % WIDTH
+        here = (place % WIDTH < COLUMNS) & (column < inputs)
+        if ORDERED:
+            column = tl.load(order + column, mask=here, other=0).to(tl.int32)
+        x_here = here[:, None] & (token[None, :] < tokens)
+        x_tile = tl.load(x + token[None, :] * inputs + column[:, None], mask=x_here, other=0.0)
+        if INTERPRETED:  # which multiplies bfloat16 as if it were integers
+            weight, x_tile = weight.to(tl.float32), x_tile.to(tl.float32)
+        total = tl.dot(tl.reshape(weight, (ROWS, RUNS * WIDTH)), x_tile, total, input_precision=PRECISION)
+    at = out + (tl.program_id(1) * tokens + token[None, :]) * rows + row[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
