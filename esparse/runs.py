@@ -57,7 +57,7 @@ def look(folder: Path, queue: cluster.Queue) -> State:
         return State(kind, f"{before} on {said['host']}" if said.get("host") else str(before))
     if before is None:
         return State("never started", "never started")
-    job = said.get("job")
+    job = said.get("job") or (there.job if there else None)
     ended = queue.state(job, there.cluster if there else None) if job else None
     how = f"; job {job}: {ended}" if ended in cluster.ENDED - {cluster.GONE} else f"; job {job}" if job else ""
     where = f" on {said['host']}" if said.get("host") else ""

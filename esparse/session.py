@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -77,6 +78,8 @@ def carry_out(experiment: Experiment, settings: dict[str, Any], *, sweep: Path |
     run_id, name = identity(settings), schema.title(settings)
     folder = Path(experiment.output_root) / run_id
     _seen["begun"] = True
+    if in_sweep := sweep.name if sweep else _seen["sweep"]:
+        experiment.tracking.in_sweep(in_sweep)
     if experiment.dry_run:
         _plan(experiment, name)
         return None
@@ -121,8 +124,7 @@ def _owned_attempt(
     """Attempts the run unless another process is at it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        in_sweep = None if sweep is None else sweep.name
-        with owner.owned(folder, in_sweep, comes_back=lambda: bool(_seen["preempted"])) as mine:
+        with owner.owned(folder, sweep.name if sweep else None, comes_back=lambda: bool(_seen["preempted"])) as mine:
             if experiment.rerun:
                 clear(folder)
             elif (record := finished(folder)) is not None:  # while this process waited for its turn
@@ -253,7 +255,7 @@ class Sweep(Callback):
             return
         ends = {runs.folder_of(settings): schema.title(settings) for settings in asked.values()}
         _seen["begun"] = True
-        _seen["code"] = end_of_sweep(ends, runs.looked(ends))
+        _seen["code"] = end_of_sweep(Path(config.hydra.sweep.dir), ends, runs.looked(ends))
 
 
 # The runs of this call's sweep, as they were checked: overrides -> resolved settings.
@@ -271,17 +273,22 @@ def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) ->
         return
     _seen["begun"] = True
     try:
-        _seen["submitted"] = not submit()
+        with mistakes():
+            _seen["submitted"] = not submit()
     except OSError as error:
         print(f"esparse: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(FAILED) from None
 
 
-def end_of_sweep(names: Mapping[Path, str], states: Mapping[Path, runs.State]) -> int:
+def end_of_sweep(sweep: Path, names: Mapping[Path, str], states: Mapping[Path, runs.State]) -> int:
     """Prints the table of all runs, and how to upload them; the exit code."""
     records = [record for folder in names if (record := finished(folder)) is not None]
     failures = [(name, states[folder].text) for folder, name in names.items() if states[folder].kind != "finished"]
     _print_table(records, failures)
+    if offline := [run for folder in names for run in sorted(folder.glob("wandb/offline-run-*"))]:
+        list_of_runs = sweep / "wandb-runs.txt"
+        list_of_runs.write_text("".join(f"{run.absolute()}\n" for run in offline))
+        log.info("to upload these runs to W&B: xargs -d '\\n' wandb sync < %s", shlex.quote(str(list_of_runs)))
     return FAILED if failures else FINISHED
 
 

@@ -33,6 +33,7 @@ def launch(path: Path, executor: str, launcher: dict[str, Any], asked: Sequence[
 
     Raises ValueError for settings of the launcher that make no sense, OSError where the queue refuses the sweep.
     """
+    LAUNCHERS[executor](**launcher)
     sweep = Folder.create(path, executor, launcher, asked)
     submit_and_say(sweep, sweep.runs)
     if not launcher["wait"]:
@@ -98,7 +99,7 @@ def _print_states(sweep: Folder, states: Mapping[Path, runs.State]) -> None:
 
 def _wait(sweep: Folder, options: argparse.Namespace) -> int:
     states = wait(sweep)
-    return session.end_of_sweep({run.folder: run.name for run in sweep.runs}, states)
+    return session.end_of_sweep(sweep.path, {run.folder: run.name for run in sweep.runs}, states)
 
 
 def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
@@ -149,6 +150,7 @@ def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from None
     launcher: Any = OmegaConf.to_container(merged)
+    launcher.pop("_target_", None)
     return Folder(sweep.path, sweep.executor, launcher, sweep.cwd, sweep.runs)
 
 
