@@ -26,6 +26,7 @@ from esparse.experiment import Experiment
 from esparse.export import NoExport
 from esparse.export.dense import Dense
 from esparse.export.packed import Packed
+from esparse.launchers import LAUNCHERS
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
 from esparse.metrics.gradient import Gradient
@@ -111,6 +112,8 @@ def register() -> None:
     for group, options in CHOICES.items():
         for option, component in options.items():
             store.store(name=option, group=f"schema/{group}", node=component)
+    for executor, settings in LAUNCHERS.items():
+        store.store(name=executor, group="schema/launcher", node=settings)
 
 
 def build(config: DictConfig) -> Experiment:
@@ -131,6 +134,23 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
         raise ValueError(f"{group} takes one option, not a list of them{hint}")
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
+
+
+def rebuilt(settings: dict[str, Any]) -> Experiment:
+    """The experiment whose settings `resolved` gave; ValueError where a class has changed since then."""
+    classes = {known.__name__: known for group in CHOICES.values() for known in group.values()}
+
+    def component(given: dict[str, Any]) -> Any:
+        given = dict(given)
+        name = given.pop("_class")
+        try:
+            values = {k: component(v) if isinstance(v, dict) and "_class" in v else v for k, v in given.items()}
+            return classes[name](**values)
+        except (KeyError, TypeError):
+            raise ValueError(f"another version of esparse made these settings of {name}: submit the sweep anew") from None
+
+    parts = {k: component(v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
+    return Experiment(**parts)
 
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:

@@ -1,22 +1,20 @@
 """One call of launch.py: each run's folder, log, status and errors, and the table at the end.
 
-What a run leaves in OUTPUT_ROOT/<run id>: status.json from the beginning (running, failed with its reason, finished),
-run.log (of all attempts), and at the very end result.json, whose presence means finished. Until then blocks/ has what
-another attempt goes on from.
+What a run leaves in OUTPUT_ROOT/<run id>: status.json from the beginning (queued, running, preempted, interrupted,
+failed with its reason and traceback, finished), run.log (of all attempts), and at the very end result.json, whose
+presence means finished. Until then blocks/ has what another attempt goes on from, and owner.json says who is at it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
+import shlex
 import shutil
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from esparse import schema
+from esparse import owner, runs, schema
 from esparse.report import finished, write_json
 from esparse.report import run_id as identity
 
@@ -40,12 +38,12 @@ log = logging.getLogger("esparse")
 FINISHED, FAILED, MISTAKE = 0, 1, 2  # exit codes
 
 # What this process has seen; a sweep's jobs may run elsewhere, so Sweep reads their folders instead.
-_seen: dict[str, Any] = {"begun": False, "code": FINISHED, "sweep": False}
+_seen: dict[str, Any] = {"begun": False, "code": FINISHED, "sweep": None, "preempted": False, "submitted": False}
 
 
 def exit_code(main: Callable[[], Any]) -> int:
     """Runs Hydra's main function; 2 where it stopped at the command line, 1 where a run failed, else 0."""
-    _log_to_terminal()
+    log_to_terminal()
     try:
         main()
     except SystemExit as stop:
@@ -72,24 +70,30 @@ def mistakes() -> Iterator[None]:
         raise SystemExit(MISTAKE) from None
 
 
-def carry_out(experiment: Experiment, settings: dict[str, Any]) -> None:
-    """Carries out one run unless it is finished already; a failure is written down and does not end a sweep."""
+def carry_out(experiment: Experiment, settings: dict[str, Any], *, sweep: Path | None = None) -> dict[str, Any] | None:
+    """Carries out one run unless it is finished already; a failure is written down and does not end a sweep.
+
+    Returns its record, None where there is none. `sweep`: the folder of the sweep that this process is a job of.
+    """
     run_id, name = identity(settings), schema.title(settings)
     folder = Path(experiment.output_root) / run_id
     _seen["begun"] = True
+    if in_sweep := sweep.name if sweep else _seen["sweep"]:
+        experiment.tracking.in_sweep(in_sweep)
     if experiment.dry_run:
         _plan(experiment, name)
-        return
+        return None
     record = None if experiment.rerun else finished(folder)
     if record is not None:
         _tidy(folder)
         log.info("%s was run before (%s); rerun=true repeats it", name, folder)
     else:
-        record = _attempt(experiment, settings, run_id=run_id, name=name, folder=folder)
+        record = _owned_attempt(experiment, settings, sweep, run_id=run_id, name=name, folder=folder)
     if record is None:
         _seen["code"] = FAILED
-    elif not _seen["sweep"]:
+    elif not (sweep or _seen["sweep"]):
         _print_table([record], [])
+    return record
 
 
 def _tidy(folder: Path) -> None:
@@ -97,8 +101,8 @@ def _tidy(folder: Path) -> None:
     shutil.rmtree(folder / "blocks", ignore_errors=True)
     for draft in folder.glob("*.part"):
         draft.unlink(missing_ok=True)
-    status = _status(folder)
-    if status.get("status") == "running":
+    status = runs.status(folder)
+    if status.get("status") not in (None, "finished"):
         write_json(folder / "status.json", status | {"status": "finished"})
 
 
@@ -114,30 +118,61 @@ def _plan(experiment: Experiment, name: str) -> None:
         _seen["code"] = FAILED
 
 
-def _attempt(
-    experiment: Experiment, settings: dict[str, Any], *, run_id: str, name: str, folder: Path
+def _owned_attempt(
+    experiment: Experiment, settings: dict[str, Any], sweep: Path | None, *, run_id: str, name: str, folder: Path
 ) -> dict[str, Any] | None:
-    status = {"id": run_id, "name": name, "host": socket.gethostname(), "pid": os.getpid()}
-    status["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """Attempts the run unless another process is at it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-        if experiment.rerun:
-            shutil.rmtree(folder / "blocks", ignore_errors=True)
-            (folder / "run.log").unlink(missing_ok=True)
-        write_json(folder / "status.json", status | {"status": "running"})
-        with _log_to_file(folder / "run.log"):
-            log.info("%s -> %s", name, folder)
-            try:
-                return _run(experiment, settings, status, folder)
-            except Exception as error:
-                log.debug("%s", traceback.format_exc())
-                _say_failed(error, name, folder)
-                write_json(folder / "status.json", status | {"status": "failed", "reason": _sentence(error)})
-                return None
+        with owner.owned(folder, sweep.name if sweep else None, comes_back=lambda: bool(_seen["preempted"])) as mine:
+            if experiment.rerun:
+                clear(folder)
+            elif (record := finished(folder)) is not None:  # while this process waited for its turn
+                return record
+            status = {"id": run_id, "name": name, "host": mine.host, "pid": mine.pid, "job": mine.job}
+            status["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            return _attempt(experiment, settings, status, folder)
+    except owner.Busy as busy:
+        print(f"esparse: {name} is {busy.owner} and is not run twice ({folder})", file=sys.stderr)
     except OSError as error:  # not even the status could be written
         print(f"esparse: {name} failed: {_sentence(error)}", file=sys.stderr)
-        return None
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Removes what earlier attempts left, so that a run begins anew."""
+    (folder / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
+    (folder / "run.log").unlink(missing_ok=True)
+
+
+def _attempt(
+    experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path
+) -> dict[str, Any] | None:
+    name = status["name"]
+    (folder / "result.json").unlink(missing_ok=True)  # a damaged one
+    write_json(folder / "status.json", status | {"status": "running"})
+    with _log_to_file(folder / "run.log"):
+        log.info("%s -> %s", name, folder)
+        try:
+            return _run(experiment, settings, status, folder)
+        except Exception as error:
+            trace = traceback.format_exc()
+            log.debug("%s", trace)
+            _say_failed(error, name, folder)
+            status |= {"status": "failed", "reason": _sentence(error), "traceback": trace}
+            write_json(folder / "status.json", status)
+            return None
+        except BaseException:  # Ctrl-C, or the signal of a job that is preempted or reaches its time limit
+            how = "preempted" if _seen["preempted"] else "interrupted"
+            log.info("%s: the next attempt goes on behind the last finished block", how)
+            write_json(folder / "status.json", status | {"status": how})
+            raise
+
+
+def preempted() -> None:
+    """The job of this process is about to be put back into the queue."""
+    _seen["preempted"] = True
 
 
 def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -174,7 +209,7 @@ def _take_part(
         log.handlers[:] = [logging.NullHandler()]
         log.propagate = False
         return one_run.run(experiment, **asked, ranks=ranks), {}
-    _log_to_terminal()
+    log_to_terminal()
     with _log_to_file(asked["folder"] / "run.log"):
         return one_run.run(experiment, **asked, ranks=ranks), one_run.dense_known
 
@@ -210,25 +245,51 @@ class Sweep(Callback):
     """Checks every run of a sweep before the first one starts, and prints one table after the last."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _seen["sweep"] = True
-        self._asked: list[dict[str, Any]] = []
+        _seen["sweep"] = Path(config.hydra.sweep.dir).name
+        asked.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
-            self._asked = [_composed(overrides) for overrides in _jobs(config)]
+            asked.update({tuple(overrides): _composed(overrides) for overrides in _jobs(config)})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if all(settings["dry_run"] for settings in self._asked):
+        if _seen["submitted"] or all(settings["dry_run"] for settings in asked.values()):
             return
-        records, failures = [], []
-        for settings in self._asked:
-            folder = Path(settings["output_root"]) / identity(settings)
-            record = finished(folder)
-            if record is not None:
-                records.append(record)
-            else:
-                failures.append((schema.title(settings), _reason(folder)))
-        _print_table(records, failures)
+        ends = {runs.folder_of(settings): schema.title(settings) for settings in asked.values()}
         _seen["begun"] = True
-        _seen["code"] = FAILED if failures else FINISHED
+        _seen["code"] = end_of_sweep(Path(config.hydra.sweep.dir), ends, runs.looked(ends))
+
+
+# The runs of this call's sweep, as they were checked: overrides -> resolved settings.
+asked: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) -> None:
+    """Lets a queue carry out the runs of this call; `submit` returns whether it waited until they ended.
+
+    Plans are made here: they take no node.
+    """
+    if plans := [each for each in settings if each["dry_run"]]:
+        for each in plans:
+            carry_out(schema.rebuilt(each), each)
+        return
+    _seen["begun"] = True
+    try:
+        with mistakes():
+            _seen["submitted"] = not submit()
+    except OSError as error:
+        print(f"esparse: {_sentence(error)}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
+
+
+def end_of_sweep(sweep: Path, names: Mapping[Path, str], states: Mapping[Path, runs.State]) -> int:
+    """Prints the table of all runs, and how to upload them; the exit code."""
+    records = [record for folder in names if (record := finished(folder)) is not None]
+    failures = [(name, states[folder].text) for folder, name in names.items() if states[folder].kind != "finished"]
+    _print_table(records, failures)
+    if offline := [run for folder in names for run in sorted(folder.glob("wandb/offline-run-*"))]:
+        list_of_runs = sweep / "wandb-runs.txt"
+        list_of_runs.write_text("".join(f"{run.absolute()}\n" for run in offline))
+        log.info("to upload these runs to W&B: xargs -d '\\n' wandb sync < %s", shlex.quote(str(list_of_runs)))
+    return FAILED if failures else FINISHED
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:
@@ -257,20 +318,6 @@ def _config_name() -> str:
     return get_args_parser().parse_args().config_name or "config"
 
 
-def _status(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "status.json").read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _reason(folder: Path) -> str:
-    status = _status(folder)
-    if not status:
-        return "never started"
-    return status.get("reason") or f"died while {status.get('status')} on {status.get('host')}"
-
-
 def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]]) -> None:
     from rich.console import Console
 
@@ -282,7 +329,7 @@ def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]])
     console.print(runs_table(records, failures))
 
 
-def _log_to_terminal() -> None:
+def log_to_terminal() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))

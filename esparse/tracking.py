@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("esparse")
 
 MODES = ("offline", "online")
+# What may be uploaded, and the files of it.
+ARTIFACTS = {"masks": ["masks.safetensors", "orders.safetensors"]}
 NO_KEY = "there is no API key: run `wandb login` or set WANDB_API_KEY"
 
 
@@ -40,6 +42,9 @@ class Sink:
 @dataclass(kw_only=True, slots=True)
 class Tracking(ABC):
     """Where the numbers of a run go while it runs."""
+
+    def in_sweep(self, name: str) -> None:
+        """The run is one of this sweep's."""
 
     @abstractmethod
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> AbstractContextManager[Sink]:
@@ -59,15 +64,16 @@ class NoTracking(Tracking):
 class Wandb(Tracking):
     """Weights & Biases, with its files under `folder`/wandb.
 
-    The W&B run has the id of the esparse run, so a repeated run replaces it. Online without a server or a key
-    goes on offline. Raises ValueError for a setting that W&B would refuse.
+    The W&B run has the id of the esparse run, so a job that was stopped goes on in the same one. Online without a
+    server or a key goes on offline. Raises ValueError for a setting that W&B would refuse.
     """
 
     mode: str  # offline | online
     project: str
     entity: str | None  # user or team; None: the account's default
-    group: str | None
+    group: str | None  # null: in a sweep the sweep's folder
     tags: list[str]
+    artifacts: list[str]  # masks: the run's keep masks and channel orders
     timeout_s: float  # for the server: to answer at the start, to receive the rest at the end
 
     def __post_init__(self) -> None:
@@ -79,8 +85,13 @@ class Wandb(Tracking):
             )
         if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
             raise ValueError(f"each of tracking.tags must have 1 to 64 characters, got {wrong[0]!r}")
+        if wrong := [kind for kind in self.artifacts if kind not in ARTIFACTS]:
+            raise ValueError(f"each of tracking.artifacts must be one of {', '.join(ARTIFACTS)}, got {wrong[0]!r}")
         if not self.timeout_s > 0:
             raise ValueError(f"tracking.timeout_s must be more than 0 seconds, got {self.timeout_s}")
+
+    def in_sweep(self, name: str) -> None:
+        self.group = self.group or name
 
     @contextmanager
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:
@@ -88,10 +99,14 @@ class Wandb(Tracking):
         if run is None:
             yield Sink()
             return
-        sink, exit_code = _WandbSink(run, self.timeout_s), 1
+        files = {kind: [folder / file for file in ARTIFACTS[kind]] for kind in self.artifacts}
+        sink, exit_code = _WandbSink(run, self.timeout_s, files, in_sweep=self.group is not None), 1
         try:
             yield sink
             exit_code = 0
+        except (SystemExit, KeyboardInterrupt):  # the signal of a job that comes back; W&B then waits for it
+            sink.preempted()
+            raise
         finally:
             # Always, so that the next job of a sweep in the same process gets a run of its own.
             sink.close(exit_code)
@@ -102,14 +117,14 @@ class Wandb(Tracking):
         asked = {
             "id": run_id,
             "name": name,
-            "config": json.loads(json.dumps(config, default=str)),
+            "config": _flat(json.loads(json.dumps(config, default=str))),
             "dir": str(folder),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return self._online(asked) if self.mode == "online" else self._init("offline", asked)
         except Exception as error:
-            logger.warning("W&B could not be started (%s); the run goes on without it.", _first_line(error))
+            logger.warning("W&B could not be started (%s); the run goes on without it.", _sentence(error))
             return None
 
     def _online(self, asked: dict[str, Any]) -> wandb.Run:
@@ -119,7 +134,7 @@ class Wandb(Tracking):
         try:
             return self._init("online", asked)
         except Exception as error:
-            why = _first_line(error)
+            why = _sentence(error)
         _teardown()  # wandb-core still holds the id of the attempt
         for attempt in set(Path(asked["dir"]).glob(attempts)) - before:
             shutil.rmtree(attempt, ignore_errors=True)  # holds nothing, and `wandb sync` would upload it
@@ -145,8 +160,10 @@ class Wandb(Tracking):
             finish_timeout=self.timeout_s,
             finish_timeout_raises=True,
         )
+        resumed: dict[str, Any] = {"resume": "allow"} if mode == "online" else {}  # offline every attempt has its files
         return wandb.init(
             mode=mode,
+            **resumed,
             settings=settings,
             project=self.project,
             entity=self.entity,
@@ -159,8 +176,15 @@ class Wandb(Tracking):
 class _WandbSink(Sink):
     """Passes everything on to one wandb run; the first failure is said, none is raised."""
 
-    def __init__(self, run: wandb.Run, timeout_s: float) -> None:
+    def __init__(self, run: wandb.Run, timeout_s: float, files: dict[str, list[Path]], *, in_sweep: bool) -> None:
         self._run, self._timeout_s, self._warned = run, timeout_s, False
+        self._files, self._in_sweep = files, in_sweep
+
+    def preempted(self) -> None:
+        try:
+            self._run.mark_preempting()
+        except Exception as error:
+            self._warn(error)
 
     def log(self, values: dict[str, Any]) -> None:
         try:
@@ -179,8 +203,20 @@ class _WandbSink(Sink):
                 with _staged_in(self._run.settings.sync_dir):
                     self._run.log({path: _table(rows) for path, rows in tables.items()})
             self._run.summary.update(scalars)
+            for kind, files in self._files.items():
+                self._upload(kind, files)
         except Exception as error:
             self._warn(error)
+
+    def _upload(self, kind: str, files: list[Path]) -> None:
+        import wandb
+
+        with _staged_in(self._run.settings.sync_dir):
+            artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
+            for file in files:
+                if file.exists():
+                    artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
 
     def close(self, exit_code: int) -> None:
         """Ends the wandb run; 0 = finished, else failed."""
@@ -188,7 +224,8 @@ class _WandbSink(Sink):
         try:
             run.finish(exit_code=exit_code)
             if run.offline:
-                logger.info("to upload this run to W&B: %s", _sync_command(run))
+                level = logging.DEBUG if self._in_sweep else logging.INFO  # a sweep says it once for all
+                logger.log(level, "to upload this run to W&B: %s", _sync_command(run))
         except TimeoutError:
             logger.warning(
                 "W&B did not take the whole run within %g s; to upload the rest: %s",
@@ -201,8 +238,23 @@ class _WandbSink(Sink):
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            logger.warning("W&B failed (%s); the run and its record go on.", _first_line(error))
+            logger.warning("W&B failed (%s); the run and its record go on.", _sentence(error))
         self._warned = True
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as people filter runs by it: metric = entropy, metric/alpha = 0.5."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}/", value)
+            elif key != "_class":
+                flat[f"{prefix}{key}"] = value
+
+    add("", {key: value for key, value in config.items() if key != "choices"})
+    return flat | config.get("choices", {})
 
 
 def _split(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -260,5 +312,5 @@ def _teardown() -> None:
         logger.debug("W&B teardown: %r", error)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

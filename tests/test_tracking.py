@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from esparse.tracking import NoTracking, Wandb
 
 CONF = Path(__file__).parent.parent / "conf"
-PLACE = {"project": "esparse", "entity": None, "group": None, "tags": []}
+PLACE = {"project": "esparse", "entity": None, "group": None, "tags": [], "artifacts": []}
 SETTINGS = {"mode": "offline", "timeout_s": 20.0, **PLACE}
 CONFIG = {
     "pattern": "2:4",
@@ -87,7 +87,7 @@ def test_offline_run_holds_config_history_summary_and_table(tmp_path, caplog, ca
     run = json.loads(inspect(file, "--summary"))
     assert (run["run_id"], run["name"], run["project"]) == ("1a2b3c4d", "tiny 2:4 entropy", "esparse")
     assert (run["state"], run["exit_code"], run["tags"]) == ("finished", 0, ["a:b"])
-    assert run["config"] == CONFIG | {"path": "x"}
+    assert run["config"] == {"pattern": "2:4", "metric": "entropy", "metric/alpha": 0.5, "path": "x"}
     summary = run["summary"]
     assert summary["quality/builtin/dense"] == 7.25 and summary["quality/builtin/pruned"] == 9.5
     assert summary["sparsity/pattern_holds"] is True and summary["seconds"] == 12.5
@@ -96,9 +96,42 @@ def test_offline_run_holds_config_history_summary_and_table(tmp_path, caplog, ca
     assert table["columns"] == ["name", "shape", "kept_score", "relative_error"]
     assert table["data"] == [["a", "4x8", 0.75, 0.125], ["b", "8x4", 0.5, None]]
 
-    assert messages(caplog, logging.INFO) == [f"to upload this run to W&B: wandb sync {file.parent}"]
+    assert messages(caplog, logging.INFO) == []  # the end of the sweep says it for all
     assert capfd.readouterr() == ("", "")
     assert {path.name for path in tmp_path.iterdir()} <= {"wandb", ".cache"}  # .cache: W&B's own debug log
+
+
+def test_a_run_of_no_sweep_says_how_to_upload_it(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "esparse"), start(tracking(), tmp_path):
+        pass
+    (file,) = files_of(tmp_path)
+    assert messages(caplog, logging.INFO) == [f"to upload this run to W&B: wandb sync {file.parent}"]
+
+
+def test_a_sweep_is_a_group_unless_told_otherwise(tmp_path):
+    for group, expected in [(None, "of-the-day"), ("mine", "mine")]:
+        component = tracking(group=group)
+        component.in_sweep("of-the-day")
+        with start(component, tmp_path / expected):
+            pass
+        assert f'"{expected}"' in inspect(*files_of(tmp_path / expected))
+    NoTracking().in_sweep("of-the-day")
+
+
+def test_masks_are_uploaded_when_asked_for(tmp_path):
+    (tmp_path / "masks.safetensors").write_bytes(b"masks")
+    with start(tracking(artifacts=["masks"]), tmp_path) as sink:
+        sink.finish(RECORD)
+    kinds = [json.loads(line) for line in inspect(*files_of(tmp_path)).splitlines()]
+    (artifact,) = [kind for kind in kinds if "artifact" in kind["type"] and "masks-1a2b3c4d" in json.dumps(kind)]
+    assert "masks.safetensors" in json.dumps(artifact)
+
+
+def test_a_job_that_is_preempted_says_so(tmp_path):
+    with pytest.raises(SystemExit), start(tracking(), tmp_path) as sink:
+        sink.log({"block": 0})
+        sys.exit(-1)  # as submitit does once the job is requeued
+    assert "preempting" in inspect(*files_of(tmp_path))
 
 
 def test_each_run_of_a_process_is_its_own(tmp_path):
@@ -240,6 +273,7 @@ def test_no_tracking_passes_exceptions_on(tmp_path):
         ({"project": "a:b"}, "tracking.project"),
         ({"tags": [""]}, "tracking.tags"),
         ({"timeout_s": 0}, "tracking.timeout_s"),
+        ({"artifacts": ["weights"]}, "tracking.artifacts must be one of masks, got 'weights'"),
     ],
 )
 def test_a_setting_that_wandb_would_refuse_is_an_error(changed, named):

@@ -1,0 +1,164 @@
+"""What the queue says about a job: Slurm through squeue and sacct, processes of this machine through the system.
+
+A job is named as people type it, 1234_5 or 1234 for Slurm's, local-4711 for a process of this machine. Standard library
+only: a login node answers `python -m esparse.sweep status` without loading torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GONE = "GONE"  # no queue knows the job any more
+# A job in one of these will not run again.
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("TIMEOUT", "REVOKED", GONE),
+}
+ASKED_AGAIN_S = 2.0  # no question is put to Slurm more often
+LOCAL = "local-"
+
+
+@functools.cache
+def machine() -> str:
+    """This host, this boot, this name space of process ids: where a process id means a process."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def began(pid: int) -> int | None:
+    """When a process of this machine began, in the system's ticks; None where there is none (a zombie counts as none).
+
+    Where the system does not tell, 0 for a process that is there.
+    """
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(rest[18])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except (OSError, ValueError):
+        return None  # it ended while it was read
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def own_job() -> str | None:
+    """The job that this process belongs to."""
+    if "SLURM_JOB_ID" in os.environ:
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    local = os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+    return f"{LOCAL}{local}" if local else None
+
+
+def restarts() -> int:
+    """How often Slurm began this job anew."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+@functools.cache
+def name() -> str | None:
+    """The Slurm cluster that this machine belongs to; None where it belongs to none or Slurm does not answer."""
+    said = _answer(["scontrol", "show", "config"])
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", said or "", flags=re.M)
+    return found.group(1) if found else None
+
+
+@dataclass(slots=True)
+class Queue:
+    """Asks about jobs, of an array once for all its tasks, and remembers the answers for a moment."""
+
+    _known: dict[str, tuple[float, dict[str, tuple[str, str]] | None]] = field(default_factory=dict)
+
+    def state(self, job: str, cluster: str | None = None) -> str | None:
+        """PENDING, RUNNING, ... or one of ENDED; None where nobody here can tell.
+
+        `cluster` is where the job was submitted: another one's ids mean nothing here.
+        """
+        if job.startswith(LOCAL):
+            return None
+        answers = self._array(job, cluster)
+        return None if answers is None else answers.get(job, (GONE, ""))[0]
+
+    def why(self, job: str, cluster: str | None = None) -> str:
+        """What Slurm gives as a reason: Resources, Priority, Dependency, ...; empty where it gives none."""
+        if job.startswith(LOCAL):
+            return ""
+        reason = (self._array(job, cluster) or {}).get(job, ("", ""))[1]
+        return "" if reason == "None" else reason
+
+    def _array(self, job: str, cluster: str | None) -> dict[str, tuple[str, str]] | None:
+        array = job.partition("_")[0]
+        asked, answers = self._known.get(array, (float("-inf"), None))
+        if time.monotonic() - asked > ASKED_AGAIN_S:
+            if cluster is not None and cluster != name():
+                answers = None
+            else:
+                answers = _ask(array)
+            self._known[array] = (time.monotonic(), answers)
+        return answers
+
+
+def _ask(array: str) -> dict[str, tuple[str, str]] | None:
+    said = _answer(["squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%i|%T|%r"])
+    if said is None:
+        return None
+    answers = {}
+    for line in said.splitlines():
+        job, state, reason = (line.strip().split("|") + ["", ""])[:3]
+        answers[job] = (state, reason)
+    if not answers:  # squeue forgets a job after minutes; the accounts, where there are any, do not
+        for line in (_answer(["sacct", "-nPX", "-o", "JobID,State", "-j", array]) or "").splitlines():
+            job, _, state = line.strip().partition("|")
+            if state:
+                answers[job] = (state.split()[0], "")  # "CANCELLED by 1000"
+    return answers
+
+
+def _answer(command: list[str]) -> str | None:
+    """What a command of Slurm's prints; empty where it does not know the job, None where it cannot be asked."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode == 0:
+        return done.stdout
+    return "" if "Invalid job id" in done.stderr else None
+
+
+def cancel(jobs: Iterable[str]) -> str | None:
+    """Takes jobs out of the queue, running or not; what Slurm says where it refuses."""
+    slurm = []
+    for job in jobs:
+        if job.startswith(LOCAL):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.removeprefix(LOCAL)), signal.SIGKILL)
+        else:
+            slurm.append(job)
+    if not slurm:
+        return None
+    if shutil.which("scancel") is None:
+        return "there is no scancel on this machine"
+    done = subprocess.run(["scancel", *slurm], capture_output=True, text=True, timeout=120)
+    return None if done.returncode == 0 else " ".join(done.stderr.split())

@@ -1,0 +1,25 @@
+"""One Slurm for all tests of this folder; without one they are skipped, or fail where ESPARSE_SLURM=required."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.lab import Lab, missing
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    lacking = missing()
+    why = f"{', '.join(lacking)} not found" if lacking else "Slurm's daemons need root here" if os.getuid() else ""
+    if why:
+        assert os.environ.get("ESPARSE_SLURM") != "required", why
+        pytest.skip(f"no Slurm to test against: {why}")
+    lab = Lab(tmp_path_factory.mktemp("slurm"), cpus=1)
+    try:
+        lab.start()
+        yield lab
+    finally:
+        lab.stop()
