@@ -7,7 +7,8 @@
 First the codec in bfloat16, the best of three rounds: seconds, and in brackets those of all cores together, which say
 more where other jobs are running. Then a LLaMA with random weights is pruned and packed with `python launch.py`, and
 the dense and the packed checkpoint are loaded by a process each, which says what it has in memory (resident set, and of
-it what is no file) and how long a forward pass takes. Cost: five minutes on two cores, and the disk space of the model twice.
+it what is no file) and how long a forward pass takes.
+Cost: five minutes on two cores, and the disk space of the model twice.
 """
 
 from __future__ import annotations
