@@ -15,15 +15,18 @@ Shapes: O outputs, I inputs, K survivors of a row, S salient ones, G groups, M w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from esparse.cores import each_core
 from esparse.packed import codes
 from esparse.patterns import NM, Pattern
+
+TILE = 2**18  # weights that are packed or unpacked at one time: what they need in between stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,22 +77,29 @@ class PackedMatrix:
 
 def pack(weight_OI: Tensor, pattern: Pattern) -> PackedMatrix:
     """The matrix without its zeros; ValueError where it has more survivors than the pattern allows."""
-    keep_OI = weight_OI != 0
     if not pattern.parts():
         raise ValueError(f"the pattern {pattern} has no groups of n:m, in which weights could be packed")
+    parts = _by_rows(lambda rows: _packed_rows(weight_OI[rows], pattern), *weight_OI.shape)
+    return PackedMatrix(pattern, weight_OI.shape[1], *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _packed_rows(weight_OI: Tensor, pattern: Pattern) -> list[Tensor]:
+    keep_OI = weight_OI != 0
     placed_OI, *salient = pattern.split(keep_OI)
     if (keep_OI & ~(placed_OI | salient[0] if salient else placed_OI)).any():
         raise ValueError(f"the weights do not hold {pattern}")
-    values_OK = _taken(weight_OI, placed_OI)
-    bits_OB = packed_bits(placed_OI)
-    if not salient:
-        return PackedMatrix(pattern, weight_OI.shape[1], values_OK, bits_OB)
-    outliers = pattern.parts()[1]
-    columns_OS = salient[0].nonzero()[:, 1].view(len(weight_OI), -1)
-    places_OS = (columns_OS - _starts(outliers, weight_OI.shape[1])).to(_place_type(outliers))
-    # Where few survive, some of the salient places are among the others: nothing is to be added there.
-    values_OS = _taken(weight_OI.masked_fill(placed_OI, 0), salient[0])
-    return PackedMatrix(pattern, weight_OI.shape[1], values_OK, bits_OB, values_OS, places_OS)
+    packed = [_taken(weight_OI, placed_OI), packed_bits(placed_OI)]
+    if salient:
+        # Where few survive, some of the salient places are among the others: nothing is to be added there.
+        packed.append(_taken(weight_OI.masked_fill(placed_OI, 0), salient[0]))
+        packed.append(_places(salient[0], pattern.parts()[1]))
+    return packed
+
+
+def _places(keep_OI: Tensor, pattern: NM) -> Tensor:
+    """The place of each survivor within its group."""
+    columns_OS = keep_OI.nonzero()[:, 1].view(len(keep_OI), -1)
+    return (columns_OS - _starts(pattern, keep_OI.shape[1])).to(_place_type(pattern))
 
 
 def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
@@ -113,13 +123,24 @@ def unpacked_bits(bits_OB: Tensor, inputs: int) -> Tensor:
 def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
     """The tensors that stand for the matrix on disk, by the ending of their names."""
     base, *outliers = packed.pattern.parts()
-    keep_OI = unpacked_bits(packed.bits_OB, packed.inputs)
-    tensors = {"values": packed.values_OK, "index": _index(keep_OI, base)}
+    tensors = {"values": packed.values_OK}
+
+    def kept(rows: slice) -> Tensor:
+        return unpacked_bits(packed.bits_OB[rows], packed.inputs)
+
+    def salient(rows: slice) -> Tensor:
+        assert packed.salient_places_OS is not None
+        columns_OS = packed.salient_places_OS[rows].long() + _starts(outliers[0], packed.inputs)
+        return torch.zeros(len(columns_OS), packed.inputs, dtype=torch.bool).scatter_(1, columns_OS, True)
+
+    def index(mask: Callable[[slice], Tensor], pattern: NM) -> Tensor:
+        parts = _by_rows(lambda rows: _index(mask(rows), pattern), len(packed.values_OK), packed.inputs)
+        return torch.cat([piece for part in zip(*parts, strict=True) for piece in part])
+
+    tensors["index"] = index(kept, base)
     if outliers:
-        assert packed.salient_values_OS is not None and packed.salient_places_OS is not None
-        columns_OS = packed.salient_places_OS.long() + _starts(outliers[0], packed.inputs)
-        keep_OI = torch.zeros_like(keep_OI).scatter_(1, columns_OS, True)
-        tensors |= {"salient_values": packed.salient_values_OS, "salient_index": _index(keep_OI, outliers[0])}
+        assert packed.salient_values_OS is not None
+        tensors |= {"salient_values": packed.salient_values_OS, "salient_index": index(salient, outliers[0])}
     return tensors
 
 
@@ -127,12 +148,25 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> P
     """The matrix that `to_file` was given; ValueError where the index is not one of this pattern."""
     base, *outliers = pattern.parts()
     outputs = len(tensors["values"])
-    bits_OB = packed_bits(_keep(tensors["index"], base, outputs, inputs))
-    if not outliers:
-        return PackedMatrix(pattern, inputs, tensors["values"], bits_OB)
-    columns_OS = _keep(tensors["salient_index"], outliers[0], outputs, inputs).nonzero()[:, 1].view(outputs, -1)
-    places_OS = (columns_OS - _starts(outliers[0], inputs)).to(_place_type(outliers[0]))
-    return PackedMatrix(pattern, inputs, tensors["values"], bits_OB, tensors["salient_values"], places_OS)
+
+    def read(rows: slice) -> list[Tensor]:
+        found = [packed_bits(_keep(tensors["index"], base, rows, outputs, inputs))]
+        if outliers:
+            found.append(_places(_keep(tensors["salient_index"], outliers[0], rows, outputs, inputs), outliers[0]))
+        return found
+
+    bits_OB, *places_OS = (torch.cat(part) for part in zip(*_by_rows(read, outputs, inputs), strict=True))
+    return PackedMatrix(pattern, inputs, tensors["values"], bits_OB, tensors.get("salient_values"), *places_OS)
+
+
+def _by_rows(work: Callable[[slice], list[Tensor]], outputs: int, inputs: int) -> list[list[Tensor]]:
+    """What `work` makes of some rows at a time, on every core.
+
+    Eight rows, or a multiple of them, have their index in whole bytes.
+    """
+    rows = max(8, TILE // inputs // 8 * 8)
+    with each_core() as pool:
+        return list(pool.map(work, (slice(start, min(start + rows, outputs)) for start in range(0, outputs, rows))))
 
 
 def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
@@ -166,7 +200,8 @@ def _way(n: int, m: int) -> tuple[str, int]:
     return ("places", places) if places < m else ("bits", m)
 
 
-def _index(keep_OI: Tensor, pattern: NM) -> Tensor:
+def _index(keep_OI: Tensor, pattern: NM) -> list[Tensor]:
+    """The bytes that say which weights survive: those of the whole groups, those of the tails."""
     parts, start = [], 0
     for count, n, m in pattern.groups(keep_OI.shape[1]):
         keep_NM = keep_OI[:, start : start + count * m].reshape(-1, m)
@@ -178,27 +213,32 @@ def _index(keep_OI: Tensor, pattern: NM) -> Tensor:
             parts.append(codes.to_bytes(keep_NM.nonzero()[:, 1], bits // n))
         else:
             parts.append(packed_bits(keep_NM.reshape(1, -1))[0])
-    return torch.cat(parts)
+    return parts
 
 
-def _keep(index_B: Tensor, pattern: NM, outputs: int, inputs: int) -> Tensor:
-    parts, start = [], 0
+def _keep(index_B: Tensor, pattern: NM, rows: slice, outputs: int, inputs: int) -> Tensor:
+    """The mask of some rows, of which the first is a multiple of eight."""
+    parts, start, taken = [], 0, rows.stop - rows.start
     for count, n, m in pattern.groups(inputs):
-        groups = outputs * count
-        way, bits = _way(n, m)
-        bytes_B = index_B[start : start + -(-groups * bits // 8)]
-        start += len(bytes_B)
-        if way == "number":
-            keep_NM = codes.unworded(codes.choices(codes.from_bytes(bytes_B, groups, bits), n, m), m)
-        elif way == "places":
-            places_NK = codes.from_bytes(bytes_B, groups * n, bits // n).view(groups, n)
-            keep_NM = torch.zeros(groups, m, dtype=torch.bool).scatter_(1, places_NK.clamp_(max=m - 1), True)
-        else:
-            keep_NM = unpacked_bits(bytes_B[None], groups * m).view(groups, m)
-        if (keep_NM.sum(1) != n).any():
+        bits = _way(n, m)[1]
+        first = start + rows.start * count * bits // 8
+        bytes_B = index_B[first : first + -(-taken * count * bits // 8)]
+        start += -(-outputs * count * bits // 8)
+        keep_NM = _groups(bytes_B, taken * count, n, m)
+        if (keep_NM.sum(1, dtype=torch.int32) != n).any():
             raise ValueError(f"the index names other choices than {n} of {m}: it is damaged")
-        parts.append(keep_NM.view(outputs, count * m))
+        parts.append(keep_NM.view(taken, count * m))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
+    way, bits = _way(n, m)
+    if way == "number":
+        return codes.unworded(codes.choices(codes.from_bytes(bytes_B, groups, bits), n, m), m)
+    if way == "places":
+        places_NK = codes.from_bytes(bytes_B, groups * n, bits // n).view(groups, n).clamp_(max=m - 1)
+        return torch.zeros(groups, m, dtype=torch.bool).scatter_(1, places_NK, True)
+    return unpacked_bits(bytes_B[None], groups * m).view(groups, m)
 
 
 def _starts(pattern: NM, inputs: int) -> Tensor:

@@ -93,6 +93,15 @@ def test_groups_with_fewer_survivors_are_filled_with_zeros() -> None:
     assert torch.equal(packed.bits_OB, packed_bits(torch.tensor([[1, 0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)))
 
 
+def test_salient_places_without_a_weight_add_nothing() -> None:
+    pattern = patterns.parse("2:4", "6:8")
+    weight_OI = torch.tensor([[1.0, 2, 0, 0, 3, 4, 5, 0], [0, 0, 0, 0, 0, 0, 0, 6]])
+    packed = pack(weight_OI, pattern)
+    assert packed.salient_values_OS is not None and packed.salient_values_OS.sum() == 5
+    assert torch.equal(packed.dense(), weight_OI)
+    assert torch.equal(from_file(to_file(packed), pattern, 8).dense(), weight_OI)
+
+
 def test_weights_that_do_not_hold_the_pattern_are_refused() -> None:
     with pytest.raises(ValueError, match="do not hold 2:4"):
         pack(torch.ones(2, 8), NM(2, 4))

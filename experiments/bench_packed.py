@@ -1,0 +1,142 @@
+"""Claims that packing a 4096 x 11008 layer takes under 2 s on 2 cores, and that a packed model takes less memory.
+
+    python experiments/bench_packed.py                   # codec, then memory and time of a model of 0.2 B parameters
+    python experiments/bench_packed.py --blocks 8
+    python experiments/bench_packed.py --only codec
+
+First the codec in bfloat16, the best of three rounds: seconds, and in brackets those of all cores together, which say
+more where other jobs are running. Then a LLaMA with random weights is pruned and packed with `python launch.py`, and
+the dense and the packed checkpoint are loaded by a process each, which says what it has in memory (resident set, and of
+it what is no file) and how long a forward pass takes.
+Cost: five minutes on two cores, and the disk space of the model twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from esparse import patterns  # noqa: E402
+from esparse.models.load import BUILTIN  # noqa: E402
+from esparse.packed.matrix import from_file, pack, to_file  # noqa: E402
+
+LAYER = (4096, 11008)
+CODED = [("2:4", None), ("4:8", None), ("8:16", None), ("16:32", None), ("8:16", "16:256")]
+
+MEASURE = """
+import json, statistics, sys, time
+import esparse, torch
+from transformers import AutoModelForCausalLM
+
+def resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {key: int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon", "VmHWM")}
+
+before = resident()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+out = {"dtype": str(model.dtype), "before": before}
+for tokens in (1, 64, 512):
+    ids, times = torch.randint(4, 1000, (1, tokens)), []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        times.append(time.perf_counter() - start)
+    out[f"seconds_{tokens}"] = statistics.median(times[1:])
+out["after"] = resident()
+print("MEASURED", json.dumps(out))
+"""
+
+
+def best(work: Callable[[], object]) -> str:
+    """Seconds on the clock, and of all cores together."""
+    times = []
+    for _ in range(3):
+        start, cpu = time.perf_counter(), time.process_time()
+        work()
+        times.append((time.perf_counter() - start, time.process_time() - cpu))
+    return "{:5.2f} ({:5.2f})".format(*map(min, zip(*times, strict=True)))
+
+
+def codec() -> None:
+    print(
+        f"codec, {LAYER[0]} x {LAYER[1]} bfloat16, {torch.get_num_threads()} threads, seconds (of all cores), best of 3"
+    )
+    for asked in CODED:
+        pattern = patterns.parse(*asked)
+        weight_OI = torch.randn(LAYER, generator=torch.Generator().manual_seed(0))
+        weight_OI = weight_OI.masked_fill_(~pattern.keep_top(weight_OI.abs()), 0.0).bfloat16()
+        tensors = to_file(pack(weight_OI, pattern))
+        assert torch.equal(from_file(tensors, pattern, LAYER[1]).dense(), weight_OI)
+        encode = best(lambda w=weight_OI, p=pattern: to_file(pack(w, p)))  # type: ignore[misc]
+        decode = best(lambda t=tensors, p=pattern: from_file(t, p, LAYER[1]))  # type: ignore[misc]
+        bits = 8 * sum(v.nbytes for name, v in tensors.items() if name.endswith("index")) / weight_OI.numel()
+        print(f"  {pattern!s:14} to disk {encode}   from disk {decode}   index {bits} bits per weight")
+
+
+def model(blocks: int, folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=blocks,
+        num_attention_heads=16,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder / "dense")
+    arguments = ["model=hf", f"model.path={folder / 'dense'}", "metric=magnitude", "shuffle=none", "evaluate=none"]
+    arguments += ["calibration.sequences=1", "calibration.length=64", "tracking=none", f"output_root={folder / 'out'}"]
+    arguments += ["export=packed", f"export.path={folder / 'packed'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, check=True, env=environment)
+    found = {}
+    for which in ("dense", "packed"):
+        command = [sys.executable, "-c", MEASURE, str(folder / which)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found[which] = json.loads(done.stdout.partition("MEASURED")[2])
+        size = sum(file.stat().st_size for file in (folder / which).glob("*.safetensors"))
+        of, start = found[which]["after"], found[which]["before"]["VmRSS"]
+        print(
+            f"{which:7} files {size / 2**20:7.0f} MiB   resident {of['VmRSS'] - start:7.0f} MiB more than before "
+            f"(peak {of['VmHWM'] - start:7.0f}, of no file {of['RssAnon']:7.0f})   {found[which]['dtype']}"
+        )
+    for tokens in (1, 64, 512):
+        dense, packed = (found[which][f"seconds_{tokens}"] for which in ("dense", "packed"))
+        print(f"{tokens:4} tokens: dense {dense:.3f} s, packed {packed:.3f} s, {packed / dense:.1f} times as long")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--only", choices=("codec", "model"))
+    asked = parser.parse_args()
+    if asked.only != "model":
+        codec()
+    if asked.only == "codec":
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model(asked.blocks, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
