@@ -85,7 +85,9 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[s
     step = 0.8 / len(methods)
     for row in rows:
         spread, k = row[f"{corpus} ppl pruned"], methods.index(row["method"])
-        if spread is None or not math.isfinite(spread.mean):
+        if spread is None:
+            continue  # this run was not measured on it
+        if not math.isfinite(spread.mean):
             lost.append(f"{row['method']} {row['pattern']}")
             continue
         x = patterns.index(row["pattern"]) + (k - (len(methods) - 1) / 2) * step

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from esparse.models.blocks import BlockModel
 
+log = logging.getLogger("esparse")
+
 BUILTIN = "builtin"
 ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of local copies, and who reads them
 NEAR = {"boolq": "super_glue", "rte": "glue"}  # folders of tasks that are not called like theirs
@@ -83,10 +85,9 @@ class ZeroShot:
                     "choice or of likelihoods"
                 )
             own = task.get_config("num_fewshot")
-            if self.shots is None or own == 0:  # what a task forbids stays forbidden, as in lm-eval
-                task.set_config(key="num_fewshot", value=own or 0)
-            else:
-                task.set_config(key="num_fewshot", value=self.shots)
+            if self.shots and own == 0:  # as in lm-eval
+                log.info("the task %s takes no examples: zeroshot.shots=%d is not for it", name, self.shots)
+            task.set_config(key="num_fewshot", value=own or 0 if self.shots is None or own == 0 else self.shots)
             task.set_fewshot_seed(seed=1234)  # lm-eval's own
         return loaded
 
@@ -101,12 +102,18 @@ class ZeroShot:
                 raise ValueError(
                     f"zeroshot.tasks: {name} is a group of tasks, and zeroshot.data has data by task: name its tasks"
                 )
-            return _loaded(_index(), name)
+            return _from_hub(_index(), name)
         if self.data is None:
-            return _loaded(TaskManager(include_path=str(file.parent), include_defaults=False), name)
+            return _from_hub(TaskManager(include_path=str(file.parent), include_defaults=False), name)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "local.yaml").write_text(self._local(name, file, Path(folder)))
-            return _loaded(TaskManager(include_path=folder, include_defaults=False), name)
+            try:
+                return dict(TaskManager(include_path=folder, include_defaults=False).load([name]))
+            except Exception as cause:  # `datasets` and what a task does with a row fail in many types
+                raise ValueError(
+                    f"zeroshot.data: the files in {Path(self.data) / name} are not what the task {name} reads "
+                    f"({type(cause).__name__}: {_first_line(cause)})"
+                ) from cause
 
     def _local(self, name: str, file: Path, cache: Path) -> str:
         """The task's definition with its data taken from local files, as YAML."""
@@ -122,6 +129,9 @@ class ZeroShot:
             endings = " or ".join(f"{measured}{ending}" for ending in (".jsonl", ".parquet"))
             there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
             raise ValueError(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {there or 'nothing'}")
+        examples = wanted.get("fewshot_split") or wanted.get("training_split")
+        if self.shots and examples not in (None, *found):
+            raise ValueError(f"zeroshot.data: examples of the task {name} come from {folder}/{examples}.*, not there")
         kinds = {ENDINGS[path.suffix] for path in found.values()}
         if len(kinds) > 1:
             raise ValueError(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
@@ -231,20 +241,23 @@ def _index() -> Any:
     return TaskManager()
 
 
-def _loaded(manager: Any, name: str) -> dict[str, Any]:
-    """One task, group or tag with its data."""
+def _from_hub(manager: Any, name: str) -> dict[str, Any]:
+    """One task, group or tag with its data from the cache of Hugging Face or from the hub."""
     from esparse.data.hub import from_cache_where_out_of_reach
 
     with from_cache_where_out_of_reach():
         try:
             return dict(manager.load([name]))
         except Exception as cause:  # the hub, `datasets` and the network fail in many unrelated types
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
             raise ConnectionError(
-                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had ({reason}): fill "
-                f"the cache where there is internet, or give local copies: zeroshot.data=DIR with "
-                f"DIR/{name}/<split>.jsonl or .parquet"
+                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had "
+                f"({_first_line(cause)}): fill the cache where there is internet, or give local copies: "
+                f"zeroshot.data=DIR with DIR/{name}/<split>.jsonl or .parquet"
             ) from cause
+
+
+def _first_line(cause: Exception) -> str:
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
 
 
 def _builtin() -> dict[str, Any]:

@@ -18,6 +18,7 @@ def test_the_right_ending_follows_the_context_and_the_wrong_ones_come_from_elsew
         assert own
         assert len(set(endings)) == WRONG + 1
         for wrong in endings[:label] + endings[label + 1 :]:
+            assert not any(wrong in text for text in own)
             assert any(wrong in text for text in documents)
             assert not any(question["context"] + wrong in text for text in documents)
 

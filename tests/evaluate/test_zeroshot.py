@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ def test_weights_that_are_read_block_by_block_give_the_same(data: Path, tmp_path
 
 def test_parquet_and_limit_and_shots(tmp_path: Path) -> None:
     folder = write(tmp_path, "piqa", "openbookqa", kind="parquet")
+    with pytest.raises(ValueError, match="examples of the task piqa come from .*/piqa/train"):
+        asked(["piqa"], data=str(folder), shots=2).load()
+    for task in ("piqa", "openbookqa"):
+        shutil.copy(folder / task / f"{SPLITS[task]}.parquet", folder / task / "train.parquet")
     loaded = asked(["piqa", "openbookqa"], data=str(folder), limit=5, shots=2).load()
     blocks, tokenizer = tiny_model()
     scores = asked(["piqa", "openbookqa"], data=str(folder), limit=5).measure(loaded, blocks, tokenizer, 256)
@@ -133,8 +138,15 @@ def test_local_copies_that_are_not_there(data: Path, tmp_path: Path) -> None:
     (tmp_path / "arc_easy" / "validation.jsonl").write_text("{}\n")  # it is measured on the split test
     with pytest.raises(ValueError, match="arc_easy/test.jsonl or test.parquet, found validation.jsonl"):
         asked(["arc_easy"], data=str(tmp_path)).load()
-    with pytest.raises(ValueError, match="gsm8k .*write text|needs .*gsm8k"):
-        asked(["gsm8k"], data=str(data)).load()
+    (tmp_path / "sciq").mkdir()
+    for text in ('{"question": "Which?"}\n', "not JSON\n"):
+        (tmp_path / "sciq" / "test.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="files in .*/sciq are not what the task sciq reads"):
+            asked(["sciq"], data=str(tmp_path)).load()
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    with pytest.raises(ValueError, match="the task gsm8k has the model write text"):
+        asked(["gsm8k"], data=str(tmp_path)).load()
 
 
 def test_without_the_hub_a_task_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
