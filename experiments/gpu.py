@@ -49,7 +49,7 @@ def parts(*, dry_run: bool) -> list[Part]:
     tests = ["-m", "pytest", "-m", "gpu", "-n", workers, "--dist", "load", "-p", "no:cacheprovider", "-q"]
     folder = "tests" if find_spec("hydra") else "tests/kernels"
     tests = tests[:4] + ["--collect-only", "-n", "0", "-q"] if dry_run else tests
-    prune = [Part(f"prune: {name}", 60, [*me, f"prune: {name}"]) for name in (PRUNED[:1] if dry_run else PRUNED)]
+    prune = [Part(f"prune: {name}", 70, [*me, f"prune: {name}"]) for name in (PRUNED[:1] if dry_run else PRUNED)]
     return [
         Part("environment", 25, [*me, "environment"]),
         Part("tests", 80, [sys.executable, *tests, folder if not dry_run else "tests/kernels"]),
