@@ -314,7 +314,7 @@ def summary(results: Results) -> str:
     ]
     for part in results.content["parts"].values():
         for row in part["rows"]:
-            if "why_not" in row:
+            if row.get("why_not"):
                 lines.append(
                     f"{row['layer']:<30} {row['tokens']:>6} {row['pattern']:>7} {row['kernel']:<19} {row['why_not']}"
                 )
