@@ -54,7 +54,7 @@ def matvec(
     cut = units(n, m)
     tokens, inputs = x_TI.shape
     if cut is None:
-        raise ValueError(f"no kernel for {n}:{m}: needs m up to 32 with at most 16 survivors in a run of whole groups")
+        raise ValueError(f"no kernel for {n}:{m}: it takes n up to 16 and m up to 32")
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"the packed matrix-vector kernel takes 1 to {MOST_TOKENS} tokens, got {tokens}")
     if bits_RB.shape != (len(values_RK), -(-inputs // 8)):
