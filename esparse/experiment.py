@@ -299,14 +299,17 @@ def run(
 
 def _timed(experiment: Experiment, blocks: BlockModel, pruned: Pruned) -> Measured:
     """Dense against sparse, as `bench` asks; nothing where it asks for nothing."""
-    from esparse.bench import LayerShape, Measured, Subject
+    from esparse.bench import LayerShape, Measured, Subject, in_words
     from esparse.patterns import NM
 
     nm = experiment.parsed_pattern()
     if not isinstance(nm, NM):  # only bench=none takes any other
         return Measured()
     layers = [LayerShape(layer.name, *layer.shape) for layer in pruned.layers]
-    return experiment.bench.run(Subject(blocks.model, layers, pruned.keeps, pruned.orders, nm, blocks.device))
+    timed = experiment.bench.run(Subject(blocks.model, layers, pruned.keeps, pruned.orders, nm, blocks.device))
+    for row in timed.rows:
+        log.info("%s", in_words(row))
+    return timed
 
 
 # Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune

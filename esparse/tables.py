@@ -67,6 +67,41 @@ def markdown(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> 
 def markdown_of(table: Grid) -> str:
     """A table that is made already, as Markdown."""
     line, columns, right, rows = _cells(table)
+    lines = _aligned(columns, right, rows)
+    return "\n".join([line, "", *lines] if line else lines) + "\n"
+
+
+# Columns of the table of latencies: header, the row's key, and how a number is written.
+LATENCY = (
+    ("layer", "layer", ""),
+    ("tokens", "tokens", ""),
+    ("dtype", "dtype", ""),
+    ("kernel", "kernel", ""),
+    ("dense ms", "dense_ms", ".4g"),
+    ("sparse ms", "sparse_ms", ".4g"),
+    ("speed-up", "speedup", ".2f"),
+    ("at most", "limit_speedup", ".2f"),
+    ("share of limit", "share_of_limit", ".0%"),
+)
+
+
+def latencies(records: Sequence[Record]) -> str:
+    """A Markdown table of everything that was timed in these runs, slower cases and failures included."""
+    rows, right = [], [False, False, True, False, False, *(True,) * 5]
+    for record in records:
+        for row in record.get("latency", []):
+            row = row | ({"layer": f"{row['phase']}, {row['sequences']} sequences"} if "phase" in row else {})
+            cells = ["" if row.get(key) is None else format(row[key], how) for _, key, how in LATENCY]
+            if row.get("why_not"):
+                cells[5] = row["why_not"]
+            rows.append([f"{record['id']} {record.get('name', '')}".rstrip(), *cells])
+    if not rows:
+        raise ValueError("none of these runs has timed anything: they ran without bench=gemm or bench=model")
+    return "\n".join(_aligned(["run", *(header for header, _, _ in LATENCY)], right, rows)) + "\n"
+
+
+def _aligned(columns: list[str], right: list[bool], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose columns are aligned in plain text too."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [columns, *rows]]
     widths = [max(3, *(len(row[i]) for row in escaped)) for i in range(len(columns))]
     ruler = [
@@ -76,7 +111,7 @@ def markdown_of(table: Grid) -> str:
     for row in [escaped[0], ruler, *escaped[1:]]:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join([line, "", *lines] if line else lines) + "\n"
+    return lines
 
 
 def csv(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
@@ -154,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write here instead of the terminal (a plot: always)")
     parser.add_argument("--corpus", metavar="NAME", help="perplexities of this corpus only")
     parser.add_argument("--sort", metavar="COLUMN", help="order by this column of the table, smallest first")
+    parser.add_argument("--latency", action="store_true", help="what was timed (bench=gemm, bench=model), as Markdown")
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
     parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
     parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
@@ -161,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", choices=PICTURES, default="perplexity", help="which picture a .png, .svg or .pdf is")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
+    if options.latency and kind != "markdown":
+        return _stop(f"the table of latencies is written as Markdown, not {kind}", 2)
     if not options.folder.is_dir():
         return _stop(f"{options.folder} is not a folder", 2)
     if kind == "png" and options.out is None:
@@ -179,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kind == "html":
                 asked["title"] = f"Runs in {options.folder.resolve().name}"
             written = write(records, mean=options.mean or bool(options.across), **asked)
+            timed = latencies(records) if options.latency else None
+            written = timed or write(records, mean=options.mean or bool(options.across), **asked)
             if options.out is None:
                 print(written, end="")
             else:

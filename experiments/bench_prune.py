@@ -68,7 +68,13 @@ def llama(size: str, length: int, dtype: torch.dtype) -> nn.Module:
         dtype=dtype,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    if torch.cuda.is_available():  # where billions of random numbers take no time
+        torch.set_default_dtype(dtype)
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config).cpu().eval()
+        torch.set_default_dtype(torch.float32)
+    else:
+        model = LlamaForCausalLM(config).to(dtype).eval()
     for block in model.model.layers:  # as in trained models, channels differ in size
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             norm.weight.data = (0.7 * torch.randn(hidden)).exp().to(dtype)

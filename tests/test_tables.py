@@ -306,6 +306,34 @@ def test_command_writes_what_the_functions_say(tmp_path):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+LATENCY = [
+    {"layer": "q", "tokens": 1, "dtype": "float16", "kernel": "packed", "dense_ms": 0.5, "sparse_ms": 0.25}
+    | {"speedup": 2.0, "limit_speedup": 1.777, "share_of_limit": 0.505, "why_not": None},
+    {"layer": "q", "tokens": 1, "dtype": "float16", "kernel": "cutlass", "dense_ms": 0.5, "sparse_ms": None}
+    | {"speedup": None, "why_not": "wrong: relative error 1"},
+    {"layer": "model", "phase": "decode", "sequences": 8, "tokens": 8, "kernel": "gemv", "dense_ms": 20.0}
+    | {"sparse_ms": 40.0, "speedup": 0.5},
+]
+
+
+def test_latencies_have_a_table_of_their_own(tmp_path):
+    write(tmp_path, record("b2") | {"latency": LATENCY}, record("a1"))
+    code, out, _ = command(tmp_path, "--latency")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert code == 0
+    header = ["run", "layer", "tokens", "dtype", "kernel", "dense ms", "sparse ms", "speed-up", "at most"]
+    assert rows[0] == [*header, "share of limit"]
+    assert [row[1:] for row in rows[2:]] == [
+        ["q", "1", "float16", "packed", "0.5", "0.25", "2.00", "1.78", "50%"],
+        ["q", "1", "float16", "cutlass", "0.5", "wrong: relative error 1", "", "", ""],
+        ["decode, 8 sequences", "8", "", "gemv", "20", "40", "0.50", "", ""],
+    ]
+    assert all(row[0].startswith("b2") for row in rows[2:])
+    assert command(tmp_path, "--latency", "--format", "csv")[0] == 2
+    write(tmp_path / "none", record("c3"))
+    assert "ran without bench" in command(tmp_path / "none", "--latency")[2]
+
+
 def test_command_ends_in_one_sentence_and_a_code(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from esparse.bench.timing import Timing
+
 
 class LayerShape(NamedTuple):
     """A pruned matrix by name: rows (outputs) x inputs, `matrices` of that shape."""
@@ -94,6 +96,30 @@ class NoBench(Bench):
 
     def run(self, subject: Subject) -> Measured:
         return Measured()
+
+
+def quartiles(which: str, timing: Timing | None) -> dict[str, Any]:
+    """What a row says of a timing beside its median; all None where there is none."""
+    return {
+        f"{which}_low_ms": timing.low_ms if timing else None,
+        f"{which}_high_ms": timing.high_ms if timing else None,
+        f"{which}_graph": timing.graph if timing else None,
+        f"{which}_calls": timing.calls * timing.repeats if timing else None,
+    }
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row of `latency` for people."""
+    what = (
+        f"{row['phase']} of {row['sequences']} x {row['prompt']} tokens"
+        if "phase" in row
+        else (f"{row['layer']} {row['n']} x {row['k']} {row['dtype']}, {row['tokens']} tokens")
+    )
+    if row.get("why_not"):
+        return f"{what}: {row['kernel']} was not timed: {row['why_not']}"
+    limit = f", at most {row['limit_speedup']:.2f}" if "limit_speedup" in row else ""
+    times = f"dense {row['dense_ms']:.4g} ms, {row['kernel']} {row['sparse_ms']:.4g} ms"
+    return f"{what}: {times}, {row['speedup']:.2f} times as fast{limit}"
 
 
 def distinct(layers: Sequence[LayerShape]) -> list[LayerShape]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.bench import Bench, LayerShape, Measured, Subject, distinct
+from esparse.bench import Bench, LayerShape, Measured, Subject, distinct, quartiles
 from esparse.bench.shapes import NAMED
 from esparse.patterns import NM
 
@@ -217,7 +217,7 @@ def _worst_error(
 def _row(
     layer: LayerShape, case: Case, kernel: str, dense: Timing | None, sparse: Timing | None, why: str | None = None
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
+    return {
         "layer": layer.layer,
         "matrices": layer.matrices,
         "tokens": case.tokens,
@@ -229,10 +229,10 @@ def _row(
         "dense_ms": dense.ms if dense else None,
         "sparse_ms": sparse.ms if sparse else None,
         "speedup": dense.ms / sparse.ms if dense and sparse else None,
-        "dense_timing": asdict(dense) if dense else None,
-        "sparse_timing": asdict(sparse) if sparse else None,
+        **quartiles("dense", dense),
+        **quartiles("sparse", sparse),
+        "why_not": why,
     }
-    return row | ({"why_not": why} if why else {})
 
 
 def _first_line(error: Exception) -> str:

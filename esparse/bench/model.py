@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from esparse.bench import Bench, Measured, Subject
+from esparse.bench import Bench, Measured, Subject, quartiles
 
 log = logging.getLogger("esparse")
 
@@ -100,8 +100,8 @@ class ModelBench(Bench):
             "dense_ms": dense.ms,
             "sparse_ms": sparse.ms,
             "speedup": dense.ms / sparse.ms,
-            "dense_timing": asdict(dense),
-            "sparse_timing": asdict(sparse),
+            **quartiles("dense", dense),
+            **quartiles("sparse", sparse),
             "packed_layers": len(switch.layers),
             "gathers": switch.gathers,
         }

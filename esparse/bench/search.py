@@ -28,7 +28,7 @@ import torch
 from esparse.bench.kernels import KERNELS, TOLERANCE, Case, error, pruned, random_input, random_weight
 from esparse.bench.kernels import reference as product_in_double
 from esparse.bench.timing import CudaClock, rotation
-from esparse.kernels.linear import Algorithm
+from esparse.kernels.linear import Algorithm, padded_tokens
 from esparse.patterns import NM
 from esparse.report import write_json
 
@@ -59,7 +59,9 @@ class Algorithms:
         return entries if isinstance(entries, dict) else {}
 
     def key(self, case: Case) -> str:
-        return f"{self.gpu} | cuSPARSELt {self.library} | {case.dtype} | {case.tokens} x {case.rows} x {case.inputs}"
+        """Tokens as the library sees them, padded."""
+        tokens = padded_tokens(case.tokens, case.type)
+        return f"{self.gpu} | cuSPARSELt {self.library} | {case.dtype} | {tokens} x {case.rows} x {case.inputs}"
 
     def get(self, case: Case) -> Algorithm | None:
         entry = self._entries().get(self.key(case))
@@ -75,7 +77,7 @@ class Algorithms:
 
     def search(self, cases: Sequence[Case], child: Child | None = None) -> None:
         """Fills in every case that is not known; where no algorithm is right, that is what is remembered."""
-        missing = [case for case in dict.fromkeys(cases) if not self.known(case)]
+        missing = [case for case in {self.key(case): case for case in cases}.values() if not self.known(case)]
         banned: dict[Case, list[Algorithm]] = {case: [] for case in missing}
         while missing:
             tried: tuple[Case, Algorithm] | None = None
@@ -200,8 +202,7 @@ def _ends(of_tokens: torch.Tensor) -> torch.Tensor:
 
 def _algorithms(blob: torch.Tensor, x_TI: torch.Tensor, case: Case) -> int:
     """How many there are for this product, as the library's own search says; 32 where it cannot be asked."""
-    tokens = -(-case.tokens // 16) * 16
-    padded = x_TI.new_zeros(tokens, case.inputs)
+    padded = x_TI.new_zeros(padded_tokens(case.tokens, case.type), case.inputs)
     out = {"int8": torch.int32, "float8_e4m3fn": torch.bfloat16}.get(case.dtype)
     try:
         return int(torch._C._cusparselt.mm_search(blob, padded.t(), None, None, out, True)[3])  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ def decode(values_RK: Tensor, bits_RB: Tensor, inputs: int, *, n: int, m: int, o
     """
     cut = units(n, m)
     if cut is None:
-        raise ValueError(f"no kernel for {n}:{m}: needs m up to 32 with at most 16 survivors in a run of whole groups")
+        raise ValueError(f"no kernel for {n}:{m}: it takes n up to 16 and m up to 32")
     rows, kept = values_RK.shape
     if out_RI is None:
         out_RI = torch.empty(rows, inputs, dtype=values_RK.dtype, device=values_RK.device)

@@ -54,14 +54,14 @@ def matvec(
     cut = units(n, m)
     tokens, inputs = x_TI.shape
     if cut is None:
-        raise ValueError(f"no kernel for {n}:{m}: needs m up to 32 with at most 16 survivors in a run of whole groups")
+        raise ValueError(f"no kernel for {n}:{m}: it takes n up to 16 and m up to 32")
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"the packed matrix-vector kernel takes 1 to {MOST_TOKENS} tokens, got {tokens}")
     if bits_RB.shape != (len(values_RK), -(-inputs // 8)):
         raise ValueError(f"bits have the shape {tuple(bits_RB.shape)}, which does not fit {inputs} inputs")
     x_TI = x_TI.contiguous()
     if tile is None:
-        key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m, order_I is None)
+        key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m)
         choices = candidates(len(values_RK), inputs, tokens, cut)
         tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, cut, t))
     return _launch(values_RK, bits_RB, x_TI, order_I, cut, tile)
@@ -75,14 +75,14 @@ def candidates(rows: int, inputs: int, tokens: int, cut: Units) -> list[Tile]:
     tiles = [
         Tile("gather", rows_, depth, warps, split)
         for split in splits
-        for rows_, depth, warps in ((8, 64, 4), (8, 32, 4), (8, 64, 8), (16, 32, 4), (8, 32, 2), (16, 16, 2))
+        for rows_, depth, warps in ((8, 64, 4), (8, 32, 4), (8, 64, 8), (16, 32, 4), (8, 16, 2))
         if depth * split <= max(runs, 16)
     ]
     if tokens > 2:
         wide = [
             Tile("expand", rows_, depth, warps, split)
             for split in sorted({*splits, 2})
-            for rows_, depth, warps in ((16, 16, 4), (32, 8, 4), (64, 8, 4), (64, 4, 4))
+            for rows_, depth, warps in ((16, 16, 4), (64, 8, 4), (64, 4, 4))
         ]
         tiles = tiles + wide if tokens < 8 else wide + tiles[:4]
     return tiles
@@ -128,10 +128,10 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
         "ORDERED": order_I is not None,
         "ROWS": tile.rows,
         "RUNS": tile.depth,
-        "PER_SPLIT": -(-runs // (splits * tile.depth)),
         "num_warps": tile.warps,
     }
-    strides = (rows, inputs, kept, run_bits.stride(0), tokens)
+    # Not constants of the kernel: a tile is compiled once for all shapes.
+    sizes = (rows, inputs, kept, run_bits.stride(0), tokens, triton.cdiv(runs, splits * tile.depth))
     order = x_TI if order_I is None else order_I
     blocks = triton.cdiv(rows, tile.rows)
     if tile.kernel == "gather":
@@ -144,7 +144,7 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
             order,
             _columns_of_bytes(x_TI.device),
             out,
-            *strides,
+            *sizes,
             TOKENS=at_once,
             SLOTS=triton.next_power_of_2(cut.survivors),
             LANES=lanes,
@@ -157,7 +157,7 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
             x_TI,
             order,
             out,
-            *strides,
+            *sizes,
             TOKENS=16,
             WIDTH=triton.next_power_of_2(cut.columns),
             # float32 inputs are multiplied as float32 (no TF32)
@@ -219,7 +219,7 @@ def _listed(table, half):
     return columns, (low >> 32) + (high >> 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _gather_kernel(
     values,
     bits,
@@ -232,13 +232,13 @@ def _gather_kernel(
     kept,
     bit_stride,
     tokens,
+    steps,
     COLUMNS: tl.constexpr,
     SURVIVORS: tl.constexpr,
     WORD: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    PER_SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -251,13 +251,13 @@ def _gather_kernel(
     lane = tl.arange(0, LANES)[None, None, :]
     slot = tl.arange(0, SLOTS)[None, None, None, :]
     token = tl.program_id(2) * TOKENS
-    first_step = tl.program_id(1) * PER_SPLIT
+    first_step = tl.program_id(1) * steps
     row_here = row < rows
     sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    for index in range(PER_SPLIT):
+    for index in range(steps):
         step = first_step + index
         run = step * RUNS + chunk * LANES + lane
         inside = row_here & (run * COLUMNS < inputs)
@@ -333,7 +333,7 @@ def expanded(
     return tl.load(values + row[:, :, None].to(tl.int64) * kept + at, mask=survives == 1, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _expand_kernel(
     values,
     bits,
@@ -345,13 +345,13 @@ def _expand_kernel(
     kept,
     bit_stride,
     tokens,
+    steps,
     COLUMNS: tl.constexpr,
     SURVIVORS: tl.constexpr,
     WORD: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    PER_SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -360,9 +360,9 @@ def _expand_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, RUNS * WIDTH)
-    first_step = tl.program_id(1) * PER_SPLIT
+    first_step = tl.program_id(1) * steps
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for index in range(PER_SPLIT):
+    for index in range(steps):
         step = first_step + index
         run = (step * RUNS + tl.arange(0, RUNS))[None, :]
         weight = expanded(

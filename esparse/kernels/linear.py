@@ -106,12 +106,18 @@ def compress(dense_RI: Tensor) -> Tensor:
     return torch._cslt_compress(dense_RI)
 
 
+def padded_tokens(tokens: int, dtype: torch.dtype) -> int:
+    """The next number that cuSPARSELt takes: a multiple of 8 in half precision, of 16 in 8 bits."""
+    multiple = 8 if dtype in HALVES else 16
+    return -(-tokens // multiple) * multiple
+
+
 def sparse_mm(
     blob: Tensor, x_TI: Tensor, bias_R: Tensor | None, algorithm: Algorithm, out_type: torch.dtype | None = None
 ) -> Tensor:
-    """x @ W^T + bias (T x R) on sparse tensor cores; tokens are padded to the multiple of 8 (16) they come in."""
-    tokens, multiple = len(x_TI), 8 if x_TI.dtype in HALVES else 16
-    x_TI = pad(x_TI, (0, 0, 0, -tokens % multiple))
+    """x @ W^T + bias (T x R) on sparse tensor cores; tokens are padded (`padded_tokens`)."""
+    tokens = len(x_TI)
+    x_TI = pad(x_TI, (0, 0, 0, padded_tokens(tokens, x_TI.dtype) - tokens))
     y_TR = torch._cslt_sparse_mm(
         blob,
         x_TI.t(),

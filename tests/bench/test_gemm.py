@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from esparse import schema
-from esparse.bench import Bench, LayerShape, distinct
+from esparse.bench import Bench, LayerShape, distinct, in_words
 from esparse.bench import kernels as table
 from esparse.bench.gemm import DTYPES, KERNEL_NAMES, Gemm
 from esparse.bench.kernels import Case, Kernel, Prepared, pruned
@@ -75,7 +75,7 @@ def test_wrong_and_failing_kernels_have_a_row_that_says_why(monkeypatch: pytest.
     kernels = {
         "right": kernel(lambda p, x, *_: x @ p.parts["w"].t()),
         "wrong": kernel(lambda p, x, *_: 1.01 * x @ p.parts["w"].t()),
-        "not_finite": kernel(lambda p, x, *_: x @ p.parts["w"].t() / 0),
+        "not_finite": kernel(lambda p, x, *_: x @ p.parts["w"].t() * float("nan")),
         "fails": kernel(fails),
     }
     monkeypatch.setattr(table, "KERNELS", kernels)
@@ -210,3 +210,15 @@ def test_a_bench_of_a_pattern_without_packed_form_is_a_mistake(tmp_path: Path) -
     done = launch("bench=gemm", "pattern=50%", "shuffle=none", f"output_root={tmp_path}")
     assert done.returncode == 2
     assert "bench=gemm measures kernels for n:m patterns, not 50%" in done.stderr
+
+
+def test_rows_in_words() -> None:
+    row = {"layer": "q", "n": 8, "k": 4, "dtype": "float16", "tokens": 1, "kernel": "packed", "why_not": None}
+    row |= {"dense_ms": 0.5, "sparse_ms": 0.25, "speedup": 2.0, "limit_speedup": 1.78}
+    assert in_words(row) == (
+        "q 8 x 4 float16, 1 tokens: dense 0.5 ms, packed 0.25 ms, 2.00 times as fast, at most 1.78"
+    )
+    assert in_words(row | {"why_not": "wrong"}) == "q 8 x 4 float16, 1 tokens: packed was not timed: wrong"
+    whole = {"phase": "decode", "sequences": 8, "prompt": 128, "kernel": "gemv"}
+    whole |= {"dense_ms": 5.0, "sparse_ms": 10.0, "speedup": 0.5}
+    assert in_words(whole) == "decode of 8 x 128 tokens: dense 5 ms, gemv 10 ms, 0.50 times as fast"

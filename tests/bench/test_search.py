@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,9 +53,7 @@ def test_another_gpu_or_library_is_another_entry(tmp_path: Path, other: dict[str
     algorithms(tmp_path).put(FIRST, found(0, 3)["found"])
     assert algorithms(tmp_path, **other).get(FIRST) is None
     assert not algorithms(tmp_path, **other).known(FIRST)
-    for changed in ({"tokens": 65}, {"rows": 16}, {"inputs": 16}, {"dtype": "float16"}):
-        import dataclasses
-
+    for changed in ({"tokens": 72}, {"rows": 16}, {"inputs": 16}, {"dtype": "float16"}):
         assert not algorithms(tmp_path).known(dataclasses.replace(FIRST, **changed))
 
 
@@ -113,3 +112,16 @@ def test_a_child_that_falls_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(search.subprocess, "Popen", instead)
     assert list(run_child([{}], quiet_s=2)) == [{"case": 0, "found": {}}]
+
+
+def test_tokens_that_are_padded_alike_are_one_entry(tmp_path: Path) -> None:
+    asked = []
+
+    def child(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        asked.append(cases)
+        yield from (trying(0, 3), found(0, 3))
+
+    cases = [dataclasses.replace(FIRST, tokens=tokens) for tokens in (1, 4, 8)]
+    algorithms(tmp_path).search(cases, child)
+    assert [len(cases) for cases in asked] == [1]
+    assert all(algorithms(tmp_path).get(case) == Algorithm(3, 2, 1) for case in cases)
