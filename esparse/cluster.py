@@ -110,10 +110,7 @@ class Queue:
         array = job.partition("_")[0]
         asked, answers = self._known.get(array, (float("-inf"), None))
         if time.monotonic() - asked > ASKED_AGAIN_S:
-            if cluster is not None and cluster != name():
-                answers = None
-            else:
-                answers = _ask(array)
+            answers = None if cluster is not None and cluster != name() else _ask(array)
             self._known[array] = (time.monotonic(), answers)
         return answers
 

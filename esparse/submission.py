@@ -100,7 +100,7 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
     logs.mkdir(exist_ok=True)
     # The checkout that submits is the one that runs.
     setup = [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", *launcher.setup]
-    how = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
+    how: dict[str, Any] = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
     given: dict[str, Any] = {"stderr_to_stdout": True, "signal_delay_s": launcher.signal_delay_s}
     given["gpus_per_node"] = launcher.gpus_per_node
     if isinstance(launcher, Slurm):

@@ -14,17 +14,21 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "esparse").rglob("*.
 
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part.
 LAYERS = [
-    {"patterns", "linalg", "report", "cores", "ranks"},
+    {"patterns", "linalg", "report", "cores", "ranks", "cluster", "launchers"},
     {"models", "data"},
-    {"stats"},
+    {"stats", "owner"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "audit", "grid", "tracking", "progress"},
+    {"runs"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method"},
     {"walk"},
     {"prune", "plan"},
     {"experiment", "tables"},
     {"schema"},
-    {"session"},
+    {"session", "folder"},
+    {"job"},
+    {"submission"},
+    {"sweep"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
@@ -32,6 +36,7 @@ FENCES = {
     "wandb": {"tracking"},
     "transformers": {"models", "data", "session", "experiment"},
     "datasets": {"data"},
+    "submitit": {"submission", "job"},
 }
 
 

@@ -21,12 +21,13 @@ from esparse.launchers import LAUNCHERS, Local, Slurm
 from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
 from tests.workshop import ROOT, furnished, launch, small_run
 
-LONG = ["calibration.sequences=256", "calibration.length=64", "update=obs"]
-
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnished(tmp_path_factory.mktemp("workshop"), blocks=2)
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "deep").mkdir()
+    furnished(folder / "deep", blocks=12)
+    return furnished(folder, blocks=2)
 
 
 def asked(*words: str) -> tuple[int, str]:
@@ -68,7 +69,11 @@ def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
         (file,) = run.glob("*.wandb")
         assert folder.name.encode() in file.read_bytes()
     code, said = asked("status", str(there))
-    assert code == 1 and said.count("  finished: in ") == 2 and said.count(f"  failed: expected a text file at {tmp_path / 'later.txt'}") == 2, said
+    assert (
+        code == 1
+        and said.count("  finished: in ") == 2
+        and said.count(f"  failed: expected a text file at {tmp_path / 'later.txt'}") == 2
+    ), said
     code, said = asked("status", str(moved))
     assert code == 2 and str(there) in said  # told where the sweep is
     failed = [json.loads(p.read_text()) for p in out.glob("*/status.json")]
@@ -82,27 +87,32 @@ def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
 
 def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*small_run(workshop, out), *LONG]
+    command = [*small_run(workshop / "deep", out), "update=obs"]
     done = launch("-m", *command, "seed=1,2", "hydra/launcher=local", "hydra.launcher.wait=false")
     assert done.returncode == 0, done.stderr
     (folder,) = out.glob("sweeps/*")
     one, two = (run.folder for run in Folder.read(folder).runs)
-    until(lambda: all((now := owner.read(run)) is not None and now.state == "running" for run in (one, two)))
-    for run in (one, two):
-        if (now := owner.read(run)) is not None:
-            os.kill(now.pid, signal.SIGSTOP)  # so that they do not end by themselves
+    pids: dict[Path, int] = {}
+
+    def stopped() -> bool:  # each as soon as it is at work, so that it does not end by itself
+        for run in (one, two):
+            now = owner.read(run)
+            if run not in pids and now is not None and now.state == "running":
+                os.kill(now.pid, signal.SIGSTOP)
+                pids[run] = now.pid
+        return len(pids) == 2
+
+    until(stopped)
     again = launch("-m", *command, "seed=1,2")
     assert again.returncode == 1 and again.stderr.count("and is not run twice") == 2
     assert " ".join(again.stdout.split()).count("running on") == 2, again.stdout  # in the table
-    there, other = owner.read(one), owner.read(two)
-    assert there is not None and other is not None
-    os.kill(there.pid, signal.SIGKILL)
-    until(lambda: cluster.began(there.pid) is None)
+    os.kill(pids[one], signal.SIGKILL)
+    until(lambda: cluster.began(pids[one]) is None)
     code, said = asked("status", str(folder))
     assert code == 1 and "died: died while running on" in said
     code, said = asked("cancel", str(folder))
     assert code == 0 and "1 runs cancelled" in said, said
-    assert cluster.began(other.pid) is None
+    assert cluster.began(pids[two]) is None
     code, said = asked("status", str(folder))
     assert "1 died, 1 cancelled" in said and not list(two.glob("owner*"))
     code, said = asked("resubmit", str(folder))
@@ -179,7 +189,12 @@ def test_every_launcher_composes_and_documents_every_setting() -> None:
         kind = LAUNCHERS["local" if path.stem == "local" else "slurm"]
         assert kind(**settings)
         for line in path.read_text().splitlines():
-            assert line.startswith("#") or "#" in line or line.strip() in ("defaults:", "- _self_", "- site") or "@_here_" in line
+            assert (
+                line.startswith("#")
+                or "#" in line
+                or line.strip() in ("defaults:", "- _self_", "- site")
+                or "@_here_" in line
+            )
     assert (Slurm, Local) == tuple(LAUNCHERS.values())
 
 

@@ -126,7 +126,9 @@ class Lab:
         deadline = time.monotonic() + 60
         said = ""
         while time.monotonic() < deadline:
-            done = subprocess.run(["sinfo", "-hN", "-p", "debug", "-o", "%t"], capture_output=True, text=True, env=self.env())
+            done = subprocess.run(
+                ["sinfo", "-hN", "-p", "debug", "-o", "%t"], capture_output=True, text=True, env=self.env()
+            )
             said = done.stdout + done.stderr
             if sum(state in ("idle", "mix", "alloc") for state in said.split()) >= count:
                 return

@@ -148,7 +148,9 @@ def test_a_sweep_of_six_with_one_that_fails(workshop: Path, tmp_path: Path) -> N
     # Three runs of one model share a job, and what was measured of the dense one.
     assert len({record["quality"]["text.txt"]["dense_run"] for record in records(out).values()}) == 1
     assert len(list((sweep / "jobs").glob("*_log.out"))) == 2
-    states = {slurm("scontrol", "-o", "show", "job", status["job"]).split("JobState=")[1].split()[0] for status in failed}
+    states = {
+        slurm("scontrol", "-o", "show", "job", status["job"]).split("JobState=")[1].split()[0] for status in failed
+    }
     assert states == {"FAILED"}
 
     code, shown = asked("status", str(sweep))
@@ -181,9 +183,7 @@ def test_requeued_by_slurm_in_the_middle_of_a_block(
     assert beginnings(folder) == 2
 
 
-def test_stopped_by_the_signal_of_its_time_limit(
-    workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_stopped_by_the_signal_of_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """The signal that Slurm sends `signal_delay_s` before the limit; submitit counts it as the limit in a short job."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=9)
     there = owner.read(folder)
