@@ -2,9 +2,10 @@
 
     python -m experiments.bench_sweep --runs 200 --runs-per-job 25
 
-The runs are those of the tests: a LLaMA of two blocks, 32 wide. Claim: 200 short runs on
-Slurm end with 200 records and a table of 200 rows; packed into jobs, a run costs little more than in a loop. Needs sbatch in reach; `python -m tests.slurm.lab FOLDER` (as root) starts a Slurm of two nodes on this
-machine. Both ways share the machine's cores, so compare them within one call only.
+The runs are those of the tests: a LLaMA of two blocks, 32 wide. Claim: 200 short runs on Slurm end with 200 records and
+a table of 200 rows; packed into jobs, a run costs little more than in a loop. Needs sbatch in reach; `python -m
+tests.slurm.lab FOLDER` (as root) starts a Slurm of two nodes on this machine. Both ways share the machine's cores, so
+compare them within one call only.
 """
 
 from __future__ import annotations
