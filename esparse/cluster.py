@@ -110,10 +110,7 @@ class Queue:
         array = job.partition("_")[0]
         asked, answers = self._known.get(array, (float("-inf"), None))
         if time.monotonic() - asked > ASKED_AGAIN_S:
-            if cluster is not None and cluster != name():
-                answers = None
-            else:
-                answers = _ask(array)
+            answers = None if cluster is not None and cluster != name() else _ask(array)
             self._known[array] = (time.monotonic(), answers)
         return answers
 
@@ -147,13 +144,24 @@ def _answer(command: list[str]) -> str | None:
     return "" if "Invalid job id" in done.stderr else None
 
 
+def _tree(root: int) -> list[int]:
+    """A process and all that it began, itself first: nobody is left who could begin another."""
+    said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in map(str.split, said.splitlines())}
+    tree = [root]
+    for pid in tree:
+        tree.extend(child for child, parent in parents.items() if parent == pid)
+    return tree
+
+
 def cancel(jobs: Iterable[str]) -> str | None:
     """Takes jobs out of the queue, running or not; what Slurm says where it refuses."""
     slurm = []
     for job in jobs:
         if job.startswith(LOCAL):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.removeprefix(LOCAL)), signal.SIGKILL)
+            for pid in _tree(int(job.removeprefix(LOCAL))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         else:
             slurm.append(job)
     if not slurm:

@@ -47,7 +47,10 @@ class Folder:
             runs[folder] = Run(run_id(settings), schema.title(settings), folder, settings)
         sweep = cls(path, executor, launcher, Path.cwd(), list(runs.values()))
         path.mkdir(parents=True, exist_ok=True)
-        rows = [{"id": r.id, "name": r.name, "folder": _relative(r.folder, path), "settings": r.settings} for r in sweep.runs]
+        rows = [
+            {"id": r.id, "name": r.name, "folder": _relative(r.folder, path), "settings": r.settings}
+            for r in sweep.runs
+        ]
         content = {"executor": executor, "launcher": launcher, "cwd": str(sweep.cwd), "runs": rows}
         write_json(path / "sweep.json", content)
         return sweep

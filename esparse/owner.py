@@ -1,7 +1,7 @@
 """Who works on a run: at most one process, of all machines that share the folder.
 
 RUN/owner.json names it: a process that works on the run, or a job in a queue that will. It appears whole or not at all
-(a hard link on a finished draft, which is atomic on NFS too, and needs no lock server), and goes when its owner is done.
+(a hard link on a finished draft, which is atomic on NFS too, and needs no lock server), and goes with its owner's work.
 An owner at work touches it every BEAT_S. It is dead when its process is gone, which its own machine knows at once; to
 other machines, when it has not touched the file for PATIENCE_S and Slurm does not say that its job runs. Clocks of two
 machines are never compared: "now" is what the file system gives a new file.
@@ -165,7 +165,9 @@ def _is_heir(mine: Owner, there: Owner) -> bool:
 
 def _is_next_start(mine: Owner, there: Owner) -> bool:
     """Whether Slurm began the owner's job anew, and this is it."""
-    return there.state == "running" and mine.job is not None and there.job == mine.job and there.restarts < mine.restarts
+    return (
+        there.state == "running" and mine.job is not None and there.job == mine.job and there.restarts < mine.restarts
+    )
 
 
 def _wait_for_the_end_of(former: Owner) -> None:

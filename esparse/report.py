@@ -75,16 +75,26 @@ class Stages:
 
 
 def run_id(config: dict[str, Any]) -> str:
-    """Eight hex digits of what was asked (the resolved configuration without NOT_IDENTITY)."""
+    """Eight hex digits of what was asked (the resolved configuration without NOT_IDENTITY).
+
+    Parts that only add to a record count where they ask for something: without them a run is what it was before esparse
+    had them.
+    """
     return sha256(json.dumps(_identity(config, ""), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _identity(config: dict[str, Any], path: str) -> dict[str, Any]:
     kept = {}
     for key, value in config.items():
-        if path + key not in NOT_IDENTITY:
+        if path + key not in NOT_IDENTITY and not _asks_for_nothing(path + key, value):
             kept[key] = _identity(value, f"{path}{key}.") if isinstance(value, dict) else value
     return kept
+
+
+def _asks_for_nothing(path: str, value: Any) -> bool:
+    if path in ("bench", "export"):
+        return set(value) <= {"_class"}  # only `none` has no settings
+    return (path == "zeroshot" and not value["tasks"]) or (path == "profile" and not value)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

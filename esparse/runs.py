@@ -60,8 +60,10 @@ def look(folder: Path, queue: cluster.Queue) -> State:
     job = said.get("job") or (there.job if there else None)
     ended = queue.state(job, there.cluster if there else None) if job else None
     how = f"; job {job}: {ended}" if ended in cluster.ENDED - {cluster.GONE} else f"; job {job}" if job else ""
-    where = f" on {said['host']}" if said.get("host") else ""
-    return State("died", f"died while {before}{where}{how}")
+    host = there.host if there is not None and there.state == "running" else said.get("host")
+    # Its owner's file is written first.
+    while_ = there.state if there is not None else before
+    return State("died", f"died while {while_}{f' on {host}' if host else ''}{how}")
 
 
 def looked(folders: Iterable[Path]) -> dict[Path, State]:

@@ -147,7 +147,9 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
             values = {k: component(v) if isinstance(v, dict) and "_class" in v else v for k, v in given.items()}
             return classes[name](**values)
         except (KeyError, TypeError):
-            raise ValueError(f"another version of esparse made these settings of {name}: submit the sweep anew") from None
+            raise ValueError(
+                f"another version of esparse made these settings of {name}: submit the sweep anew"
+            ) from None
 
     parts = {k: component(v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
     return Experiment(**parts)

@@ -100,7 +100,7 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
     logs.mkdir(exist_ok=True)
     # The checkout that submits is the one that runs.
     setup = [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", *launcher.setup]
-    how = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
+    how: dict[str, Any] = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
     given: dict[str, Any] = {"stderr_to_stdout": True, "signal_delay_s": launcher.signal_delay_s}
     given["gpus_per_node"] = launcher.gpus_per_node
     if isinstance(launcher, Slurm):
@@ -114,7 +114,9 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
         given["additional_parameters"] = {"requeue": True} | launcher.additional_parameters
     else:
         executor = submitit.LocalExecutor(logs, **how)
-        given["setup"] = ["trap '' HUP INT", *setup]  # neither Ctrl-C nor the end of the terminal ends a sweep
+        # Neither Ctrl-C nor the end of the terminal ends a sweep, and nobody waits for a pipe that its jobs hold open.
+        apart = f"exec </dev/null >>{shlex.quote(str(logs / 'processes.log'))} 2>&1"
+        given["setup"] = [apart, "trap '' HUP INT", *setup]
         given["timeout_min"] = launcher.timeout_min
     executor.update_parameters(**{name: value for name, value in given.items() if value is not None})
     return executor

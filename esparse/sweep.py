@@ -120,11 +120,11 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     while left and time.monotonic() < until:  # until nobody writes to the runs any more
         left = {f: o for f, o in left.items() if runs.look(f, queue).kind in runs.OPEN}
         time.sleep(0.2 if left else 0)
-    for folder, there in ours.items():
-        if folder not in left and runs.look(folder, queue).kind != "finished":
-            write_json(folder / "status.json", runs.status(folder) | {"status": "cancelled"})
-            owner.release(folder, there)
-    print(f"{len(ours) - len(left)} runs cancelled")
+    cancelled = [f for f in ours if f not in left and runs.look(f, queue).kind != "finished"]
+    for folder in cancelled:
+        write_json(folder / "status.json", runs.status(folder) | {"status": "cancelled"})
+        owner.release(folder, ours[folder])
+    print(f"{len(cancelled)} runs cancelled")
     for folder, there in left.items():
         print(f"esparse: {folder} is still {there}", file=sys.stderr)
     return session.FAILED if left else session.FINISHED

@@ -43,6 +43,7 @@ class Sink:
 class Tracking(ABC):
     """Where the numbers of a run go while it runs."""
 
+    @abstractmethod
     def in_sweep(self, name: str) -> None:
         """The run is one of this sweep's."""
 
@@ -54,6 +55,9 @@ class Tracking(ABC):
 @dataclass(kw_only=True, slots=True)
 class NoTracking(Tracking):
     """Nothing is tracked."""
+
+    def in_sweep(self, name: str) -> None:
+        pass
 
     @contextmanager
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:

@@ -1,4 +1,4 @@
-"""hydra/launcher=a100, ...: how Hydra hands the runs of a sweep to esparse. Hydra finds launchers in this folder only."""
+"""hydra/launcher=a100, ...: how Hydra hands the runs of a sweep to esparse. Hydra looks for launchers here only."""
 
 from __future__ import annotations
 

@@ -14,12 +14,13 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "esparse").rglob("*.
 
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part.
 LAYERS = [
-    {"patterns", "linalg", "report", "cores", "ranks", "kernels"},
+    {"patterns", "linalg", "report", "cores", "ranks", "kernels", "cluster", "launchers"},
     {"models", "data"},
-    {"stats"},
+    {"stats", "owner"},
     {"packed"},
     {"metrics", "shuffles", "updates", "prepare", "gradients", "evaluate", "bench", "audit", "grid"}
     | {"tracking", "progress"},
+    {"runs"},
     {"recoveries", "allocations", "plots", "pivot", "journal"},
     {"method", "curves"},
     {"walk", "pictures"},
@@ -28,7 +29,10 @@ LAYERS = [
     {"experiment", "tables"},
     {"published"},
     {"schema"},
-    {"session"},
+    {"session", "folder"},
+    {"job"},
+    {"submission"},
+    {"sweep"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
@@ -37,6 +41,7 @@ FENCES = {
     "transformers": {"models", "data", "evaluate", "packed", "export", "session", "experiment"},
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
+    "submitit": {"submission", "job"},
 }
 
 

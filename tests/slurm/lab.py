@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
@@ -81,7 +81,6 @@ class Lab:
     folder: Path
     nodes: int = 2
     cpus: int = 4  # of each node, on paper
-    began: list[str] = field(default_factory=list)
 
     @property
     def conf(self) -> Path:
@@ -127,7 +126,9 @@ class Lab:
         deadline = time.monotonic() + 60
         said = ""
         while time.monotonic() < deadline:
-            done = subprocess.run(["sinfo", "-hN", "-p", "debug", "-o", "%t"], capture_output=True, text=True, env=self.env())
+            done = subprocess.run(
+                ["sinfo", "-hN", "-p", "debug", "-o", "%t"], capture_output=True, text=True, env=self.env()
+            )
             said = done.stdout + done.stderr
             if sum(state in ("idle", "mix", "alloc") for state in said.split()) >= count:
                 return
@@ -173,7 +174,7 @@ def _end(pid_file: Path, how: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    lab = Lab(Path(sys.argv[1]).absolute())
+    lab = Lab(Path(sys.argv[1]).absolute(), cpus=1)
     try:
         lab.start()
         print(f"export SLURM_CONF={lab.conf}", flush=True)

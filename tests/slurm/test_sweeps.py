@@ -99,9 +99,9 @@ def undisturbed(workshop: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("*/*.safetensors")}
 
 
-def submitted_deep_run(workshop: Path, out: Path, **launcher: object) -> tuple[Path, Path]:
+def submitted_deep_run(workshop: Path, out: Path, *more: str, **launcher: object) -> tuple[Path, Path]:
     """A deep run that has begun its third block or a later one; the sweep's folder and the run's."""
-    code, _, said = launched([*small_run(workshop / "deep", out), *LONG], wait="false", **launcher)
+    code, _, said = launched([*small_run(workshop / "deep", out), *LONG, *more], wait="false", **launcher)
     assert code == 0, said
     (sweep,) = sweeps(out)
     assert f"python -m esparse.sweep status|wait|cancel {sweep}" in said
@@ -148,7 +148,9 @@ def test_a_sweep_of_six_with_one_that_fails(workshop: Path, tmp_path: Path) -> N
     # Three runs of one model share a job, and what was measured of the dense one.
     assert len({record["quality"]["text.txt"]["dense_run"] for record in records(out).values()}) == 1
     assert len(list((sweep / "jobs").glob("*_log.out"))) == 2
-    states = {slurm("scontrol", "-o", "show", "job", status["job"]).split("JobState=")[1].split()[0] for status in failed}
+    states = {
+        slurm("scontrol", "-o", "show", "job", status["job"]).split("JobState=")[1].split()[0] for status in failed
+    }
     assert states == {"FAILED"}
 
     code, shown = asked("status", str(sweep))
@@ -181,9 +183,7 @@ def test_requeued_by_slurm_in_the_middle_of_a_block(
     assert beginnings(folder) == 2
 
 
-def test_stopped_by_the_signal_of_its_time_limit(
-    workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_stopped_by_the_signal_of_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """The signal that Slurm sends `signal_delay_s` before the limit; submitit counts it as the limit in a short job."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=9)
     there = owner.read(folder)
@@ -234,9 +234,13 @@ def test_two_sweeps_at_once(workshop: Path, tmp_path: Path) -> None:
 
 def test_cancelled_and_submitted_again(lab: Lab, workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sweep, folder = submitted_deep_run(workshop, out)
+    longer = "calibration.sequences=512"  # Slurm gives a job seconds to end, and it must not be done by then
+    sweep, folder = submitted_deep_run(workshop, out, longer)
+    at_work = owner.read(folder)
+    assert at_work is not None
+    os.kill(at_work.pid, signal.SIGSTOP)
     plain = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *small_run(workshop / "deep", out), *LONG],
+        [sys.executable, str(ROOT / "launch.py"), *small_run(workshop / "deep", out), *LONG, longer],
         capture_output=True,
         text=True,
         timeout=PATIENT_S,
