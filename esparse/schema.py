@@ -138,20 +138,20 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
 
 def rebuilt(settings: dict[str, Any]) -> Experiment:
     """The experiment whose settings `resolved` gave; ValueError where a class has changed since then."""
-    classes = {known.__name__: known for group in CHOICES.values() for known in group.values()}
 
-    def component(given: dict[str, Any]) -> Any:
+    def component(group: str, given: dict[str, Any]) -> Any:
         given = dict(given)
         name = given.pop("_class")
+        classes = {known.__name__: known for known in CHOICES[group].values()}
         try:
-            values = {k: component(v) if isinstance(v, dict) and "_class" in v else v for k, v in given.items()}
-            return classes[name](**values)
+            nested = {k: component(group, v) for k, v in given.items() if isinstance(v, dict) and "_class" in v}
+            return classes[name](**given | nested)
         except (KeyError, TypeError):
             raise ValueError(
                 f"another version of esparse made these settings of {name}: submit the sweep anew"
             ) from None
 
-    parts = {k: component(v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
+    parts = {k: component(k, v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
     return Experiment(**parts)
 
 

