@@ -141,8 +141,16 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
         assert run_id(settings(elsewhere)) == usual, elsewhere
     others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.alpha=2", "shuffle=gns"]
     others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
+    others += ["export=dense", "export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true"]
     ids = [usual, *(run_id(settings(other)) for other in others)]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
+    with_all = settings("seed=5")
+    without = {key: value for key, value in with_all.items() if key not in ("bench", "export", "zeroshot", "profile")}
+    assert run_id(without) == run_id(with_all)
+    assert run_id(settings("seed=5", "zeroshot.tasks=[piqa]")) != run_id(with_all)
 
 
 def test_a_run_has_a_short_name() -> None:
