@@ -136,7 +136,7 @@ def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bo
 def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
     """Makes `mine` the owner; raises Busy where a living one is there, and waits for one that must end first."""
     while True:
-        if (there := read(folder)) is None and _create(folder, mine):
+        if (there := read(folder)) is None and _create(folder, mine, _file(folder)):
             break
         if there is None:
             if _age_s(folder) > PATIENCE_S:  # left half written by a file system without hard links
@@ -146,14 +146,21 @@ def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
         heir, successor = _is_heir(mine, there), _is_next_start(mine, there)
         if not (heir or successor) and alive(folder, there, queue):
             raise Busy(there)
+        # Of all that find it dead one may replace it: whoever writes the file that has its token in the name.
+        right = folder / f"owner-{there.token}-heir.part"
+        if not _create(folder, mine, right):
+            _drop_if_left(right)
+            time.sleep(0.02)
+            continue
         if read(folder) != there:
+            right.unlink(missing_ok=True)
             continue
         put(folder, mine)
         if successor:
             _wait_for_the_end_of(there)
         if read(folder) == mine:
             break
-    for draft in folder.glob("owner-*.part"):  # of processes that were killed here
+    for draft in folder.glob("owner-*.part"):  # the right to it, and what processes left that were killed here
         draft.unlink(missing_ok=True)
 
 
@@ -220,9 +227,17 @@ def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
             continue
 
 
-def _create(folder: Path, owner: Owner) -> bool:
+def _drop_if_left(right: Path) -> None:
+    """Removes the right to a run that a process took and died."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        heir = Owner(**json.loads(right.read_text()))
+        if heir.here() and not heir.process_is_there() or time.time() - right.stat().st_mtime > 2 * PATIENCE_S:
+            right.unlink(missing_ok=True)
+
+
+def _create(folder: Path, owner: Owner, file: Path) -> bool:
     """Writes the file unless there is one."""
-    draft, file = _draft(folder, owner), _file(folder)
+    draft = _draft(folder, owner)
     try:
         os.link(draft, file)
         return True

@@ -130,7 +130,7 @@ def test_many_processes_never_work_at_the_same_time(tmp_path: Path) -> None:
         process.join(60)
         assert process.exitcode == 0
     lines = (tmp_path / "log").read_text().splitlines()
-    assert len(lines) >= 80
+    assert len(lines) >= 12
     for came, went in zip(lines[::2], lines[1::2], strict=True):
         assert came.replace("in", "out") == went
     assert list(folder.iterdir()) == []
