@@ -25,7 +25,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from esparse import owner, runs, schema
+from esparse import cluster, owner, runs, schema
 from esparse.report import finished, write_json
 from esparse.report import run_id as identity
 
@@ -101,6 +101,9 @@ def _tidy(folder: Path) -> None:
     shutil.rmtree(folder / "blocks", ignore_errors=True)
     for draft in folder.glob("*.part"):
         draft.unlink(missing_ok=True)
+    there = owner.read(folder)
+    if there is not None and not owner.alive(folder, there, cluster.Queue()):
+        owner.release(folder, there)
     status = runs.status(folder)
     if status.get("status") not in (None, "finished"):
         write_json(folder / "status.json", status | {"status": "finished"})

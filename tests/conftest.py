@@ -10,6 +10,8 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # chosen before any library imports Triton; runs the kernels on the CPU
 settings.register_profile("esparse", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("esparse")
 torch.set_num_threads(1)  # tensors are tiny here, and two threads that wait for each other on a busy machine are slow

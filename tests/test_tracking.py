@@ -105,7 +105,8 @@ def test_a_run_of_no_sweep_says_how_to_upload_it(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "esparse"), start(tracking(), tmp_path):
         pass
     (file,) = files_of(tmp_path)
-    assert messages(caplog, logging.INFO) == [f"to upload this run to W&B: wandb sync {file.parent}"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "esparse"]
+    assert ours == [f"to upload this run to W&B: wandb sync {file.parent}"]
 
 
 def test_a_sweep_is_a_group_unless_told_otherwise(tmp_path):
