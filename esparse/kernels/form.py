@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,22 +47,30 @@ def to_form(weight_RI: Tensor, keep_RI: Tensor) -> tuple[Tensor, Tensor]:
     if len(counts_R) and not (counts_R == counts_R[0]).all():
         least, most = int(counts_R.min()), int(counts_R.max())
         raise ValueError(f"every row must keep as many weights for the compute form, got {least} to {most}")
-    rows, inputs = weight_RI.shape
-    padded = keep_RI.new_zeros(rows, -(-inputs // 8) * 8)
-    padded[:, :inputs] = keep_RI
-    powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=keep_RI.device)
-    bits_RB = (padded.view(rows, -1, 8) * powers).sum(-1, dtype=torch.uint8)
+    rows, bits_RB = len(weight_RI), packed_bits(keep_RI)
     values_RK = weight_RI[keep_RI].view(rows, -1)
     return values_RK.masked_fill(values_RK == 0, 0.0), bits_RB  # no -0.0: kernels of others compress it wrongly
 
 
-def keep_of(bits_RB: Tensor, inputs: int) -> Tensor:
-    """The boolean matrix (R x inputs) behind the bits; True = survives."""
+def packed_bits(keep_RI: Tensor) -> Tensor:
+    """A boolean matrix as bytes (R x B), the lowest bit first, each row filled to a byte."""
+    if keep_RI.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep_RI.numpy(), axis=-1, bitorder="little"))
+    rows, inputs = keep_RI.shape
+    padded = torch.nn.functional.pad(keep_RI, (0, -inputs % 8)).view(rows, -1, 8)
+    powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=keep_RI.device)
+    return (padded * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpacked_bits(bits_RB: Tensor, inputs: int) -> Tensor:
+    """The boolean matrix (R x inputs) that `packed_bits` was given; True = survives."""
+    if bits_RB.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits_RB.numpy(), axis=-1, count=inputs, bitorder="little").view(bool))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits_RB.device)
-    return ((bits_RB[..., None] >> shifts) & 1).flatten(1)[:, :inputs].bool()
+    return ((bits_RB[..., None] >> shifts) & 1).bool().flatten(-2)[..., :inputs]
 
 
 def to_dense(values_RK: Tensor, bits_RB: Tensor, inputs: int) -> Tensor:
     """The dense matrix (R x inputs), zeros where nothing survived."""
     dense_RI = values_RK.new_zeros(values_RK.shape[0], inputs)
-    return dense_RI.masked_scatter_(keep_of(bits_RB, inputs), values_RK)
+    return dense_RI.masked_scatter_(unpacked_bits(bits_RB, inputs), values_RK)

@@ -1,4 +1,4 @@
-"""A linear layer that computes from packed weights: some rows at a time get their zeros back.
+"""A linear layer that computes from packed weights: some rows at a time get their zeros back, on a GPU by a kernel.
 
 Shapes: T tokens, O outputs, I inputs, R rows of a tile, K survivors of a row, S salient ones.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from esparse.kernels.linear import packed_linear
 from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
@@ -42,6 +43,8 @@ class PackedLinear(nn.Module):
         """`ordered`: the columns lie on disk in an order that lies there, too, and get back their own."""
         super().__init__()
         self.in_features, self.out_features, self.pattern = inputs, outputs, pattern
+        # The kernels find a survivor by its group: not where columns got back their own order.
+        self.for_kernels = len(pattern.parts()) == 1 and not ordered
         for name, shape in matrix.file_shapes(pattern, outputs, inputs).items():
             if name.endswith("index"):
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
@@ -90,6 +93,8 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.for_kernels:
+            return self.by_kernels(x)
         packed = self.packed()
         x_TI = x.reshape(-1, self.in_features)
         y_TO = x.new_empty(len(x_TI), self.out_features)
@@ -99,6 +104,11 @@ class PackedLinear(nn.Module):
             bias_R = None if self.bias is None else self.bias[first:end]
             y_TO[:, first:end] = linear(x_TI, packed.dense(first, end), bias_R)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def by_kernels(self, x: Tensor) -> Tensor:
+        """The same, by the kernel for that many tokens (esparse/kernels/linear.py)."""
+        (nm,) = self.pattern.parts()
+        return packed_linear(self.values, self.bits, x, n=nm.n, m=nm.m, bias_R=self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, bias={self.bias is not None}"

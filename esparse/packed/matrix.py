@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from esparse.cores import each_core
+from esparse.kernels.form import packed_bits, unpacked_bits
 from esparse.packed import codes
 from esparse.patterns import NM, Pattern
 
@@ -105,19 +105,6 @@ def _places(keep_OI: Tensor, pattern: NM) -> Tensor:
 def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     values_OK = weight_OI.masked_select(keep_OI).view(len(weight_OI), -1)
     return values_OK.masked_fill_(values_OK == 0, 0)  # no -0.0
-
-
-def packed_bits(keep_OI: Tensor) -> Tensor:
-    """A boolean mask as bytes, the lowest bit first, each row filled to a byte."""
-    return torch.from_numpy(np.packbits(keep_OI.cpu().numpy(), axis=-1, bitorder="little"))
-
-
-def unpacked_bits(bits_OB: Tensor, inputs: int) -> Tensor:
-    """The boolean mask that `packed_bits` was given."""
-    if bits_OB.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(bits_OB.numpy(), axis=-1, count=inputs, bitorder="little").view(bool))
-    shifts = torch.arange(8, device=bits_OB.device, dtype=torch.uint8)
-    return ((bits_OB[..., None] >> shifts) & 1).bool().flatten(-2)[..., :inputs]
 
 
 def to_file(packed: PackedMatrix) -> dict[str, Tensor]:

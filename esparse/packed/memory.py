@@ -21,18 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from esparse import patterns
 from esparse.models.blocks import find_blocks
+from esparse.models.load import published_config
 from esparse.models.matrices import BlockMatrices
 from esparse.packed.sizes import META, Saving, of_matrix
 from esparse.patterns import Pattern
 
 PATTERNS = ("2:4", "4:8", "8:16", "8:16+16:256")
-LLAMA: dict[str, dict[str, int]] = {
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "llama-30b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
-    "llama-65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
-}
-VOCABULARY = 32000
+LLAMA = [f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b")]
 # Per cent saved by 2:4 on LLaMA, as E-Sparse publishes it (arXiv 2310.15929, abstract: 42.64 % to 43.52 %).
 PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
 
@@ -106,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in asked.patterns.split(","):
             if not patterns.from_str(text).parts():
                 raise ValueError(f"{text} is no pattern of n:m: nothing of it could be packed")
-        models = {name.rstrip("/").rpartition("/")[2]: _config(name) for name in asked.models}
-        rows = table(models or {name: _llama(shape) for name, shape in LLAMA.items()}, asked.patterns.split(","))
+        models = {name.rstrip("/").rpartition("/")[2]: _config(name) for name in asked.models or LLAMA}
+        rows = table(models, asked.patterns.split(","))
     except (ValueError, OSError) as error:
         print(f"esparse: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 2
@@ -119,12 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _llama(shape: dict[str, int]) -> PretrainedConfig:
-    return AutoConfig.for_model("llama", vocab_size=VOCABULARY, **shape)
-
-
 def _config(name: str) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(str(Path(name).expanduser()))
+    return published_config(name) or AutoConfig.from_pretrained(str(Path(name).expanduser()))
 
 
 def _gb(size: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.kernels.form import keep_of, survivors, to_dense, to_form, units
+from esparse.kernels.form import survivors, to_dense, to_form, units, unpacked_bits
 from esparse.patterns import NM
 
 patterns = st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
@@ -29,7 +29,7 @@ def test_there_and_back(pattern: tuple[int, int], rows: int, inputs: int, seed: 
     keep_RI = NM(*pattern).keep_top(torch.rand(rows, inputs, generator=seeded))
     values_RK, bits_RB = to_form(weight_RI, keep_RI)
     assert values_RK.shape == (rows, survivors(inputs, *pattern))
-    assert torch.equal(keep_of(bits_RB, inputs), keep_RI)
+    assert torch.equal(unpacked_bits(bits_RB, inputs), keep_RI)
     for row in range(rows):
         kept = [float(weight_RI[row, i]) for i in range(inputs) if keep_RI[row, i]]
         assert values_RK[row].tolist() == kept

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from esparse import patterns
+from esparse.kernels.gemv import matvec
 from esparse.packed import layer
 from esparse.packed.layer import PackedLinear
 from esparse.packed.matrix import pack, to_file
@@ -30,6 +31,27 @@ def test_it_is_the_masked_linear(
         torch.testing.assert_close(packed(x), dense(x))
         torch.testing.assert_close(packed(x[0, 0]), dense(x[0, 0]))
     assert set(packed.state_dict()) - {"salient_values", "salient_places"} == {"values", "bits", "bias"}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("asked", ["2:4", "8:16", "1:4"])
+def test_the_kernels_read_the_same_form(asked: str, tokens: int) -> None:
+    pattern = patterns.parse(asked)
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    weight_OI = pruned(pattern, 17, 36, torch.float32)  # 36 columns: the last group of 8:16 is shorter
+    packed.load_state_dict({**to_file(pack(weight_OI, pattern)), "bias": torch.arange(17.0)})
+    packed.settle()
+    x_TI = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(3))
+    assert packed.for_kernels
+    torch.testing.assert_close(packed.by_kernels(x_TI), packed(x_TI))
+    y_TO = matvec(packed.values, packed.bits, x_TI[:16], n=pattern.n, m=pattern.m) + packed.bias
+    torch.testing.assert_close(y_TO, packed(x_TI[:16]), rtol=1e-5, atol=1e-5)
+
+
+def test_where_groups_do_not_stand_side_by_side_no_kernel_is_asked() -> None:
+    how = {"bias": False, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert not PackedLinear(32, 8, patterns.parse("2:4"), ordered=True, **how).for_kernels
+    assert not PackedLinear(32, 8, patterns.parse("2:4", "4:16"), **how).for_kernels
 
 
 def test_the_whole_weight_is_never_there(monkeypatch: pytest.MonkeyPatch) -> None:

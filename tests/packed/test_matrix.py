@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esparse import patterns
+from esparse.kernels.form import packed_bits
 from esparse.packed import matrix
-from esparse.packed.matrix import from_file, pack, packed_bits, to_file
+from esparse.packed.matrix import from_file, pack, to_file
 from esparse.patterns import NM
 
 PATTERNS = [

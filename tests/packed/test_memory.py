@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from esparse import patterns
+from esparse.models.load import published_config
 from esparse.packed import memory
-from esparse.packed.memory import LLAMA, VOCABULARY, as_published, main, of_model
+from esparse.packed.memory import as_published, main, of_model
 from esparse.packed.sizes import of_matrix
 from tests.models.families import tiny
 
@@ -18,15 +19,17 @@ from tests.models.families import tiny
 WIDTHS = {"llama-7b": (4096, 11008, 32), "llama-65b": (8192, 22016, 80)}
 
 
-def llama(name: str) -> AutoConfig:
-    return AutoConfig.for_model("llama", vocab_size=VOCABULARY, **LLAMA[name])
+def llama(name: str) -> PretrainedConfig:
+    config = published_config(f"huggyllama/{name}")
+    assert config is not None
+    return config
 
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_llama_by_hand(name: str) -> None:
     width, inner, blocks = WIDTHS[name]
     matrices = 2 * blocks * (4 * width**2 + 3 * width * inner)
-    rest = 2 * (2 * VOCABULARY * width + (2 * blocks + 1) * width)
+    rest = 2 * (2 * 32000 * width + (2 * blocks + 1) * width)
     saving = of_model(llama(name), patterns.parse("2:4"))
     assert saving.dense == matrices + rest
     assert saving.in_memory == rest + matrices * 9 // 16
