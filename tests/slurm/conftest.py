@@ -9,6 +9,9 @@ import pytest
 
 from tests.slurm.lab import Lab, missing
 
+# A job has one CPU, a run beside it all: sums, and with them masks, depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
