@@ -34,7 +34,7 @@ class Model:
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
     devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
-    batch_tokens: int | None  # of one forward pass; null: what is fast, 1024 on a CPU (its caches) and 8192 on a GPU
+    batch_tokens: int | None  # of one forward pass; null: 1024 on a CPU, 8192 on a GPU
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
     activations: str  # where hidden states wait between blocks: auto | host | device | disk
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
