@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from esparse.ranks import Ranks
 
 # Tokens whose columns are reduced at a time: a tile stays in the cache of a CPU, a whole micro-batch does not.
 TILE = 256
+# Channels whose histograms one core of a CPU fills at a time: the bins of more would not stay in its cache.
+CHANNELS = 192
 
 
 class Statistic(ABC):
@@ -196,21 +197,22 @@ class ColumnEntropy(Statistic):
         width_I = high_I - low_I
         # A channel that never changes has one bin and no entropy.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
-        # Indices of 32 bits are counted faster than those of 64.
-        place_I = torch.arange(self.inputs, dtype=torch.int32, device=self.device) * self.bins
 
-        def counts(part_TI: Tensor) -> Tensor:
-            place_TI = torch.empty(part_TI.shape, dtype=torch.int32, device=self.device)
-            for tile_TI, into_TI in zip(part_TI.split(TILE), place_TI.split(TILE), strict=True):
-                bin_TI = (tile_TI.float() - low_I).mul_(scale_I).clamp_(0, self.bins - 1)
-                into_TI.copy_(bin_TI).add_(place_I)
-            return torch.bincount(place_TI.flatten(), minlength=self.counts_IK.numel())
+        def count(part_TI: Tensor, low_I: Tensor, scale_I: Tensor, counts_IK: Tensor) -> None:
+            # Indices of 32 bits are counted faster than those of 64.
+            place_I = torch.arange(0, counts_IK.numel(), self.bins, dtype=torch.int32, device=self.device)
+            bin_TI = (part_TI.float() - low_I).mul_(scale_I).clamp_(0, self.bins - 1)
+            place_TI = bin_TI.int().add_(place_I)
+            counts_IK += torch.bincount(place_TI.flatten(), minlength=counts_IK.numel()).view_as(counts_IK)
 
-        # Some million values at a time: the indices beside it would otherwise be as large as the input.
-        parts = x_TI.split(max(1, 2**21 // self.inputs))
-        with each_core() if self.device.type == "cpu" else nullcontext() as pool:
-            for found in pool.map(counts, parts) if pool else map(counts, parts):
-                self.counts_IK += found.view_as(self.counts_IK)
+        if self.device.type == "cpu":
+            parts = (whole.split(CHANNELS, dim) for whole, dim in ((x_TI, 1), (low_I, 0), (scale_I, 0)))
+            with each_core() as pool:
+                list(pool.map(count, *parts, self.counts_IK.split(CHANNELS)))
+        else:
+            # Some million values at a time: the indices beside it would otherwise be as large as the input.
+            for part_TI in x_TI.split(max(1, 2**21 // self.inputs)):
+                count(part_TI, low_I, scale_I, self.counts_IK)
 
     def entropy_I(self) -> Tensor:
         """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""
@@ -260,46 +262,52 @@ class Gram(Statistic):
 
 
 class TokenSample(Statistic):
-    """The inputs of up to `most` tokens, evenly spaced over all of them: every 2^k-th token, k as small as fits.
+    """The inputs of up to `most` tokens, spread evenly over all of them: those of the lowest turns.
 
-    Of an expert with more than `most` tokens on one of several ranks, the rank may have let go of the very token that
-    one process would take: it gives the next one that it still has.
+    The turn of the i-th token is (i + 1) / golden ratio modulo 1 (Fibonacci hashing). So the distances in between take
+    three values at most, and none that sequences of some length would repeat: a stride of 2^k would in every sequence
+    meet the first token, whose activations are like no other's. Of an expert of several ranks, the i-th token is
+    counted on its rank, so that the sample is not that of one process, but drawn alike.
     """
 
     def __init__(self, *, most: int, **size: Any) -> None:
         super().__init__(**size)
         self.most = most
-        self.stride = 1
+        self.highest = 2**32  # turns from here on are too late
+        # On the host, so that a GPU is not waited for.
+        self._turns: list[Tensor] = []
         self._parts: list[Tensor] = []
 
     def add(self, x_TI: Tensor, look: int) -> None:
         if look != 0:
             return
-        first = -(self.before + self.tokens) % self.stride
-        self._parts.append(x_TI[first :: self.stride].clone())
+        first = self.before + self.tokens + 1
         self.tokens += x_TI.shape[0]
-        while -(-self.tokens // self.stride) > self.most:
-            # The first one that is there stands at a multiple of the stride, which may be an odd one.
-            self._parts = [torch.cat(self._parts)[-(-self.before // self.stride) % 2 :: 2].clone()]
-            self.stride *= 2
+        turn_T = torch.arange(first, first + x_TI.shape[0]) * 2654435769 % 2**32  # 2^32 / golden ratio
+        early = (turn_T < self.highest).nonzero()[:, 0]
+        self._turns.append(turn_T[early])
+        self._parts.append(x_TI[early.to(x_TI.device, non_blocking=True)])
+        if sum(map(len, self._turns)) >= 2 * self.most:
+            self._keep_lowest(torch.cat(self._turns), torch.cat(self._parts))
+
+    def _keep_lowest(self, turn_N: Tensor, x_NI: Tensor) -> None:
+        if len(turn_N) > self.most:
+            self.highest = int(turn_N.kthvalue(self.most).values) + 1
+            early = (turn_N < self.highest).nonzero()[:, 0]
+            turn_N, x_NI = turn_N[early], x_NI[early.to(x_NI.device, non_blocking=True)]
+        self._turns, self._parts = [turn_N], [x_NI]
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
-        stride = self.stride
-        while -(-sum(tokens) // stride) > self.most:
-            stride *= 2
-        # Local positions: of the first token that is here, and of the first one that is wanted. All of them are here
-        # but of an expert, which has not as many tokens before it as `before` says.
-        here, wanted = -self.before % self.stride, -sum(tokens[: ranks.rank]) % stride
-        first = max(0, -((here - wanted) // self.stride))
         own_SI = torch.cat(self._parts) if self._parts else torch.zeros(0, self.inputs, device=self.device)
-        self._parts = [ranks.joined(own_SI[first :: stride // self.stride])]
-        self.stride = stride
+        turns = ranks.gather(torch.cat(self._turns) if self._turns else torch.zeros(0, dtype=torch.int64))
+        self._keep_lowest(torch.cat(turns), ranks.joined(own_SI))
 
     def x_SI(self) -> Tensor:
-        """The sampled inputs in float32."""
+        """The sampled inputs in float32, in the order of the tokens."""
         if not self._parts:
             return torch.zeros(0, self.inputs, device=self.device)
-        return torch.cat(self._parts).float()
+        self._keep_lowest(torch.cat(self._turns), torch.cat(self._parts))
+        return self._parts[0].float()
 
 
 class WeightGradient:

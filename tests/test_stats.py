@@ -98,14 +98,25 @@ def test_values_do_not_depend_on_micro_batches(cuts: list[int], seed: int) -> No
     assert torch.equal(*samples)
 
 
-@given(tokens=st.integers(0, 100), most=st.integers(1, 20))
-def test_the_sample_is_evenly_spaced_and_as_large_as_fits(tokens: int, most: int) -> None:
+@given(tokens=st.integers(0, 300), most=st.integers(1, 20))
+def test_the_sample_is_as_large_as_fits_and_evenly_spaced(tokens: int, most: int) -> None:
     x = torch.arange(float(tokens))[:, None]
-    rows = fed(TokenSample(most=most, inputs=1, sequences=1, device=CPU), x, [3, 50] if tokens > 50 else []).x_SI()
-    stride = 1
-    while -(-tokens // stride) > most:
-        stride *= 2
-    assert rows[:, 0].tolist() == list(range(0, tokens, stride))
+    sample = TokenSample(most=most, inputs=1, sequences=1, device=CPU)
+    rows = fed(sample, x, [3, 50, 51, 120] if tokens > 120 else []).x_SI()[:, 0].tolist()
+    golden = (1 + 5**0.5) / 2
+    turns = [(i + 1) / golden % 1 for i in range(tokens)]
+    assert rows == sorted(sorted(range(tokens), key=turns.__getitem__)[:most])
+    if tokens > most > 1:
+        assert len({right - left for left, right in zip(rows, rows[1:], strict=False)}) <= 3
+
+
+def test_the_sample_does_not_meet_the_same_token_of_every_sequence() -> None:
+    """The first tokens of sequences carry activations a hundred times as large as others'."""
+    sample = TokenSample(most=1024, inputs=1, sequences=128, device=CPU)
+    rows = fed(sample, (torch.arange(128 * 512.0) % 512)[:, None], list(range(0, 128 * 512, 1024))).x_SI()
+    places = rows[:, 0].int().bincount(minlength=512)
+    assert places.sum() == 1024
+    assert places.max() <= 6  # two on average
 
 
 def test_half_precision_inputs_are_summed_in_full() -> None:

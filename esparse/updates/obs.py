@@ -80,13 +80,18 @@ def sweep(
                 advance(first, last, sizes[1:])
                 weight_IO[last:end].addmm_(upper_II[first:last, last:end].T, errors_IO[first:last], alpha=-1)
             return
-        for column in range(start, end):
+        # All views at once: for few rows, cutting them one by one takes longer than what is done to them.
+        weights, keeps, errors, diagonal = (
+            whole[start:end].unbind() for whole in (weight_IO, keep_IO, errors_IO, diagonal_I)
+        )
+        for column, (weight_O, keep_O, error_O, pivot) in enumerate(
+            zip(weights, keeps, errors, diagonal, strict=True), start
+        ):
             if column in groups:
                 cut = groups[column]
                 keep_IO[cut] = pattern.keep_top((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
-            lost_O = weight_IO[column].masked_fill(keep_IO[column], 0.0)
-            errors_IO[column] = lost_O.div_(diagonal_I[column])
-            weight_IO[column:end].addr_(upper_II[column, column:end], errors_IO[column], alpha=-1)
+            torch.div(weight_O, pivot, out=error_O).masked_fill_(keep_O, 0.0)
+            weight_IO[column:end].addr_(upper_II[column, column:end], error_O, alpha=-1)
 
     # Within a block again blocks: what is repaired column by column should stay in the cache.
     advance(0, inputs, (block, INNER) if block > INNER else (block,))
