@@ -46,6 +46,11 @@ class Statistic(ABC):
     def add(self, x_TI: Tensor, look: int) -> None:
         """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
 
+    def add_all(self, parts: Sequence[Tensor], look: int) -> None:
+        """Takes the inputs of several micro-batches."""
+        for x_TI in parts:
+            self.add(x_TI, look)
+
     def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
         """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look.
 
@@ -178,8 +183,13 @@ class ColumnEntropy(Statistic):
                 self.low_I = torch.minimum(self.low_I, tile_TI.amin(dim=0).float())
                 self.high_I = torch.maximum(self.high_I, tile_TI.amax(dim=0).float())
         if look == self.looks - 1:
-            self.tokens += x_TI.shape[0]
-            self._count(x_TI)
+            self._count([x_TI])
+
+    def add_all(self, parts: Sequence[Tensor], look: int) -> None:
+        if look == 1:  # together, so that the cores have more to do before they wait for each other
+            self._count(parts)
+        else:
+            super().add_all(parts, look)
 
     def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
         if look == 0 and self.looks == 2:
@@ -190,29 +200,39 @@ class ColumnEntropy(Statistic):
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
         ranks.sum_(self.counts_IK)
 
-    def _count(self, x_TI: Tensor) -> None:
+    def _count(self, parts: Sequence[Tensor]) -> None:
+        self.tokens += sum(len(x_TI) for x_TI in parts)
         low_I, high_I = self.low_I, self.high_I
         if self.range == "layer":
             low_I, high_I = low_I.min().expand_as(low_I), high_I.max().expand_as(high_I)
         width_I = high_I - low_I
         # A channel that never changes has one bin and no entropy.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
+        on_cpu = self.device.type == "cpu"
+        # Some million values at a time: the indices beside it would otherwise be as large as the input.
+        step = max(1, (2**20 if on_cpu else 2**21) // min(self.inputs, CHANNELS if on_cpu else self.inputs))
 
-        def count(part_TI: Tensor, low_I: Tensor, scale_I: Tensor, counts_IK: Tensor) -> None:
+        def count(channels: slice) -> None:
+            low, scale, counts_CK = low_I[channels], scale_I[channels], self.counts_IK[channels]
             # Indices of 32 bits are counted faster than those of 64.
-            place_I = torch.arange(0, counts_IK.numel(), self.bins, dtype=torch.int32, device=self.device)
-            bin_TI = (part_TI.float() - low_I).mul_(scale_I).clamp_(0, self.bins - 1)
-            place_TI = bin_TI.int().add_(place_I)
-            counts_IK += torch.bincount(place_TI.flatten(), minlength=counts_IK.numel()).view_as(counts_IK)
+            place_C = torch.arange(0, counts_CK.numel(), self.bins, dtype=torch.int32, device=self.device)
+            size = (min(step, max(map(len, parts))), len(place_C))
+            # Made once: in a thread, memory that is let go of is taken from it at once.
+            bins_TC = torch.empty(size, device=self.device)
+            places_TC = torch.empty(size, dtype=torch.int32, device=self.device)
+            for x_TI in parts:
+                for x_TC in x_TI[:, channels].split(step):
+                    bin_TC, place_TC = bins_TC[: len(x_TC)], places_TC[: len(x_TC)]
+                    torch.sub(x_TC, low, out=bin_TC).mul_(scale).clamp_(0, self.bins - 1)
+                    place_TC.copy_(bin_TC).add_(place_C)
+                    found = torch.bincount(place_TC.flatten(), minlength=counts_CK.numel())
+                    counts_CK += found.view_as(counts_CK)
 
-        if self.device.type == "cpu":
-            parts = (whole.split(CHANNELS, dim) for whole, dim in ((x_TI, 1), (low_I, 0), (scale_I, 0)))
+        if on_cpu:
             with each_core() as pool:
-                list(pool.map(count, *parts, self.counts_IK.split(CHANNELS)))
+                list(pool.map(count, (slice(c, c + CHANNELS) for c in range(0, self.inputs, CHANNELS))))
         else:
-            # Some million values at a time: the indices beside it would otherwise be as large as the input.
-            for part_TI in x_TI.split(max(1, 2**21 // self.inputs)):
-                count(part_TI, low_I, scale_I, self.counts_IK)
+            count(slice(None))
 
     def entropy_I(self) -> Tensor:
         """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""

@@ -153,11 +153,14 @@ class Held:
         if self._parts is not None:
             self._parts.append((x_TI, x_TI._version, statistic))
 
-    def whole(self) -> list[tuple[Tensor, Statistic]] | None:
+    def whole(self) -> dict[Statistic, list[Tensor]] | None:
         """All that was held; None where room was short, or where the block wrote over what it had given to a layer."""
         if self._parts is None or any(x_TI._version != version for x_TI, version, _ in self._parts):
             return None
-        return [(x_TI, statistic) for x_TI, _, statistic in self._parts]
+        inputs: dict[Statistic, list[Tensor]] = {}
+        for x_TI, _, statistic in self._parts:
+            inputs.setdefault(statistic, []).append(x_TI)
+        return inputs
 
 
 def _observe(
@@ -206,12 +209,12 @@ def _observe(
             statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
     unite(0)
     if any(statistic.looks > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
-        parts = held.whole()
-        if parts is None:  # there was no room for all inputs, so they are computed once more
+        inputs = held.whole()
+        if inputs is None:  # there was no room for all inputs, so they are computed once more
             with matrices.observed(read_again):
                 activations.observe(block.index)
-        for x_TI, statistic in parts or ():
-            statistic.add(x_TI, 1)
+        for statistic, parts in (inputs or {}).items():
+            statistic.add_all(parts, 1)
         unite(1)
     for name in matrices.complete():
         log.warning("%s took no part in the forward pass and stays dense", name)
