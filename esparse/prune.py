@@ -31,10 +31,13 @@ from esparse.recoveries import PrunedModel
 from esparse.report import LayerReport, RecoveryReport, Stages, as_dicts
 from esparse.shuffles import Layers, NoShuffle
 from esparse.stats import LayerStats, TokenSample
-from esparse.updates import Layer, Solution
+from esparse.updates import Layer, Solution, Update
 from esparse.walk import Observed, Walk
 
 log = logging.getLogger("esparse")
+
+# Weights of several layers that are updated as one: more are so much work that one after the other takes no longer.
+JOINED_WEIGHTS = 2**27
 
 
 @dataclass(slots=True)
@@ -192,26 +195,31 @@ def _prune_group(
         scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
     pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
-        layers = None
+        together = None
         if "gram" in method.shuffle.collects() and stats[0].tokens:
-            layers = Layers(_joined(weights), stats[0]["gram"].gram_II)
+            together = Layers(_joined(weights), stats[0]["gram"].gram_II)
         order_I = (
-            None if isinstance(method.shuffle, NoShuffle) else method.shuffle.order(_joined(scores), pattern, layers)
+            None if isinstance(method.shuffle, NoShuffle) else method.shuffle.order(_joined(scores), pattern, together)
         )
         grouping = Grouping(pattern, order_I)
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)
     x_SI = sample.x_SI()
-    shared = (time.perf_counter() - start) / len(matrices)
+    with stages("score"):
+        solutions = [
+            Solution.without_update(weight_OI, grouping.keep_top(score_OI))
+            for weight_OI, score_OI in zip(weights, scores, strict=True)
+        ]
+    layers = [Layer(weight_OI, grouping, stat) for weight_OI, stat in zip(weights, stats, strict=True)]
+    if stats[0].tokens:
+        with stages("update"):
+            solutions = _updated(method.update, layers, solutions)
+    shared = (time.perf_counter() - start) / sum(weight_OI.numel() for weight_OI in weights)
     reports = []
-    for matrix, weight_OI, stat, score_OI in zip(matrices, weights, stats, scores, strict=True):
+    for matrix, layer, solution, score_OI in zip(matrices, layers, solutions, scores, strict=True):
         start = time.perf_counter()
-        with stages("score"):
-            solution = Solution.without_update(weight_OI, grouping.keep_top(score_OI))
-        if stat.tokens:
-            layer = Layer(weight_OI, grouping, stat)
-            with stages("update"):
-                solution = method.update.apply(layer, solution)
+        weight_OI = layer.dense_OI
+        if layer.stats.tokens:
             with stages("recover"):
                 solution = method.recovery.layer(layer, solution)
         _write(matrix, solution)
@@ -222,9 +230,25 @@ def _prune_group(
         if pattern.parts() and matrix.expert is None:
             size = of_matrix(pattern, *matrix.view().shape, matrix.parameter.dtype)
             report.packed_bytes, report.file_bytes = size.in_memory, size.on_disk
-        report.seconds = shared + time.perf_counter() - start
+        report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]) -> list[Solution]:
+    """The layers of a group after the update: where they may, as one, which takes a third of the steps for q, k, v."""
+    grouping, sizes = layers[0].grouping, [len(layer.dense_OI) for layer in layers]
+    if (
+        len(layers) == 1
+        or not update.by_rows(grouping.pattern)
+        or sum(layer.dense_OI.numel() for layer in layers) > JOINED_WEIGHTS
+    ):
+        return [update.apply(layer, start) for layer, start in zip(layers, starts, strict=True)]
+    joined = Layer(_joined([layer.dense_OI for layer in layers]), grouping, layers[0].stats)
+    start = Solution(_joined([start.weight_OI for start in starts]), _joined([start.keep_OI for start in starts]))
+    after = update.apply(joined, start)
+    parts = zip(after.weight_OI.split(sizes), after.keep_OI.split(sizes), strict=True)
+    return [Solution(weight_OI, keep_OI) for weight_OI, keep_OI in parts]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from esparse.prune import Method, Pruned, prune
 from esparse.report import Stages
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.updates import Layer, NoUpdate, Solution, Update
+from esparse.updates.obs import Obs
 from tests.models.families import tiny
 
 TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
@@ -49,11 +51,15 @@ def run(
     batch_tokens: int = 40,
     model: torch.nn.Module | None = None,
     skip: tuple[str, ...] = (),
+    update: Update | None = None,
 ) -> tuple[torch.nn.Module, Pruned]:
     model = model or tiny(family)
     blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=batch_tokens)
     method = Method(
-        metric=metric or Wanda(), pattern=pattern or NM(2, 4), shuffle=shuffle or NoShuffle(), update=NoUpdate()
+        metric=metric or Wanda(),
+        pattern=pattern or NM(2, 4),
+        shuffle=shuffle or NoShuffle(),
+        update=update or NoUpdate(),
     )
     return model, prune(blocks, TOKENS_SL, method, skip=skip, stages=Stages())
 
@@ -126,6 +132,34 @@ def test_relative_error_and_kept_score_by_their_formulas() -> None:
     keep = pruned.keeps["model.layers.0.self_attn.q_proj.weight"]
     assert report.kept_score == pytest.approx(float(scores[keep].sum() / scores.sum()), rel=1e-5)
     assert report.density == 0.5
+
+
+@pytest.mark.parametrize("mask", ["start", "own"])
+def test_layers_that_read_one_tensor_are_swept_together(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, swept = [], []
+    for most in (2**27, 0):
+        monkeypatch.setattr("esparse.prune.JOINED_WEIGHTS", most)
+        swept.append(Swept(mask=mask, damp=0.01, block=8))
+        found.append(run(update=swept[-1], shuffle=Reversed()))
+    (joined, of_joined), (single, of_single) = found
+    for name, keep_OI in of_single.keeps.items():
+        assert torch.equal(of_joined.keeps[name], keep_OI), name
+    for name, weight in single.state_dict().items():
+        torch.testing.assert_close(joined.state_dict()[name], weight)
+    blocks = len(single.model.layers)
+    assert [len(each.rows) for each in swept] == [4 * blocks, 7 * blocks]
+    assert sum(swept[0].rows) == sum(swept[1].rows)
+
+
+@dataclass(kw_only=True, slots=True)
+class Swept(Obs):
+    """Remembers how many rows came at a time."""
+
+    rows: list[int] = field(default_factory=list)
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        self.rows.append(len(start.weight_OI))
+        return Obs.apply(self, layer, start)
 
 
 def test_a_shuffle_changes_the_groups_and_not_the_columns() -> None:

@@ -15,8 +15,8 @@ product with the group's keep mask sums for each p. On a CPU this takes half the
 at 2:4 and a third at 4:8; `torch.cdist` (max(a, b) = (a + b + |a - b|) / 2) takes four times as long.
 
 Shapes: O outputs, I inputs, R = O rows; B blocks of equal width, C channels of a block, G groups of a block,
-M channels of a group, K groups taken from any block, T thresholds of a group, N = T R, P swaps. A place is where a channel
-stands in its block.
+M channels of a group, K groups taken from any block, T thresholds of a group, N = T R, P swaps. A place is where a
+channel stands in its block.
 """
 
 from __future__ import annotations

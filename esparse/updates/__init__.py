@@ -57,6 +57,10 @@ class Update(ABC):
         """Raises ValueError where the update makes no sense for this pattern; called before anything runs."""
         return None
 
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Whether what becomes of a row depends on no other, so that layers that read one tensor may come as one."""
+        return False
+
     @abstractmethod
     def apply(self, layer: Layer, start: Solution) -> Solution:
         """The layer after the update, where `start` is how the metric, or the update before, left it."""
@@ -83,6 +87,9 @@ class Then(Update):
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)
         self.second.check(pattern)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        return self.first.by_rows(pattern) and self.second.by_rows(pattern)
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         return self.second.apply(layer, self.first.apply(layer, start))

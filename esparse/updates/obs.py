@@ -42,6 +42,9 @@ class Obs(Update):
 
         return {"gram": Gram}
 
+    def by_rows(self, pattern: Pattern) -> bool:
+        return self.mask == "start" or bool(pattern.parts())
+
     def apply(self, layer: Layer, start: Solution) -> Solution:
         grouping = layer.grouping
         upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, self.damp)

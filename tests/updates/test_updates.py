@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esparse import linalg
-from esparse.patterns import NM, Grouping, Pattern, Unstructured
+from esparse.patterns import NM, Grouping, Pattern, Salient, Unstructured, parse
 from esparse.stats import Gram, LayerStats
 from esparse.updates import Layer, NoUpdate, Solution, Then, Update
 from esparse.updates.admm import Admm, gradual_keep
@@ -317,6 +317,28 @@ def test_updates_in_a_row_are_applied_in_that_order() -> None:
     assert torch.equal(row.apply(layer, start).weight_OI, expected.weight_OI)
     assert set(row.collects()) == {"gram"}
     assert NoUpdate().apply(layer, start) is start
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(8, 16), Salient(NM(8, 16), NM(4, 32))], ids=str)
+@pytest.mark.parametrize("update", [OBS, SPARSEGPT, Then(first=SPARSEGPT, second=OBS)], ids=["obs", "own", "both"])
+def test_rows_of_several_layers_may_be_swept_as_one(update: Update, pattern: Pattern, shuffled: bool) -> None:
+    layer, start = problem(outputs=9, inputs=64, pattern=pattern, shuffled=shuffled)
+    assert update.by_rows(pattern)
+    whole = update.apply(layer, start)
+    for rows in (slice(0, 2), slice(2, 9)):
+        part = Layer(layer.dense_OI[rows], layer.grouping, layer.stats)
+        done = update.apply(part, Solution(start.weight_OI[rows], start.keep_OI[rows]))
+        assert torch.equal(done.keep_OI, whole.keep_OI[rows])
+        torch.testing.assert_close(done.weight_OI, whole.weight_OI[rows])
+
+
+def test_whole_columns_are_chosen_by_all_rows_of_one_layer() -> None:
+    columns = parse("50%@columns")
+    assert OBS.by_rows(columns)
+    assert not SPARSEGPT.by_rows(columns)
+    assert not Then(first=OBS, second=SPARSEGPT).by_rows(columns)
+    assert not NoUpdate().by_rows(NM(2, 4))  # there is nothing to gain
 
 
 def test_a_sweep_leaves_its_input_alone() -> None:
