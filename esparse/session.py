@@ -179,7 +179,8 @@ def preempted() -> None:
 
 
 def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from esparse import experiment as one_run  # torch is loaded from here on
+    from esparse import experiment as one_run
+    from esparse.measure import dense_known  # torch is loaded from here on
     from esparse.ranks import together
 
     devices = experiment.devices()
@@ -190,31 +191,32 @@ def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any
     else:
         log.info("the sequences are dealt out to %d processes on %s", len(devices), ", ".join(map(str, devices)))
         try:
-            record, dense = together(devices, _take_part, experiment, asked, one_run.dense_known)
+            record, dense = together(devices, _take_part, experiment, asked, dense_known)
         except ValueError:
             shutil.rmtree(folder / "blocks", ignore_errors=True)  # as the journal does where its own process sees it
             raise
-        one_run.dense_known.clear()
-        one_run.dense_known.update(dense)
+        dense_known.clear()
+        dense_known.update(dense)
     write_json(folder / "status.json", status | {"status": "finished"})
     return record
 
 
 def _take_part(
-    ranks: Ranks, experiment: Experiment, asked: dict[str, Any], dense_known: dict[str, Any]
+    ranks: Ranks, experiment: Experiment, asked: dict[str, Any], known: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run as one process of several sees it; the record, and what is known of the dense model from then on."""
     from esparse import experiment as one_run
+    from esparse.measure import dense_known
 
     _quiet_libraries()
-    one_run.dense_known.update(dense_known)
+    dense_known.update(known)
     if not ranks.leads:  # what it has to say the first one says, too
         log.handlers[:] = [logging.NullHandler()]
         log.propagate = False
         return one_run.run(experiment, **asked, ranks=ranks), {}
     log_to_terminal()
     with _log_to_file(asked["folder"] / "run.log"):
-        return one_run.run(experiment, **asked, ranks=ranks), one_run.dense_known
+        return one_run.run(experiment, **asked, ranks=ranks), dense_known
 
 
 # How the host's memory, the device's and the system's file maps say that there is no more.
