@@ -288,13 +288,17 @@ def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) ->
 def end_of_sweep(sweep: Path, names: Mapping[Path, str], states: Mapping[Path, runs.State]) -> int:
     """Prints the table of all runs, and how to upload them; the exit code."""
     records = [record for folder in names if (record := finished(folder)) is not None]
-    failures = [(name, states[folder].text) for folder, name in names.items() if states[folder].kind != "finished"]
-    _print_table(records, failures)
+    missing = [
+        ("failed" if state.kind in runs.FAILED else "not finished", name, state.text)
+        for folder, name in names.items()
+        if (state := states[folder]).kind != "finished"
+    ]
+    _print_table(records, missing)
     if offline := [run for folder in names for run in sorted(folder.glob("wandb/offline-run-*"))]:
         list_of_runs = sweep / "wandb-runs.txt"
         list_of_runs.write_text("".join(f"{run.absolute()}\n" for run in offline))
         log.info("to upload these runs to W&B: xargs -d '\\n' wandb sync < %s", shlex.quote(str(list_of_runs)))
-    return FAILED if failures else FINISHED
+    return FAILED if missing else FINISHED
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:

@@ -105,7 +105,9 @@ def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> Non
     until(stopped)
     again = launch("-m", *command, "seed=1,2")
     assert again.returncode == 1 and again.stderr.count("and is not run twice") == 2
-    assert " ".join(again.stdout.split()).count("running on") == 2, again.stdout  # in the table
+    said = " ".join(again.stdout.split())  # in the table
+    assert said.count("not finished: running on") == 2 and "failed" not in said, again.stdout
+    assert all(f"(process {pid}, job local-" in said for pid in pids.values())
     os.kill(pids[one], signal.SIGKILL)
     until(lambda: cluster.began(pids[one]) is None)
     code, said = asked("status", str(folder))
