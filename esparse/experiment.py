@@ -13,7 +13,7 @@ from esparse.bench import Bench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
 from esparse.evaluate.zeroshot import ZeroShot
-from esparse.export import Export
+from esparse.export import Export, NoExport
 from esparse.metrics import Metric
 from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
@@ -76,6 +76,11 @@ class Experiment:
             raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if self.model.processes > 1 and (why := self.method().needs_all_sequences()) is not None:
             raise ValueError(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
+        if self.tracking.needs_export() and isinstance(self.export, NoExport):
+            raise ValueError(
+                "tracking.artifacts=[checkpoint] uploads what export writes, and export=none writes nothing: use "
+                "export=dense or export=packed"
+            )
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
             raise ValueError(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
         if not 0 <= self.seed < 2**31:

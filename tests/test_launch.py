@@ -313,6 +313,7 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
         (["model=hf"], ["model.path"]),
         (["calibration=text"], ["calibration.path"]),
         (["seed=-1"], ["seed must be between"]),
+        (["tracking.artifacts=[checkpoint]"], ["uploads what export writes", "use export=dense or export=packed"]),
         (["-m", "metric=entropy,wanda", "pattern=2:4,3:2"], ["0 < n < m", "'3:2'"]),
         (["-m", "metric=entropy,wanda", "metric.bins=50"], ["metric.bins"]),
     ],
