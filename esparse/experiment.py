@@ -137,10 +137,12 @@ def run(
     config: dict[str, Any],
     folder: Path,
     ranks: Ranks | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record.
 
-    Where there are several ranks, each calls it; the first one writes the files.
+    Where there are several ranks, each calls it; the first one writes the files. `again`: the next run of this process
+    prunes the same model.
     """
     from esparse import audit
     from esparse.export import Finished
@@ -148,7 +150,7 @@ def run(
     from esparse.measure import Measuring, digests
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
-    from esparse.models.load import load, longest_sequence
+    from esparse.models.load import identity, load, longest_sequence
     from esparse.progress import Progress
     from esparse.prune import check_store, prune
     from esparse.ranks import Ranks
@@ -162,7 +164,7 @@ def run(
     experiment.bench.require(device)
     software = environment(device, ranks.size)
     with stages("load"):
-        model, tokenizer, store = load(experiment.model, folder / "blocks", ranks)
+        model, tokenizer, store = load(experiment.model, folder / "blocks", ranks, again=again)
         blocks = BlockModel(
             model,
             device=device,
@@ -215,7 +217,7 @@ def run(
             progress=progress,
         )
         dense_shares = measuring.shares(tokens_SL)
-        dense = measuring.dense(str(experiment.model), run_id, journal, anew=experiment.rerun)
+        dense = measuring.dense(identity(experiment.model), run_id, journal, anew=experiment.rerun)
         progress.pruning()
         pruned = prune(
             blocks,

@@ -78,6 +78,8 @@ def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
     assert code == 2 and str(there) in said  # told where the sweep is
     failed = [json.loads(p.read_text()) for p in out.glob("*/status.json")]
     assert sum("traceback" in status and "Traceback" in status["traceback"] for status in failed) == 2
+    # Two processes with two runs each: the second one's model is the first one's, as it was loaded.
+    assert sum("is as it was loaded for an earlier run" in p.read_text() for p in out.glob("*/run.log")) == 2
     shutil.copy(workshop / "text.txt", tmp_path / "later.txt")
     code, said = asked("resubmit", "--failed", str(there))
     assert code == 0 and "2 runs submitted" in said, said
