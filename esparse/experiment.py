@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import platform
-import resource
-import socket
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse import __version__, patterns
+from esparse import patterns
 from esparse.allocations import Allocation
 from esparse.bench import Bench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
-from esparse.evaluate.zeroshot import Scores, ZeroShot
-from esparse.export import Export
+from esparse.evaluate.zeroshot import ZeroShot
+from esparse.export import Export, NoExport
 from esparse.metrics import Metric
 from esparse.models.load import Model, weight_files
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import Recovery
-from esparse.report import LayerReport, Stages, as_dicts, write_json
+from esparse.report import LayerReport, write_json
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.tracking import NoTracking, Tracking
 from esparse.updates import Update
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
     from esparse.bench import Measured
-    from esparse.journal import Dense, Journal
     from esparse.method import Method
     from esparse.models.blocks import BlockModel
     from esparse.prune import Pruned
@@ -88,6 +76,11 @@ class Experiment:
             raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if self.model.processes > 1 and (why := self.method().needs_all_sequences()) is not None:
             raise ValueError(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
+        if self.tracking.needs_export() and isinstance(self.export, NoExport):
+            raise ValueError(
+                "tracking.artifacts=[checkpoint] uploads what export writes, and export=none writes nothing: use "
+                "export=dense or export=packed"
+            )
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
             raise ValueError(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
         if not 0 <= self.seed < 2**31:
@@ -144,56 +137,61 @@ def run(
     config: dict[str, Any],
     folder: Path,
     ranks: Ranks | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record.
 
-    Where there are several ranks, each calls it; the first one writes the files.
+    Where there are several ranks, each calls it; the first one writes the files. `again`: the next run of this process
+    prunes the same model.
     """
     from esparse import audit
-    from esparse.evaluate import zeros
-    from esparse.evaluate.perplexity import perplexity, window_losses
     from esparse.export import Finished
     from esparse.journal import Journal
+    from esparse.measure import Measuring, digests
     from esparse.models.blocks import BlockModel
     from esparse.models.keeper import Keeper
-    from esparse.models.load import load, longest_sequence
+    from esparse.models.load import identity, load, longest_sequence
     from esparse.progress import Progress
     from esparse.prune import check_store, prune
     from esparse.ranks import Ranks
+    from esparse.record import STATE_DEPENDS_ON, Clock, Size, build, environment, peak_mib
 
     ranks = ranks or Ranks()
-    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     method = experiment.method()
     device = experiment.model.all_devices()[ranks.rank]
+    clock = Clock.start(device)
+    stages = clock.stages
     experiment.bench.require(device)
     software = environment(device, ranks.size)
-    stages = Stages(settle=_settle(device))
     with stages("load"):
-        model, tokenizer, store = load(experiment.model, folder / "blocks", ranks)
-        keeper = Keeper(experiment.model.activations, folder)
+        model, tokenizer, store = load(experiment.model, folder / "blocks", ranks, again=again)
         blocks = BlockModel(
             model,
             device=device,
             batch_tokens=experiment.model.tokens_at_once(device),
             store=store,
-            keeper=keeper,
+            keeper=Keeper(experiment.model.activations, folder),
             ranks=ranks,
         )
         check_store(blocks, method)
         experiment.export.ready(blocks, experiment.recovery, folder)
         experiment.bench.ready(model)
+        size = Size.of(model)
         longest = longest_sequence(model)
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
         tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest))
         windows = ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora})
         tasks = experiment.zeroshot.load()
+        state = {  # what has to be the same for a later attempt to go on where an earlier one stopped
+            "id": run_id,
+            "software": {part: software[part] for part in STATE_DEPENDS_ON},
+            "tokens": digests(windows | {"calibration": tokens_SL}),
+            "tasks": experiment.zeroshot.stamps(),
+            "weights": [getattr(model.config, "_commit_hash", None), *weight_files(experiment.model)],
+        }
         journal = ranks.from_first(
-            lambda: Journal.open(
-                folder / "blocks",
-                _state_depends_on(experiment, run_id, model, tokens_SL, windows, software),
-                snapshot_seconds=experiment.snapshot_seconds,
-            )
+            lambda: Journal.open(folder / "blocks", state, snapshot_seconds=experiment.snapshot_seconds)
         )
         journal.writes = ranks.leads
     tracking = experiment.tracking if ranks.leads else NoTracking()
@@ -207,25 +205,19 @@ def run(
             progress.layer(block, layer)
             sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
-        parameters = sum(p.numel() for p in model.parameters())
-        dense_bytes = sum(p.nbytes for p in model.parameters())
-
-        def measure(which: str) -> tuple[dict[str, Tensor], Scores]:
-            """Perplexities and accuracies of the model as it is; every rank calls it."""
-            with stages("evaluate"):
-                losses = {
-                    c: window_losses(blocks, w, progress.evaluating(f"{which} on {c}")) for c, w in windows.items()
-                }
-            with stages("zeroshot"):
-                on_block = progress.evaluating(f"{which} on tasks")
-                return losses, experiment.zeroshot.measure(tasks, blocks, tokenizer, longest, on_block)
-
-        def profiled() -> zeros.Shares:
-            with stages("profile"):
-                return ranks.from_first(lambda: zeros.shares(blocks, tokens_SL)) if experiment.profile else {}
-
-        dense_shares = profiled()
-        dense = _dense(experiment, run_id, blocks, windows, journal, measure)
+        measuring = Measuring(
+            blocks=blocks,
+            tokenizer=tokenizer,
+            longest=longest,
+            windows=windows,
+            zeroshot=experiment.zeroshot,
+            tasks=tasks,
+            profile=experiment.profile,
+            stages=stages,
+            progress=progress,
+        )
+        dense_shares = measuring.shares(tokens_SL)
+        dense = measuring.dense(identity(experiment.model), run_id, journal, anew=experiment.rerun)
         progress.pruning()
         pruned = prune(
             blocks,
@@ -237,8 +229,8 @@ def run(
             journal=journal,
         )
         progress.block_done()
-        losses, scores = measure("pruned")
-        shares = profiled()
+        losses, scores = measuring.quality("pruned")
+        shares = measuring.shares(tokens_SL)
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads:
             return {}
@@ -247,51 +239,29 @@ def run(
         mask_bytes = audit.write(
             folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses}
         )
-        record = {
-            "id": run_id,
-            "name": name,
-            "status": "finished",
-            "started": started,
-            "seconds": round(time.perf_counter() - clock + sum(journal.seconds.values()), 3),
-            "resumed": journal.resumed,
-            "config": config,
-            "environment": software,
-            "model": {
-                "name": experiment.model.title,
-                "family": model.config.model_type,
-                "parameters": parameters,
-                "pruned_parameters": pruned.weights,
+        record = build(
+            run={
+                "id": run_id,
+                "name": name,
+                "config": config,
+                "environment": software,
+                "model": experiment.model.title,
             },
-            "sparsity": {
-                "pattern": str(method.pattern),
-                "density": pruned.survivors / pruned.weights,
-                "pattern_holds": pruned.pattern_holds,
-            },
-            "quality": {
-                corpus: {
-                    "dense": perplexity(dense.losses[corpus]),
-                    "pruned": perplexity(losses[corpus]),
-                    "tokens": windows_WL.numel(),
-                    "sequence_length": windows_WL.shape[1],
-                    "dense_run": dense.run,
-                }
-                for corpus, windows_WL in windows.items()
-            },
-            **({"zeroshot": experiment.zeroshot.report(dense.zeroshot, scores, dense.run)} if scores else {}),
-            **({"profile": zeros.report(dense_shares, shares, tokens_SL)} if shares else {}),
-            "layers": as_dicts(pruned.layers),
-            "recovery": as_dicts(pruned.recoveries),
-            "seconds_by_stage": _rounded(journal.with_earlier(stages)),
-            "memory": memory(dense_bytes, model.dtype.itemsize, pruned, mask_bytes, peaks),
-        }
+            size=size,
+            pattern=method.pattern,
+            pruned=pruned,
+            measured=measuring.report(dense, losses, scores, (dense_shares, shares), tokens_SL),
+            clock=clock,
+            journal=journal,
+            mask_bytes=mask_bytes,
+            peaks=peaks,
+        )
         if timed.rows:
             record |= {"latency": timed.rows, "limits": timed.limits}
         with stages("export"):
             exported = experiment.export.write(Finished(blocks, tokenizer, pruned, tokens_SL, record, folder))
         if exported is not None:
-            record["export"] = exported
-            record["seconds"] = round(time.perf_counter() - clock + sum(journal.seconds.values()), 3)
-            record["seconds_by_stage"] = _rounded(journal.with_earlier(stages))
+            record |= {"export": exported} | clock.read(journal)
         sink.finish(record)
         write_json(folder / "result.json", record)
     return record
@@ -310,134 +280,3 @@ def _timed(experiment: Experiment, blocks: BlockModel, pruned: Pruned) -> Measur
     for row in timed.rows:
         log.info("%s", in_words(row))
     return timed
-
-
-# Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune
-# the same model then measure it once; the record says which run did.
-dense_known: dict[str, Dense] = {}
-
-
-def _dense(
-    experiment: Experiment,
-    run_id: str,
-    blocks: BlockModel,
-    windows: dict[str, Tensor],
-    journal: Journal,
-    measure: Callable[[str], tuple[dict[str, Tensor], Scores]],
-) -> Dense:
-    """What was measured on the dense model, now or earlier."""
-    from esparse.journal import Dense
-
-    if (known := blocks.ranks.from_first(journal.dense)) is not None:
-        return known
-    asked = f"{experiment.model} {_hashes(windows)} {experiment.zeroshot} {experiment.zeroshot.stamps()}"
-    if experiment.rerun or asked not in dense_known:
-        measured = Dense(run_id, *measure("dense"))
-        dense_known.clear()
-        dense_known[asked] = measured
-    journal.write_dense(dense_known[asked])
-    return dense_known[asked]
-
-
-def _hashes(tokens: dict[str, Tensor]) -> dict[str, str]:
-    # The shapes belong to it: the same tokens in windows of another length are another measurement.
-    return {name: f"{list(t.shape)} {sha256(t.numpy().tobytes()).hexdigest()}" for name, t in tokens.items()}
-
-
-def _state_depends_on(
-    experiment: Experiment,
-    run_id: str,
-    model: PreTrainedModel,
-    tokens_SL: Tensor,
-    windows: dict[str, Tensor],
-    software: dict[str, Any],
-) -> dict[str, Any]:
-    """What has to be the same for a later attempt to go on where an earlier one stopped, as JSON has it."""
-    return {
-        "id": run_id,
-        "software": {name: software[name] for name in ("torch", "transformers", "lm_eval", "esparse", "commit")},
-        "tokens": _hashes(windows | {"calibration": tokens_SL}),
-        "tasks": experiment.zeroshot.stamps(),
-        "weights": [getattr(model.config, "_commit_hash", None), *weight_files(experiment.model)],
-    }
-
-
-def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
-    """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
-    import torch
-
-    checkout = Path(__file__).parent.parent
-    commit = None
-    if (checkout / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            described = subprocess.run(
-                ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-                cwd=checkout,
-                capture_output=True,
-                text=True,
-                timeout=10,
-            )
-            commit = described.stdout.strip() or None
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "lm_eval": version("lm_eval"),
-        "esparse": __version__,
-        "device": kind if devices == 1 else f"{devices} x {kind}",
-        "threads": torch.get_num_threads(),
-        "host": socket.gethostname(),
-        "commit": commit,
-    }
-
-
-def peak_mib(device: torch.device) -> tuple[float, float | None]:
-    """The most that this process ever took of the host and of the device."""
-    import torch
-
-    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return round(host / 2**20, 1), None if on_device is None else round(on_device / 2**20, 1)
-
-
-def memory(
-    dense_bytes: int, element_bytes: int, pruned: Pruned, mask_bytes: int, peaks: list[tuple[float, float | None]]
-) -> dict[str, Any]:
-    """Peaks in MiB, and the bytes of the model's tensors dense and bit-mask packed.
-
-    `peaks` of each process: those of the host are added, of the devices the fullest one counts.
-    Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
-    packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
-    metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
-    bits_per_weight: that and the surviving values.
-    """
-    sparse = dense_bytes - (pruned.weights - pruned.survivors) * element_bytes + mask_bytes
-    metadata_bits = pruned.metadata_bits / pruned.weights
-    packable = [layer for layer in pruned.layers if layer.packed_bytes is not None]
-    rest = dense_bytes - sum(layer.dense_bytes for layer in packable)
-    return {
-        "peak_host_mib": round(sum(host for host, _ in peaks), 1),
-        "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
-        "dense_bytes": dense_bytes,
-        "sparse_bytes": sparse,
-        "saving": 1 - sparse / dense_bytes,
-        "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
-        "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
-        "metadata_bits": metadata_bits,
-        "bits_per_weight": 8 * element_bytes * pruned.survivors / pruned.weights + metadata_bits,
-    }
-
-
-def _rounded(seconds_by_stage: dict[str, float]) -> dict[str, float]:
-    return {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()}
-
-
-def _settle(device: torch.device) -> Callable[[], None]:
-    import torch
-
-    if device.type != "cuda":
-        return lambda: None
-    torch.cuda.reset_peak_memory_stats(device)
-    return lambda: torch.cuda.synchronize(device)

@@ -26,11 +26,13 @@ class Job:
         session.log_to_terminal()
         sweep = Folder.read(Path(self.sweep))
         os.chdir(sweep.cwd)
-        failed = []
-        for run in sweep.chosen(self.ids):
+        failed, runs = [], sweep.chosen(self.ids)
+        for i, run in enumerate(runs):
             with session.mistakes():
                 experiment = sweep.experiment(run)
-            if session.carry_out(experiment, run.settings, sweep=sweep.path) is None:
+            # Its earlier record, if it was one to repeat, was removed when it was submitted.
+            to_come = [(later.folder, later.settings | {"rerun": False}) for later in runs[i + 1 :]]
+            if session.carry_out(experiment, run.settings, sweep=sweep.path, to_come=to_come) is None:
                 failed.append(f"{run.name} ({run.id})")
         if failed:  # so that Slurm, too, calls the job failed
             raise RuntimeError(f"{len(failed)} of {len(self.ids)} runs have no record: {', '.join(failed)}")

@@ -13,6 +13,7 @@ from esparse import cluster, owner
 from esparse.report import finished, run_id
 
 OPEN = ("queued", "running")  # still to come to an end by themselves
+FAILED = ("failed", "died")
 KINDS = ("finished", "running", "queued", "failed", "died", "cancelled", "interrupted", "never started")
 
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,9 @@ log = logging.getLogger("esparse")
 FINISHED, FAILED, MISTAKE = 0, 1, 2  # exit codes
 
 # What this process has seen; a sweep's jobs may run elsewhere, so Sweep reads their folders instead.
-_seen: dict[str, Any] = {"begun": False, "code": FINISHED, "sweep": None, "preempted": False, "submitted": False}
+# `again`: the run after the one at work prunes the same model.
+_seen: dict[str, Any] = {"begun": False, "code": FINISHED, "sweep": None, "again": False}
+_seen |= {"preempted": False, "submitted": False}
 
 
 def exit_code(main: Callable[[], Any]) -> int:
@@ -70,10 +72,17 @@ def mistakes() -> Iterator[None]:
         raise SystemExit(MISTAKE) from None
 
 
-def carry_out(experiment: Experiment, settings: dict[str, Any], *, sweep: Path | None = None) -> dict[str, Any] | None:
+def carry_out(
+    experiment: Experiment,
+    settings: dict[str, Any],
+    *,
+    sweep: Path | None = None,
+    to_come: Iterable[tuple[Path, Mapping[str, Any]]] = (),
+) -> dict[str, Any] | None:
     """Carries out one run unless it is finished already; a failure is written down and does not end a sweep.
 
     Returns its record, None where there is none. `sweep`: the folder of the sweep that this process is a job of.
+    `to_come`: folders and settings of the runs that follow in this process.
     """
     run_id, name = identity(settings), schema.title(settings)
     folder = Path(experiment.output_root) / run_id
@@ -88,12 +97,28 @@ def carry_out(experiment: Experiment, settings: dict[str, Any], *, sweep: Path |
         _tidy(folder)
         log.info("%s was run before (%s); rerun=true repeats it", name, folder)
     else:
+        _seen["again"] = _again(settings, to_come)
         record = _owned_attempt(experiment, settings, sweep, run_id=run_id, name=name, folder=folder)
     if record is None:
         _seen["code"] = FAILED
     elif not (sweep or _seen["sweep"]):
         _print_table([record], [])
     return record
+
+
+def carry_out_all(settings: Sequence[dict[str, Any]]) -> None:
+    """Carries out runs of this call's sweep one after the other in this process."""
+    for i, each in enumerate(settings):
+        to_come = ((runs.folder_of(later), later) for later in settings[i + 1 :])
+        carry_out(schema.rebuilt(each), each, to_come=to_come)
+
+
+def _again(settings: Mapping[str, Any], to_come: Iterable[tuple[Path, Mapping[str, Any]]]) -> bool:
+    """Whether the next run of this process that has no record yet prunes the same model."""
+    for folder, later in to_come:
+        if later["rerun"] or finished(folder) is None:
+            return bool(later["model"] == settings["model"])
+    return False
 
 
 def _tidy(folder: Path) -> None:
@@ -179,42 +204,44 @@ def preempted() -> None:
 
 
 def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from esparse import experiment as one_run  # torch is loaded from here on
+    from esparse import experiment as one_run
+    from esparse.measure import dense_known  # torch is loaded from here on
     from esparse.ranks import together
 
     devices = experiment.devices()
     asked = {"run_id": status["id"], "name": status["name"], "config": settings, "folder": folder}
     if len(devices) == 1:
         _quiet_libraries()
-        record = one_run.run(experiment, **asked)
+        record = one_run.run(experiment, **asked, again=_seen["again"])
     else:
         log.info("the sequences are dealt out to %d processes on %s", len(devices), ", ".join(map(str, devices)))
         try:
-            record, dense = together(devices, _take_part, experiment, asked, one_run.dense_known)
+            record, dense = together(devices, _take_part, experiment, asked, dense_known)
         except ValueError:
             shutil.rmtree(folder / "blocks", ignore_errors=True)  # as the journal does where its own process sees it
             raise
-        one_run.dense_known.clear()
-        one_run.dense_known.update(dense)
+        dense_known.clear()
+        dense_known.update(dense)
     write_json(folder / "status.json", status | {"status": "finished"})
     return record
 
 
 def _take_part(
-    ranks: Ranks, experiment: Experiment, asked: dict[str, Any], dense_known: dict[str, Any]
+    ranks: Ranks, experiment: Experiment, asked: dict[str, Any], known: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run as one process of several sees it; the record, and what is known of the dense model from then on."""
     from esparse import experiment as one_run
+    from esparse.measure import dense_known
 
     _quiet_libraries()
-    one_run.dense_known.update(dense_known)
+    dense_known.update(known)
     if not ranks.leads:  # what it has to say the first one says, too
         log.handlers[:] = [logging.NullHandler()]
         log.propagate = False
         return one_run.run(experiment, **asked, ranks=ranks), {}
     log_to_terminal()
     with _log_to_file(asked["folder"] / "run.log"):
-        return one_run.run(experiment, **asked, ranks=ranks), one_run.dense_known
+        return one_run.run(experiment, **asked, ranks=ranks), dense_known
 
 
 # How the host's memory, the device's and the system's file maps say that there is no more.
@@ -271,8 +298,7 @@ def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) ->
     Plans are made here: they take no node.
     """
     if plans := [each for each in settings if each["dry_run"]]:
-        for each in plans:
-            carry_out(schema.rebuilt(each), each)
+        carry_out_all(plans)
         return
     _seen["begun"] = True
     try:
@@ -286,13 +312,17 @@ def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) ->
 def end_of_sweep(sweep: Path, names: Mapping[Path, str], states: Mapping[Path, runs.State]) -> int:
     """Prints the table of all runs, and how to upload them; the exit code."""
     records = [record for folder in names if (record := finished(folder)) is not None]
-    failures = [(name, states[folder].text) for folder, name in names.items() if states[folder].kind != "finished"]
-    _print_table(records, failures)
+    missing = [
+        ("failed" if state.kind in runs.FAILED else "not finished", name, state.text)
+        for folder, name in names.items()
+        if (state := states[folder]).kind != "finished"
+    ]
+    _print_table(records, missing)
     if offline := [run for folder in names for run in sorted(folder.glob("wandb/offline-run-*"))]:
         list_of_runs = sweep / "wandb-runs.txt"
         list_of_runs.write_text("".join(f"{run.absolute()}\n" for run in offline))
         log.info("to upload these runs to W&B: xargs -d '\\n' wandb sync < %s", shlex.quote(str(list_of_runs)))
-    return FAILED if failures else FINISHED
+    return FAILED if missing else FINISHED
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:

@@ -133,7 +133,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
 def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
     """What failed or died; without --failed also what was cancelled or never came to its turn."""
     states = runs.looked(run.folder for run in sweep.runs)
-    kinds = {"failed", "died"} if options.failed else set(runs.KINDS) - {"finished", *runs.OPEN}
+    kinds = set(runs.FAILED) if options.failed else set(runs.KINDS) - {"finished", *runs.OPEN}
     chosen = [run for run in sweep.runs if states[run.folder].kind in kinds]
     if not chosen:
         print(f"nothing to submit: {len(states)} runs, {runs.counted(states.values())}")

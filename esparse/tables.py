@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+# How a run that has no record stands, and in which colour that is said.
+MISSING = {"failed": "red", "not finished": "yellow"}
+
+
 def _cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
     """The line of what all runs share, and the header, right alignment and texts of what differs."""
     shared = table.shared()
@@ -32,8 +36,8 @@ def _cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
     return line, columns, right, [[table.text(c, row.get(c)) for c in columns] for row in table.rows]
 
 
-def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()) -> Table:
-    """The table for the terminal; failed runs as (name, reason) stand below it."""
+def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]] = ()) -> Table:
+    """The table for the terminal; below it the runs that it lacks, as (one of MISSING, name, why)."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -41,10 +45,10 @@ def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.title_justify, table.title_style, table.caption_justify = "left", "", "left"
     if not records:
-        table.add_column("failed run", overflow="fold")
-        table.add_column("reason", style="red", overflow="fold")
-        for name, reason in failed:
-            table.add_row(Text(name), Text(reason))
+        table.add_column("run without a record", overflow="fold")
+        table.add_column("why", overflow="fold")
+        for what, name, why in missing:
+            table.add_row(Text(name), Text(f"{what}: {why}", style=MISSING[what]))
         return table
     line, columns, right, rows = _cells(grid(records))
     table.title = Text(line) if line else None
@@ -54,8 +58,9 @@ def runs_table(records: Sequence[Record], failed: Sequence[tuple[str, str]] = ()
         table.add_column(Text(column), justify=justify, overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*map(Text, row))
-    if failed:
-        table.caption = Text("\n".join(f"failed: {name}: {reason}" for name, reason in failed), style="red")
+    if missing:
+        lines = [Text(f"{what}: {name}: {why}", style=MISSING[what]) for what, name, why in missing]
+        table.caption = Text("\n").join(lines)
     return table
 
 

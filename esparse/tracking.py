@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("esparse")
 
 MODES = ("offline", "online")
-# What may be uploaded, and the files of it.
-ARTIFACTS = {"masks": ["masks.safetensors", "orders.safetensors"]}
+ARTIFACTS = ("masks", "checkpoint")  # what may be uploaded
+MASKS = ("masks.safetensors", "orders.safetensors")
 NO_KEY = "there is no API key: run `wandb login` or set WANDB_API_KEY"
 
 
@@ -46,6 +46,10 @@ class Tracking(ABC):
     @abstractmethod
     def in_sweep(self, name: str) -> None:
         """The run is one of this sweep's."""
+
+    def needs_export(self) -> bool:
+        """Whether it wants the checkpoint that an export writes."""
+        return False
 
     @abstractmethod
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> AbstractContextManager[Sink]:
@@ -77,7 +81,7 @@ class Wandb(Tracking):
     entity: str | None  # user or team; None: the account's default
     group: str | None  # null: in a sweep the sweep's folder
     tags: list[str]
-    artifacts: list[str]  # masks: the run's keep masks and channel orders
+    artifacts: list[str]  # masks: the run's keep masks and channel orders; checkpoint: what `export` wrote
     timeout_s: float  # for the server: to answer at the start, to receive the rest at the end
 
     def __post_init__(self) -> None:
@@ -97,14 +101,16 @@ class Wandb(Tracking):
     def in_sweep(self, name: str) -> None:
         self.group = self.group or name
 
+    def needs_export(self) -> bool:
+        return "checkpoint" in self.artifacts
+
     @contextmanager
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:
         run = self._start(run_id, name, config, folder.resolve())
         if run is None:
             yield Sink()
             return
-        files = {kind: [folder / file for file in ARTIFACTS[kind]] for kind in self.artifacts}
-        sink, exit_code = _WandbSink(run, self.timeout_s, files, in_sweep=self.group is not None), 1
+        sink, exit_code = _WandbSink(run, self, folder), 1
         try:
             yield sink
             exit_code = 0
@@ -180,9 +186,9 @@ class Wandb(Tracking):
 class _WandbSink(Sink):
     """Passes everything on to one wandb run; the first failure is said, none is raised."""
 
-    def __init__(self, run: wandb.Run, timeout_s: float, files: dict[str, list[Path]], *, in_sweep: bool) -> None:
-        self._run, self._timeout_s, self._warned = run, timeout_s, False
-        self._files, self._in_sweep = files, in_sweep
+    def __init__(self, run: wandb.Run, settings: Wandb, folder: Path) -> None:
+        self._run, self._settings, self._folder = run, settings, folder
+        self._warned = False
 
     def preempted(self) -> None:
         try:
@@ -207,20 +213,33 @@ class _WandbSink(Sink):
                 with _staged_in(self._run.settings.sync_dir):
                     self._run.log({path: _table(rows) for path, rows in tables.items()})
             self._run.summary.update(scalars)
-            for kind, files in self._files.items():
-                self._upload(kind, files)
+            if "masks" in self._settings.artifacts:
+                self._upload_masks()
+            if "checkpoint" in self._settings.artifacts:
+                self._upload_checkpoint(record["export"])
         except Exception as error:
             self._warn(error)
 
-    def _upload(self, kind: str, files: list[Path]) -> None:
+    def _upload_masks(self) -> None:
         import wandb
 
+        artifact = wandb.Artifact(f"masks-{self._run.id}", type="masks")
         with _staged_in(self._run.settings.sync_dir):
-            artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
-            for file in files:
+            for file in (self._folder / name for name in MASKS):
                 if file.exists():
                     artifact.add_file(str(file))
             self._run.log_artifact(artifact)
+
+    def _upload_checkpoint(self, export: dict[str, Any]) -> None:
+        """From where it lies, until then: W&B would keep a copy of it, and one more in its cache."""
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata=export)
+        place = Path(export["path"]).resolve()
+        for file in sorted(path for path in place.rglob("*") if path.is_file()):
+            name = file.relative_to(place).as_posix()
+            artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
 
     def close(self, exit_code: int) -> None:
         """Ends the wandb run; 0 = finished, else failed."""
@@ -228,12 +247,13 @@ class _WandbSink(Sink):
         try:
             run.finish(exit_code=exit_code)
             if run.offline:
-                level = logging.DEBUG if self._in_sweep else logging.INFO  # a sweep says it once for all
+                in_sweep = self._settings.group is not None  # which says it once for all
+                level = logging.DEBUG if in_sweep else logging.INFO
                 logger.log(level, "to upload this run to W&B: %s", _sync_command(run))
         except TimeoutError:
             logger.warning(
                 "W&B did not take the whole run within %g s; to upload the rest: %s",
-                self._timeout_s,
+                self._settings.timeout_s,
                 _sync_command(run),
             )
         except Exception as error:

@@ -25,7 +25,7 @@ LAYERS = [
     {"method", "curves"},
     {"walk", "pictures"},
     {"prune", "plan", "page"},
-    {"export"},
+    {"export", "record", "measure"},
     {"experiment", "tables"},
     {"published"},
     {"schema"},
@@ -38,7 +38,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"schema", "session"},
     "wandb": {"tracking"},
-    "transformers": {"models", "data", "evaluate", "packed", "export", "session", "experiment"},
+    "transformers": {"models", "data", "evaluate", "packed", "export", "session", "measure", "record"},
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"submission", "job"},

@@ -139,6 +139,10 @@ def test_a_sweep_measures_the_dense_model_once(small: list[str], tmp_path: Path)
     assert {quality["dense_run"] for quality in qualities} <= folders
     losses = [load_file(tmp_path / "out" / folder / "window_losses.safetensors") for folder in folders]
     assert all(torch.equal(loss["dense/text.txt"], losses[0]["dense/text.txt"]) for loss in losses)
+    # Nor is it loaded twice; which run was first stands in its record.
+    logs = {folder: (tmp_path / "out" / folder / "run.log").read_text() for folder in folders}
+    shared = {folder for folder, log in logs.items() if "is as it was loaded for an earlier run" in log}
+    assert shared == folders - {quality["dense_run"] for quality in qualities}
 
 
 def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:
@@ -313,6 +317,7 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
         (["model=hf"], ["model.path"]),
         (["calibration=text"], ["calibration.path"]),
         (["seed=-1"], ["seed must be between"]),
+        (["tracking.artifacts=[checkpoint]"], ["uploads what export writes", "use export=dense or export=packed"]),
         (["-m", "metric=entropy,wanda", "pattern=2:4,3:2"], ["0 < n < m", "'3:2'"]),
         (["-m", "metric=entropy,wanda", "metric.bins=50"], ["metric.bins"]),
     ],

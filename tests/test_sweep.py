@@ -78,6 +78,8 @@ def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
     assert code == 2 and str(there) in said  # told where the sweep is
     failed = [json.loads(p.read_text()) for p in out.glob("*/status.json")]
     assert sum("traceback" in status and "Traceback" in status["traceback"] for status in failed) == 2
+    # Two processes with two runs each: the second one's model is the first one's, as it was loaded.
+    assert sum("is as it was loaded for an earlier run" in p.read_text() for p in out.glob("*/run.log")) == 2
     shutil.copy(workshop / "text.txt", tmp_path / "later.txt")
     code, said = asked("resubmit", "--failed", str(there))
     assert code == 0 and "2 runs submitted" in said, said
@@ -105,7 +107,9 @@ def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> Non
     until(stopped)
     again = launch("-m", *command, "seed=1,2")
     assert again.returncode == 1 and again.stderr.count("and is not run twice") == 2
-    assert " ".join(again.stdout.split()).count("running on") == 2, again.stdout  # in the table
+    said = " ".join(again.stdout.split())  # in the table
+    assert said.count("not finished: running on") == 2 and "failed" not in said, again.stdout
+    assert all(f"(process {pid}, job local-" in said for pid in pids.values())
     os.kill(pids[one], signal.SIGKILL)
     until(lambda: cluster.began(pids[one]) is None)
     code, said = asked("status", str(folder))

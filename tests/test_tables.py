@@ -266,13 +266,14 @@ def shown(table):
     return console.export_text()
 
 
-def test_terminal_table_shows_runs_and_below_them_the_failed_ones():
-    lines = shown(runs_table(TWO, [("tiny 3:7 [wanda]", "width 130")])).splitlines()
+def test_terminal_table_shows_runs_and_below_them_those_without_a_record():
+    missing = [("not finished", "tiny 2:4 ria", "running on n1"), ("failed", "tiny 3:7 [wanda]", "width 130")]
+    lines = shown(runs_table(TWO, missing)).splitlines()
     lines = [line.rstrip() for line in lines if line.strip()]
     assert lines[0].startswith("All runs: model tiny, shuffle none")
     assert any(line.split()[:4] == ["a1", "entropy", "12.50", "1.250"] for line in lines)
-    assert lines[-1] == "failed: tiny 3:7 [wanda]: width 130"
-    assert "width 130" in shown(runs_table([], [("tiny 3:7", "width 130")]))
+    assert lines[-2:] == ["not finished: tiny 2:4 ria: running on n1", "failed: tiny 3:7 [wanda]: width 130"]
+    assert "failed: width 130" in shown(runs_table([], [("failed", "tiny 3:7", "width 130")]))
 
 
 def test_terminal_table_never_breaks_a_number():

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from contextlib import contextmanager
+from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -126,6 +128,29 @@ def test_masks_are_uploaded_when_asked_for(tmp_path):
     kinds = [json.loads(line) for line in inspect(*files_of(tmp_path)).splitlines()]
     (artifact,) = [kind for kind in kinds if "artifact" in kind["type"] and "masks-1a2b3c4d" in json.dumps(kind)]
     assert "masks.safetensors" in json.dumps(artifact)
+
+
+def test_a_checkpoint_is_uploaded_from_where_it_lies(tmp_path, monkeypatch):
+    (tmp_path / "export" / "sub").mkdir(parents=True)
+    files = {"model.safetensors": b"weights" * 10_000, "sub/config.json": b"{}"}
+    for name, content in files.items():
+        (tmp_path / "export" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)  # `wandb sync` is called from anywhere
+    component = tracking(artifacts=["checkpoint"])
+    assert component.needs_export() and not tracking(artifacts=["masks"]).needs_export()
+    with start(component, tmp_path / "run") as sink:
+        sink.finish(RECORD | {"export": {"path": "export", "format": "packed", "bytes": 70_000}})
+    rows = [json.loads(line) for line in inspect(*files_of(tmp_path / "run")).splitlines()]
+    (artifact,) = [row["artifact"] for row in rows if row["type"] == "artifact" and row["artifact"]["type"] == "model"]
+    assert artifact["name"] == "checkpoint-1a2b3c4d" and json.loads(artifact["metadata"])["format"] == "packed"
+    digests = {name: b64encode(md5(content).digest()).decode() for name, content in files.items()}
+    contents = artifact["manifest"]["contents"]
+    assert {entry["path"]: entry["digest"] for entry in contents} == digests
+    assert {entry["path"]: Path(entry["local_path"]) for entry in contents} == {
+        n: tmp_path / "export" / n for n in files
+    }
+    copies = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size == 70_000]
+    assert not copies
 
 
 def test_a_job_that_is_preempted_says_so(tmp_path):
@@ -274,7 +299,7 @@ def test_no_tracking_passes_exceptions_on(tmp_path):
         ({"project": "a:b"}, "tracking.project"),
         ({"tags": [""]}, "tracking.tags"),
         ({"timeout_s": 0}, "tracking.timeout_s"),
-        ({"artifacts": ["weights"]}, "tracking.artifacts must be one of masks, got 'weights'"),
+        ({"artifacts": ["weights"]}, "tracking.artifacts must be one of masks, checkpoint, got 'weights'"),
     ],
 )
 def test_a_setting_that_wandb_would_refuse_is_an_error(changed, named):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,16 +93,18 @@ class Model:
 
 
 def load(
-    model: Model, folder: Path, ranks: Ranks | None = None
+    model: Model, folder: Path, ranks: Ranks | None = None, *, again: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
     """The model in evaluation mode on the host, its tokenizer, and the store that has the weights.
 
-    `folder` is where the store writes blocks that were changed. Every rank loads the model.
+    `folder` is where the store writes blocks that were changed. Every rank loads the model. `again`: the next run of
+    this process loads the same one, so it is kept beside this one where the host has ample room for both.
     Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
     asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
     """
     from transformers import AutoTokenizer
 
+    from esparse.models import pristine
     from esparse.models.checkpoint import find
     from esparse.models.store import MemoryStore
     from esparse.ranks import Ranks
@@ -115,6 +118,10 @@ def load(
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model.path: there is no directory {path}")
     try:
+        name = identity(model)
+        if (loaded := pristine.take(name)) is not None:
+            log.debug("%s is as it was loaded for an earlier run of this process", model.title)
+            return *(pristine.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
         entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
@@ -123,7 +130,8 @@ def load(
         log.info("the weights of %s are read block by block from the checkpoint", model.title)
         skeleton, store = _streamed(model, path, entry, folder, ranks)
         return skeleton, tokenizer, store
-    return _loaded(model, path, local.is_dir()), tokenizer, MemoryStore(folder, ranks)
+    loaded = _loaded(model, path, local.is_dir()), tokenizer
+    return *(pristine.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -186,8 +194,22 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
 def weight_files(model: Model) -> list[str]:
     """Name, size and time of change of every file of weights in a local directory; none for a hub model."""
     folder = BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
-    files = sorted(file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}"))
-    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return _stamps(file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}"))
+
+
+def identity(model: Model) -> str:
+    """All that says which model it is: the settings and the stamps of its files, of a hub model those in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return f"{model} {folder} {_stamps(folder.glob('*.*'))}"
+
+
+def _stamps(files: Iterable[Path]) -> list[str]:
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(files)]
 
 
 def shape_only(model: Model) -> PreTrainedModel:
