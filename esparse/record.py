@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import resource
 import socket
@@ -30,18 +31,6 @@ STATE_DEPENDS_ON = ("torch", "transformers", "lm_eval", "esparse", "commit")  # 
 
 def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
     """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
-    checkout = Path(__file__).parent.parent
-    commit = None
-    if (checkout / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            described = subprocess.run(
-                ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-                cwd=checkout,
-                capture_output=True,
-                text=True,
-                timeout=10,
-            )
-            commit = described.stdout.strip() or None
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return {
         "python": platform.python_version(),
@@ -52,8 +41,25 @@ def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
         "device": kind if devices == 1 else f"{devices} x {kind}",
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+@functools.cache  # what a process runs is what it imported
+def _commit() -> str | None:
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        return described.stdout.strip() or None
+    return None
 
 
 @dataclass(slots=True)

@@ -278,7 +278,7 @@ class Sweep(Callback):
         _seen["sweep"] = Path(config.hydra.sweep.dir).name
         asked.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
-            asked.update({tuple(overrides): _composed(overrides) for overrides in _jobs(config)})
+            asked.update({tuple(overrides): _composed(config, overrides) for overrides in _jobs(config)})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if _seen["submitted"] or all(settings["dry_run"] for settings in asked.values()):
@@ -336,22 +336,14 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
-    from hydra.types import RunMode
-
+def _composed(sweep: DictConfig, overrides: list[str]) -> dict[str, Any]:
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    config = hydra.config_loader.load_configuration(_config_name(), overrides, RunMode.RUN)
+    config = hydra.config_loader.load_sweep_config(sweep, overrides)
     return schema.resolved(config, schema.build(config), config.hydra.runtime.choices)
 
 
-def _config_name() -> str:
-    from hydra._internal.utils import get_args_parser
-
-    return get_args_parser().parse_args().config_name or "config"
-
-
-def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]]) -> None:
+def _print_table(records: list[dict[str, Any]], missing: list[tuple[str, str, str]]) -> None:
     from rich.console import Console
 
     from esparse.tables import runs_table
@@ -359,7 +351,7 @@ def _print_table(records: list[dict[str, Any]], failures: list[tuple[str, str]])
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=160)
-    console.print(runs_table(records, failures))
+    console.print(runs_table(records, missing))
 
 
 def log_to_terminal() -> None:

@@ -1,4 +1,8 @@
-"""hydra/launcher=a100, ...: how Hydra hands the runs of a sweep to esparse. Hydra looks for launchers here only."""
+"""How Hydra hands the runs of a sweep to esparse: to a queue (hydra/launcher=a100, ...), or to this process.
+
+Hydra looks for sweepers and launchers here only. A run's settings are composed once, by the check of the whole sweep
+before its first run (session.Sweep); Hydra's own sweeper and launcher would do it twice more.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.utils import JobReturn, env_override
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+
+
+class Sweeper(BasicSweeper):
+    """Hydra's own, for runs that are composed already."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if isinstance(self.launcher, BasicLauncher):
+            self.launcher = _Here()
+            self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Composes only what the check could not: Hydra says why."""
+        from esparse import session
+
+        super().validate_batch_is_legal([overrides for overrides in batch if tuple(overrides) not in session.asked])
+
+
+class _Here(Launcher):
+    """One run after the other in this process."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._variables = config.hydra.job.env_set
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from esparse import session
+
+        with env_override(self._variables):
+            session.carry_out_all([session.asked[tuple(overrides)] for overrides in job_overrides])
+        return []
 
 
 class _Submitted(Launcher):

@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esparse import audit
+from esparse import audit, session
+from esparse.report import write_json
 from tests.workshop import furnished, launch, small_run
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,21 @@ def test_a_sweep_measures_the_dense_model_once(small: list[str], tmp_path: Path)
     logs = {folder: (tmp_path / "out" / folder / "run.log").read_text() for folder in folders}
     shared = {folder for folder, log in logs.items() if "is as it was loaded for an earlier run" in log}
     assert shared == folders - {quality["dense_run"] for quality in qualities}
+
+
+def test_a_model_is_kept_only_where_the_next_run_wants_it(tmp_path: Path) -> None:
+    def run(name: str, model: str = "a", rerun: bool = False) -> tuple[Path, dict]:
+        return tmp_path / name, {"model": {"path": model}, "rerun": rerun}
+
+    (tmp_path / "done").mkdir()
+    write_json(tmp_path / "done" / "result.json", {"status": "finished"})
+    _, own = run("own")
+    assert not session._again(own, [])
+    assert session._again(own, [run("next")])
+    assert not session._again(own, [run("next", "b"), run("behind")])
+    assert not session._again(own, [run("done")])
+    assert session._again(own, [run("done", "b"), run("next")])
+    assert session._again(own, [run("done", rerun=True)])
 
 
 def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:

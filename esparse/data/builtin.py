@@ -9,6 +9,7 @@ The text itself differs between Python versions: perplexities on it are comparab
 from __future__ import annotations
 
 import contextlib
+import functools
 import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
@@ -46,7 +47,12 @@ def _is_held_out(name: str) -> bool:
     return int.from_bytes(_digest(name)[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def _all_documents() -> Iterator[tuple[str, str]]:
+@functools.cache  # thousands of files, which both splits of every run of a sweep are taken from
+def _all_documents() -> tuple[tuple[str, str], ...]:
+    return tuple(_read_documents())
+
+
+def _read_documents() -> Iterator[tuple[str, str]]:
     with contextlib.suppress(ImportError):  # some distributions leave the topics out
         from pydoc_data.topics import topics
 

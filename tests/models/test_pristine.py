@@ -108,6 +108,17 @@ def test_a_copy_is_the_same_model_with_memory_of_its_own(family: str) -> None:
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
+def test_a_copy_begins_at_the_same_place_of_a_cache_line() -> None:
+    """As a file's tensors do, which are mapped into memory."""
+    memory = torch.arange(400.0)
+    for start in (0, 1, 2, 5, 15):
+        x = memory[start : start + 100].view(5, 20)
+        copy = pristine._copy(x)
+        assert torch.equal(copy, x) and copy.data_ptr() % 64 == x.data_ptr() % 64
+    assert torch.equal(pristine._copy(memory.view(20, 20).T), memory.view(20, 20).T)
+    assert pristine._copy(torch.tensor(3)) == 3 and pristine._copy(torch.zeros(0)).shape == (0,)
+
+
 @pytest.mark.parametrize("first", CHANGES)
 def test_a_run_behind_another_ends_as_if_it_were_alone(
     first: str, workshop: Path, tmp_path: Path, loads: list[str]

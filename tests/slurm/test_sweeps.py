@@ -199,6 +199,34 @@ def test_stopped_by_the_signal_of_its_time_limit(workshop: Path, tmp_path: Path,
     assert "timed-out" in "".join(log.read_text() for log in (sweep / "jobs").glob("*_log.out"))
 
 
+def stopped_until_slurm_ends_it(folder: Path) -> None:
+    """A run that is not done before its time limit, which is a minute at least; Slurm wakes up what it signals."""
+    there = owner.read(folder)
+    assert there is not None
+    os.kill(there.pid, signal.SIGSTOP)
+    until(lambda: cluster.began(there.pid) is None)
+
+
+def test_told_before_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=1, signal_delay_s=5)
+    stopped_until_slurm_ends_it(folder)
+    assert "preempted: the next attempt goes on behind the last finished block" in (folder / "run.log").read_text()
+    assert "timed-out" in "".join(log.read_text() for log in (sweep / "jobs").glob("*_log.out"))
+    resumed_as_if_nothing_had_happened(sweep, folder, undisturbed)
+
+
+def test_killed_at_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """Nothing was said before, or not early enough; Slurm does not put such a job back into its queue."""
+    sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=1, signal_delay_s=0)
+    stopped_until_slurm_ends_it(folder)
+    until(lambda: "1 died" in asked("status", str(sweep))[1])
+    code, shown = asked("status", str(sweep))
+    assert code == 1 and "died while running on" in shown and "TIMEOUT" in shown, shown
+    code, shown = asked("resubmit", "--failed", str(sweep))
+    assert code == 0 and "1 runs submitted" in shown, shown
+    resumed_as_if_nothing_had_happened(sweep, folder, undisturbed)
+
+
 def test_a_node_that_is_lost_while_its_job_goes_on(
     lab: Lab, workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
