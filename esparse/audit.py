@@ -4,6 +4,8 @@ masks.safetensors: one uint8 entry per pruned weight under its name in the model
 columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
 the metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only where a shuffle ran): the channel (int32)
 that stands at each place when the pattern's groups are cut.
+channels.safetensors (only with profile=true): `entropy/LAYER` (nats), `norm/LAYER` (root mean square) and `score/LAYER`
+(mean of a column), float32, of each input channel in its own order; LAYER is the first of the layers that read it.
 calibration_tokens.safetensors: `tokens` (int32, sequences x length).
 window_losses.safetensors: `dense/CORPUS` and `pruned/CORPUS`, the mean loss (nats, float64) of every window, so that
 two runs can be compared window by window.
@@ -73,6 +75,7 @@ def write(
     orders: Mapping[str, Tensor],
     tokens_SL: Tensor,
     losses: Mapping[str, Mapping[str, Tensor]],
+    channels: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
     masks = keeps if isinstance(keeps, Masks) else Masks(keeps)
@@ -82,6 +85,8 @@ def write(
     if orders:
         as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
         write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
+    if channels:
+        write_whole(folder / "channels.safetensors", lambda draft: save_file(dict(channels), draft))
     by_window = {f"{which}/{corpus}": value for which, of in losses.items() for corpus, value in of.items()}
     write_whole(folder / "window_losses.safetensors", lambda draft: save_file(by_window, draft))
     tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}

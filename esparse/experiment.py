@@ -57,7 +57,7 @@ class Experiment:
     outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
-    profile: bool  # report shares of zeros and near zeros in weights, activations and attention
+    profile: bool  # report zeros and near zeros in weights, activations and attention, and keep the channels' values
     rerun: bool  # repeat a finished run
     snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
     dry_run: bool  # only say what the run would take
@@ -227,6 +227,7 @@ def run(
             stages=stages,
             on_layer=on_layer,
             journal=journal,
+            profile=experiment.profile,
         )
         progress.block_done()
         losses, scores = measuring.quality("pruned")
@@ -236,9 +237,8 @@ def run(
             return {}
         with stages("bench"):
             timed = _timed(experiment, blocks, pruned)
-        mask_bytes = audit.write(
-            folder, pruned.keeps, pruned.orders, tokens_SL, {"dense": dense.losses, "pruned": losses}
-        )
+        by_window = {"dense": dense.losses, "pruned": losses}
+        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, tokens_SL, by_window, pruned.channels)
         record = build(
             run={
                 "id": run_id,

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ MEASURING = {
     "tracking",
 }  # choices that have columns of their own
 # Settings that are not worth a column: they change no measurement here, or have a column already.
-HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "bench", "export", "hydra"}
+HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "profile", "bench", "export", "hydra"}
 HIDDEN |= {"model.device", "model.name", "evaluate.corpora", "zeroshot.tasks"}
 
+
+SAME = ("model", "pattern", "outliers")  # what two runs must have in common for one to be ahead of the other
 
 # Measures of a task that are shares of its questions, so that a mean over tasks means something.
 SHARES = ("acc", "acc_norm", "exact_match")
@@ -66,6 +68,47 @@ class Grid:
     measured: list[str]
     rows: list[dict[str, Any]]
     like: dict[str, str] = field(default_factory=dict)  # columns that are written as another one is
+    stands: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a turned table: what a column stands for
+    chosen: list[str] = field(default_factory=list)  # the columns to show, where some were asked for
+
+    def choose(self, columns: Sequence[str]) -> Grid:
+        """The table with these columns alone, in this order; ValueError for one that is not there."""
+        for column in columns:
+            if column not in self.columns:
+                raise ValueError(f"no column {column!r} to show; there is {', '.join(self.columns)}")
+        return replace(self, chosen=list(columns))
+
+    def shown(self) -> tuple[list[str], list[str]]:
+        """The columns that one line can say for all runs, and those that the table has."""
+        shared = [column for column in self.shared() if column not in self.chosen]
+        return shared, self.chosen or [column for column in self.columns if column not in shared]
+
+    def best(self) -> set[tuple[int, str]]:
+        """The cells (row, column) that are ahead of all others of the same model, pattern and measurement.
+
+        The lowest perplexity or error and the highest score of a task; several where they are written alike, none where
+        all are.
+        """
+        rivals: dict[str, dict[tuple[int, str], float]] = {}
+        for i, row in enumerate(self.rows):
+            for column in self.measured:
+                value, sign = row.get(column), _better(self.like.get(column, column))
+                value = value.mean if isinstance(value, Spread) else value
+                if sign and value is not None and not math.isnan(value):
+                    of_same = row | self.stands.get(column, {})
+                    key = exact([self.like.get(column, column), *(of_same.get(c) for c in SAME)])
+                    rivals.setdefault(key, {})[i, column] = sign * value
+        found = set()
+        for of_key in rivals.values():
+            i, column = max(of_key, key=lambda cell: of_key[cell])
+            ahead = self._mean_text(i, column)
+            alike = {cell for cell in of_key if self._mean_text(*cell) == ahead}
+            found |= alike if len(alike) < len(of_key) else set()
+        return found
+
+    def _mean_text(self, row: int, column: str) -> str:
+        value = self.rows[row][column]
+        return self.text(column, value.mean if isinstance(value, Spread) else value)
 
     def text(self, column: str, value: Any) -> str:
         """A value as this column shows it."""
@@ -89,7 +132,7 @@ class Grid:
 
 
 def read_records(root: Path) -> list[Record]:
-    """All finished records below `root`; a damaged one is named on stderr and left out."""
+    """All finished records below `root`, each with its `folder`; a damaged one is named on stderr and left out."""
     records = []
     for path in sorted(root.rglob("result.json")):
         try:
@@ -102,7 +145,7 @@ def read_records(root: Path) -> list[Record]:
         if fault:
             print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
         else:
-            records.append(record)
+            records.append(record | {"folder": path.parent})
     return records
 
 
@@ -273,6 +316,15 @@ def means(table: Grid) -> Grid:
     return Grid([*asked, "runs"], table.measured, rows)
 
 
+def cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
+    """The line of what all runs share, and the header, right alignment and texts of what differs."""
+    shared, columns = table.shown()
+    right = [all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows) for c in columns]
+    said = ", ".join(f"{column} {table.text(column, table.rows[0].get(column))}" for column in shared)
+    line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {said}" if said else ""
+    return line, columns, right, [[table.text(c, row.get(c)) for c in columns] for row in table.rows]
+
+
 def spread(values: list[float]) -> Spread | None:
     """Mean and sample standard deviation; None of nothing."""
     if not values:
@@ -286,6 +338,13 @@ def spread(values: list[float]) -> Spread | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     of_all = spread([value for value in values if value is not None])
     return None if of_all is None else of_all.mean
+
+
+def _better(column: str) -> int:
+    """1 where more of it is better, -1 where less is, 0 where it says nothing: a kept score is the metric's own."""
+    if " ppl " in column or column == "error" or column.endswith(" ratio"):
+        return -1 if not column.endswith(" dense") else 0
+    return 1 if column.endswith(" pruned") else 0
 
 
 def keys(records: Sequence[Record], field: str) -> list[str]:

@@ -33,11 +33,12 @@ log = logging.getLogger("esparse")
 
 @dataclass(slots=True)
 class Entry:
-    """What pruning one block left beside its weights; `facts` is what fits into JSON."""
+    """What pruning one block left beside its weights; `facts` is what fits into JSON, `channels` only of a profile."""
 
     keeps: Masks
     orders: dict[str, Tensor]
     facts: dict[str, Any]
+    channels: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -112,6 +113,7 @@ class Journal:
         facts = {"facts": entry.facts | {"seconds": self.with_earlier(stages)}, "shapes": entry.keeps.shapes}
         tensors = {f"keep/{name}": packed for name, packed in entry.keeps.packed.items()}
         tensors |= {f"order/{name}": order.clone() for name, order in entry.orders.items()}  # some are one tensor
+        tensors |= {f"channel/{name}": value_I for name, value_I in entry.channels.items()}
         metadata = {"json": json.dumps(facts)}
         write_whole(self._done(index), lambda draft: save_file(tensors, draft, metadata=metadata))
 
@@ -124,7 +126,8 @@ class Journal:
         keeps.packed = {name.removeprefix("keep/"): t for name, t in tensors.items() if name.startswith("keep/")}
         keeps.shapes = written["shapes"]
         orders = {name.removeprefix("order/"): t for name, t in tensors.items() if name.startswith("order/")}
-        return Entry(keeps, orders, written["facts"])
+        channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
+        return Entry(keeps, orders, written["facts"], channels)
 
     def snapshot(self, index: int, streams: Mapping[str, list[Tensor]]) -> None:
         """Writes the hidden states that enter this block, by stream and micro-batch, if it is time to."""

@@ -21,11 +21,11 @@ def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
             raise ValueError(f"no column {column!r} to turn the table by; there is {there or 'nothing'}")
     down = [c for c in table.asked if c not in (*across, "id", "runs")]
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    names: dict[str, list[Any]] = {}
+    names: dict[str, dict[str, Any]] = {}
     for row in table.rows:
         name = ", ".join(text(c, row.get(c)) or "-" for c in across)
-        names.setdefault(name, [natural(row.get(c)) for c in across])
+        names.setdefault(name, {c: row.get(c) for c in across})
         key = tuple(exact(row.get(c)) for c in down)
         rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
-    columns = sorted(names, key=lambda name: names[name])
-    return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value))
+    columns = sorted(names, key=lambda name: [natural(names[name][c]) for c in across])
+    return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)

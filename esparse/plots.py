@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esparse.grid import METHOD, Grid, Record, grid, keys, means, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")  # Okabe and Ito
-MARKERS = "osD^vPX"
+# Okabe and Ito's, then some of Tol's that are told apart from them.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#332288", "#117733", "#882255")
+MARKERS = "osD^vPX*<>ph"
+SIDE_BY_SIDE = 10  # methods beside each other in one pattern; more have a line each
+LINES = 60  # methods at most that have one
+LINE_INCHES = 0.19  # of a legend
 
 
 def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure | None:
     """Perplexity by pattern: a marker per method (mean and deviation over seeds), dense as a line.
 
     A color per metric, a shape per shuffle and the rest, a panel per model and corpus; what is not finite
-    is named below its panel. None where no run was measured.
+    is named below its panel. Many methods have a line each, and the patterns colors and shapes. None where no run was
+    measured.
     """
     from matplotlib.figure import Figure
 
@@ -33,6 +39,8 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
     corpora = [corpus] if corpus is not None else keys(records, "quality")
     models = list(dict.fromkeys(row["model"] for row in table.rows))
     methods = list(dict.fromkeys(row["method"] for row in table.rows))
+    if len(methods) > SIDE_BY_SIDE:
+        return _listed(table, corpora, models)
     patterns = {m: list(dict.fromkeys(row["pattern"] for row in table.rows if row["model"] == m)) for m in models}
     widest = max(max(3.2, 0.8 + len(p) * (0.35 + 0.3 * len(methods))) for p in patterns.values())
     figure = Figure(figsize=(widest * len(corpora) + 2.2, 3.4 * len(models)), layout="constrained")
@@ -42,10 +50,91 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
             rows = [row for row in table.rows if row["model"] == model]
             _panel(axes[i][j], rows, name, methods=methods, patterns=patterns[model])
             axes[i][j].set_title(f"{model} on {name}", fontsize=10)
-    handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    ordered = [label for label in [*methods, "dense"] if label in handles]
-    figure.legend([handles[o] for o in ordered], ordered, loc="outside right upper", frameon=False, fontsize=9)
+    legend(figure, [*methods, "dense"])
     return figure
+
+
+def legend(figure: Figure, order: Sequence[str]) -> None:
+    """What the lines and markers of all panels are, in this order: on the right, or below where that is too short."""
+    handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = [label for label in order if label in handles]
+    width, height = figure.get_size_inches()
+    where: dict[str, Any] = {"loc": "outside right upper"}
+    if len(labels) > (height - 0.2) / LINE_INCHES:
+        columns = max(1, int(width / (0.6 + 0.075 * max(map(len, labels)))))
+        figure.set_size_inches(width, height + LINE_INCHES * -(-len(labels) // columns))
+        where = {"loc": "outside lower center", "ncols": columns}
+    figure.legend([handles[label] for label in labels], labels, frameon=False, fontsize=9, **where)
+
+
+def _listed(table: Grid, corpora: Sequence[str], models: Sequence[str]) -> Figure:
+    """A line per method, a marker per pattern; a panel per model and corpus."""
+    from matplotlib.figure import Figure
+
+    panels = [(model, corpus) for model in models for corpus in corpora]
+    patterns = list(dict.fromkeys(row["pattern"] for row in table.rows))
+    lines = [_lines(table, model, corpus) for model, corpus in panels]
+    tallest = max(min(LINES, len(of_panel)) for of_panel in lines)
+    figure = Figure(figsize=(7.5 * len(panels) + 1.2, 1.1 + 0.21 * tallest), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (model, corpus), of_panel in zip(axes, panels, lines, strict=True):
+        left_out = len(of_panel) - LINES
+        names = list(of_panel)[:LINES]
+        for place, name in enumerate(names):
+            for row in of_panel[name]:
+                value, k = row[f"{corpus} ppl pruned"], patterns.index(row["pattern"])
+                ax.errorbar(
+                    value.mean, place, xerr=value.deviation, color=COLORS[k % len(COLORS)], markersize=5, capsize=2,
+                    marker=MARKERS[k % len(MARKERS)], linestyle="none", label=row["pattern"], zorder=3,
+                )  # fmt: skip
+        floor = [s.mean for of in of_panel.values() for r in of if (s := r[f"{corpus} ppl dense"]) is not None]
+        if floor:
+            ax.axvline(sum(floor) / len(floor), color="black", linestyle="--", linewidth=1, label="dense", zorder=1)
+        drawn = [row[f"{corpus} ppl pruned"].mean for name in names for row in of_panel[name]]
+        if drawn and max(drawn) > 5 * min([*drawn, *floor]) > 0:
+            _logarithmic(ax.xaxis, ax.set_xscale)
+        said = f", the {LINES} lowest of {len(of_panel)} methods" if left_out > 0 else ""
+        ax.set_title(f"{model} on {corpus}{said}", fontsize=10)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_xlabel("perplexity (lower is better)" + _not_finite(_lost(table, model, corpus)), fontsize=9)
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    legend(figure, [*patterns, "dense"])
+    return figure
+
+
+def _lines(table: Grid, model: str, corpus: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each method that were measured and are finite, the lowest perplexity first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in table.rows:
+        value = row[f"{corpus} ppl pruned"]
+        if row["model"] == model and value is not None and math.isfinite(value.mean):
+            found.setdefault(row["method"], []).append(row)
+    lowest = {name: min(row[f"{corpus} ppl pruned"].mean for row in rows) for name, rows in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: lowest[name])}
+
+
+def _lost(table: Grid, model: str, corpus: str) -> list[str]:
+    """What was measured and is not finite."""
+    rows = [row for row in table.rows if row["model"] == model and row[f"{corpus} ppl pruned"] is not None]
+    return [f"{r['method']} {r['pattern']}" for r in rows if not math.isfinite(r[f"{corpus} ppl pruned"].mean)]
+
+
+def _not_finite(lost: Sequence[str]) -> str:
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    return f"\nnot finite: {', '.join(lost[:5])}{more}" if lost else ""
+
+
+def _logarithmic(axis: Axis, set_scale: Callable[[str], Any]) -> None:
+    """With 10, 20, 50 as its numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def method(row: dict[str, Any], table: Grid) -> str:
@@ -76,8 +165,6 @@ def looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[str], patterns: list[str]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     look = looks(methods)
     dense = [s.mean for row in rows if (s := row[f"{corpus} ppl dense"]) and math.isfinite(s.mean)]
     floor = sum(dense) / len(dense) if dense else None
@@ -105,18 +192,14 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[s
     if floor is not None:
         ax.axhline(floor, color="black", linestyle="--", linewidth=1, label="dense", zorder=1)
     if drawn and max(drawn) > 5 * min(drawn) > 0:
-        ax.set_yscale("log")
+        _logarithmic(ax.yaxis, ax.set_yscale)
         ax.set_ylim(min(drawn) / 1.2, max(drawn) * 1.35)
-        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=12))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
     elif drawn:
         room = (max(drawn) - min(drawn)) or max(drawn) * 0.1
         ax.set_ylim(min(drawn) - 0.08 * room, max(drawn) + 0.16 * room)
     ax.set_xlim(-0.5, len(patterns) - 0.5)
     ax.set_xticks(range(len(patterns)), patterns)
-    below = f"\nnot finite: {', '.join(lost)}" if lost else ""
-    ax.set_xlabel(f"pattern{below}", fontsize=9)
+    ax.set_xlabel(f"pattern{_not_finite(lost)}", fontsize=9)
     ax.set_ylabel("perplexity (lower is better)", fontsize=9)
     ax.grid(axis="y", color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from esparse.prepare import NoPreparation
 from esparse.recoveries import PrunedModel
 from esparse.report import LayerReport, RecoveryReport, Stages, as_dicts
 from esparse.shuffles import Layers, NoShuffle
-from esparse.stats import LayerStats, TokenSample
+from esparse.stats import ColumnEntropy, LayerStats, TokenSample
 from esparse.updates import Layer, Solution, Update
 from esparse.walk import Observed, Walk
 
@@ -38,6 +39,7 @@ log = logging.getLogger("esparse")
 
 # Weights of several layers that are updated as one: more are so much work that one after the other takes no longer.
 JOINED_WEIGHTS = 2**27
+BINS = 100  # of a profile's entropies, where the metric has none of its own
 
 
 @dataclass(slots=True)
@@ -45,12 +47,14 @@ class Pruned:
     """What pruning leaves beside the model: reports, keep masks (bool, outputs x inputs) and channel orders.
 
     Masks and orders are keyed by the weight's name in the state dict; experts of one parameter are stacked in front.
+    `channels`, of a profile: I values each, by what they are and by the first layer that reads the channels.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     recoveries: list[RecoveryReport] = field(default_factory=list)
     keeps: Masks = field(default_factory=Masks)
     orders: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
     weights: int = 0
@@ -63,6 +67,7 @@ class Pruned:
         self.recoveries += other.recoveries
         self.keeps.take(other.keeps)
         self.orders |= other.orders
+        self.channels |= other.channels
         self.groupings += other.groupings
 
     def entry(self) -> Entry:
@@ -75,7 +80,7 @@ class Pruned:
                 for m, g in self.groupings
             ],
         }
-        return Entry(self.keeps, self.orders, facts)
+        return Entry(self.keeps, self.orders, facts, self.channels)
 
 
 def prune(
@@ -87,13 +92,14 @@ def prune(
     stages: Stages,
     on_layer: Callable[[int, LayerReport], None] = lambda index, layer: None,
     journal: Journal | None = None,
+    profile: bool = False,
 ) -> Pruned:
     """Prunes the model in place, block after block; later blocks see what the pruned ones before them return.
 
     Where `blocks.ranks` are several, `tokens_SL` are the tokens of all, and all are left with the same weights.
     `skip` holds regular expressions of layer names that stay dense. Blocks that the journal has are taken from it, and
-    those that are finished go into it. Raises ValueError for weights or activations that are not finite, naming the
-    layer.
+    those that are finished go into it. With `profile`, the channels' entropies, norms and mean scores are kept. Raises
+    ValueError for weights or activations that are not finite, naming the layer.
     """
     check_store(blocks, method)
     pruned, recovery = Pruned(), method.recovery
@@ -112,7 +118,7 @@ def prune(
         with stages("recover"):
             finish = recovery.begin(block)
         for group in groups:
-            for layer in _prune_group(group, method, allocated, of_block, stages=stages):
+            for layer in _prune_group(group, method, allocated, of_block, stages=stages, profile=profile):
                 of_block.layers.append(layer)
                 on_layer(block.index, layer)
         with stages("recover"):
@@ -122,7 +128,10 @@ def prune(
 
     if method.allocation.measures():  # which walked through the blocks already, and prepared them
         method = dataclasses.replace(method, prepare=NoPreparation())
-    walk(method, method.collects(), prune_block, changes="pruned", journal=journal)
+    collects = method.collects()
+    if profile:
+        collects.setdefault("entropy", partial(ColumnEntropy, bins=BINS, range="channel", limit=0.0))
+    walk(method, collects, prune_block, changes="pruned", journal=journal)
     if not pruned.layers:
         raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
@@ -136,7 +145,7 @@ def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Prun
     """What an earlier attempt wrote down of one block."""
     assert journal is not None
     entry, module, name = journal.read(index), blocks.blocks[index], f"{blocks.prefix}.{index}"
-    pruned = Pruned(keeps=entry.keeps, orders=entry.orders)
+    pruned = Pruned(keeps=entry.keeps, orders=entry.orders, channels=entry.channels)
     pruned.layers = [LayerReport(**layer) for layer in entry.facts["layers"]]
     pruned.recoveries = [RecoveryReport(**part) for part in entry.facts["recoveries"]]
     for fact, layer in zip(entry.facts["matrices"], pruned.layers, strict=True):
@@ -184,7 +193,13 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
 
 
 def _prune_group(
-    group: Observed, method: Method, allocated: Mapping[str, Pattern], pruned: Pruned, *, stages: Stages
+    group: Observed,
+    method: Method,
+    allocated: Mapping[str, Pattern],
+    pruned: Pruned,
+    *,
+    stages: Stages,
+    profile: bool,
 ) -> list[LayerReport]:
     """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
     start = time.perf_counter()
@@ -193,6 +208,8 @@ def _prune_group(
         weights = [_finite(matrix) for matrix in matrices]
         stats = [group.stats(matrix) for matrix in matrices]
         scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
+    if profile and stats[0].tokens:
+        pruned.channels |= _channels(stats[0], scores)
     pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
         together = None
@@ -233,6 +250,19 @@ def _prune_group(
         report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
+    """What a shuffle evens out, of each input channel: entropy (nats), root mean square, mean of its column's scores.
+
+    The scores are those of all matrices that read the tensor; what a metric takes for its entropy is taken here, too.
+    """
+    values = {
+        "entropy": stats["entropy"].entropy_I(),
+        "norm": stats["norm"].norm_I("rms"),
+        "score": sum(s.sum(0, dtype=torch.float64) for s in scores) / sum(map(len, scores)),
+    }
+    return {f"{what}/{stats.name}": value_I.float().cpu() for what, value_I in values.items()}
 
 
 def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]) -> list[Solution]:

@@ -129,9 +129,7 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
     if several := [group for group in CHOICES if group not in choices]:
-        group = several[0]
-        hint = "; name tasks by zeroshot.tasks=[...]" if group == "zeroshot" else ""
-        raise ValueError(f"{group} takes one option, not a list of them{hint}")
+        raise ValueError(f"{several[0]} takes one option, not a list of them")
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -51,12 +52,23 @@ def exit_code(main: Callable[[], Any]) -> int:
     except SystemExit as stop:
         # Hydra ends with 1 when it cannot compose the configuration: nothing has begun then.
         if stop.code not in (0, None) and not _seen["begun"]:
+            _say_how_tasks_are_named(sys.argv[1:])
             return MISTAKE
         return stop.code if isinstance(stop.code, int) else FAILED
     except KeyboardInterrupt:
         print("esparse: interrupted; finished runs are kept", file=sys.stderr)
         return 130
     return int(_seen["code"])
+
+
+def _say_how_tasks_are_named(words: Sequence[str]) -> None:
+    """Where tasks of lm-eval were given as if they were options; Hydra itself only lists the options."""
+    options = {path.stem for path in (Path(__file__).parent.parent / "conf" / "zeroshot").glob("*.yaml")}
+    for word in words:
+        given = re.fullmatch(r"zeroshot=(.+)", word)
+        names = re.findall(r"[^\[\],'\"\s]+", given[1]) if given else []
+        if given and (not options.issuperset(names) or given[1].startswith("[")):
+            print(f"esparse: tasks are named by zeroshot.tasks=[{','.join(names)}], not by {word}", file=sys.stderr)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.grid import NUMBER, Grid, Record, Spread, grid, means, natural, profiles, read_records
+from esparse.grid import Grid, Record, Spread, cells, grid, means, natural, profiles, read_records
+from esparse.latex import latex_of
 from esparse.page import page
 from esparse.pictures import FORMATS, PICTURES, plot
 from esparse.pivot import pivot
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
 
 # How a run that has no record stands, and in which colour that is said.
 MISSING = {"failed": "red", "not finished": "yellow"}
-
-
-def _cells(table: Grid) -> tuple[str, list[str], list[bool], list[list[str]]]:
-    """The line of what all runs share, and the header, right alignment and texts of what differs."""
-    shared = table.shared()
-    columns = [column for column in table.columns if column not in shared]
-    right = [all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows) for c in columns]
-    said = ", ".join(f"{column} {table.text(column, table.rows[0].get(column))}" for column in shared)
-    line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {said}" if said else ""
-    return line, columns, right, [[table.text(c, row.get(c)) for c in columns] for row in table.rows]
 
 
 def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]] = ()) -> Table:
@@ -50,7 +41,7 @@ def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]
         for what, name, why in missing:
             table.add_row(Text(name), Text(f"{what}: {why}", style=MISSING[what]))
         return table
-    line, columns, right, rows = _cells(grid(records))
+    line, columns, right, rows = cells(grid(records))
     table.title = Text(line) if line else None
     for i, column in enumerate(columns):
         whole = max(len(row[i]) for row in rows) if right[i] or column == "id" else None  # never break a number
@@ -64,14 +55,17 @@ def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]
     return table
 
 
-def markdown(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+def markdown(records: Sequence[Record], *, mean: bool = False, best: bool = False, **asked: Any) -> str:
     """A Markdown table whose columns are aligned in plain text too; `asked` as in `grid`."""
-    return markdown_of(_table(records, mean, asked))
+    return markdown_of(_table(records, mean, asked), best=best)
 
 
-def markdown_of(table: Grid) -> str:
-    """A table that is made already, as Markdown."""
-    line, columns, right, rows = _cells(table)
+def markdown_of(table: Grid, *, best: bool = False) -> str:
+    """A table that is made already, as Markdown; with `best`, the cells that are ahead are bold."""
+    line, columns, right, rows = cells(table)
+    for i, column in table.best() if best else ():
+        if column in columns:
+            rows[i][columns.index(column)] = f"**{rows[i][columns.index(column)]}**"
     lines = _aligned(columns, right, rows)
     return "\n".join([line, "", *lines] if line else lines) + "\n"
 
@@ -131,9 +125,10 @@ def csv_of(table: Grid, *, spread: set[str]) -> str:
 
     buffer = io.StringIO()
     lines = writer(buffer, lineterminator="\n")
-    lines.writerow([name for c in table.columns for name in ([c, f"{c} std"] if c in spread else [c])])
+    columns = table.chosen or table.columns
+    lines.writerow([name for c in columns for name in ([c, f"{c} std"] if c in spread else [c])])
     for row in table.rows:
-        lines.writerow([value for c in table.columns for value in _plain(row.get(c), c in spread)])
+        lines.writerow([value for c in columns for value in _plain(row.get(c), c in spread)])
     return buffer.getvalue()
 
 
@@ -143,36 +138,28 @@ def _plain(value: Any, spread: bool) -> list[Any]:
     return [value if isinstance(value, str | int | float | None) else json.dumps(value)]
 
 
-def latex(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+def latex(records: Sequence[Record], *, mean: bool = False, best: bool = False, **asked: Any) -> str:
     """A LaTeX tabular with the rules of booktabs; what all runs share is a comment above it."""
-    line, columns, right, rows = _cells(_table(records, mean, asked))
-    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-    special |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
-    body = [" & ".join("".join(special.get(c, c) for c in cell) for cell in row) + r" \\" for row in [columns, *rows]]
-    head = [f"% {line}"] if line else []
-    head += [
-        f"\\begin{{tabular}}{{{''.join('r' if r else 'l' for r in right)}}}",
-        r"\toprule",
-        body[0],
-        r"\midrule",
-    ]
-    return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+    return latex_of(_table(records, mean, asked), best=best)
 
 
-def html(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
+def html(records: Sequence[Record], *, mean: bool = False, best: bool = False, **asked: Any) -> str:
     """A page for a browser, in one file: the table, which sorts by any column, and all pictures."""
     title, corpus = asked.pop("title"), asked.get("corpus")
-    return page(_table(records, mean, asked), records, title=title, corpus=corpus)
+    return page(_table(records, mean, asked), records, title=title, corpus=corpus, best=best)
 
 
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
     if asked.pop("profile", False):
         return profiles(records)
-    across, value = asked.pop("across", None), asked.pop("value", None)
-    if across:
-        return pivot(means(grid(records, **asked)), across, value)
-    if value:
+    across, value, columns = (asked.pop(name, None) for name in ("across", "value", "columns"))
+    if value and not across:
         raise ValueError("a value is chosen for a table that is turned: say by which columns, with --across")
+    table = pivot(means(grid(records, **asked)), across, value) if across else _flat(records, mean, asked)
+    return table.choose(columns) if columns else table
+
+
+def _flat(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
     sort = asked.pop("sort", None) if mean else None
     table = grid(records, **asked)
     if not mean:
@@ -198,12 +185,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
     parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
     parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
+    parser.add_argument("--columns", metavar="COLUMN,...", help="only these columns, in this order")
+    parser.add_argument("--best", action="store_true", help="bold: the best of each model, pattern and measurement")
     parser.add_argument("--profile", action="store_true", help="the zeros of layers and heads (runs with profile=true)")
     parser.add_argument("--plot", choices=PICTURES, default="perplexity", help="which picture a .png, .svg or .pdf is")
+    parser.add_argument("--layer", metavar="NAME", help="of --plot channels: a part of the name of the layer to show")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
     if options.latency and kind != "markdown":
         return _stop(f"the table of latencies is written as Markdown, not {kind}", 2)
+    if options.best and kind not in ("markdown", "latex", "html"):
+        return _stop(f"--best sets cells in bold, which {kind} does not have", 2)
     if not options.folder.is_dir():
         return _stop(f"{options.folder} is not a folder", 2)
     if kind == "png" and options.out is None:
@@ -213,17 +205,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     try:
         if kind == "png":
-            plot(records, options.out, name=options.plot, corpus=options.corpus)
+            plot(records, options.out, name=options.plot, corpus=options.corpus, layer=options.layer)
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value}
             asked["profile"] = options.profile
-            asked["across"] = options.across.split(",") if options.across else None
+            for name in ("across", "columns"):
+                given = getattr(options, name)
+                asked[name] = given.split(",") if given else None
             if kind == "html":
                 asked["title"] = f"Runs in {options.folder.resolve().name}"
-            written = write(records, mean=options.mean or bool(options.across), **asked)
-            timed = latencies(records) if options.latency else None
-            written = timed or write(records, mean=options.mean or bool(options.across), **asked)
+            if options.best:
+                asked["best"] = True
+            asked_mean = options.mean or bool(options.across)
+            written = latencies(records) if options.latency else write(records, mean=asked_mean, **asked)
             if options.out is None:
                 print(written, end="")
             else:

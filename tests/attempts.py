@@ -29,7 +29,7 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}
 def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> None:
     """Carries out a run; the process kills itself at the `kill_at`th time that it touches a file of the run.
 
-    Without a kill the number of such times goes to the file `counted`.
+    Without a kill the number of such times goes to the file `counted`. The process ends with launch.py's exit code.
     """
     events = 0
 
@@ -51,6 +51,7 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
     session.carry_out(experiment, settings)
     if counted is not None:
         counted.write_text(str(events))
+    sys.exit(session._seen["code"])
 
 
 def start(overrides: list[str], *, kill_at: int | None = None, counted: Path | None = None) -> BaseProcess:

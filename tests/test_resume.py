@@ -21,11 +21,11 @@ from tests.attempts import killed_when, start
 from tests.workshop import ROOT, furnished, small_run
 
 BLOCKS = 4
-FILES = ("masks.safetensors", "orders.safetensors", "calibration_tokens.safetensors", "window_losses.safetensors")
+FILES = ("masks", "orders", "calibration_tokens", "window_losses", "channels")
 # Between them: both stores, hidden states written after every block and never, a stream of the dense model, prepared
 # blocks, biases that layers get, gradients and densities that are measured before the first block is pruned.
 METHODS = {
-    "shards": ["model.store=shards", "shuffle=esparse", "update=obs", "snapshot_seconds=0"],
+    "shards": ["model.store=shards", "shuffle=esparse", "update=obs", "snapshot_seconds=0", "profile=true"],
     "dense stream": ["prepare=equalise", "recovery=window", "recovery.epochs=1", "snapshot_seconds=null"],
     "biases": [
         "pattern=8:16",
@@ -73,7 +73,7 @@ def finish(undisturbed: Undisturbed, out: Path) -> list[int]:
     process = start([*undisturbed.overrides, f"output_root={out}"])
     process.join()
     (folder,) = (f.parent for f in out.glob("*/result.json"))
-    for name in FILES:
+    for name in (f"{file}.safetensors" for file in FILES):
         if (undisturbed.folder / name).exists() or (folder / name).exists():
             assert (folder / name).read_bytes() == (undisturbed.folder / name).read_bytes(), name
     record, expected = (json.loads((f / "result.json").read_text()) for f in (folder, undisturbed.folder))

@@ -84,12 +84,73 @@ def test_csv_keeps_every_column_and_digit():
 
 
 def test_latex_escapes_what_latex_would_read():
-    lines = latex([record("a1", pattern="50%"), record("b_2", pattern="60%")]).splitlines()
-    assert lines[1] == r"\begin{tabular}{llrrrrrr}"
-    assert lines[3].startswith(r"id & pattern & builtin ppl pruned")
-    assert lines[5].startswith(r"a1 & 50\% & 15.00 & 1.500 &")
-    assert lines[6].startswith(r"b\_2 & 60\% &")
-    assert lines[-1] == r"\end{tabular}"
+    runs = [record("[a<1]", pattern="50%"), record("b_2", pattern="60%")]
+    lines = latex(runs, columns=["id", "pattern", "builtin ppl pruned"]).splitlines()
+    assert lines[:2] == [r"% needs \usepackage{booktabs}", lines[1]] and lines[1].startswith("% All runs: model tiny, ")
+    assert lines[2:5] == [r"\begin{tabular}{llr}", r"\toprule", r"id & pattern & builtin ppl pruned \\"]
+    assert lines[6] == r"{}[a$<$1] & 50\% & 15.00 \\"  # \\[ would be a distance
+    assert lines[7:] == [r"b\_2 & 60\% & 15.00 \\", r"\bottomrule", r"\end{tabular}"]
+
+
+def test_latex_of_a_turned_table_by_hand():
+    runs = [record(str(seed), seed=seed, pruned=pruned) for seed, pruned in enumerate([1.0, 29.0])]
+    runs += [record("2", metric="ria", pruned=12.0), record("3", metric="ria", seed=1, pruned=15.0)]
+    runs += [record("4", metric="entropy", pruned=13.0), record("5", metric="entropy", pattern="4:8", pruned=9.0)]
+    runs += [record("6", metric="entropy", pattern="4:8", pruned=9.5)]
+    runs[-1]["config"]["choices"]["update"] = "obs"
+    lines = latex(runs, across=["pattern", "update"], best=True).splitlines()
+    assert lines[2:] == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r" & 2:4 & \multicolumn{2}{c}{4:8} \\".replace("2:4", r"\multicolumn{1}{c}{2:4}"),
+        r"\cmidrule(lr){2-2} \cmidrule(lr){3-4}",
+        r"metric & none & none & obs \\",
+        r"\midrule",
+        r"entropy & \textbf{13.00}\phantom{ $\pm$ 19.80} & \textbf{9.00} & 9.50 \\",
+        r"ria & 13.50 $\pm$ \phantom{0}2.12 &  &  \\",
+        r"wanda & 15.00 $\pm$ 19.80 &  &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_best_is_of_one_model_pattern_and_measurement():
+    runs = [
+        record("a", pruned=12.004),
+        record("b", pruned=12.001),
+        record("c", pruned=12.5),
+        record("d", pattern="4:8", pruned=20.0),
+        record("e", pattern="4:8", pruned=math.nan),
+        record("f", pattern="8:16", pruned=7.0),
+        record("g", pattern="8:16", pruned=7.0),
+    ]
+    for run, accuracy in zip(runs, [0.5, 0.75, 0.25, 0.5, 0.25, None, 0.5], strict=True):
+        run["zeroshot"] = {"arc": {"dense": 0.75, "pruned": accuracy, "stderr": 0.1, "n": 8}}
+        run["layers"] = []
+    table = grid(runs)
+    best = {(table.rows[i]["id"], column) for i, column in table.best()}
+    # Alike as they are written: a and b. Alone in its pattern: f, d's perplexity. All alike: those of f and g.
+    expected = {(run, f"builtin {what}") for run, what in [("a", "ppl pruned"), ("b", "ppl pruned")]}
+    assert best == expected | {("a", "builtin ratio"), ("b", "builtin ratio"), ("b", "arc pruned"), ("d", "arc pruned")}
+    shown = markdown(runs, best=True, columns=["id", "builtin ppl pruned", "arc pruned"])
+    assert "| a   |          **12.00** |     0.5000 |" in shown and "| b   |          **12.00** | **0.7500** |" in shown
+
+
+def test_columns_are_those_that_were_asked_for(tmp_path):
+    chosen = ["builtin ppl dense", "metric"]
+    lines = markdown(TWO, columns=chosen).splitlines()
+    assert lines[0].endswith("seed 0, density 0.5")  # what is asked for stays in the table
+    assert lines[2:4] == ["| builtin ppl dense | metric  |", "| ----------------: | ------- |"]
+    assert [line.strip("| ").split(" | ") for line in lines[4:]] == [["10.00", "entropy"], ["10.00", "wanda"]]
+    assert csv(TWO, columns=chosen) == "builtin ppl dense,metric\n10.0,entropy\n10.0,wanda\n"
+    write(tmp_path, *TWO)
+    code, _, err = command(tmp_path, "--columns", "metric,colour")
+    assert code == 2 and err.startswith("esparse: no column 'colour' to show; there is id, model, metric")
+    code, _, err = command(tmp_path, "--best", "--format", "csv")
+    assert (code, err) == (2, "esparse: --best sets cells in bold, which csv does not have\n")
+    assert (
+        '<td class="number" data-value="12.5"><b>12.50</b></td>' in command(tmp_path, "--best", "--format", "html")[1]
+    )
 
 
 def test_one_run_keeps_its_numbers_in_the_table():
