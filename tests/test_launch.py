@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esparse import audit
-from tests.workshop import furnished, launch, small_run
+from tests.workshop import furnished, launch, launch_anew, small_run
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = {
@@ -61,7 +61,7 @@ def records(tmp_path: Path) -> list[dict]:
 
 
 def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(small: list[str], tmp_path: Path) -> None:
-    done = launch(*small)
+    done = launch_anew(*small)
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path)
     assert {key: type(record[key]) for key in CONTRACT} == CONTRACT
@@ -332,7 +332,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: lis
     def limited() -> None:  # no file may grow beyond 4 KiB: writing a block fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
-    done = launch(*small, preexec_fn=limited)
+    done = launch_anew(*small, preexec_fn=limited)
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr
     assert "pruned-00000.safetensors" in done.stderr
@@ -348,7 +348,7 @@ def test_too_little_memory_ends_in_one_sentence(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2_200_000_000, 2_200_000_000))
 
     many = ["calibration.sequences=8192", "model.activations=host", "evaluate=none", "tracking=none"]
-    done = launch(*many, f"output_root={tmp_path / 'out'}", preexec_fn=limited)
+    done = launch_anew(*many, f"output_root={tmp_path / 'out'}", preexec_fn=limited)
     assert done.returncode == 1, done.stderr
     assert "not enough memory" in done.stderr
     assert "model.store=shards" in done.stderr

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from esparse import cluster, owner, schema, sweep
 from esparse.folder import Folder
 from esparse.launchers import LAUNCHERS, Local, Slurm
+from tests import forks
 from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
 from tests.workshop import ROOT, furnished, launch, small_run
 
@@ -32,9 +31,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(*words: str) -> tuple[int, str]:
     """What `python -m esparse.sweep` says, from another folder."""
-    command = [sys.executable, "-m", "esparse.sweep", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", env=environment)
+    done = forks.run("-m", "esparse.sweep", *words, cwd=Path("/"))
     return done.returncode, done.stdout + done.stderr
 
 
