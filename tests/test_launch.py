@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert record["quality"]["text.txt"]["pruned"] == pytest.approx(losses["pruned/text.txt"].mean().exp().item())
 
     before = (folder / "result.json").stat().st_mtime_ns
-    masks_before = (folder / "masks.safetensors").read_bytes()
+    tensors = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     again = launch(*small)
     assert again.returncode == 0
     assert "was run before" in again.stderr
@@ -97,7 +96,8 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     repeated = launch(*small, "rerun=true")
     assert repeated.returncode == 0
     assert (folder / "result.json").stat().st_mtime_ns > before
-    assert (folder / "masks.safetensors").read_bytes() == masks_before
+    # Another process at another moment, in which sets have another order.
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == tensors
 
 
 def test_all_of_the_816_paper_in_one_run(small: list[str], tmp_path: Path) -> None:
@@ -386,14 +386,3 @@ def test_finished_runs_are_skipped_in_a_moment(small: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "TORCH False" in done.stdout
-
-
-def test_masks_of_a_run_do_not_depend_on_time(small: list[str], tmp_path: Path) -> None:
-    """Two processes at different moments end with the same bytes."""
-    masks = []
-    for root in ("one", "two"):
-        where = [a for a in small if not a.startswith("output_root")] + [f"output_root={tmp_path / root}"]
-        assert launch(*where).returncode == 0
-        masks.append([p.read_bytes() for p in sorted((tmp_path / root).glob("*/*.safetensors"))])
-        time.sleep(0.01)
-    assert masks[0] == masks[1]

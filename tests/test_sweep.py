@@ -17,7 +17,6 @@ from esparse import cluster, owner, schema, sweep
 from esparse.folder import Folder
 from esparse.launchers import LAUNCHERS, Local, Slurm
 from tests import forks
-from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
 from tests.workshop import ROOT, furnished, launch, small_run
 
 
@@ -154,16 +153,6 @@ def composed(*overrides: str) -> tuple[dict, schema.Experiment]:
     config = compose("config", list(overrides), return_hydra_config=True)
     experiment = schema.build(config)
     return schema.resolved(config, experiment, config.hydra.runtime.choices), experiment
-
-
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_settings_become_the_experiment_again(group: str, option: str) -> None:
-    """What a node reads from sweep.json is what was composed where the sweep was submitted."""
-    schema.register()
-    extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings, experiment = composed(f"{group}={option}", *extra)
-    assert schema.rebuilt(json.loads(json.dumps(settings))) == experiment
 
 
 def test_settings_of_another_version_are_refused() -> None:
