@@ -108,6 +108,8 @@ METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
     store = ConfigStore.instance()
+    # For every group that --help lists, Hydra copies the whole store only to read it: seconds.
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     store.store(name="experiment", group="schema", package="_global_", node=Experiment)
     for group, options in CHOICES.items():
         for option, component in options.items():

@@ -1,12 +1,8 @@
-"""Attempts at a run in processes of their own, which are killed at chosen moments.
-
-A server process has imported all libraries and forks one child per attempt: that takes milliseconds, not seconds.
-"""
+"""Attempts at a run in processes of their own, which are killed at chosen moments."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,11 +13,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-import esparse.experiment
-import esparse.prune  # noqa: F401 - imported once, for all attempts
 from esparse import schema, session
+from tests import forks
 
-schema.register()
 CONF = Path(__file__).parent.parent / "conf"
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}
 
@@ -41,6 +35,7 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
     experiment = schema.build(config)
@@ -55,9 +50,7 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
 
 
 def start(overrides: list[str], *, kill_at: int | None = None, counted: Path | None = None) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=attempt, args=(overrides, kill_at, counted))
+    process = forks.server().Process(target=attempt, args=(overrides, kill_at, counted))
     process.start()
     return process
 

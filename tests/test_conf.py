@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -78,13 +79,20 @@ def test_the_contracts_defaults() -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_into_its_class(group: str, option: str) -> None:
+def test_every_option_composes_into_its_class_and_its_settings_become_the_experiment_again(
+    group: str, option: str
+) -> None:
     extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
-    component = getattr(experiment(f"{group}={option}", *extra), group)
+    config = compose("config", [f"{group}={option}", *extra], return_hydra_config=True)
+    asked = schema.build(config)
+    component = getattr(asked, group)
     known = schema.CHOICES[group]
     expected = known.get("any") or known.get(option) or known[MADE_FROM[group, option]]
     assert type(component) is expected
     assert is_dataclass(component)
+    # What a node reads from sweep.json is what was composed where the sweep was submitted.
+    settings = schema.resolved(config, asked, config.hydra.runtime.choices)
+    assert schema.rebuilt(json.loads(json.dumps(settings))) == asked
 
 
 def test_table_of_choices_and_folder_agree() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from esparse.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.updates import NoUpdate
 from tests.models.families import tiny
+from tests.workshop import launch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("experiments/*.md")])
@@ -66,13 +65,7 @@ def test_commands_compose(command: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiments_compose(experiment: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "launch.py", "-cd", "experiments", "-cn", experiment.stem, "--cfg", "job"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = launch("-cd", "experiments", "-cn", experiment.stem, "--cfg", "job", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert f"-cn {experiment.stem}" in experiment.read_text()
 

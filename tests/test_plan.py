@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from esparse.shuffles import NoShuffle
 from esparse.updates.obs import Obs
 from tests.models.families import tiny
 from tests.models.test_store import settings
+from tests.workshop import launch
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -126,7 +125,7 @@ def test_auto_is_planned_as_it_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> None:
     args = ["model=llama-65b", "dry_run=true", f"output_root={tmp_path}/out"]  # its dtype float16 is float32 on a CPU
-    done = subprocess.run([sys.executable, "launch.py", *args], cwd=ROOT, capture_output=True, text=True)
+    done = launch(*args)
     assert done.returncode == 0, done.stderr
     assert "65,285,660,672 in 80 blocks" in done.stdout
     assert "huggyllama/llama-65b is not in reach: its published shape stands in" in done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 
 from esparse import schema
 from esparse.published import CONFIDENCE, DENSE, METHOD, NUMBERS, Published, beside, read
+from tests import forks
 from tests.test_tables import record, write
 
 WANDA = Published(
@@ -110,9 +109,7 @@ def test_the_numbers_that_ship_can_be_read_and_asked_for() -> None:
 
 def test_as_a_process(tmp_path: Path) -> None:
     def command(*words: object) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "esparse.published", *map(str, words)], capture_output=True, text=True
-        )
+        done = forks.run("-m", "esparse.published", *words)
         return done.returncode, done.stdout, done.stderr
 
     write(tmp_path, record())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -29,7 +28,7 @@ from esparse.models.load import BUILTIN
 from esparse.models.matrices import BlockMatrices
 from esparse.ranks import Ranks, together
 from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Gram, Statistic, TokenSample
-from tests import members
+from tests import forks, members
 from tests.workshop import ROOT, furnished, small_run
 
 schema.register()
@@ -196,7 +195,7 @@ def quick_start() -> Iterator[None]:
     """Processes of a server that has imported the libraries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("esparse.ranks.START", "forkserver")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.attempts"])
+        forks.server()
         yield
 
 

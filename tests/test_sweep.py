@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from esparse import cluster, owner, schema, sweep
 from esparse.folder import Folder
 from esparse.launchers import LAUNCHERS, Local, Slurm
-from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
+from tests import forks
 from tests.workshop import ROOT, furnished, launch, small_run
 
 
@@ -32,9 +30,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(*words: str) -> tuple[int, str]:
     """What `python -m esparse.sweep` says, from another folder."""
-    command = [sys.executable, "-m", "esparse.sweep", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", env=environment)
+    done = forks.run("-m", "esparse.sweep", *words, cwd=Path("/"))
     return done.returncode, done.stdout + done.stderr
 
 
@@ -161,16 +157,6 @@ def composed(*overrides: str) -> tuple[dict, schema.Experiment]:
     config = compose("config", list(overrides), return_hydra_config=True)
     experiment = schema.build(config)
     return schema.resolved(config, experiment, config.hydra.runtime.choices), experiment
-
-
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_settings_become_the_experiment_again(group: str, option: str) -> None:
-    """What a node reads from sweep.json is what was composed where the sweep was submitted."""
-    schema.register()
-    extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings, experiment = composed(f"{group}={option}", *extra)
-    assert schema.rebuilt(json.loads(json.dumps(settings))) == experiment
 
 
 def test_settings_of_another_version_are_refused() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from esparse.grid import grid, means, read_records
 from esparse.pictures import plot
 from esparse.tables import csv, latex, markdown, runs_table
+from tests import forks
 
 CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
 
@@ -49,9 +50,7 @@ def write(root, *records):
 
 
 def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "esparse.tables", *map(str, arguments)], capture_output=True, text=True
-    )
+    done = forks.run("-m", "esparse.tables", *arguments)
     return done.returncode, done.stdout, done.stderr
 
 
