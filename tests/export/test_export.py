@@ -22,6 +22,7 @@ from esparse.method import Method
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
+from esparse.packed import layer as packed_layer
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
 from esparse.patterns import Grouping
@@ -193,6 +194,15 @@ def test_a_model_read_block_by_block_gives_the_same_files(make: Any, tmp_path: P
         written(make(), blocks, pruned(blocks), tmp_path / store)
     for file in (tmp_path / "memory" / "export").iterdir():
         assert file.read_bytes() == (tmp_path / "shards" / "export" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_numba_it_is_said_that_a_cpu_is_slow(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if there else None)
+    exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
+    assert ("need numba (pip install numba)" in caplog.text) == (not there)
 
 
 def test_half_precision(tmp_path: Path) -> None:
