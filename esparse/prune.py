@@ -244,7 +244,7 @@ def _prune_group(
         report = _report(matrix, weight_OI, solution, score_OI, x_SI)
         report.pattern = str(pattern)
         report.dense_bytes = matrix.view().nbytes
-        if pattern.parts() and matrix.expert is None:
+        if pattern.parts() and (matrix.expert is None or order_I is None or len(pattern.parts()) == 1):
             size = of_matrix(pattern, *matrix.view().shape, matrix.parameter.dtype)
             report.packed_bytes, report.file_bytes = size.in_memory, size.on_disk
         report.seconds = shared * weight_OI.numel() + time.perf_counter() - start

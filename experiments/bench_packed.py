@@ -6,8 +6,8 @@
 
 First the codec in bfloat16, the best of three rounds: seconds, and in brackets those of all cores together, which say
 more where other jobs are running. Then a LLaMA with random weights is pruned and packed with `python launch.py`, and
-the dense and the packed checkpoint are loaded by a process each, which says what it has in memory (resident set, and of
-it what is no file) and how long a forward pass takes.
+the dense and the packed checkpoint are loaded by a process each, which says what it has in memory beyond what the
+libraries take (resident set, and of it what is no file) and how long a forward pass takes.
 Cost: five minutes on two cores, and the disk space of the model twice.
 """
 
@@ -36,8 +36,9 @@ from esparse.packed.matrix import from_file, pack, to_file  # noqa: E402
 LAYER = (4096, 11008)
 CODED = [("2:4", None), ("4:8", None), ("8:16", None), ("16:32", None), ("8:16", "16:256")]
 
+# Loads a small model of the same kind first: what the libraries take is no part of what a model takes.
 MEASURE = """
-import json, statistics, sys, time
+import gc, json, statistics, sys, time
 import esparse, torch
 from transformers import AutoModelForCausalLM
 
@@ -45,20 +46,34 @@ def resident():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return {key: int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon", "VmHWM")}
 
-before = resident()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-out = {"dtype": str(model.dtype), "before": before}
-for tokens in (1, 64, 512):
-    ids, times = torch.randint(4, 1000, (1, tokens)), []
-    for _ in range(4):
-        start = time.perf_counter()
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        times.append(time.perf_counter() - start)
-    out[f"seconds_{tokens}"] = statistics.median(times[1:])
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+def forward(model, tokens):
+    ids = torch.randint(4, 1000, (1, tokens))
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return time.perf_counter() - start
+
+small = load(sys.argv[2])
+for tokens in (1, 16, 64, 256):
+    forward(small, tokens)
+del small
+gc.collect()
+with open("/proc/self/clear_refs", "w") as refs:
+    refs.write("5")  # the peak begins anew
+out = {"before": resident()}
+model = load(sys.argv[1])
+out |= {"dtype": str(model.dtype), "loaded": resident()}
+for tokens in map(int, sys.argv[3].split(",")):
+    out[f"seconds_{tokens}"] = statistics.median([forward(model, tokens) for _ in range(6)][1:])
+    if tokens == 1:
+        out["decoded"] = resident()
 out["after"] = resident()
 print("MEASURED", json.dumps(out))
 """
+TOKENS = (1, 4, 16, 64, 512)
 
 
 def best(work: Callable[[], object]) -> str:
@@ -104,25 +119,30 @@ def model(blocks: int, folder: Path) -> None:
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUILTIN / name, folder / "dense")
-    arguments = ["model=hf", f"model.path={folder / 'dense'}", "metric=magnitude", "shuffle=none", "evaluate=none"]
-    arguments += ["calibration.sequences=1", "calibration.length=64", "tracking=none", f"output_root={folder / 'out'}"]
-    arguments += ["export=packed", f"export.path={folder / 'packed'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, check=True, env=environment)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    common = ["metric=magnitude", "shuffle=none", "evaluate=none", "calibration.sequences=1", "calibration.length=64"]
+    common += ["tracking=none", f"output_root={folder / 'out'}", "export=packed"]
+    for model_is, place in ((["model=hf", f"model.path={folder / 'dense'}"], "packed"), (["model=tiny"], "small")):
+        command = [sys.executable, "launch.py", *model_is, *common, f"export.path={folder / place}"]
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
     found = {}
-    for which in ("dense", "packed"):
-        command = [sys.executable, "-c", MEASURE, str(folder / which)]
+    for which, small in (("dense", BUILTIN), ("packed", folder / "small")):
+        command = [sys.executable, "-c", MEASURE, str(folder / which), str(small), ",".join(map(str, TOKENS))]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found[which] = json.loads(done.stdout.partition("MEASURED")[2])
         size = sum(file.stat().st_size for file in (folder / which).glob("*.safetensors"))
-        of, start = found[which]["after"], found[which]["before"]["VmRSS"]
+        of, start = found[which], found[which]["before"]
+        more = {when: of[when]["VmRSS"] - start["VmRSS"] for when in ("loaded", "decoded", "after")}
         print(
-            f"{which:7} files {size / 2**20:7.0f} MiB   resident {of['VmRSS'] - start:7.0f} MiB more than before "
-            f"(peak {of['VmHWM'] - start:7.0f}, of no file {of['RssAnon']:7.0f})   {found[which]['dtype']}"
+            f"{which:7} files {size / 2**20:5.0f} MiB   resident, above {start['VmRSS']:.0f} MiB of libraries: "
+            f"loaded {more['loaded']:5.0f} (peak {of['loaded']['VmHWM'] - start['VmRSS']:5.0f}, of no file "
+            f"{of['loaded']['RssAnon'] - start['RssAnon']:5.0f}), after a token {more['decoded']:5.0f}, "
+            f"after all {more['after']:5.0f}   {of['dtype']}"
         )
-    for tokens in (1, 64, 512):
+    for tokens in TOKENS:
         dense, packed = (found[which][f"seconds_{tokens}"] for which in ("dense", "packed"))
-        print(f"{tokens:4} tokens: dense {dense:.3f} s, packed {packed:.3f} s, {packed / dense:.1f} times as long")
+        print(f"{tokens:4} tokens: dense {dense:.4f} s, packed {packed:.4f} s, {packed / dense:.2f} times as long")
 
 
 def main() -> None:

@@ -32,6 +32,15 @@ def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
         "an index, and the model computes from these. It needs the Python package esparse: once that is imported, "
         "transformers knows the format. A file that is damaged or cut short is refused by its checksum."
     )
+    if facts["packed_experts"]:
+        how += (
+            f" So are {facts['packed_experts']} experts, which get their zeros back one at a time while they compute."
+        )
+    if facts["dense_experts"]:
+        how += (
+            f" {facts['dense_experts']} experts are dense, {facts['dense_expert_bytes']:,} bytes with their zeros: "
+            f"{facts['why_dense']}."
+        )
     if facts["gathers"]:
         how += f" The channels of {facts['gathers']} tensors are gathered while it runs; all else was absorbed."
     return _card(record, facts, how, "import esparse  # noqa: F401  transformers then knows the format\n")

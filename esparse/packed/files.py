@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 
 
@@ -23,8 +23,5 @@ def check_files(files: Sequence[Path], checksums: Mapping[str, str]) -> None:
 
 def checksum(file: Path) -> str:
     """The SHA-256 of a file in hex digits."""
-    digest = sha256()
     with file.open("rb") as read:
-        while piece := read.read(2**24):
-            digest.update(piece)
-    return digest.hexdigest()
+        return file_digest(read, "sha256").hexdigest()

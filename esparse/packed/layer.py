@@ -1,20 +1,30 @@
-"""A linear layer that computes from packed weights: some rows at a time get their zeros back, on a GPU by a kernel.
+"""A linear layer that computes from packed weights: on a GPU by kernels, on a CPU by compiled loops for a few tokens.
 
-Shapes: T tokens, O outputs, I inputs, R rows of a tile, K survivors of a row, S salient ones.
+Everywhere else some rows at a time get their zeros back.
+
+Shapes: T tokens, O outputs, I inputs, K survivors of a row, S salient ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from esparse.kernels.linear import packed_linear
+from esparse.kernels import linear as kernels
+from esparse.kernels.linear import GEMV_TOKENS, packed_linear
 from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
 
 TILE_BYTES = 2**22  # of the rows that have their zeros back at one time: they should stay in a core's cache
+LOOP_TOKENS = {2: 64, 4: 16}  # up to so many, by bytes of a value, compiled loops are ahead of rows with their zeros
 
 
 class PackedLinear(nn.Module):
@@ -53,6 +63,8 @@ class PackedLinear(nn.Module):
         if ordered:
             self.register_buffer("order", torch.empty(inputs, dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
+        self.sparse_cores = False
+        self._blob: Tensor | None = None
 
     def settle(self) -> None:
         """Builds the form that is computed from, in place of the one on disk; ValueError for a damaged index."""
@@ -93,22 +105,118 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.for_kernels:
-            return self.by_kernels(x)
-        packed = self.packed()
-        x_TI = x.reshape(-1, self.in_features)
-        y_TO = x.new_empty(len(x_TI), self.out_features)
-        rows = max(1, TILE_BYTES // (self.in_features * x.element_size()))
-        for first in range(0, self.out_features, rows):
-            end = min(first + rows, self.out_features)
-            bias_R = None if self.bias is None else self.bias[first:end]
-            y_TO[:, first:end] = linear(x_TI, packed.dense(first, end), bias_R)
+        y_TO: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
         return y_TO.view(*x.shape[:-1], self.out_features)
 
-    def by_kernels(self, x: Tensor) -> Tensor:
-        """The same, by the kernel for that many tokens (esparse/kernels/linear.py)."""
+    def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x @ W^T + bias (T x O), by the way for that many tokens on that device; without gradients."""
+        if x_TI.is_cuda and self.for_kernels:
+            return self.by_kernels(x_TI, bias_O)
+        packed = self.packed()
+        few = len(x_TI) <= LOOP_TOKENS.get(self.values.element_size(), 0) and x_TI.dtype == self.values.dtype
+        compiled = loops(self.values.dtype) if few and x_TI.device.type == "cpu" else None
+        if compiled is not None:
+            y_TO = compiled.product(packed.values_OK, packed.bits_OB, x_TI, salient(packed))
+            return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+        y_TO = x_TI.new_empty(len(x_TI), self.out_features)
+        for rows in self.tiles(x_TI.element_size()):
+            y_TO[:, rows] = linear(x_TI, with_zeros(packed, rows), None if bias_O is None else bias_O[rows])
+        return y_TO
+
+    def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The product by the kernel for that many tokens (esparse/kernels/linear.py)."""
         (nm,) = self.pattern.parts()
-        return packed_linear(self.values, self.bits, x, n=nm.n, m=nm.m, bias_R=self.bias)
+        blob = self.second_copy() if len(x_TI) > GEMV_TOKENS else None  # which may put the values elsewhere
+        return packed_linear(self.values, self.bits, x_TI, n=nm.n, m=nm.m, bias_R=bias_O, blob=blob)
+
+    def tiles(self, element_bytes: int) -> Iterator[slice]:
+        """The rows, some at a time."""
+        rows = max(1, TILE_BYTES // (self.in_features * element_bytes))
+        for first in range(0, self.out_features, rows):
+            yield slice(first, min(first + rows, self.out_features))
+
+    def second_copy(self) -> Tensor | None:
+        """The weights as cuSPARSELt wants them, made when they are first asked for; None where none is wanted.
+
+        Where it begins with the values, these are kept there only.
+        """
+        if self.sparse_cores and self._blob is None:
+            self._blob = kernels.compress(self.packed().dense())
+            shared_OK = kernels.shared_values(self.values.data, self._blob)
+            if shared_OK is not None:
+                self.values.data = shared_OK
+        return self._blob
+
+    def use_sparse_cores(self, on: bool) -> None:
+        """Whether many tokens are computed on sparse tensor cores, from a second copy of the weights."""
+        self.sparse_cores = on
+        if not on:
+            self._drop_second_copy()
+
+    def second_copy_bytes(self) -> int:
+        """What the second copy costs, beside the values and bits; 0 as long as there is none."""
+        if self._blob is None:
+            return 0
+        alone = self.values.nbytes + self.bits.nbytes
+        return kernels.resident_bytes(self.values.data, self.bits, self._blob) - alone
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self._drop_second_copy()  # it is of one device and precision, and made anew there
+        super()._apply(fn, recurse)
+        return self
+
+    def _drop_second_copy(self) -> None:
+        if self._blob is not None:
+            self._blob, self.values.data = None, self.values.data.clone()  # which may stand in the copy
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """The product, whose gradient is computed from packed weights as well: autograd would keep every row's zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, bias_O: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x_TI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        layer: PackedLinear = ctx.layer
+        grad_TI = grad_O = None
+        if ctx.needs_input_grad[0]:
+            grad_TI = grad_TO.new_zeros(len(grad_TO), layer.in_features)
+            for rows in layer.tiles(grad_TO.element_size()):
+                grad_TI += grad_TO[:, rows] @ with_zeros(layer.packed(), rows)
+        if ctx.needs_input_grad[1]:
+            grad_O = grad_TO.sum(0)
+        return grad_TI, grad_O, None
+
+
+@cache
+def loops(dtype: torch.dtype) -> Any:
+    """The module of compiled loops (esparse/kernels/compiled.py); None without numba, or for a precision it lacks."""
+    if find_spec("numba") is None:
+        return None
+    from esparse.kernels import compiled
+
+    return compiled if compiled.takes(dtype) else None
+
+
+def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:
+    """Some rows of a matrix with their zeros, by compiled loops where they can be had."""
+    compiled = loops(packed.values_OK.dtype) if packed.values_OK.device.type == "cpu" else None
+    if compiled is None:
+        return packed.dense(rows.start, rows.stop)
+    weight_OI: Tensor = compiled.dense(packed.values_OK, packed.bits_OB, salient(packed), packed.inputs, rows)
+    return weight_OI
+
+
+def salient(packed: PackedMatrix) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What the loops want to know of salient weights; None without any."""
+    if packed.salient_values_OS is None or packed.salient_places_OS is None:
+        return None
+    starts_S = matrix.starts(packed.pattern.parts()[1], packed.inputs)
+    return packed.salient_values_OS, packed.salient_places_OS, starts_S

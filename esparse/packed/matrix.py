@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class PackedMatrix:
         weight_OI = values_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, values_OK)
         if self.salient_values_OS is not None and self.salient_places_OS is not None:
             outliers = self.pattern.parts()[1]
-            columns_OS = self.salient_places_OS[rows].long() + _starts(outliers, self.inputs).to(keep_OI.device)
+            columns_OS = self.salient_places_OS[rows].long() + starts(outliers, self.inputs).to(keep_OI.device)
             weight_OI.scatter_add_(1, columns_OS, self.salient_values_OS[rows])
         return weight_OI
 
@@ -99,7 +100,7 @@ def _packed_rows(weight_OI: Tensor, pattern: Pattern) -> list[Tensor]:
 def _places(keep_OI: Tensor, pattern: NM) -> Tensor:
     """The place of each survivor within its group."""
     columns_OS = keep_OI.nonzero()[:, 1].view(len(keep_OI), -1)
-    return (columns_OS - _starts(pattern, keep_OI.shape[1])).to(_place_type(pattern))
+    return (columns_OS - starts(pattern, keep_OI.shape[1])).to(_place_type(pattern))
 
 
 def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
 
     def salient(rows: slice) -> Tensor:
         assert packed.salient_places_OS is not None
-        columns_OS = packed.salient_places_OS[rows].long() + _starts(outliers[0], packed.inputs)
+        columns_OS = packed.salient_places_OS[rows].long() + starts(outliers[0], packed.inputs)
         return torch.zeros(len(columns_OS), packed.inputs, dtype=torch.bool).scatter_(1, columns_OS, True)
 
     def index(mask: Callable[[slice], Tensor], pattern: NM) -> Tensor:
@@ -228,11 +229,11 @@ def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
     return unpacked_bits(bytes_B[None], groups * m).view(groups, m)
 
 
-def _starts(pattern: NM, inputs: int) -> Tensor:
+@lru_cache
+def starts(pattern: NM, inputs: int) -> Tensor:
     """The first column of the group that each survivor of a row stands in."""
-    starts = [range(cut.start, cut.stop) for cut in pattern.cuts(inputs)]
     kept = [n for count, n, _ in pattern.groups(inputs) for _ in range(count)]
-    return torch.tensor([cut.start for cut, n in zip(starts, kept, strict=True) for _ in range(n)])
+    return torch.tensor([cut.start for cut, n in zip(pattern.cuts(inputs), kept, strict=True) for _ in range(n)])
 
 
 def _place_type(pattern: NM) -> torch.dtype:

@@ -33,16 +33,20 @@ PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
 
 
 def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
-    """Of a whole model of which all decoder layers are packed; experts, embeddings, norms and head stay dense."""
+    """Of a whole model of which all decoder layers are packed, experts too; embeddings, norms and head stay dense."""
     with META:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     total = sum(parameter.nbytes for parameter in model.parameters())
     saving = Saving(total, total, total)
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for layer in BlockMatrices(block, f"{prefix}.{index}").layers():
-            packed = of_matrix(pattern, *layer.view().shape, dtype)
-            saving += Saving(0, packed.in_memory - packed.dense, packed.on_disk - packed.dense)
+        matrices = BlockMatrices(block, f"{prefix}.{index}")
+        packed = [of_matrix(pattern, *layer.view().shape, dtype) for layer in matrices.layers()]
+        # Which side of an expert is the input shows when it is used; it matters for a tail of the groups only.
+        experts = [parameter.shape for parameter in matrices.parameters().values() if parameter.ndim == 3]
+        packed += [of_matrix(pattern, *shape[1:], dtype) * shape[0] for shape in experts]
+        for part in packed:
+            saving += Saving(0, part.in_memory - part.dense, part.on_disk - part.dense)
     return saving
 
 

@@ -6,6 +6,7 @@ imported while transformers itself still is: what needs the whole of that is imp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from esparse.packed.files import check_files
 from esparse.packed.format import METHOD, VERSION
+
+log = logging.getLogger("esparse")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +39,15 @@ class EsparseConfig(QuantizationConfigMixin):
         ordered: Sequence[str] = (),
         behind: Sequence[str] = (),
         before: Sequence[str] = (),
+        experts: dict[str, dict[str, Any]] | None = None,
         **other: Any,
     ) -> None:
         """`layers`: the pattern of each packed layer. `files`: the SHA-256 of each file of weights.
 
         `biases`: layers with a bias that the family has no place for. With `order=physical` the channels are gathered
         behind the norms `behind` and in front of the layers `before`; with `original` the layers `ordered` get back
-        their columns' own order while they are loaded.
+        their columns' own order while they are loaded. `experts`: of each parameter that holds experts its pattern,
+        whether it lies transposed, and whether its columns are ordered (never physically).
         """
         if version != VERSION:
             raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
@@ -51,6 +56,7 @@ class EsparseConfig(QuantizationConfigMixin):
         self.layers, self.files = layers, files
         self.biases, self.ordered = list(biases), list(ordered)
         self.behind, self.before = list(behind), list(before)
+        self.experts = experts or {}
 
 
 @register_quantizer(METHOD)
@@ -68,6 +74,7 @@ class EsparseQuantizer(HfQuantizer):
 
         from esparse import patterns
         from esparse.models.reorder import gather_before, gather_behind
+        from esparse.packed.experts import PackedExperts
         from esparse.packed.layer import PackedLinear
 
         config = self.quantization_config
@@ -86,6 +93,23 @@ class EsparseQuantizer(HfQuantizer):
                 device=old.weight.device,
             )
             model.set_submodule(name, layer)
+        for name, how in config.experts.items():
+            path, _, own = name.rpartition(".")
+            owner, old = model.get_submodule(path), model.get_parameter(name)
+            del owner._parameters[own]
+            owner.register_module(
+                own,
+                PackedExperts(
+                    old.shape,
+                    patterns.from_str(how["pattern"]),
+                    transposed=how["transposed"],
+                    ordered=how["ordered"],
+                    dtype=old.dtype,
+                    device=old.device,
+                ),
+            )
+        if config.experts:
+            model.set_experts_implementation("eager")  # the others multiply all experts of a parameter at once
         for name in config.behind:
             weight = model.get_submodule(name).get_parameter("weight")
             gather_behind(model.get_submodule(name), torch.empty(len(weight), dtype=torch.int32, device=weight.device))
@@ -95,11 +119,19 @@ class EsparseQuantizer(HfQuantizer):
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
+        from esparse.models.room import trim
+        from esparse.packed.layer import loops
+
+        for name in (*self.quantization_config.layers, *self.quantization_config.experts):
             try:
                 model.get_submodule(name).settle()
             except ValueError as error:
                 raise ValueError(f"the packed layer {name} cannot be read: {error}") from error
+        trim()  # what unpacking took would stay with the process, as much as the packed weights themselves
+        if model.device.type == "cpu" and loops(model.dtype) is None:
+            log.warning(
+                "this model computes slowly on a CPU: the loops for packed weights need numba (pip install numba)"
+            )
         return model
 
     def is_serializable(self) -> bool:

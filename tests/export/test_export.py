@@ -17,12 +17,15 @@ import esparse  # noqa: F401  transformers then knows the format
 from esparse import patterns
 from esparse.export import Export, Finished
 from esparse.export.dense import Dense
-from esparse.export.packed import Packed
+from esparse.export.packed import Packed, _why_dense
 from esparse.method import Method
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
+from esparse.packed import layer as packed_layer
+from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
+from esparse.patterns import Grouping
 from esparse.prune import Pruned, prune
 from esparse.recoveries import NoRecovery, Recovery, Then
 from esparse.recoveries.bias import Bias
@@ -35,6 +38,7 @@ from tests.models.test_store import opened, saved
 CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(5))
 GNS = Gns(deal="straight")
+MIXTURES = ["mixtral", "qwen2-moe", "olmoe", "gpt-oss"]
 RECORD: dict[str, Any] = {
     "id": "0123abcd",
     "model": {"name": "small", "pruned_parameters": 1000},
@@ -97,15 +101,18 @@ def exported(
 
 
 @pytest.mark.parametrize("order", ["physical", "original"])
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "bloom", "phi3", "qwen2-moe"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "bloom", "phi3", *MIXTURES])
 def test_a_packed_model_computes_what_the_pruned_one_did(family: str, order: str, tmp_path: Path) -> None:
     expected, model, facts, of = exported(family, packed(order=order), tmp_path)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     entries = {m.entry.removesuffix(".weight") for m, _ in of.groupings if m.expert is None}
     assert layers == entries and facts["packed_layers"] == len(entries)
+    experts = {name for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    assert experts == {m.entry for m, _ in of.groupings if m.expert is not None}
+    assert facts["packed_experts"] == sum(m.expert is not None for m, _ in of.groupings)
     assert (facts["gathers"] > 0) == (order == "physical")
-    assert facts["absorbed"] > 0 or order == "original" or family == "qwen2-moe"
+    assert facts["absorbed"] > 0 or order == "original" or family in MIXTURES
 
 
 @pytest.mark.parametrize("asked", [("2:4", None), ("4:8", None), ("2:4", "4:16"), ("3:5", None)], ids=str)
@@ -127,6 +134,35 @@ def test_generate_works_from_packed_weights(tmp_path: Path) -> None:
     expected = blocks.model.generate(TOKENS_SL[:1], **asked)
     written(packed(), blocks, of, tmp_path)
     assert torch.equal(loaded(tmp_path / "export").generate(TOKENS_SL[:1], **asked), expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_are_computed_one_by_one_however_one_loads(family: str, tmp_path: Path) -> None:
+    expected, _, _, of = exported(family, packed(), tmp_path, shuffle=NoShuffle(), asked=("2:4", "4:16"))
+    for asked in ({}, {"experts_implementation": "grouped_mm"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", **asked).eval()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    name = next(matrix.entry for matrix, _ in of.groupings if matrix.expert is not None)
+    assert model.get_submodule(name).packed(1).salient_values_OS is not None
+
+
+def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, model, facts, of = exported("mixtral", packed(), tmp_path, asked=("2:4", "4:16"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    experts = [m for m, _ in of.groupings if m.expert is not None]
+    assert facts["packed_experts"] == 0 and facts["dense_experts"] == len(experts)
+    assert facts["dense_expert_bytes"] == sum(4 * m.view().numel() for m in experts)
+    said = f"{len(experts)} experts stay dense, 0.2 MB with their zeros (model.layers.0.mlp.experts.gate_up_proj, ...)"
+    assert said in caplog.text and "which a shuffle reorders" in caplog.text
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"{len(experts)} experts are dense, {facts['dense_expert_bytes']:,} bytes" in card
+    # The record says the same of each layer.
+    assert {layer.name for layer in of.layers if layer.packed_bytes is None} == {m.name for m in experts}
+
+
+def test_experts_in_several_patterns_stay_dense() -> None:
+    of = [Grouping(patterns.parse(text)) for text in ("2:4", "2:4", "1:4")]
+    assert _why_dense(of[:2]) is None and "in one pattern only" in str(_why_dense(of))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "mixtral", "gpt-neox"])
@@ -158,6 +194,15 @@ def test_a_model_read_block_by_block_gives_the_same_files(make: Any, tmp_path: P
         written(make(), blocks, pruned(blocks), tmp_path / store)
     for file in (tmp_path / "memory" / "export").iterdir():
         assert file.read_bytes() == (tmp_path / "shards" / "export" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_numba_it_is_said_that_a_cpu_is_slow(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if there else None)
+    exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
+    assert ("need numba (pip install numba)" in caplog.text) == (not there)
 
 
 def test_half_precision(tmp_path: Path) -> None:

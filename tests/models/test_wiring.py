@@ -204,6 +204,16 @@ def test_layers_that_never_ran_forbid_a_change_of_what_they_may_read() -> None:
     assert len(links) == 2
 
 
+def test_a_norm_that_layers_that_never_ran_may_read_is_nobodys_own() -> None:
+    model = tiny("llama")
+    for unused in (False, True):
+        if unused:
+            model.model.layers[0].mlp.unused = nn.Linear(32, 7)
+        wiring = watched(block_of(model))
+        alone = [wiring.norm_before(group) for group in wiring.matrices.groups]
+        assert [found is not None for found in alone] == [not unused, False, not unused, False]
+
+
 def test_skipped_layers_belong_to_a_link() -> None:
     block = block_of(tiny("llama"), skip=("k_proj",))
     links, _ = watched(block).links()

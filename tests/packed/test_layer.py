@@ -14,6 +14,15 @@ from esparse.packed.matrix import pack, to_file
 from tests.packed.test_matrix import pruned
 
 
+@pytest.fixture(autouse=True, params=["loops", "plain"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything with the compiled loops and without them, as where numba is not installed."""
+    if request.param == "plain":
+        monkeypatch.setattr(layer, "loops", lambda dtype: None)
+    else:
+        pytest.importorskip("numba")
+
+
 @pytest.mark.parametrize("asked", [("2:4", None), ("8:16", None), ("2:4", "4:16")], ids=str)
 @pytest.mark.parametrize("tile_bytes", [1, 4 * 36 * 5, 2**22])
 def test_it_is_the_masked_linear(
@@ -43,7 +52,7 @@ def test_the_kernels_read_the_same_form(asked: str, tokens: int) -> None:
     packed.settle()
     x_TI = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(3))
     assert packed.for_kernels
-    torch.testing.assert_close(packed.by_kernels(x_TI), packed(x_TI))
+    torch.testing.assert_close(packed.by_kernels(x_TI, packed.bias), packed(x_TI))
     y_TO = matvec(packed.values, packed.bits, x_TI[:16], n=pattern.n, m=pattern.m) + packed.bias
     torch.testing.assert_close(y_TO, packed(x_TI[:16]), rtol=1e-5, atol=1e-5)
 
@@ -56,14 +65,32 @@ def test_where_groups_do_not_stand_side_by_side_no_kernel_is_asked() -> None:
 
 def test_the_whole_weight_is_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "TILE_BYTES", 4 * 64 * 8)
+    monkeypatch.setattr(layer, "LOOP_TOKENS", {})
     pattern = patterns.parse("2:4")
     packed = PackedLinear(64, 100, pattern, bias=False, dtype=torch.float32, device=torch.device("cpu"))
     packed.load_state_dict(to_file(pack(pruned(pattern, 100, 64, torch.float32), pattern)))
     packed.settle()
-    rows = []
-    of_matrix = layer.PackedMatrix.dense
+    there: list[int] = []
+    with_zeros = layer.with_zeros
     monkeypatch.setattr(
-        layer.PackedMatrix, "dense", lambda self, first, end: rows.append(end - first) or of_matrix(self, first, end)
+        layer, "with_zeros", lambda of, rows: there.append(rows.stop - rows.start) or with_zeros(of, rows)
     )
-    packed(torch.randn(1, 64))
-    assert sum(rows) == 100 and max(rows) == 8
+    x_TI = torch.randn(1, 64, requires_grad=True)
+    packed(x_TI).sum().backward()
+    assert sum(there) == 2 * 100 and max(there) == 8  # forward and backward
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("asked", [("2:4", None), ("2:4", "4:16")], ids=str)
+def test_gradients(asked: tuple[str, str | None], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "TILE_BYTES", 4 * 36 * 5)
+    pattern = patterns.parse(*asked)
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    weight_OI = pruned(pattern, 17, 36, torch.float32)
+    packed.load_state_dict({**to_file(pack(weight_OI, pattern)), "bias": torch.arange(17.0)})
+    packed.settle()
+    x_TI = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    asked_TO = torch.randn(tokens, 17, generator=torch.Generator().manual_seed(4))
+    grad_TI, grad_O = torch.autograd.grad(packed(x_TI), (x_TI, packed.bias), asked_TO)
+    torch.testing.assert_close(grad_TI, asked_TO @ weight_OI, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_O, asked_TO.sum(0), rtol=1e-5, atol=1e-5)

@@ -36,6 +36,13 @@ def test_a_llama_by_hand(name: str) -> None:
     assert saving.on_disk == rest + matrices * 8.75 / 16
 
 
+def test_experts_count_as_packed() -> None:
+    saving = of_model(tiny("mixtral").config, patterns.parse("2:4"), torch.float32)
+    # Three blocks: q and o, k and v, and four experts with gate, up and down; 32 wide, 48 inside, 8 a head.
+    matrices = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 4 * 3 * 32 * 48)
+    assert saving.dense - saving.in_memory == matrices * 4 * 15 // 32  # a half of 32 bits, less one
+
+
 @pytest.mark.parametrize(("name", "per_cent"), memory.PUBLISHED.items())
 def test_what_is_published_comes_out_when_counted_as_there(name: str, per_cent: float) -> None:
     assert round(100 * as_published(llama(name), patterns.parse("2:4")).share_in_memory, 2) == per_cent

@@ -1,0 +1,56 @@
+"""Many tokens at once on sparse tensor cores: from a second copy of the packed weights, for those who have the room.
+
+A packed layer computes up to 16 tokens from its one copy, and expands a dense one for the time of a call where there
+are more. cuSPARSELt wants a format of its own: for 2:4 in 16 bits 1/16 of the dense bytes more where it begins with
+the values, which is compared and not assumed, and 9/16 where it does not (esparse/kernels/linear.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from esparse.kernels.linear import why_not_cusparselt
+from esparse.packed.layer import PackedLinear
+
+
+def use_sparse_cores(model: nn.Module, on: bool = True) -> dict[str, str]:
+    """From now on the model's packed layers compute more than 16 tokens on sparse tensor cores, or no longer do.
+
+    A layer makes its second copy with its first such call (make one before capturing a CUDA graph), and anew after it
+    was moved. Returns the layers that go on as before, each with the reason; ValueError where that would be all.
+    """
+    layers = _layers(model)
+    left = {name: why for name, layer in layers.items() if (why := _why_not(layer)) is not None} if on else {}
+    if len(left) == len(layers) and on:
+        raise ValueError(next((f"{name}: {why}" for name, why in left.items()), "the model has no packed layer"))
+    for name, layer in layers.items():
+        layer.use_sparse_cores(on and name not in left)
+    return left
+
+
+def second_copy_bytes(model: nn.Module) -> int:
+    """What the second copies cost now, beside the packed weights."""
+    return sum(layer.second_copy_bytes() for layer in _layers(model).values())
+
+
+def _layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _why_not(layer: PackedLinear) -> str | None:
+    if not layer.for_kernels:
+        return "its groups do not stand side by side: sparse tensor cores take export.order=physical without outliers"
+    (nm,) = layer.pattern.parts()
+    shape, dtype = (layer.out_features, layer.in_features), layer.values.dtype
+    return why_not_cusparselt(*shape, n=nm.n, m=nm.m, dtype=dtype) or _why_not_on(layer.values.device)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it is on {device}: move the model to a GPU first"
+    if not torch.backends.cusparselt.is_available():
+        return "this PyTorch comes without cuSPARSELt"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no sparse tensor cores"
+    return None
