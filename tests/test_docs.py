@@ -63,6 +63,15 @@ def test_commands_compose(command: str) -> None:
             schema.build(compose("config", job))
 
 
+def test_the_table_of_groups_has_every_option() -> None:
+    text = (ROOT / "README.md").read_text()
+    folders = [folder for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"]
+    assert len(folders) >= 10
+    for folder in folders:
+        (row,) = re.findall(rf"^\| `{folder.name}` \|.*$", text, flags=re.M)
+        assert not [path.stem for path in folder.glob("*.yaml") if f"`{path.stem}`" not in row], folder.name
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiments_compose(experiment: Path) -> None:
     done = launch("-cd", "experiments", "-cn", experiment.stem, "--cfg", "job", cwd=ROOT)
