@@ -106,7 +106,7 @@ def submitted_deep_run(workshop: Path, out: Path, *more: str, **launcher: object
     (sweep,) = sweeps(out)
     assert f"python -m esparse.sweep status|wait|cancel {sweep}" in said
     (folder,) = (path.parent for path in out.glob("*/status.json"))
-    until(lambda: list(folder.glob("blocks/done-00001*")))
+    until((folder / "blocks" / "done-00001.safetensors").exists)  # whole, not a draft
     assert not (folder / "result.json").exists()
     return sweep, folder
 
