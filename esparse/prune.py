@@ -37,7 +37,7 @@ from esparse.walk import Observed, Walk
 
 log = logging.getLogger("esparse")
 
-# Weights of several layers that are updated as one: more are so much work that one after the other takes no longer.
+# Weights of several layers that are updated as one, at most: an update holds float32 copies of all of them at once.
 JOINED_WEIGHTS = 2**27
 BINS = 100  # of a profile's entropies, where the metric has none of its own
 

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "python3 -m venv .venv": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e .": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
-    "pip install 'esparse[cpu]'": ("pyproject.toml", "cpu = ["),
+    "pip install -e '.[cpu]'": ("pyproject.toml", "cpu = ["),
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),

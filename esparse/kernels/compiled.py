@@ -1,4 +1,4 @@
-"""Products of packed weights on a CPU, in loops that numba compiles (an extra: `pip install esparse[cpu]`).
+"""Products of packed weights on a CPU, in loops that numba compiles (an extra, `cpu`).
 
 A piece of a row gets its zeros back in a core's cache and is multiplied there. Where the CPU has AVX-512 (VBMI2 for 16
 bits), one instruction spreads the survivors of 32 columns; elsewhere they are put into their places one by one.
