@@ -12,7 +12,8 @@ of p the group keeps max(b_p, x) beside n - 1 others that do not depend on x. So
 
 exact for every n:m. All p of a group share two thresholds per row, v_n and v_{n+1}: two maxima per channel q, which a
 product with the group's keep mask sums for each p. On a CPU this takes half the time of one maximum per pair (p, q)
-at 2:4 and a third at 4:8; `torch.cdist` (max(a, b) = (a + b + |a - b|) / 2) takes four times as long.
+at 2:4 and a third at 4:8; `torch.cdist` (max(a, b) = (a + b + |a - b|) / 2) takes four times as long. With numba a
+compiled loop does it (esparse/kernels/maxima.py), which leaves Python's lock to the other threads.
 
 Shapes: O outputs, I inputs, R = O rows; B blocks of equal width, C channels of a block, G groups of a block,
 M channels of a group, K groups taken from any block, T thresholds of a group, N = T R, P swaps. A place is where a
@@ -25,6 +26,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -225,14 +227,30 @@ def largest(scores_KMR: Tensor, count: int) -> list[Tensor]:
     return values[:count]
 
 
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """The loop that numba compiles (esparse/kernels/maxima.py); None without numba."""
+    if find_spec("numba") is None:
+        return None
+    from esparse.kernels import maxima
+
+    loop: Callable[..., None] = maxima.summed_maxima
+    return loop
+
+
 def summed_maxima(thresholds_KTR: Tensor, which_KMTR: Tensor, scores_RC: Tensor) -> Tensor:
     """sum_r max(b_p[r], x_q[r]) for each p of the groups and each channel q (K x M x C, float64).
 
     b_p is the one of a group's T thresholds (two here, one in an assignment) for which `which` is 1, else 0. Sums are
-    float32 within `STRIPE` rows.
+    float32 within `STRIPE` rows. With numba a CPU takes a compiled loop, whose sums are rounded otherwise.
     """
     groups, slots, thresholds, rows = which_KMTR.shape
     channels = scores_RC.shape[1]
+    compiled = _compiled() if scores_RC.device.type == "cpu" else None
+    if compiled is not None:
+        sums_KMC = torch.zeros(groups, slots, channels, dtype=torch.float64)
+        compiled(thresholds_KTR.numpy(), which_KMTR.numpy(), scores_RC.contiguous().numpy(), sums_KMC.numpy())
+        return sums_KMC
     # Whatever the number of groups, rows are cut alike: so a group's sums do not depend on the others.
     group_step, row_step = CPU_TILE if scores_RC.device.type == "cpu" else GPU_TILE
     group_step = max(1, min(group_step, groups))

@@ -16,6 +16,8 @@ from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.shuffles.lsa import Best, Lsa, kept_score
 from esparse.shuffles.swap import summed_maxima
 
+pytestmark = pytest.mark.usefixtures("maxima")
+
 
 def scores(rows: int, inputs: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +77,7 @@ def test_by_hand() -> None:
     assert kept_score(x, assign_slots(x, torch.arange(4), n=1, m=2), NM(1, 2)) == 17
 
 
-@pytest.mark.parametrize("rows", [7, 300])  # less and more than a tile
+@pytest.mark.parametrize("rows", [7, 300])  # less and more than a tile, or a stripe of the compiled loop
 def test_summed_maxima(rows: int) -> None:
     """Each channel p of 5 groups of 2 takes one of its group's 3 thresholds."""
     thresholds = scores(15, rows, 1).view(5, 3, rows)
