@@ -190,6 +190,38 @@ def test_routers_read_the_norm_too(family: str, routers: int) -> None:
     assert wiring.changed([link], doubled)
 
 
+class Gate(nn.Module):
+    """A router of one output, which is not a linear layer; made for these tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight.T).sigmoid()
+
+
+class Gated(nn.Module):
+    """An MLP times what a gate says of its input."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.gate = mlp, Gate()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) * self.gate(x)
+
+
+def test_a_norm_that_a_router_reads_beside_one_group_is_nobodys_own() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp = Gated(model.model.layers[0].mlp)
+    wiring = watched(block_of(model))
+    norm = wiring.source(reading(wiring, "up_proj"))
+    assert norm is not None and norm.endswith("post_attention_layernorm")
+    assert wiring.norm_before(reading(wiring, "q_proj")) is not None
+    assert wiring.norm_before(reading(wiring, "up_proj")) is None
+
+
 def test_layers_that_never_ran_forbid_a_change_of_what_they_may_read() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.unused = nn.Linear(32, 7)
