@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import esparse  # noqa: F401  transformers then knows the format
 from esparse import patterns
-from esparse.export import Export, Finished
+from esparse.export import Export, Finished, checkpoint
 from esparse.export.dense import Dense
 from esparse.export.packed import Packed, _why_dense
 from esparse.method import Method
 from esparse.metrics.wanda import Wanda
+from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
+from esparse.models.reorder import Reordered, reorder
 from esparse.packed import layer as packed_layer
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
@@ -194,6 +196,26 @@ def test_a_model_read_block_by_block_gives_the_same_files(make: Any, tmp_path: P
         written(make(), blocks, pruned(blocks), tmp_path / store)
     for file in (tmp_path / "memory" / "export").iterdir():
         assert file.read_bytes() == (tmp_path / "shards" / "export" / file.name).read_bytes(), file.name
+
+
+def test_what_a_block_reads_is_tried_on_what_the_blocks_before_it_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Tensor] = []
+
+    def spied(block: Block, *args: Any, **how: Any) -> Reordered:
+        read.append(torch.cat(block.activations.hidden))
+        return reorder(block, *args, **how)
+
+    monkeypatch.setattr(checkpoint, "reorder", spied)
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    with torch.no_grad():
+        states = blocks.model(input_ids=TOKENS_SL[:2], use_cache=False, output_hidden_states=True).hidden_states
+    written(packed(), blocks, of, tmp_path)
+    assert len(read) == len(blocks.blocks) > 1
+    for got, expected in zip(read, states, strict=False):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("there", [True, False])
