@@ -14,11 +14,7 @@ def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
     `value` is the first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that
     the table lacks.
     """
-    value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
-    for column, known in [*((c, table.asked) for c in across), (value, table.measured)]:
-        if column not in known or column not in table.columns:
-            there = ", ".join(c for c in known if c in table.columns and c != "runs")
-            raise ValueError(f"no column {column!r} to turn the table by; there is {there or 'nothing'}")
+    value = known(table, across, value)
     down = [c for c in table.asked if c not in (*across, "id", "runs")]
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     names: dict[str, dict[str, Any]] = {}
@@ -29,3 +25,13 @@ def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
         rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
     columns = sorted(names, key=lambda name: [natural(names[name][c]) for c in across])
     return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)
+
+
+def known(table: Grid, columns: Sequence[str], value: str | None) -> str:
+    """The measured column `value`, or the first pruned perplexity; ValueError where it or another column is missing."""
+    value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
+    for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:
+        if column not in there or column not in table.columns:
+            found = ", ".join(c for c in there if c in table.columns and c not in ("id", "runs"))
+            raise ValueError(f"no column {column!r}; there is {found or 'nothing'}")
+    return value

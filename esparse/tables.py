@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.grid import Grid, Record, Spread, cells, grid, means, natural, profiles, read_records
 from esparse.latex import latex_of
 from esparse.page import page
+from esparse.pairs import pairs
 from esparse.pictures import FORMATS, PICTURES, plot
 from esparse.pivot import pivot
 
@@ -116,7 +117,7 @@ def _aligned(columns: list[str], right: list[bool], rows: list[list[str]]) -> li
 def csv(records: Sequence[Record], *, mean: bool = False, **asked: Any) -> str:
     """Every column with its full precision; a mean over seeds as two columns, `x` and `x std`."""
     table = _table(records, mean, asked)
-    return csv_of(table, spread=set(table.measured) if mean else set())
+    return csv_of(table, spread={c for c in table.measured if any(isinstance(r.get(c), Spread) for r in table.rows)})
 
 
 def csv_of(table: Grid, *, spread: set[str]) -> str:
@@ -152,10 +153,13 @@ def html(records: Sequence[Record], *, mean: bool = False, best: bool = False, *
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Grid:
     if asked.pop("profile", False):
         return profiles(records)
-    across, value, columns = (asked.pop(name, None) for name in ("across", "value", "columns"))
-    if value and not across:
-        raise ValueError("a value is chosen for a table that is turned: say by which columns, with --across")
-    table = pivot(means(grid(records, **asked)), across, value) if across else _flat(records, mean, asked)
+    across, value, columns, compared = (asked.pop(name, None) for name in ("across", "value", "columns", "pairs"))
+    if value and not across and not compared:
+        raise ValueError("a value is chosen for a turned table or for pairs: say by which columns, --across or --pairs")
+    if compared:
+        table = pairs(grid(records, **asked), compared, across=across or (), value=value)
+    else:
+        table = pivot(means(grid(records, **asked)), across, value) if across else _flat(records, mean, asked)
     return table.choose(columns) if columns else table
 
 
@@ -183,8 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sort", metavar="COLUMN", help="order by this column of the table, smallest first")
     parser.add_argument("--latency", action="store_true", help="what was timed (bench=gemm, bench=model), as Markdown")
     parser.add_argument("--mean", action="store_true", help="mean ± standard deviation over seeds, a row per method")
-    parser.add_argument("--across", metavar="COLUMN,...", help="turn the table: a column per value of these, means")
-    parser.add_argument("--value", metavar="COLUMN", help="of a turned table: what stands in it (pruned perplexity)")
+    parser.add_argument("--across", metavar="COLUMN,...", help="a column per value of these, means (--pairs: rows)")
+    parser.add_argument("--pairs", metavar="COLUMN", help="compare runs that differ in this column alone, pair by pair")
+    parser.add_argument("--value", metavar="COLUMN", help="with --across, --pairs: what is shown (pruned perplexity)")
     parser.add_argument("--columns", metavar="COLUMN,...", help="only these columns, in this order")
     parser.add_argument("--best", action="store_true", help="bold: the best of each model, pattern and measurement")
     parser.add_argument("--profile", action="store_true", help="the zeros of layers and heads (runs with profile=true)")
@@ -196,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"the table of latencies is written as Markdown, not {kind}", 2)
     if options.best and kind not in ("markdown", "latex", "html"):
         return _stop(f"--best sets cells in bold, which {kind} does not have", 2)
+    if options.best and options.pairs:
+        return _stop("--best marks the best of a measurement, and --pairs shows differences: leave one of them out", 2)
     if not options.folder.is_dir():
         return _stop(f"{options.folder} is not a folder", 2)
     if kind == "png" and options.out is None:
@@ -208,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot(records, options.out, name=options.plot, corpus=options.corpus, layer=options.layer)
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
-            asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value}
+            asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value, "pairs": options.pairs}
             asked["profile"] = options.profile
             for name in ("across", "columns"):
                 given = getattr(options, name)
@@ -217,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 asked["title"] = f"Runs in {options.folder.resolve().name}"
             if options.best:
                 asked["best"] = True
-            asked_mean = options.mean or bool(options.across)
+            asked_mean = options.mean or (bool(options.across) and not options.pairs)
             written = latencies(records) if options.latency else write(records, mean=asked_mean, **asked)
             if options.out is None:
                 print(written, end="")

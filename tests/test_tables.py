@@ -277,14 +277,55 @@ def test_a_turned_table_by_hand():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"across": ["colour"]}, "no column 'colour' to turn the table by; there is model, metric"),
-        ({"across": ["metric"], "value": "weight"}, "no column 'weight' to turn the table by; there is density"),
-        ({"value": "error"}, "say by which columns, with --across"),
+        ({"across": ["colour"]}, "no column 'colour'; there is model, metric"),
+        ({"across": ["metric"], "value": "weight"}, "no column 'weight'; there is density"),
+        ({"pairs": "colour"}, "no column 'colour'; there is model, metric"),
+        ({"pairs": "pattern"}, "no two runs with a 'builtin ppl pruned' differ in 'pattern' alone"),
+        ({"value": "error"}, "say by which columns, --across or --pairs"),
     ],
 )
 def test_a_table_that_cannot_be_turned(asked, words):
     with pytest.raises(ValueError, match=words):
         markdown(TWO, **asked)
+
+
+def test_pairs_by_hand():
+    runs = [record("1", pruned=12.0), record("2", pruned=11.0, seed=1), record("3", pruned=9.0, pattern="4:8")]
+    runs += [record("4", metric="entropy", pruned=11.5, alpha=1.0), record("5", metric="ria", pruned=12.0, seed=1)]
+    runs += [record("6", metric="entropy", pruned=11.0, alpha=2.0), record("7", metric="ria", pruned=12.5)]
+    runs += [record("8", metric="none", pruned=20.0), record("9", metric="none", pruned=None, seed=1)]
+    lines = [line.replace(" ", "") for line in markdown(runs, pairs="metric").splitlines()]
+    assert lines == [
+        "|metric|against|pairs|lower|higher|difference|least|greatest|",
+        "|---------------|---------------|----:|----:|-----:|----------:|----:|-------:|",
+        "|entropyalpha=1|entropyalpha=2|1|0|1|0.50|0.50|0.50|",
+        "|entropyalpha=1|ria|1|1|0|-1.00|-1.00|-1.00|",
+        "|entropyalpha=1|wanda|1|1|0|-0.50|-0.50|-0.50|",
+        "|entropyalpha=1|none|1|1|0|-8.50|-8.50|-8.50|",
+        "|entropyalpha=2|ria|1|1|0|-1.50|-1.50|-1.50|",
+        "|entropyalpha=2|wanda|1|1|0|-1.00|-1.00|-1.00|",
+        "|entropyalpha=2|none|1|1|0|-9.00|-9.00|-9.00|",
+        "|ria|wanda|2|0|2|0.75±0.35|0.50|1.00|",
+        "|ria|none|1|1|0|-7.50|-7.50|-7.50|",
+        "|wanda|none|1|1|0|-8.00|-8.00|-8.00|",
+    ]
+    written = csv(runs, pairs="metric").splitlines()
+    assert written[0] == "metric,against,pairs,lower,higher,difference,difference std,least,greatest"
+    assert written[8].startswith("ria,wanda,2,0,2,0.75,0.35355")
+
+
+def test_pairs_for_each_value_of_another_column():
+    runs = [
+        record(f"{s}{m}{p}", seed=s, metric=m, pattern=p, pruned=len(m) + s)
+        for s in (0, 1)
+        for m in ("wanda", "ria")
+        for p in ("4:8", "2:4")
+    ]
+    lines = markdown(runs, pairs="metric", across=["pattern"], value="builtin ratio").splitlines()[2:]
+    assert [line.replace(" ", "") for line in lines] == [
+        "|2:4|ria|wanda|2|2|0|-0.200|-0.200|-0.200|",
+        "|4:8|ria|wanda|2|2|0|-0.200|-0.200|-0.200|",
+    ]
 
 
 def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
