@@ -79,9 +79,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published = record("e5", metric="wanda", pruned=11.6)
     published["config"]["model"]["name"] = published["model"]["name"] = "llama-7b"
     published["quality"] = {"wikitext2": {"dense": 5.7, "pruned": 11.6, "tokens": 10, "sequence_length": 2048}}
-    pair = [record(run, metric="ria") for run in ("f6", "f7")]  # that differ in the shuffle alone
-    pair[0]["config"]["choices"]["shuffle"] = "gns"
-    write(root, published, *pair)
+    alike = [record(run, metric="ria") for run in ("f6", "f7", "f8")]  # but for the shuffle
+    for one, shuffle in zip(alike, ("none", "gns", "lbs"), strict=True):
+        one["config"]["choices"]["shuffle"] = shuffle
+    write(root, published, *alike)
     test_page.beside(root)
     return root
 
