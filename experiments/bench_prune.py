@@ -290,7 +290,7 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and memory against parameters, and against calibration tokens; slopes of both on logarithmic axes."""
+    """Seconds and memory against parameters, and against calibration tokens: powers of them, and straight lines."""
     method = arguments.methods[0] if len(arguments.methods) == 1 else "entropy + esparse"
     base = {key: getattr(arguments, key) for key in ("size", "sequences", "length", "dtype", "batch_tokens")}
     base["method"] = method
@@ -304,15 +304,25 @@ def growth(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\n| {what} | seconds | peak host MiB |\n|---|---|---|")
         for x, result in of.items():
             print(f"| {x:,} | {result['seconds']:.2f} | {result['host_mib']:.0f} |")
-        print(f"\nslope of seconds: {_slope({x: r['seconds'] for x, r in of.items()}):.2f} (1 is linear)")
+        seconds, mib = ({x: result[key] for x, result in of.items()} for key in ("seconds", "host_mib"))
+        print(f"\nseconds go with the power {_power(seconds):.2f} of them (1 is linear);")
+        print(f"a million more take {_line(seconds):.3f} s and {_line(mib):.2f} MiB (straight lines)")
     _plot(points, method, RESULTS / "growth.png")
     return {"settings": base, "points": points}
 
 
-def _slope(values: dict[int, float]) -> float:
+def _power(values: dict[int, float]) -> float:
+    """The slope on logarithmic axes."""
     import numpy as np
 
     return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
+
+
+def _line(values: dict[int, float]) -> float:
+    """The slope of a straight line, for each million."""
+    import numpy as np
+
+    return float(np.polyfit(np.array(list(values)) / 1e6, list(values.values()), 1)[0])
 
 
 def _plot(points: dict[str, dict[int, dict[str, Any]]], method: str, path: Path) -> None:
