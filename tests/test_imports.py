@@ -22,7 +22,7 @@ LAYERS = [
     | {"tracking", "progress"},
     {"runs"},
     {"recoveries", "allocations", "plots", "pivot", "latex", "journal"},
-    {"method", "curves"},
+    {"method", "curves", "pairs"},
     {"walk", "channels"},
     {"prune", "plan", "pictures"},
     {"export", "record", "measure", "page"},
