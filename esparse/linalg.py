@@ -15,6 +15,11 @@ log = logging.getLogger("esparse")
 MOST_DAMPING = 100.0  # of the mean of the diagonal; beyond it the matrix is the identity for all purposes
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or Inf: as a rule in one look at each, as the sum is not finite where one is not."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
 def damped(gram_II: Tensor, share: float) -> Tensor:
     """G with `share` of its mean diagonal added to the diagonal.
 
@@ -34,7 +39,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     The damping begins at `damp` times the mean of the diagonal; where a Cholesky factor does not exist in float32,
     float64 is tried, and after it ten times the damping, which the log says. Raises ValueError where G is not finite.
     """
-    if not torch.isfinite(gram_II).all():
+    if not all_finite(gram_II):
         raise ValueError("the Gram matrix of a layer's input holds NaN or Inf: try model.dtype=float32")
     share = damp
     while share <= MOST_DAMPING:
@@ -47,7 +52,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
                 upper_II = lower_II.flip(0, 1)
                 one_II = torch.eye(len(upper_II), dtype=dtype, device=upper_II.device)
                 inverse_II = torch.linalg.solve_triangular(upper_II, one_II, upper=True).float()
-                if torch.isfinite(inverse_II).all():
+                if all_finite(inverse_II):
                     if share > damp:
                         log.warning("a Gram matrix was singular: damping raised from %g to %g of its mean", damp, share)
                     return inverse_II
@@ -80,8 +85,8 @@ def solve_on_support(
     residual of every row has fallen to `tolerance` of its first. The error of no row ever rises.
     """
     inverse_I = gram_II.diagonal().clamp_min(torch.finfo(gram_II.dtype).tiny).reciprocal()
-    weight_OI = start_OI.masked_fill(~keep_OI, 0.0)
-    residual_OI = ((dense_OI - weight_OI) @ gram_II).masked_fill(~keep_OI, 0.0)
+    weight_OI = start_OI * keep_OI
+    residual_OI = ((dense_OI - weight_OI) @ gram_II) * keep_OI
     scaled_OI = residual_OI * inverse_I
     direction_OI = scaled_OI.clone()
     energy_O = (residual_OI * scaled_OI).sum(1)
@@ -89,7 +94,7 @@ def solve_on_support(
     for _ in range(iterations):
         if (energy_O <= enough_O).all():
             break
-        image_OI = (direction_OI @ gram_II).masked_fill(~keep_OI, 0.0)
+        image_OI = (direction_OI @ gram_II) * keep_OI
         curvature_O = (direction_OI * image_OI).sum(1)
         step_O = torch.where(curvature_O > 0, energy_O / curvature_O, 0.0)
         weight_OI += step_O[:, None] * direction_OI

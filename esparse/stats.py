@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esparse import kernels
 from esparse.cores import each_core
 from esparse.linalg import inverse_factor
 from esparse.ranks import Ranks
@@ -209,10 +210,16 @@ class ColumnEntropy(Statistic):
         # A channel that never changes has one bin and no entropy.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
         on_cpu = self.device.type == "cpu"
+        compiled = kernels.loops("histogram") if on_cpu and all(map(_is_plain, parts)) else None
         # Some million values at a time: the indices beside it would otherwise be as large as the input.
         step = max(1, (2**20 if on_cpu else 2**21) // min(self.inputs, CHANNELS if on_cpu else self.inputs))
 
         def count(channels: slice) -> None:
+            if compiled is not None:
+                arrays = [value_I.numpy() for value_I in (low_I.contiguous(), scale_I, self.counts_IK)]
+                for x_TI in parts:
+                    compiled.count(x_TI.numpy(), channels.start, channels.stop, *arrays)
+                return
             low, scale, counts_CK = low_I[channels], scale_I[channels], self.counts_IK[channels]
             # Indices of 32 bits are counted faster than those of 64.
             place_C = torch.arange(0, counts_CK.numel(), self.bins, dtype=torch.int32, device=self.device)
@@ -230,14 +237,21 @@ class ColumnEntropy(Statistic):
 
         if on_cpu:
             with each_core() as pool:
-                list(pool.map(count, (slice(c, c + CHANNELS) for c in range(0, self.inputs, CHANNELS))))
+                list(
+                    pool.map(count, (slice(c, min(c + CHANNELS, self.inputs)) for c in range(0, self.inputs, CHANNELS)))
+                )
         else:
-            count(slice(None))
+            count(slice(0, self.inputs))
 
     def entropy_I(self) -> Tensor:
         """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""
         share_IK = self.counts_IK.double() / max(self.tokens, 1)
         return torch.special.entr(share_IK).sum(-1).float()
+
+
+def _is_plain(x_TI: Tensor) -> bool:
+    """Whether a compiled loop can read it as it lies."""
+    return x_TI.dtype == torch.float32 and x_TI.is_contiguous()
 
 
 class Gram(Statistic):
@@ -293,41 +307,53 @@ class TokenSample(Statistic):
     def __init__(self, *, most: int, **size: Any) -> None:
         super().__init__(**size)
         self.most = most
-        self.highest = 2**32  # turns from here on are too late
-        # On the host, so that a GPU is not waited for.
-        self._turns: list[Tensor] = []
-        self._parts: list[Tensor] = []
+        # Tokens by number, on the host so that a GPU is not waited for, and their inputs; both in any order.
+        self._token_S = torch.zeros(0, dtype=torch.int64)
+        self._x_SI = torch.zeros(0, self.inputs, device=self.device)
 
     def add(self, x_TI: Tensor, look: int) -> None:
-        if look != 0:
-            return
-        first = self.before + self.tokens + 1
-        self.tokens += x_TI.shape[0]
-        turn_T = torch.arange(first, first + x_TI.shape[0]) * 2654435769 % 2**32  # 2^32 / golden ratio
-        early = (turn_T < self.highest).nonzero()[:, 0]
-        self._turns.append(turn_T[early])
-        self._parts.append(x_TI[early.to(x_TI.device, non_blocking=True)])
-        if sum(map(len, self._turns)) >= 2 * self.most:
-            self._keep_lowest(torch.cat(self._turns), torch.cat(self._parts))
+        if look == 0:
+            first = self.before + self.tokens
+            self.tokens += x_TI.shape[0]
+            self._take(torch.arange(first, first + x_TI.shape[0]), x_TI)
 
-    def _keep_lowest(self, turn_N: Tensor, x_NI: Tensor) -> None:
-        if len(turn_N) > self.most:
-            self.highest = int(turn_N.kthvalue(self.most).values) + 1
-            early = (turn_N < self.highest).nonzero()[:, 0]
-            turn_N, x_NI = turn_N[early], x_NI[early.to(x_NI.device, non_blocking=True)]
-        self._turns, self._parts = [turn_N], [x_NI]
+    def _take(self, token_T: Tensor, x_TI: Tensor) -> None:
+        """Puts the inputs of early tokens into the places of later ones."""
+        held = len(self._token_S)
+        turn_N = _turn(torch.cat([self._token_S, token_T]))
+        is_early = turn_N <= turn_N.kthvalue(self.most).values if len(turn_N) > self.most else turn_N >= 0
+        come_T = is_early[held:].nonzero()[:, 0]
+        if not len(come_T):
+            return
+        place_T = (~is_early[:held]).nonzero()[:, 0]
+        if len(place_T) < len(come_T):  # not full yet
+            size = min(self.most, len(turn_N))
+            if size > len(self._x_SI):  # room for all there will be, unless they are few: experts may see few tokens
+                room_SI = torch.empty(self.most if held else size, self.inputs, dtype=x_TI.dtype, device=self.device)
+                room_SI[:held] = self._x_SI[:held]
+                self._x_SI = room_SI
+            place_T = torch.cat([place_T, torch.arange(held, size)])
+            self._token_S = torch.cat([self._token_S, token_T.new_zeros(size - held)])
+        self._token_S[place_T] = token_T[come_T]
+        there = [index.to(self.device, non_blocking=True) for index in (place_T, come_T)]
+        self._x_SI.index_copy_(0, there[0], x_TI.index_select(0, there[1]))
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
-        own_SI = torch.cat(self._parts) if self._parts else torch.zeros(0, self.inputs, device=self.device)
-        turns = ranks.gather(torch.cat(self._turns) if self._turns else torch.zeros(0, dtype=torch.int64))
-        self._keep_lowest(torch.cat(turns), ranks.joined(own_SI))
+        token_S, x_SI = torch.cat(ranks.gather(self._token_S)), ranks.joined(self._held())
+        self._token_S, self._x_SI = self._token_S[:0], x_SI[:0]
+        self._take(token_S, x_SI)
+
+    def _held(self) -> Tensor:
+        return self._x_SI[: len(self._token_S)]
 
     def x_SI(self) -> Tensor:
         """The sampled inputs in float32, in the order of the tokens."""
-        if not self._parts:
-            return torch.zeros(0, self.inputs, device=self.device)
-        self._keep_lowest(torch.cat(self._turns), torch.cat(self._parts))
-        return self._parts[0].float()
+        return self._held()[self._token_S.argsort().to(self.device, non_blocking=True)].float()
+
+
+def _turn(token_T: Tensor) -> Tensor:
+    """(i + 1) / golden ratio modulo 1, in units of 2^-32: no two of 2^32 tokens have the same one."""
+    return (token_T + 1) * 2654435769 % 2**32
 
 
 class WeightGradient:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esparse import gradients
 from esparse.journal import Entry, Journal
+from esparse.linalg import all_finite
 from esparse.method import Method
 from esparse.models import room
 from esparse.models.activations import Activations
@@ -220,7 +220,7 @@ def _observe(
         log.warning("%s took no part in the forward pass and stays dense", name)
     for group in matrices.groups:
         gram = statistics_of(group).get("gram")
-        if isinstance(gram, Gram) and not torch.isfinite(gram.gram_II).all():
+        if isinstance(gram, Gram) and not all_finite(gram.gram_II):
             raise ValueError(
                 f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
                 "or float32, otherwise the model's weights are damaged"

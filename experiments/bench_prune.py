@@ -5,11 +5,11 @@
     python experiments/bench_prune.py --growth                       # seconds and memory against size and tokens
 
 Every method runs in a process of its own on the same random weights and tokens, so that its peak memory is its own;
-what is timed begins with the model in memory and ends with the last block. The floor is the model's own forward pass
-through its blocks, twice: once to look at the dense block, once with the pruned one. `plain wanda` and
-`plain sparsegpt` are written here as the papers' scripts work: hooks on every linear layer, one sequence after the
-other, a Python loop over the groups or columns. Rounds are interleaved; the table has the medians. Cost of the first
-table: ten minutes on two cores, of the growth fifteen.
+what is timed begins with the model in memory, after a tiny one was pruned (threads, caches, compiled loops), and ends
+with the last block. The floor is the model's own forward pass through its blocks, twice: once to look at the dense
+block, once with the pruned one. `plain wanda` and `plain sparsegpt` are written here as the papers' scripts work: hooks
+on every linear layer, one sequence after the other, a Python loop over the groups or columns. Rounds are interleaved;
+the table has the medians. Cost of the first table: eight minutes on two cores, of the growth six.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = {"seconds": "s", "host_mib": "MiB"}  # whose growth is shown, and its unit
+STEPS = {"parameters": (10**6, "million"), "calibration tokens": (10**3, "thousand")}  # what it is shown against
 # Hidden width, width of the MLP, blocks, vocabulary; heads of 64 (of 128 at 7b), embeddings tied.
 SIZES = {
+    "warm": (128, 256, 2, 128),
     "10m": (384, 1024, 5, 4096),
     "30m": (512, 1376, 9, 4096),
     "110m": (768, 2048, 12, 32000),
@@ -232,9 +234,8 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     model = llama(settings["size"], length, getattr(torch, settings["dtype"]))
     seeded = torch.Generator().manual_seed(1)
     tokens_SL = torch.randint(1, 4096, (settings["sequences"], length), generator=seeded)
-    with torch.inference_mode():  # threads, caches, kernels
-        warm = torch.randn(64, 64, device=device)
-        linear(warm, warm)
+    # Threads, caches, kernels and compiled loops, as a run of any length pays for them once.
+    run(llama("warm", 64, getattr(torch, settings["dtype"])), torch.arange(128).view(2, 64), device, 64)
     before = _peak_host_mib()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -304,9 +305,11 @@ def growth(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\n| {what} | seconds | peak host MiB |\n|---|---|---|")
         for x, result in of.items():
             print(f"| {x:,} | {result['seconds']:.2f} | {result['host_mib']:.0f} |")
-        seconds, mib = ({x: result[key] for x, result in of.items()} for key in ("seconds", "host_mib"))
-        print(f"\nseconds go with the power {_power(seconds):.2f} of them (1 is linear);")
-        print(f"a million more take {_line(seconds):.3f} s and {_line(mib):.2f} MiB (straight lines)")
+        print(
+            f"\nseconds go with the power {_power({x: r['seconds'] for x, r in of.items()}):.2f} of them (1 is linear);"
+        )
+        for key in MEASURED:
+            print(f"{_said(of, key, what)}, off by {_off(of, key):.0%} at most")
     _plot(points, method, RESULTS / "growth.png")
     return {"settings": base, "points": points}
 
@@ -318,30 +321,50 @@ def _power(values: dict[int, float]) -> float:
     return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
 
 
-def _line(values: dict[int, float]) -> float:
-    """The slope of a straight line, for each million."""
+def _line(of: dict[int, dict[str, Any]], key: str) -> tuple[float, float]:
+    """The slope of a straight line and its value at zero."""
     import numpy as np
 
-    return float(np.polyfit(np.array(list(values)) / 1e6, list(values.values()), 1)[0])
+    slope, start = np.polyfit(list(of), [result[key] for result in of.values()], 1)
+    return float(slope), float(start)
+
+
+def _said(of: dict[int, dict[str, Any]], key: str, what: str) -> str:
+    (slope, start), (step, name) = _line(of, key), STEPS[what]
+    return f"{start:.3g} + {slope * step:.3g} {MEASURED[key]} per {name}"
+
+
+def _off(of: dict[int, dict[str, Any]], key: str) -> float:
+    """How far a measurement is from the straight line at most, as a part of itself."""
+    slope, start = _line(of, key)
+    return max(abs(start + slope * x - result[key]) / result[key] for x, result in of.items())
 
 
 def _plot(points: dict[str, dict[int, dict[str, Any]]], method: str, path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, (what, of) in zip(axes, points.items(), strict=True):
-        axis.loglog(list(of), [r["seconds"] for r in of.values()], "o-", label="seconds")
-        axis.loglog(list(of), [r["host_mib"] for r in of.values()], "s--", label="peak host memory, MiB")
-        axis.set_xlabel(what)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure, axes = plt.subplots(len(MEASURED), len(points), figsize=(9, 5.5), layout="constrained", sharex="col")
+    for column, (what, of) in zip(axes.T, points.items(), strict=True):
+        for axis, key in zip(column, MEASURED, strict=True):
+            slope, start = _line(of, key)
+            ends = [0, max(of)]
+            axis.plot(list(of), [result[key] for result in of.values()], "o", label="measured")
+            axis.plot(ends, [start + slope * x for x in ends], "--", label=_said(of, key, what), zorder=1)
+            axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_formatter(EngFormatter())
+            axis.grid(alpha=0.3)
+            axis.legend(loc="upper left")
+        column[-1].set_xlabel(what)
+    for axis, label in zip(axes[:, 0], ("seconds", "peak resident memory, MiB"), strict=True):
+        axis.set_ylabel(label)
     figure.suptitle(f"{method}: cost of pruning")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="110m")
+    parser.add_argument("--size", choices=[size for size in SIZES if size != "warm"], default="110m")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32")

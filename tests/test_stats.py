@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Gram, Statistic, TokenSample
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 CPU = torch.device("cpu")
 SIZE = {"inputs": 5, "sequences": 4, "device": CPU}
 
@@ -70,6 +72,22 @@ def test_entropy_equals_the_formula(range_: str, bins: int) -> None:
             "fixed": (-1.25, 1.25),
         }[range_]
         assert got[channel].item() == pytest.approx(entropy_by_hand(column, low, high, bins), abs=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 130, 300])  # a part of what a loop or a core takes at a time, and more
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_of_several_micro_batches(channels: int, tokens: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    entropy = ColumnEntropy(bins=3, range="fixed", limit=0.75, inputs=channels, sequences=1, device=CPU)
+    entropy.looks = 2  # as where the range is looked for first
+    entropy.add_all(list(x), 1)
+    expected = [[0, 0, 0] for _ in range(channels)]
+    for channel, column in enumerate(x.flatten(0, 1).T.tolist()):
+        for value in column:
+            expected[channel][0 if value < -0.25 else 1 if value < 0.25 else 2] += 1
+    assert entropy.counts_IK.tolist() == expected
+    assert entropy.tokens == 2 * tokens
 
 
 def test_entropy_by_hand() -> None:

@@ -328,6 +328,20 @@ def test_pairs_for_each_value_of_another_column():
     ]
 
 
+def test_salient_weights_are_paired_apart_from_the_pattern_that_they_are_beside():
+    runs = []
+    for k, (base, outliers) in enumerate([("4:8", None), ("8:16", None), ("8:16", "4:32"), ("4:8", "4:32")]):
+        runs.append(record(str(k), pattern=f"{base}+{outliers}" if outliers else base, pruned=12.0 + k))
+        runs[-1]["config"]["outliers"] = outliers
+
+    def compared(column):
+        lines = markdown(runs, pairs=column).splitlines()[2:]
+        return [line.replace(" ", "") for line in lines]
+
+    assert compared("outliers") == ["|4:32|-|2|0|2|2.00±1.41|1.00|3.00|"]
+    assert compared("pattern") == ["|4:8|8:16|2|1|1|0.00±1.41|-1.00|1.00|"]
+
+
 def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
     runs = [record("a", pruned=math.inf), record("b", pruned=None), record("c", pruned=123456.7)]
     rows = [line.split("|") for line in markdown(runs, sort="id").splitlines()[4:]]

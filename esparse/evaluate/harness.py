@@ -68,4 +68,4 @@ class BlockLM(TemplateLM):
             yield (None, *make_disjoint_window(window))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError("ZeroShot.load refuses tasks that generate text")
+        raise AssertionError("ZeroShot.load refuses tasks that generate text")

@@ -2,4 +2,20 @@
 
 The compute form of a matrix of R rows (outputs) and I columns (inputs): `values` (R x K), the survivors of each row in
 column order, K of them in every row; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
+
+What pruning itself does again and again on a CPU has loops that numba compiles, beside PyTorch's operations: maxima.py,
+columns.py, sweep.py.
 """
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+@cache
+def loops(name: str) -> Any:
+    """The module of loops that numba compiles (esparse/kernels/NAME.py); None without numba (an extra, `cpu`)."""
+    return import_module(f"{__name__}.{name}") if find_spec("numba") is not None else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from esparse.kernels import linear as kernels
+from esparse.kernels import loops as compiled_loops
 from esparse.kernels.linear import GEMV_TOKENS, packed_linear
 from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
@@ -198,11 +198,8 @@ class _Product(torch.autograd.Function):
 @cache
 def loops(dtype: torch.dtype) -> Any:
     """The module of compiled loops (esparse/kernels/compiled.py); None without numba, or for a precision it lacks."""
-    if find_spec("numba") is None:
-        return None
-    from esparse.kernels import compiled
-
-    return compiled if compiled.takes(dtype) else None
+    compiled = compiled_loops("compiled")
+    return compiled if compiled is not None and compiled.takes(dtype) else None
 
 
 def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:

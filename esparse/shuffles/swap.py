@@ -26,11 +26,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from esparse import kernels
 from esparse.cores import each_core
 
 # A swap must raise what its two groups keep by more than this part of it. The float32 sums behind a gain carry
@@ -227,17 +227,6 @@ def largest(scores_KMR: Tensor, count: int) -> list[Tensor]:
     return values[:count]
 
 
-@cache
-def _compiled() -> Callable[..., None] | None:
-    """The loop that numba compiles (esparse/kernels/maxima.py); None without numba."""
-    if find_spec("numba") is None:
-        return None
-    from esparse.kernels import maxima
-
-    loop: Callable[..., None] = maxima.summed_maxima
-    return loop
-
-
 def summed_maxima(thresholds_KTR: Tensor, which_KMTR: Tensor, scores_RC: Tensor) -> Tensor:
     """sum_r max(b_p[r], x_q[r]) for each p of the groups and each channel q (K x M x C, float64).
 
@@ -246,10 +235,12 @@ def summed_maxima(thresholds_KTR: Tensor, which_KMTR: Tensor, scores_RC: Tensor)
     """
     groups, slots, thresholds, rows = which_KMTR.shape
     channels = scores_RC.shape[1]
-    compiled = _compiled() if scores_RC.device.type == "cpu" else None
+    compiled = kernels.loops("maxima") if scores_RC.device.type == "cpu" else None
     if compiled is not None:
         sums_KMC = torch.zeros(groups, slots, channels, dtype=torch.float64)
-        compiled(thresholds_KTR.numpy(), which_KMTR.numpy(), scores_RC.contiguous().numpy(), sums_KMC.numpy())
+        compiled.summed_maxima(
+            thresholds_KTR.numpy(), which_KMTR.numpy(), scores_RC.contiguous().numpy(), sums_KMC.numpy()
+        )
         return sums_KMC
     # Whatever the number of groups, rows are cut alike: so a group's sums do not depend on the others.
     group_step, row_step = CPU_TILE if scores_RC.device.type == "cpu" else GPU_TILE

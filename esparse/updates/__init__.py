@@ -42,7 +42,7 @@ class Solution:
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
         """The survivors as they are."""
-        return cls(dense_OI.masked_fill(~keep_OI, 0.0), keep_OI)
+        return cls(dense_OI * keep_OI, keep_OI)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -62,10 +62,10 @@ class Admm(Update):
             if self.mask == "own" and step < self.prune_iterations:
                 share = 1 - (1 - (step + 1) / self.prune_iterations) ** 3
                 keep_OI = gradual_keep(sum_OI.abs(), layer.grouping, share)
-            split_OI = sum_OI.masked_fill(~keep_OI, 0.0)
+            split_OI = sum_OI * keep_OI
             dual_OI = dual_OI + weight_OI - split_OI
             weight_OI = (target_OI + self.penalty * (split_OI - dual_OI)) @ inverse_II
-        final_OI = (weight_OI + dual_OI).masked_fill(~keep_OI, 0.0)
+        final_OI = (weight_OI + dual_OI) * keep_OI
         return Solution(final_OI / norm_I, keep_OI)
 
 

@@ -51,7 +51,7 @@ class Alps(Update):
             weight_OI = ((target_OI - dual_OI + penalty * split_OI) @ vectors_II) * shrunk_I @ vectors_II.T
             moved_OI = weight_OI + dual_OI / penalty
             keep_OI = layer.grouping.keep_top(moved_OI.abs())
-            split_OI = moved_OI.masked_fill(~keep_OI, 0.0)
+            split_OI = moved_OI * keep_OI
             dual_OI = dual_OI + penalty * (weight_OI - split_OI)
             if (step + 1) % CHECK_EVERY:
                 continue

@@ -7,18 +7,19 @@ input's Gram matrix. Shapes: O outputs, I inputs. Polarity: True in `keep` means
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esparse.patterns import Pattern
+    from esparse.patterns import NM, Pattern
     from esparse.stats import Factory
 
 MASKS = ("start", "own")
 INNER = 16  # columns
+ROWS = 256  # that one core sweeps at a time
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +66,22 @@ def sweep(
     """
     import torch
 
+    from esparse import kernels
+
+    loops = kernels.loops("sweep") if dense_OI.device.type == "cpu" and dense_OI.dtype == torch.float32 else None
+    chosen = pattern.parts() if fixed_OI is None else ()
+    # The loop chooses n of m alone, and within a block.
+    if loops is not None and (fixed_OI is not None or (len(chosen) == 1 and chosen[0].m <= block)):
+        return _sweep_rows(loops, dense_OI, upper_II, chosen[0] if chosen else None, fixed_OI, block)
+    return _sweep_columns(dense_OI, upper_II, pattern, fixed_OI, block)
+
+
+def _sweep_columns(
+    dense_OI: Tensor, upper_II: Tensor, pattern: Pattern, fixed_OI: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Column after column, all rows at once."""
+    import torch
+
     # Transposed, a column lies in one piece.
     weight_IO = dense_OI.T.contiguous()
     inputs = len(weight_IO)
@@ -100,6 +117,36 @@ def sweep(
     advance(0, inputs, (block, INNER) if block > INNER else (block,))
     weight_IO.masked_fill_(~keep_IO, 0.0)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+
+
+def _sweep_rows(
+    loops: Any, dense_OI: Tensor, upper_II: Tensor, chosen: NM | None, fixed_OI: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Row after row, on each core some of its own."""
+    import torch
+
+    from esparse.cores import each_core
+
+    outputs, inputs = dense_OI.shape
+    weight_OI = dense_OI.clone(memory_format=torch.contiguous_format)
+    keep_OI = torch.empty_like(weight_OI, dtype=torch.bool) if fixed_OI is None else fixed_OI.contiguous()
+    cuts = [slice(0, inputs)] if chosen is None else chosen.cuts(inputs)
+    blocks = _blocks(cuts, block)
+    own = [upper_II[start:end, start:end].contiguous().numpy() for start, end in blocks]
+    sizes = (0, 0, 0) if chosen is None else (chosen.m, chosen.n, chosen.survivors(inputs % chosen.m))
+
+    @torch.inference_mode()  # of each thread its own
+    def rows(part: slice) -> None:
+        weight_RI, keep_RI = weight_OI[part], keep_OI[part]
+        errors_RB = weight_RI.new_empty(len(weight_RI), max(end - start for start, end in blocks))
+        for (start, end), upper_BB in zip(blocks, own, strict=True):
+            loops.sweep_rows(weight_RI.numpy(), keep_RI.numpy(), upper_BB, start, *sizes, errors_RB.numpy())
+            weight_RI[:, end:].addmm_(errors_RB[:, : end - start], upper_II[start:end, end:], alpha=-1)
+        weight_RI *= keep_RI
+
+    with each_core() as pool:
+        list(pool.map(rows, (slice(start, start + ROWS) for start in range(0, outputs, ROWS))))
+    return weight_OI, keep_OI
 
 
 def _clipped(cuts: list[slice], start: int, end: int) -> list[slice]:

@@ -16,7 +16,7 @@ from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.shuffles.lsa import Best, Lsa, kept_score
 from esparse.shuffles.swap import summed_maxima
 
-pytestmark = pytest.mark.usefixtures("maxima")
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def scores(rows: int, inputs: int, seed: int) -> torch.Tensor:

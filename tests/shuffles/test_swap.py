@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from esparse.patterns import NM
 from esparse.shuffles.swap import TOLERANCE, swap_gains, swap_greedily, swap_in_blocks
 
-pytestmark = pytest.mark.usefixtures("maxima")
+pytestmark = pytest.mark.usefixtures("loops")
 
 PATTERNS = [NM(1, 2), NM(1, 4), NM(2, 4), NM(3, 4), NM(4, 8)]
 
