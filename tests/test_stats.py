@@ -75,17 +75,20 @@ def test_entropy_equals_the_formula(range_: str, bins: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 130, 300])  # a part of what a loop or a core takes at a time, and more
-@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize("tokens", [2, 8, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_counts_of_several_micro_batches(channels: int, tokens: int, dtype: torch.dtype) -> None:
-    x = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    entropy = ColumnEntropy(bins=3, range="fixed", limit=0.75, inputs=channels, sequences=1, device=CPU)
-    entropy.looks = 2  # as where the range is looked for first
-    entropy.add_all(list(x), 1)
-    expected = [[0, 0, 0] for _ in range(channels)]
+    """Every channel goes from its own number to 8 more, in four bins of 2."""
+    x = torch.randint(9, (2, tokens, channels), generator=torch.Generator().manual_seed(tokens))
+    x[0, 0], x[1, 1] = 0, 8
+    parts = [(part + torch.arange(channels) % 100).to(dtype) for part in x]
+    entropy = ColumnEntropy(bins=4, range="channel", limit=1.0, inputs=channels, sequences=1, device=CPU)
+    for look in (0, 1):
+        entropy.add_all(parts, look)
+    expected = [[0, 0, 0, 0] for _ in range(channels)]
     for channel, column in enumerate(x.flatten(0, 1).T.tolist()):
         for value in column:
-            expected[channel][0 if value < -0.25 else 1 if value < 0.25 else 2] += 1
+            expected[channel][min(value // 2, 3)] += 1
     assert entropy.counts_IK.tolist() == expected
     assert entropy.tokens == 2 * tokens
 

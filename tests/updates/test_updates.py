@@ -240,6 +240,14 @@ def test_damping_grows_until_a_factor_exists() -> None:
     assert torch.isfinite(upper_II).all()
 
 
+def test_values_are_finite_even_where_their_sum_is_not() -> None:
+    assert linalg.all_finite(torch.full((4,), 3e38))
+    assert linalg.all_finite(torch.full((4,), 6e4, dtype=torch.float16))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not linalg.all_finite(torch.tensor([1.0, value]))
+    assert not linalg.all_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
 def test_a_gram_matrix_with_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
         linalg.inverse_factor(torch.full((4, 4), float("nan")), 0.01)
@@ -348,6 +356,19 @@ def test_of_equal_chances_the_lowest_index_survives() -> None:
     weight_OI = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 2.0, 2.0], [-1.0] * 10])
     _, keep_OI = sweep(weight_OI, torch.eye(10), NM(2, 4), None, block=8)
     assert keep_OI.int().tolist() == [[1, 1, 0, 0, 1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 1, 1, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("mask", ["start", "own"])
+def test_many_rows_are_swept_like_one(mask: str) -> None:
+    layer, start = problem(outputs=260)
+    many = Obs(mask=mask, damp=0.01, block=8).apply(layer, start)
+    for row in (0, 130, 255, 256, 259):
+        one = Layer(layer.dense_OI[row, None], layer.grouping, layer.stats)
+        alone = Obs(mask=mask, damp=0.01, block=8).apply(
+            one, Solution(start.weight_OI[row, None], start.keep_OI[row, None])
+        )
+        assert torch.equal(many.keep_OI[row], alone.keep_OI[0])
+        torch.testing.assert_close(many.weight_OI[row], alone.weight_OI[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_sweep_leaves_its_input_alone() -> None:
