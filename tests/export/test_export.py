@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,6 +28,7 @@ from esparse.models.load import BUILTIN
 from esparse.models.reorder import Reordered, reorder
 from esparse.packed import layer as packed_layer
 from esparse.packed.experts import PackedExperts
+from esparse.packed.files import checksum
 from esparse.packed.layer import PackedLinear
 from esparse.patterns import Grouping
 from esparse.prune import Pruned, prune
@@ -276,6 +279,35 @@ def test_a_damaged_file_is_refused_by_its_name(harm: str, tmp_path: Path) -> Non
         loaded(tmp_path / "export")
 
 
+def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) -> None:
+    """Whose checksum is right: of 2:4 an index has the numbers 0 to 5 in three bits."""
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    shard = sorted((tmp_path / "export").glob("*.safetensors"))[1]
+    with safe_open(shard, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    name = next(name for name in tensors if name.endswith("up_proj.index"))
+    tensors[name].fill_(255)
+    save_file(tensors, shard, metadata)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["quantization_config"]["files"][shard.name] = checksum(shard)
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    layer = name.removesuffix(".index")
+    with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: .*other choices than 2 of 4"):
+        loaded(tmp_path / "export")
+
+
+def test_only_a_run_packs_a_model(tmp_path: Path) -> None:
+    """transformers neither writes a packed model again nor packs one that it loads."""
+    _, model, _, _ = exported("llama", packed(), tmp_path)
+    with pytest.raises(ValueError, match="esparse and is not serializable"):
+        model.save_pretrained(tmp_path / "again")
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="esparse does require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=model.config.quantization_config)
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     written(packed(), blocks, pruned(blocks), tmp_path)
@@ -306,6 +338,50 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
         written(packed(), blocks, of, tmp_path)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_checkpoint_before_is_there_until_the_new_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    written(dense(), blocks, of, tmp_path)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
+    rename = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(source).name == "export.part":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        written(packed(), blocks, of, tmp_path)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "export.old").iterdir()}
+
+
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    """What transformers loads without a word, what the mark names, and how many tensors come in order by themselves."""
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    blocks.model.generation_config.max_new_tokens = 7
+    facts = written(dense(order="physical"), blocks, pruned(blocks), tmp_path)
+    folder = tmp_path / "export"
+    assert loaded(folder).generation_config.max_new_tokens == 7
+    mark = json.loads((folder / checkpoint.MARK).read_text())
+    assert mark["files"] == {file.name: checksum(file) for file in folder.glob("*.safetensors")}
+    assert len(mark["files"]) == 1 + len(blocks.blocks)
+    assert facts["absorbed"] == len(blocks.blocks)  # down_proj's by gate and up
+
+
+def test_tensors_of_a_checkpoint() -> None:
+    """Every parameter once, buffers that are stored; and no -0.0, which rounding makes, too."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    model.register_buffer("kept", torch.ones(1))
+    model.register_buffer("lost", torch.ones(1), persistent=False)
+    assert set(checkpoint._tensors(model, lambda name: True)) == {"0.weight", "kept"}
+    for dtype in (torch.float16, torch.float32):
+        value = checkpoint.cast(torch.tensor([-0.0, -1e-30, -1.0]), dtype)
+        assert not torch.signbit(value[value == 0]).any()
+    assert value.tolist() == [0.0, pytest.approx(-1e-30), -1.0]
 
 
 def test_a_folder_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:

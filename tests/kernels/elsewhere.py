@@ -1,0 +1,80 @@
+"""Compiles every Triton kernel for GPUs that are not here, by the very code that would launch it.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.elsewhere 80 90      # compute capabilities, times ten
+
+Prints a JSON line for each: the kernel, what for, and how often each instruction that is of interest stands in its PTX.
+The assembler that Triton brings along has taken it by then.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from esparse.kernels.decode import decode
+from esparse.kernels.form import units
+from esparse.kernels.gemv import candidates, matvec
+from esparse.kernels.norm import norm
+from tests.kernels.packed import matrix
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+PRODUCTS = [(BF16, 2, 4, 1), (BF16, 2, 4, 4), (F16, 8, 16, 2), (F32, 4, 8, 16), (BF16, 16, 32, 3), (F16, 3, 6, 1)]
+OF_INTEREST = re.compile(r"\b(?:ld\.global|st\.global|mma|wgmma)[\w.]*")
+
+
+class Elsewhere:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # a cache of its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    about: dict[str, Any] = {}
+
+    def compile_only(function: Any, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            compiled = function.warmup(*arguments, grid=grid, **options)
+            assert compiled.asm["cubin"]
+            found = Counter(OF_INTEREST.findall(compiled.asm["ptx"]))
+            print(json.dumps(about | {"kernel": function.__name__.strip("_"), "instructions": found}))
+
+        return launch
+
+    JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
+    for capability in map(int, sys.argv[1:]):
+        driver.set_active(Elsewhere(capability))
+        for dtype, n, m, tokens in PRODUCTS:
+            inputs = 2048 if m & (m - 1) == 0 else 2046  # rows that are whole numbers of words, and not
+            _, values_RK, bits_RB = matrix(n, m, 32, inputs, dtype)
+            about = {"for": capability, "dtype": str(dtype), "pattern": f"{n}:{m}", "tokens": tokens}
+            x_TI, order_I = torch.ones(tokens, inputs, dtype=dtype), torch.arange(inputs) if tokens > 1 else None
+            first_of_each = {tile.kernel: tile for tile in reversed(candidates(4096, inputs, 16, units(n, m)))}
+            for tile in first_of_each.values():
+                matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I, tile=tile)
+            if tokens != 4:
+                decode(values_RK, bits_RB, inputs, n=n, m=m)
+        for dtype, hidden in ((BF16, 4096), (F32, 20000)):
+            about = {"for": capability, "dtype": str(dtype), "hidden": hidden}
+            norm(torch.ones(2, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), 1e-5, torch.arange(hidden))
+
+
+if __name__ == "__main__":
+    main()
