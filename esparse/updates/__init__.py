@@ -42,7 +42,7 @@ class Solution:
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
         """The survivors as they are."""
-        return cls(dense_OI * keep_OI, keep_OI)
+        return cls((dense_OI * keep_OI).add_(0.0), keep_OI)  # which makes 0.0 of -0.0
 
 
 @dataclass(kw_only=True, slots=True)

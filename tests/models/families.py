@@ -34,6 +34,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", SMALL | SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "phi3": ("phi3", SMALL),
     "opt": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    # As OPT-350m: the norms stand behind attention and MLP, and what they return is the residual, too.
+    "opt-post-norm": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "gpt-neox": ("gpt_neox", SMALL),
     "falcon": ("falcon", SMALL | {"multi_query": True, "parallel_attn": True}),

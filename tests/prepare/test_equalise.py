@@ -27,6 +27,7 @@ from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
 
 IDS = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(3))
+NOT_ABSORBED = {"bloom", "gpt-neox", "falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt-oss", "opt-post-norm"}
 OTHERS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(4))
 
 
@@ -77,16 +78,17 @@ def test_the_model_computes_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inputs_and_weights_are_of_one_size_at_power_a_half(family: str) -> None:
+def test_inputs_and_weights_are_of_one_size_at_power_a_half(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny(family)
     equalised(model, blocks=1)
+    refused = set(caplog.messages[0].partition(": ")[2].split(", ")) if caplog.messages else set()
     wiring, largest = first_block(model)
     compared = 0
     for together in wiring.links()[0]:
         for link in together:
             matrices = [m for group in link.groups for m in group.matrices]
-            if not any(m.name in largest for m in matrices):
-                continue  # an expert that no token reached
+            if not any(m.name in largest for m in matrices) or refused & {m.name for m in matrices}:
+                continue  # an expert that no token reached; a norm that something else reads as well
             x_I = torch.stack([largest[m.name] for m in matrices if m.name in largest]).amax(dim=0)
             w_I = torch.cat([m.view().abs() for m in matrices]).amax(dim=0)
             x_I, w_I = link.producer.tied(x_I), link.producer.tied(w_I)
@@ -94,7 +96,8 @@ def test_inputs_and_weights_are_of_one_size_at_power_a_half(family: str) -> None
             assert used_I.sum() > 10
             torch.testing.assert_close(x_I[used_I], w_I[used_I], rtol=1e-4, atol=0)
             compared += 1
-    assert compared >= (2 if family == "falcon" else 3)  # whose one norm serves attention and MLP
+    assert not refused or family in NOT_ABSORBED
+    assert compared >= (2 if family in ("falcon", "opt-post-norm") else 3)  # whose one norm serves attention and MLP
 
 
 def by_the_formula(x: list[list[float]], weights: list[list[list[float]]], power: float) -> list[float]:
