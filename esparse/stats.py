@@ -237,9 +237,8 @@ class ColumnEntropy(Statistic):
 
         if on_cpu:
             with each_core() as pool:
-                list(
-                    pool.map(count, (slice(c, min(c + CHANNELS, self.inputs)) for c in range(0, self.inputs, CHANNELS)))
-                )
+                firsts = range(0, self.inputs, CHANNELS)
+                list(pool.map(count, [slice(first, min(first + CHANNELS, self.inputs)) for first in firsts]))
         else:
             count(slice(0, self.inputs))
 

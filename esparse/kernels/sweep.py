@@ -34,7 +34,7 @@ def sweep_rows(
         for later in range(column, block):
             upper[column * width + later] = upper_BB[column, later]
     weight, errors, chance = np.zeros(width, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
-    gone = np.empty(block + 1, np.int64)  # columns that are pruned: a list, since a branch at each is guessed wrong
+    gone = np.empty(block + 1, np.int64)  # columns that are pruned: a list, as a branch at each takes twice as long
     for row in range(len(weight_OI)):
         for column in range(block):
             weight[column] = weight_OI[row, start + column]

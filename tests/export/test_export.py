@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -340,26 +339,8 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_the_checkpoint_before_is_there_until_the_new_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
-    of = pruned(blocks)
-    written(dense(), blocks, of, tmp_path)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
-    rename = os.replace
-
-    def killed(source: Path, target: Path) -> None:
-        if Path(source).name == "export.part":
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        written(packed(), blocks, of, tmp_path)
-    assert before == {file.name: file.read_bytes() for file in (tmp_path / "export.old").iterdir()}
-
-
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
-    """What transformers loads without a word, what the mark names, and how many tensors come in order by themselves."""
+    """What transformers loads with them, what the mark names, and how many tensors come in order by themselves."""
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     blocks.model.generation_config.max_new_tokens = 7
     facts = written(dense(order="physical"), blocks, pruned(blocks), tmp_path)
@@ -369,19 +350,6 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     assert mark["files"] == {file.name: checksum(file) for file in folder.glob("*.safetensors")}
     assert len(mark["files"]) == 1 + len(blocks.blocks)
     assert facts["absorbed"] == len(blocks.blocks)  # down_proj's by gate and up
-
-
-def test_tensors_of_a_checkpoint() -> None:
-    """Every parameter once, buffers that are stored; and no -0.0, which rounding makes, too."""
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
-    model[1].weight = model[0].weight
-    model.register_buffer("kept", torch.ones(1))
-    model.register_buffer("lost", torch.ones(1), persistent=False)
-    assert set(checkpoint._tensors(model, lambda name: True)) == {"0.weight", "kept"}
-    for dtype in (torch.float16, torch.float32):
-        value = checkpoint.cast(torch.tensor([-0.0, -1e-30, -1.0]), dtype)
-        assert not torch.signbit(value[value == 0]).any()
-    assert value.tolist() == [0.0, pytest.approx(-1e-30), -1.0]
 
 
 def test_a_folder_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:
