@@ -9,7 +9,7 @@ what is timed begins with the model in memory, after a tiny one was pruned (thre
 with the last block. The floor is the model's own forward pass through its blocks, twice: once to look at the dense
 block, once with the pruned one. `plain wanda` and `plain sparsegpt` are written here as the papers' scripts work: hooks
 on every linear layer, one sequence after the other, a Python loop over the groups or columns. Rounds are interleaved;
-the table has the medians. Cost of the first table: eight minutes on two cores, of the growth six.
+the table has the medians. Cost of the first table: ten minutes on two cores, of the growth six.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = ("size", "sequences", "length", "dtype", "batch_tokens", "activations")
 MEASURED = {"seconds": "s", "host_mib": "MiB"}  # whose growth is shown, and its unit
 STEPS = {"parameters": (10**6, "million"), "calibration tokens": (10**3, "thousand")}  # what it is shown against
 # Hidden width, width of the MLP, blocks, vocabulary; heads of 64 (of 128 at 7b), embeddings tied.
@@ -40,6 +41,7 @@ SIZES = {
     "110m": (768, 2048, 12, 32000),
     "350m": (1024, 2816, 24, 32000),
     "7b": (4096, 11008, 32, 32000),
+    "7b-8": (4096, 11008, 8, 32000),  # a quarter of its blocks: the time goes with their number
 }
 METHODS = {
     "magnitude": ["metric=magnitude", "shuffle=none"],
@@ -64,7 +66,7 @@ def llama(size: str, length: int, dtype: torch.dtype) -> nn.Module:
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=blocks,
-        num_attention_heads=hidden // (128 if size == "7b" else 64),
+        num_attention_heads=hidden // (128 if size.startswith("7b") else 64),
         max_position_embeddings=length,
         tie_word_embeddings=True,
         dtype=dtype,
@@ -87,19 +89,23 @@ def llama(size: str, length: int, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.inference_mode()
-def two_forward_passes(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int) -> None:
+def two_forward_passes(
+    model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str
+) -> None:
     """The floor: blocks one after the other, every one over all tokens twice."""
+    home = device if activations == "device" else torch.device("cpu")
     hidden, calls = _entered(model, tokens_SL, device, batch_tokens)
+    hidden = [h.to(home) for h in hidden]
     for block in model.model.layers:
         block.to(device)
         for _ in range(2):
-            out = [block(h.to(device), **calls[len(h)]).cpu() for h in hidden]
+            out = [block(h.to(device), **calls[len(h)]).to(home) for h in hidden]
         hidden = out
         block.to("cpu")
 
 
 @torch.inference_mode()
-def plain_wanda(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int) -> None:
+def plain_wanda(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
     def prune(layer: nn.Linear, state: dict[str, Tensor]) -> None:
         metric_OI = layer.weight.abs() * state["row"].sqrt()
         drop_OI = torch.zeros_like(metric_OI, dtype=torch.bool)
@@ -118,7 +124,7 @@ def plain_wanda(model: Any, tokens_SL: Tensor, device: torch.device, batch_token
 
 
 @torch.inference_mode()
-def plain_sparsegpt(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int) -> None:
+def plain_sparsegpt(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
     def observe(state: dict[str, Tensor], x_TI: Tensor, seen: int) -> None:
         if not state:
             state["hessian"] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
@@ -211,8 +217,8 @@ def esparse_run(overrides: list[str]) -> Callable[..., None]:
     with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
         method = schema.build(compose("config", [*overrides, "tracking=none"])).method()
 
-    def run(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int) -> None:
-        blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, keeper=Keeper("host"))
+    def run(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
+        blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, keeper=Keeper(activations))
         stages = Stages()
         prune(blocks, tokens_SL, method, stages=stages)
         print(" ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages.seconds.items()), file=sys.stderr)
@@ -235,13 +241,14 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     seeded = torch.Generator().manual_seed(1)
     tokens_SL = torch.randint(1, 4096, (settings["sequences"], length), generator=seeded)
     # Threads, caches, kernels and compiled loops, as a run of any length pays for them once.
-    run(llama("warm", 64, getattr(torch, settings["dtype"])), torch.arange(128).view(2, 64), device, 64)
+    home = settings.get("activations", "host")
+    run(llama("warm", 64, getattr(torch, settings["dtype"])), torch.arange(128).view(2, 64), device, 64, home)
     before = _peak_host_mib()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    run(model, tokens_SL, device, settings["batch_tokens"])
+    run(model, tokens_SL, device, settings["batch_tokens"], home)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return {
@@ -271,7 +278,7 @@ def in_own_process(settings: dict[str, Any]) -> dict[str, Any]:
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """All methods on one size: seconds, and how many times the floor."""
-    base = {key: getattr(arguments, key) for key in ("size", "sequences", "length", "dtype", "batch_tokens")}
+    base = {key: getattr(arguments, key) for key in SETTINGS}
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in arguments.methods}
     for _ in range(arguments.rounds):
         for method in runs:
@@ -293,7 +300,7 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
 def growth(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds and memory against parameters, and against calibration tokens: powers of them, and straight lines."""
     method = arguments.methods[0] if len(arguments.methods) == 1 else "entropy + esparse"
-    base = {key: getattr(arguments, key) for key in ("size", "sequences", "length", "dtype", "batch_tokens")}
+    base = {key: getattr(arguments, key) for key in SETTINGS}
     base["method"] = method
     by_size = {s: in_own_process(base | {"size": s, "sequences": 8}) for s in ("10m", "30m", "110m", "350m")}
     by_tokens = {n * base["length"]: in_own_process(base | {"size": "30m", "sequences": n}) for n in (8, 16, 32, 64)}
@@ -354,7 +361,7 @@ def _plot(points: dict[str, dict[int, dict[str, Any]]], method: str, path: Path)
             axis.set_ylim(bottom=0)
             axis.xaxis.set_major_formatter(EngFormatter())
             axis.grid(alpha=0.3)
-            axis.legend(loc="upper left")
+            axis.legend(loc="lower right")
         column[-1].set_xlabel(what)
     for axis, label in zip(axes[:, 0], ("seconds", "peak resident memory, MiB"), strict=True):
         axis.set_ylabel(label)
@@ -370,6 +377,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
         "--batch-tokens", type=int, help="of one forward pass; by default what esparse takes on the device"
+    )
+    parser.add_argument(
+        "--activations", choices=["host", "device"], default="host", help="where hidden states wait between two blocks"
     )
     parser.add_argument("--methods", nargs="+", choices=ALL, default=ALL, metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=1)

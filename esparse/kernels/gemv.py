@@ -1,8 +1,9 @@
 """Products of a packed matrix with 1 to 16 tokens: bound by the bytes of the weights, of which 9/16 are left at 50 %.
 
-Two kernels. `_gather_kernel` goes over survivors: values are read 16 bytes at a time, a table of all bytes turns 16
-bits into eight column numbers, and the inputs are gathered from the cache: its work grows with the tokens.
-`_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
+Three kernels. `_gather_kernel` goes over survivors: values are read 16 bytes at a time, 16 bits give eight column
+numbers (by a table of all bytes; at 2:4 by two constants), and the inputs are gathered from the cache: its work grows
+with the tokens. `_scan_kernel` does the same for runs of eight survivors, but takes the lowest set bit of the word away
+again and again, so that no table is read. `_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
 token, hardly more for sixteen. Which one, with which tile, is tried once per shape on the device.
 
 Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row (form.Units), S places of a run.
@@ -29,7 +30,7 @@ MOST_TOKENS = 16
 class Tile:
     """What one program of a kernel takes at a time; `depth` runs of each of `rows` rows."""
 
-    kernel: str  # gather | expand
+    kernel: str  # gather | pairs (gather at 2:4, without its table) | scan | expand
     rows: int
     depth: int
     warps: int
@@ -62,18 +63,23 @@ def matvec(
     x_TI = x_TI.contiguous()
     if tile is None:
         key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m)
-        choices = candidates(len(values_RK), inputs, tokens, cut)
+        choices = candidates(len(values_RK), inputs, tokens, n=n, m=m)
         tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, cut, t))
     return _launch(values_RK, bits_RB, x_TI, order_I, cut, tile)
 
 
-def candidates(rows: int, inputs: int, tokens: int, cut: Units) -> list[Tile]:
+def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int) -> list[Tile]:
     """Tiles worth trying on a shape, the likeliest first."""
+    cut = units(n, m)
+    assert cut is not None
     runs = -(-inputs // cut.columns)
     # Few rows make too few programs for a large chip: several then share a row.
     splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
+    kernels = ["scan", "gather"] if cut == Units(columns=16, survivors=8) else ["gather"]
+    kernels = ["pairs", *kernels] if (n, m) == (2, 4) else kernels
     tiles = [
-        Tile("gather", rows_, depth, warps, split)
+        Tile(kernel, rows_, depth, warps, split)
+        for kernel in kernels
         for split in splits
         for rows_, depth, warps in ((8, 64, 4), (8, 32, 4), (8, 64, 8), (16, 32, 4), (8, 16, 2))
         if depth * split <= max(runs, 16)
@@ -134,8 +140,21 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
     sizes = (rows, inputs, kept, run_bits.stride(0), tokens, triton.cdiv(runs, splits * tile.depth))
     order = x_TI if order_I is None else order_I
     blocks = triton.cdiv(rows, tile.rows)
-    if tile.kernel == "gather":
-        at_once = min(4, triton.next_power_of_2(tokens))
+    at_once = min(4, triton.next_power_of_2(tokens))
+    if tile.kernel == "scan":
+        _scan_kernel[(blocks, splits, triton.cdiv(tokens, at_once))](
+            values_RK,
+            run_bits,
+            x_TI,
+            order,
+            out,
+            *sizes,
+            TOKENS=at_once,
+            LANES=min(tile.depth, 4),
+            INTERPRETED=interpreted(),
+            **shared,
+        )
+    elif tile.kernel != "expand":
         lanes = min(tile.depth, max(1, 32 // triton.next_power_of_2(cut.survivors)))
         _gather_kernel[(blocks, splits, triton.cdiv(tokens, at_once))](
             values_RK,
@@ -148,6 +167,7 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
             TOKENS=at_once,
             SLOTS=triton.next_power_of_2(cut.survivors),
             LANES=lanes,
+            PAIRS=tile.kernel == "pairs",
             **shared,
         )
     else:
@@ -219,6 +239,16 @@ def _listed(table, half):
     return columns, (low >> 32) + (high >> 32)
 
 
+def _places_of_four(which: int) -> int:
+    """Of each value of four bits the number of its first (or second) set bit, two bits each; one int32 of all."""
+    places = [[bit for bit in range(4) if four >> bit & 1] for four in range(16)]
+    packed = sum(of[which] << 2 * four for four, of in enumerate(places) if len(of) > which)
+    return packed - (packed >> 31 << 32)
+
+
+FIRST_OF_FOUR, SECOND_OF_FOUR = tl.constexpr(_places_of_four(0)), tl.constexpr(_places_of_four(1))
+
+
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _gather_kernel(
     values,
@@ -242,6 +272,7 @@ def _gather_kernel(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     LANES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     # Tiles are (C, ROWS, LANES, SLOTS): a thread holds the survivors of one run, neighbouring threads of a warp a few
     # runs of several rows, so that they gather inputs from the same few cache lines; warps and repetitions go along C.
@@ -265,17 +296,22 @@ def _gather_kernel(
         here = row_here[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
         value = tl.load(values + row[:, :, :, None].to(tl.int64) * kept + at, mask=here, other=0.0).to(tl.float32)
         word = run_words(bits, row, run, inside, bit_stride, COLUMNS, WORD)
-        columns, count4 = _listed(table, word & 65535)
-        if COLUMNS > 16:
-            upper, _ = _listed(table, (word >> 16) & 65535)
-            # 16 columns below leave none above, whose list is then empty: any shift will do.
-            columns |= upper << tl.minimum(count4, 60)
-        if SLOTS <= 8:
-            column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
+        if PAIRS:
+            # Two bits for each value of four bits: which of them is the first that is set, and which the second.
+            four = (word.to(tl.int32)[:, :, :, None] >> (4 * (slot // 2))) & 15
+            column = 4 * (slot // 2) + ((tl.where(slot % 2 == 0, FIRST_OF_FOUR, SECOND_OF_FOUR) >> (2 * four)) & 3)
         else:
-            column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
-        if COLUMNS > 16:
-            column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
+            columns, count4 = _listed(table, word & 65535)
+            if COLUMNS > 16:
+                upper, _ = _listed(table, (word >> 16) & 65535)
+                # 16 columns below leave none above, whose list is then empty: any shift will do.
+                columns |= upper << tl.minimum(count4, 60)
+            if SLOTS <= 8:
+                column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
+            else:
+                column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
+            if COLUMNS > 16:
+                column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
         column += run[:, :, :, None] * COLUMNS
         if ORDERED:
             column = tl.load(order + column, mask=here, other=0).to(tl.int32)
@@ -289,6 +325,109 @@ def _gather_kernel(
             row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
             sum2 += tl.sum(value * tl.load(row2 + column, mask=here, other=0.0).to(tl.float32), 3)
             sum3 += tl.sum(value * tl.load(row3 + column, mask=here, other=0.0).to(tl.float32), 3)
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = out + (tl.program_id(1) * tokens + token) * rows + out_row
+    kind = out.dtype.element_ty
+    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=out_row < rows)
+    if TOKENS > 1:
+        fits = out_row < tl.where(token + 1 < tokens, rows, 0)
+        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits)
+    if TOKENS > 2:
+        fits = out_row < tl.where(token + 2 < tokens, rows, 0)
+        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits)
+        fits = out_row < tl.where(token + 3 < tokens, rows, 0)
+        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits)
+
+
+@triton.jit
+def _lowest(word, INTERPRETED: tl.constexpr):
+    """The number of the lowest set bit of up to 16, and the word without it; 16 where none is set."""
+    bit = word & -word
+    if INTERPRETED:  # which has no population count
+        number = tl.zeros_like(word)
+        for k in tl.static_range(16):
+            number += tl.where(word & ((2 << k) - 1) == 0, 1, 0)
+    else:
+        number = libdevice.popc(tl.where(word == 0, 65536, bit) - 1)
+    return number, word ^ bit
+
+
+@triton.jit
+def _eighths(tile, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """The eight parts of (A, B, C, 8) along its last axis."""
+    even, odd = tl.split(tl.reshape(tile, (A, B, C, 4, 2)))
+    even02, even13 = tl.split(tl.reshape(even, (A, B, C, 2, 2)))
+    odd02, odd13 = tl.split(tl.reshape(odd, (A, B, C, 2, 2)))
+    t0, t4 = tl.split(even02)
+    t2, t6 = tl.split(even13)
+    t1, t5 = tl.split(odd02)
+    t3, t7 = tl.split(odd13)
+    return t0, t1, t2, t3, t4, t5, t6, t7
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _scan_kernel(
+    values,
+    bits,
+    x,
+    order,
+    out,
+    rows,
+    inputs,
+    kept,
+    bit_stride,
+    tokens,
+    steps,
+    COLUMNS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    WORD: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # The same tiles as above; the eight survivors of a run are eight tensors.
+    CHUNKS: tl.constexpr = RUNS // LANES
+    chunk = tl.arange(0, CHUNKS)[:, None, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    slot = tl.arange(0, 8)[None, None, None, :]
+    token = tl.program_id(2) * TOKENS
+    first_step = tl.program_id(1) * steps
+    row_here = row < rows
+    # Beyond the last token the last one is taken again; what comes of it is not stored.
+    row0 = x + token * inputs
+    row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
+    row2 = x + tl.minimum(token + 2, tokens - 1) * inputs
+    row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
+    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    for index in range(steps):
+        step = first_step + index
+        run = step * RUNS + chunk * LANES + lane
+        inside = row_here & (run * COLUMNS < inputs)
+        at = run[:, :, :, None] * SURVIVORS + slot
+        here = row_here[:, :, :, None] & (at < kept)
+        value = tl.load(values + row[:, :, :, None].to(tl.int64) * kept + at, mask=here, other=0.0)
+        value = _eighths(value, CHUNKS, ROWS, LANES)
+        word = run_words(bits, row, run, inside, bit_stride, COLUMNS, WORD).to(tl.int32)
+        for k in tl.static_range(8):
+            there = word != 0
+            number, word = _lowest(word, INTERPRETED)
+            column = run * COLUMNS + number
+            if ORDERED:
+                column = tl.load(order + column, mask=there, other=0).to(tl.int32)
+            own = value[k].to(tl.float32)
+            sum0 += own * tl.load(row0 + column, mask=there, other=0.0).to(tl.float32)
+            if TOKENS > 1:
+                sum1 += own * tl.load(row1 + column, mask=there, other=0.0).to(tl.float32)
+            if TOKENS > 2:
+                sum2 += own * tl.load(row2 + column, mask=there, other=0.0).to(tl.float32)
+                sum3 += own * tl.load(row3 + column, mask=there, other=0.0).to(tl.float32)
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = out + (tl.program_id(1) * tokens + token) * rows + out_row
     kind = out.dtype.element_ty

@@ -20,7 +20,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from esparse.kernels.decode import decode
-from esparse.kernels.form import units
 from esparse.kernels.gemv import candidates, matvec
 from esparse.kernels.norm import norm
 from tests.kernels.packed import matrix
@@ -66,10 +65,10 @@ def main() -> None:
             _, values_RK, bits_RB = matrix(n, m, 32, inputs, dtype)
             about = {"for": capability, "dtype": str(dtype), "pattern": f"{n}:{m}", "tokens": tokens}
             x_TI, order_I = torch.ones(tokens, inputs, dtype=dtype), torch.arange(inputs) if tokens > 1 else None
-            first_of_each = {tile.kernel: tile for tile in reversed(candidates(4096, inputs, 16, units(n, m)))}
+            first_of_each = {tile.kernel: tile for tile in reversed(candidates(4096, inputs, 16, n=n, m=m))}
             for tile in first_of_each.values():
                 matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I, tile=tile)
-            if tokens != 4:
+            if tokens != 4:  # of each pattern once
                 decode(values_RK, bits_RB, inputs, n=n, m=m)
         for dtype, hidden in ((BF16, 4096), (F32, 20000)):
             about = {"for": capability, "dtype": str(dtype), "hidden": hidden}

@@ -10,7 +10,7 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO, matrix
 pytest.importorskip("triton")
 
 from esparse.kernels.decode import decode  # noqa: E402
-from esparse.kernels.form import to_dense, units  # noqa: E402
+from esparse.kernels.form import to_dense  # noqa: E402
 from esparse.kernels.gemv import Tile, candidates, fastest, matvec  # noqa: E402
 from esparse.kernels.norm import norm, plain_norm  # noqa: E402
 
@@ -62,16 +62,28 @@ def test_by_hand() -> None:
     assert matvec(values_RK, bits_RB, x_TI, n=2, m=4).tolist() == [[10 + 80.0, 60 + 120.0]]
 
 
+@pytest.mark.parametrize("tile", [Tile("scan", 8, 8, 4), Tile("scan", 4, 2, 4, 3), Tile("pairs", 4, 2, 4, 3)], ids=str)
+@pytest.mark.parametrize(("rows", "inputs"), [(16, 64), (9, 97), (9, 98), (9, 99)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_kernels_of_eight_survivors(tokens: int, rows: int, inputs: int, tile: Tile) -> None:
+    for n, m in ((2, 4),) if tile.kernel == "pairs" else ((2, 4), (4, 8), (8, 16), (1, 2)):
+        dense_RI, values_RK, bits_RB = matrix(n, m, rows, inputs)
+        x_TI = torch.randn(tokens, inputs, device=DEVICE)
+        order_I = torch.randperm(inputs).to(DEVICE)
+        assert off(matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile), x_TI, dense_RI) < 1e-6
+        ordered_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile, order_I=order_I)
+        assert off(ordered_TR, x_TI[:, order_I], dense_RI) < 1e-6
+
+
 @pytest.mark.parametrize(("rows", "tokens"), [(1000, 1), (4096, 5), (16384, 16)])
 def test_every_tile_that_is_tried_is_right(rows: int, tokens: int) -> None:
-    cut = units(4, 8)
-    assert cut is not None
-    tiles = candidates(rows, 128, tokens, cut)
-    assert len(set(tiles)) == len(tiles)
-    dense_RI, values_RK, bits_RB = matrix(4, 8, 20, 128)
-    x_TI = torch.randn(tokens, 128, device=DEVICE)
-    for tile in tiles:
-        assert off(matvec(values_RK, bits_RB, x_TI, n=4, m=8, tile=tile), x_TI, dense_RI) < 1e-6, tile
+    for n, m in ((2, 4), (4, 8), (1, 4), (16, 32)):
+        tiles = candidates(rows, 128, tokens, n=n, m=m)
+        assert len(set(tiles)) == len(tiles)
+        dense_RI, values_RK, bits_RB = matrix(n, m, 20, 128)
+        x_TI = torch.randn(tokens, 128, device=DEVICE)
+        for tile in tiles:
+            assert off(matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile), x_TI, dense_RI) < 1e-6, tile
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
