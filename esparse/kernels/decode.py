@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from esparse.kernels.form import units
-from esparse.kernels.gemv import expanded, interpreted, words
+from esparse.kernels.gemv import expanded, words
+from esparse.kernels.registers import interpreted
 
 
 def decode(values_RK: Tensor, bits_RB: Tensor, inputs: int, *, n: int, m: int, out_RI: Tensor | None = None) -> Tensor:

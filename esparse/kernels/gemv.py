@@ -1,9 +1,9 @@
 """Products of a packed matrix with 1 to 16 tokens: bound by the bytes of the weights, of which 9/16 are left at 50 %.
 
-Three kernels. `_gather_kernel` goes over survivors: values are read 16 bytes at a time, 16 bits give eight column
-numbers (by a table of all bytes; at 2:4 by two constants), and the inputs are gathered from the cache: its work grows
-with the tokens. `_scan_kernel` does the same for runs of eight survivors, but takes the lowest set bit of the word away
-again and again, so that no table is read. `_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
+Three kernels here, for any pattern, and two faster ones for half precision in registers.py. `_gather_kernel` goes over
+survivors: values are read 16 bytes at a time, a table of all bytes turns 16 bits into eight column numbers, and the
+inputs are gathered from the cache: its work grows with the tokens. `_scan_kernel` does the same for runs of eight
+survivors, but takes the lowest set bit of the word away again and again, so that no table is read. `_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
 token, hardly more for sixteen. Which one, with which tile, is tried once per shape on the device.
 
 Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row (form.Units), S places of a run.
@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from esparse.kernels import registers
 from esparse.kernels.form import Units, units
+from esparse.kernels.registers import interpreted
 
 MOST_TOKENS = 16
 
@@ -30,7 +32,7 @@ MOST_TOKENS = 16
 class Tile:
     """What one program of a kernel takes at a time; `depth` runs of each of `rows` rows."""
 
-    kernel: str  # gather | pairs (gather at 2:4, without its table) | scan | expand
+    kernel: str  # gather | scan | expand | select | spread (registers.py)
     rows: int
     depth: int
     warps: int
@@ -63,33 +65,37 @@ def matvec(
     x_TI = x_TI.contiguous()
     if tile is None:
         key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m)
-        choices = candidates(len(values_RK), inputs, tokens, n=n, m=m)
-        tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, cut, t))
-    return _launch(values_RK, bits_RB, x_TI, order_I, cut, tile)
+        in_registers = registers.fits(values_RK, bits_RB, x_TI, n=n, m=m)
+        choices = candidates(len(values_RK), inputs, tokens, n=n, m=m, in_registers=in_registers)
+        tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, n, cut, t))
+    return _launch(values_RK, bits_RB, x_TI, order_I, n, cut, tile)
 
 
-def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int) -> list[Tile]:
+def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_registers: bool) -> list[Tile]:
     """Tiles worth trying on a shape, the likeliest first."""
     cut = units(n, m)
     assert cut is not None
     runs = -(-inputs // cut.columns)
     # Few rows make too few programs for a large chip: several then share a row.
     splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
-    kernels = ["scan", "gather"] if cut == Units(columns=16, survivors=8) else ["gather"]
-    kernels = ["pairs", *kernels] if (n, m) == (2, 4) else kernels
-    tiles = [
-        Tile(kernel, rows_, depth, warps, split)
-        for kernel in kernels
-        for split in splits
-        for rows_, depth, warps in ((8, 64, 4), (8, 32, 4), (8, 64, 8), (16, 32, 4), (8, 16, 2))
-        if depth * split <= max(runs, 16)
-    ]
-    if tokens > 2:
-        wide = [
-            Tile("expand", rows_, depth, warps, split)
-            for split in sorted({*splits, 2})
-            for rows_, depth, warps in ((16, 16, 4), (64, 8, 4), (64, 4, 4))
+    tiles: list[Tile] = []
+    if in_registers and n == 2:
+        # A warp takes 8 rows of 4 runs at a time, so that of most of these each thread has one run in hand.
+        shapes = ((8, 16, 4), (8, 32, 8), (8, 64, 16), (16, 16, 4), (16, 32, 8), (8, 16, 2), (4, 32, 4))
+        tiles += [Tile("select", r, d, w, s) for s in splits for r, d, w in shapes if d * s <= max(runs, 16)]
+    if in_registers and tokens > 2:
+        shapes = ((64, 4, 4), (64, 8, 4), (32, 8, 4), (32, 4, 2), (16, 8, 4), (128, 4, 8))
+        spread = [Tile("spread", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in shapes]
+        return spread + tiles if tokens > 4 else tiles + spread
+    if not tiles:
+        shapes = ((8, 16, 4), (8, 32, 8), (8, 64, 16), (32, 16, 4), (8, 16, 2))
+        kernels = ["scan", "gather"] if cut == Units(columns=16, survivors=8) else ["gather"]
+        tiles += [
+            Tile(k, r, d, w, s) for k in kernels for s in splits for r, d, w in shapes if d * s <= max(runs, 16)
         ]
+    if tokens > 2:
+        shapes = ((16, 16, 4), (64, 8, 4), (64, 4, 4))
+        wide = [Tile("expand", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in shapes]
         tiles = tiles + wide if tokens < 8 else wide + tiles[:4]
     return tiles
 
@@ -119,10 +125,20 @@ def _milliseconds(tile: Tile, call: Callable[[Tile], Tensor]) -> float:
         return float("inf")
 
 
-def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | None, cut: Units, tile: Tile) -> Tensor:
+def _launch(
+    values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | None, n: int, cut: Units, tile: Tile
+) -> Tensor:
     tokens, inputs = x_TI.shape
     rows, kept = values_RK.shape
     runs = -(-inputs // cut.columns)
+    if tile.kernel in ("select", "spread"):
+        x_TI = x_TI if order_I is None else x_TI[:, order_I]
+        shape = {"rows": tile.rows, "depth": tile.depth, "warps": tile.warps, "split": tile.split}
+        if tile.kernel == "select":
+            out = registers.select(values_RK, bits_RB, x_TI, **shape)
+        else:
+            out = registers.spread(values_RK, bits_RB, x_TI, n=n, **shape)
+        return out[0] if tile.split == 1 else out.sum(0).to(x_TI.dtype)
     run_bits, word = words(bits_RB, inputs, cut)
     splits = 1 if runs <= tile.depth else tile.split
     out_type = x_TI.dtype if splits == 1 else torch.float32
@@ -167,7 +183,6 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
             TOKENS=at_once,
             SLOTS=triton.next_power_of_2(cut.survivors),
             LANES=lanes,
-            PAIRS=tile.kernel == "pairs",
             **shared,
         )
     else:
@@ -186,11 +201,6 @@ def _launch(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, order_I: Tensor | 
             **shared,
         )
     return out[0] if splits == 1 else out.sum(0).to(x_TI.dtype)
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return not isinstance(_gather_kernel, triton.runtime.JITFunction)
 
 
 def words(bits_RB: Tensor, inputs: int, cut: Units) -> tuple[Tensor, int]:
@@ -239,16 +249,6 @@ def _listed(table, half):
     return columns, (low >> 32) + (high >> 32)
 
 
-def _places_of_four(which: int) -> int:
-    """Of each value of four bits the number of its first (or second) set bit, two bits each; one int32 of all."""
-    places = [[bit for bit in range(4) if four >> bit & 1] for four in range(16)]
-    packed = sum(of[which] << 2 * four for four, of in enumerate(places) if len(of) > which)
-    return packed - (packed >> 31 << 32)
-
-
-FIRST_OF_FOUR, SECOND_OF_FOUR = tl.constexpr(_places_of_four(0)), tl.constexpr(_places_of_four(1))
-
-
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _gather_kernel(
     values,
@@ -272,7 +272,6 @@ def _gather_kernel(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     LANES: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
     # Tiles are (C, ROWS, LANES, SLOTS): a thread holds the survivors of one run, neighbouring threads of a warp a few
     # runs of several rows, so that they gather inputs from the same few cache lines; warps and repetitions go along C.
@@ -288,30 +287,33 @@ def _gather_kernel(
     sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    for index in range(steps):
-        step = first_step + index
-        run = step * RUNS + chunk * LANES + lane
-        inside = row_here & (run * COLUMNS < inputs)
-        at = run[:, :, :, None] * SURVIVORS + slot
-        here = row_here[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
-        value = tl.load(values + row[:, :, :, None].to(tl.int64) * kept + at, mask=here, other=0.0).to(tl.float32)
-        word = run_words(bits, row, run, inside, bit_stride, COLUMNS, WORD)
-        if PAIRS:
-            # Two bits for each value of four bits: which of them is the first that is set, and which the second.
-            four = (word.to(tl.int32)[:, :, :, None] >> (4 * (slot // 2))) & 15
-            column = 4 * (slot // 2) + ((tl.where(slot % 2 == 0, FIRST_OF_FOUR, SECOND_OF_FOUR) >> (2 * four)) & 3)
+    own = values + row[:, :, :, None].to(tl.int64) * kept
+    run = first_step * RUNS + chunk * LANES + lane
+    end = (first_step + steps) * RUNS
+    at = run[:, :, :, None] * SURVIVORS + slot
+    here = row_here[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
+    loaded = tl.load(own + at, mask=here, other=0.0)
+    word = run_words(bits, row, run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
+    for _ in range(steps):
+        # The next weights are on their way while these are multiplied.
+        after = run + RUNS
+        at = after[:, :, :, None] * SURVIVORS + slot
+        there = row_here & (after < end) & (after * COLUMNS < inputs)
+        next_here = there[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
+        next_loaded = tl.load(own + at, mask=next_here, other=0.0)
+        next_word = run_words(bits, row, after, there, bit_stride, COLUMNS, WORD)
+        value = loaded.to(tl.float32)
+        columns, count4 = _listed(table, word & 65535)
+        if COLUMNS > 16:
+            upper, _ = _listed(table, (word >> 16) & 65535)
+            # 16 columns below leave none above, whose list is then empty: any shift will do.
+            columns |= upper << tl.minimum(count4, 60)
+        if SLOTS <= 8:
+            column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
         else:
-            columns, count4 = _listed(table, word & 65535)
-            if COLUMNS > 16:
-                upper, _ = _listed(table, (word >> 16) & 65535)
-                # 16 columns below leave none above, whose list is then empty: any shift will do.
-                columns |= upper << tl.minimum(count4, 60)
-            if SLOTS <= 8:
-                column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
-            else:
-                column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
-            if COLUMNS > 16:
-                column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
+            column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
+        if COLUMNS > 16:
+            column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
         column += run[:, :, :, None] * COLUMNS
         if ORDERED:
             column = tl.load(order + column, mask=here, other=0).to(tl.int32)
@@ -325,6 +327,7 @@ def _gather_kernel(
             row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
             sum2 += tl.sum(value * tl.load(row2 + column, mask=here, other=0.0).to(tl.float32), 3)
             sum3 += tl.sum(value * tl.load(row3 + column, mask=here, other=0.0).to(tl.float32), 3)
+        run, here, loaded, word = after, next_here, next_loaded, next_word
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = out + (tl.program_id(1) * tokens + token) * rows + out_row
     kind = out.dtype.element_ty
@@ -406,28 +409,34 @@ def _scan_kernel(
     sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
     sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    for index in range(steps):
-        step = first_step + index
-        run = step * RUNS + chunk * LANES + lane
-        inside = row_here & (run * COLUMNS < inputs)
-        at = run[:, :, :, None] * SURVIVORS + slot
-        here = row_here[:, :, :, None] & (at < kept)
-        value = tl.load(values + row[:, :, :, None].to(tl.int64) * kept + at, mask=here, other=0.0)
-        value = _eighths(value, CHUNKS, ROWS, LANES)
-        word = run_words(bits, row, run, inside, bit_stride, COLUMNS, WORD).to(tl.int32)
+    own = values + row[:, :, :, None].to(tl.int64) * kept
+    run = first_step * RUNS + chunk * LANES + lane
+    end = (first_step + steps) * RUNS
+    at = run[:, :, :, None] * SURVIVORS + slot
+    loaded = tl.load(own + at, mask=row_here[:, :, :, None] & (at < kept), other=0.0)
+    next_word = run_words(bits, row, run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
+    for _ in range(steps):
+        value, word = _eighths(loaded, CHUNKS, ROWS, LANES), next_word.to(tl.int32)
+        # The next weights are on their way while these are multiplied.
+        after = run + RUNS
+        at = after[:, :, :, None] * SURVIVORS + slot
+        there = row_here & (after < end) & (after * COLUMNS < inputs)
+        loaded = tl.load(own + at, mask=there[:, :, :, None] & (at < kept), other=0.0)
+        next_word = run_words(bits, row, after, there, bit_stride, COLUMNS, WORD)
         for k in tl.static_range(8):
             there = word != 0
             number, word = _lowest(word, INTERPRETED)
             column = run * COLUMNS + number
             if ORDERED:
                 column = tl.load(order + column, mask=there, other=0).to(tl.int32)
-            own = value[k].to(tl.float32)
-            sum0 += own * tl.load(row0 + column, mask=there, other=0.0).to(tl.float32)
+            weight = value[k].to(tl.float32)
+            sum0 += weight * tl.load(row0 + column, mask=there, other=0.0).to(tl.float32)
             if TOKENS > 1:
-                sum1 += own * tl.load(row1 + column, mask=there, other=0.0).to(tl.float32)
+                sum1 += weight * tl.load(row1 + column, mask=there, other=0.0).to(tl.float32)
             if TOKENS > 2:
-                sum2 += own * tl.load(row2 + column, mask=there, other=0.0).to(tl.float32)
-                sum3 += own * tl.load(row3 + column, mask=there, other=0.0).to(tl.float32)
+                sum2 += weight * tl.load(row2 + column, mask=there, other=0.0).to(tl.float32)
+                sum3 += weight * tl.load(row3 + column, mask=there, other=0.0).to(tl.float32)
+        run = after
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = out + (tl.program_id(1) * tokens + token) * rows + out_row
     kind = out.dtype.element_ty

@@ -9,8 +9,9 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO, matrix
 
 pytest.importorskip("triton")
 
+from esparse.kernels import registers  # noqa: E402
 from esparse.kernels.decode import decode  # noqa: E402
-from esparse.kernels.form import to_dense  # noqa: E402
+from esparse.kernels.form import to_dense, to_form  # noqa: E402
 from esparse.kernels.gemv import Tile, candidates, fastest, matvec  # noqa: E402
 from esparse.kernels.norm import norm, plain_norm  # noqa: E402
 
@@ -62,11 +63,11 @@ def test_by_hand() -> None:
     assert matvec(values_RK, bits_RB, x_TI, n=2, m=4).tolist() == [[10 + 80.0, 60 + 120.0]]
 
 
-@pytest.mark.parametrize("tile", [Tile("scan", 8, 8, 4), Tile("scan", 4, 2, 4, 3), Tile("pairs", 4, 2, 4, 3)], ids=str)
+@pytest.mark.parametrize("tile", [Tile("scan", 8, 8, 4), Tile("scan", 4, 2, 4, 3)], ids=str)
 @pytest.mark.parametrize(("rows", "inputs"), [(16, 64), (9, 97), (9, 98), (9, 99)])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_kernels_of_eight_survivors(tokens: int, rows: int, inputs: int, tile: Tile) -> None:
-    for n, m in ((2, 4),) if tile.kernel == "pairs" else ((2, 4), (4, 8), (8, 16), (1, 2)):
+def test_the_lowest_bit_taken_away_again_and_again(tokens: int, rows: int, inputs: int, tile: Tile) -> None:
+    for n, m in ((2, 4), (4, 8), (8, 16), (1, 2)):
         dense_RI, values_RK, bits_RB = matrix(n, m, rows, inputs)
         x_TI = torch.randn(tokens, inputs, device=DEVICE)
         order_I = torch.randperm(inputs).to(DEVICE)
@@ -75,15 +76,66 @@ def test_kernels_of_eight_survivors(tokens: int, rows: int, inputs: int, tile: T
         assert off(ordered_TR, x_TI[:, order_I], dense_RI) < 1e-6
 
 
+IN_REGISTERS = [
+    *(("select", n, m, rows, depth, split) for n, m in [(2, 4)] for rows, depth, split in [(8, 4, 1), (4, 2, 3)]),
+    *(("spread", n, m, rows, 2, split) for n, m in [(2, 4), (1, 2), (4, 8), (8, 16)] for rows, split in [(16, 1), (16, 3)]),
+]
+
+
+@pytest.mark.parametrize(("kernel", "n", "m", "tile_rows", "depth", "split"), IN_REGISTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11])
+def test_bytes_permuted_in_registers(
+    tokens: int, dtype: torch.dtype, kernel: str, n: int, m: int, tile_rows: int, depth: int, split: int
+) -> None:
+    for rows, inputs in ((16, 64), (9, 112)):  # the second: tails of tiles
+        dense_RI, values_RK, bits_RB = matrix(n, m, rows, inputs, dtype, seed=tokens)
+        x_TI = torch.randn(tokens, inputs, device=DEVICE).to(dtype)
+        order_I = torch.randperm(inputs).to(DEVICE)
+        tile = Tile(kernel, tile_rows, depth, 4, split)
+        y_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile)
+        assert y_TR.dtype == dtype and y_TR.shape == (tokens, rows)
+        assert off(y_TR, x_TI, dense_RI) < ROUNDING[dtype]
+        ordered_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile, order_I=order_I)
+        assert off(ordered_TR, x_TI[:, order_I], dense_RI) < ROUNDING[dtype]
+
+
+def test_every_choice_of_two_among_four_is_selected() -> None:
+    """Six rows keep each pair of the columns: y is the sum of two inputs, exactly."""
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    dense_RI = torch.zeros(6, 16, dtype=torch.bfloat16)
+    for row, pair in enumerate(pairs):
+        for four in range(4):
+            dense_RI[row, [4 * four + column for column in pair]] = 1.0
+    values_RK, bits_RB = (part.to(DEVICE) for part in to_form(dense_RI, dense_RI != 0))
+    x_TI = torch.arange(1, 17, device=DEVICE)[None].to(torch.bfloat16)
+    expected = [sum(4 * four + i + 1 + 4 * four + j + 1 for four in range(4)) for i, j in pairs]
+    for kernel, rows in (("select", 8), ("spread", 16)):
+        y_TR = matvec(values_RK, bits_RB, x_TI, n=2, m=4, tile=Tile(kernel, rows, 2, 4))
+        assert y_TR.tolist() == [expected], kernel
+
+
+def test_what_registers_cannot_take() -> None:
+    def taken(n: int, m: int, inputs: int, dtype: torch.dtype) -> bool:
+        _, values_RK, bits_RB = matrix(n, m, 4, inputs, dtype)
+        return registers.fits(values_RK, bits_RB, torch.ones(1, inputs, device=DEVICE, dtype=dtype), n=n, m=m)
+
+    assert taken(2, 4, 64, torch.bfloat16) and taken(8, 16, 64, torch.float16)
+    assert not taken(2, 4, 64, torch.float32)
+    assert not taken(2, 4, 72, torch.bfloat16)  # rows that are no whole runs of 16
+    assert not taken(1, 4, 64, torch.bfloat16) and not taken(16, 32, 64, torch.bfloat16)
+
+
 @pytest.mark.parametrize(("rows", "tokens"), [(1000, 1), (4096, 5), (16384, 16)])
 def test_every_tile_that_is_tried_is_right(rows: int, tokens: int) -> None:
-    for n, m in ((2, 4), (4, 8), (1, 4), (16, 32)):
-        tiles = candidates(rows, 128, tokens, n=n, m=m)
+    for n, m, dtype in ((2, 4, torch.bfloat16), (4, 8, torch.float32), (1, 4, torch.float32), (16, 32, torch.float32)):
+        tiles = candidates(rows, 128, tokens, n=n, m=m, in_registers=dtype == torch.bfloat16)
         assert len(set(tiles)) == len(tiles)
-        dense_RI, values_RK, bits_RB = matrix(n, m, 20, 128)
-        x_TI = torch.randn(tokens, 128, device=DEVICE)
+        dense_RI, values_RK, bits_RB = matrix(n, m, 20, 128, dtype)
+        x_TI = torch.randn(tokens, 128, device=DEVICE).to(dtype)
         for tile in tiles:
-            assert off(matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile), x_TI, dense_RI) < 1e-6, tile
+            y_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile)
+            assert off(y_TR, x_TI, dense_RI) < ROUNDING[dtype], tile
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)

@@ -1,0 +1,386 @@
+"""Products of packed matrices in which no weight or input is looked up in memory: bytes are permuted in registers.
+
+For half precision and runs of 16 columns with 8 survivors (2:4, 4:8, 8:16) whose rows are whole runs. A byte permute
+(PTX `prmt`) picks four of the eight bytes of two registers. `_select_kernel`, at 2:4, lets it pick the two inputs of
+each group that meet its two values. `_spread_kernel` lets it put the values among zeros, and multiplies the dense tile
+on the matrix units: for more than a few tokens.
+
+Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row; 4 quads of a run, 2 values of a quad.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_SELECTED = 8  # tokens for which `_select_kernel` has sums
+
+
+def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
+    """Whether the kernels here can take this product."""
+    inputs = x_TI.shape[1]
+    return (
+        values_RK.dtype == x_TI.dtype
+        and x_TI.dtype in (torch.float16, torch.bfloat16)
+        and 2 * n == m
+        and 16 % m == 0
+        and inputs % 16 == 0
+        and bits_RB.is_contiguous()
+        and values_RK.is_contiguous()
+        and values_RK.data_ptr() % 16 == 0
+    )
+
+
+def select(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, rows: int, depth: int, warps: int, split: int) -> Tensor:
+    """x @ W^T in float32, one sum for each of `split` parts of the inputs (split x T x R); 2:4 only."""
+    tokens, inputs = x_TI.shape
+    outputs, runs = len(values_RK), inputs // 16
+    out = _out(values_RK, x_TI, split)
+    at_once = min(MOST_SELECTED, triton.next_power_of_2(tokens))
+    _select_kernel[(triton.cdiv(outputs, rows), split, triton.cdiv(tokens, at_once))](
+        values_RK.view(torch.int32),
+        bits_RB.view(torch.int16),
+        _aligned(x_TI).view(torch.int64),
+        out,
+        outputs,
+        runs,
+        tokens,
+        triton.cdiv(runs, split * depth),
+        ROWS=rows,
+        RUNS=depth,
+        LANES=min(depth, 4),
+        TOKENS=at_once,
+        BFLOAT=x_TI.dtype == torch.bfloat16,
+        INTERPRETED=interpreted(),
+        num_warps=warps,
+    )
+    return out
+
+
+def spread(
+    values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, rows: int, depth: int, warps: int, split: int
+) -> Tensor:
+    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 16 tokens."""
+    tokens, inputs = x_TI.shape
+    outputs, runs = len(values_RK), inputs // 16
+    out = _out(values_RK, x_TI, split)
+    _spread_kernel[(triton.cdiv(outputs, rows), split)](
+        values_RK.view(torch.int32),
+        bits_RB.view(torch.int16),
+        x_TI,
+        out,
+        outputs,
+        runs,
+        tokens,
+        triton.cdiv(runs, split * depth),
+        ROWS=rows,
+        RUNS=depth,
+        TOKENS=16,
+        PAIRS=n == 2,
+        INTERPRETED=interpreted(),
+        num_warps=warps,
+    )
+    return out
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return not isinstance(_select_kernel, triton.runtime.JITFunction)
+
+
+def _out(values_RK: Tensor, x_TI: Tensor, split: int) -> Tensor:
+    kind = x_TI.dtype if split == 1 else torch.float32
+    return torch.empty(split, len(x_TI), len(values_RK), dtype=kind, device=x_TI.device)
+
+
+def _aligned(x_TI: Tensor) -> Tensor:
+    return x_TI if x_TI.data_ptr() % 16 == 0 else x_TI.clone()
+
+
+def _table(entries: list[int]) -> tl.constexpr:
+    """Up to four bytes as one int32."""
+    number = sum(byte << 8 * i for i, byte in enumerate(entries))
+    return tl.constexpr(number - (number >> 31 << 32))
+
+
+# Two bits of four are known by the lower three of them: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
+# Which bytes of four inputs the first value meets, and the second one.
+FIRST_LOW, FIRST_HIGH = _table([0, 0x10, 0x32, 0x10]), _table([0x54, 0x10, 0x32, 0])
+SECOND_LOW, SECOND_HIGH = _table([0, 0x76, 0x76, 0x32]), _table([0x76, 0x54, 0x54, 0])
+# Which bytes of the two values (0x10, 0x32), or of a zero (0x44), come into columns 0 to 3.
+COLUMN0_LOW, COLUMN0_HIGH = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x10, 0x44, 0x44])
+COLUMN1_LOW, COLUMN1_HIGH = _table([0x44, 0x44, 0x10, 0x32]), _table([0x44, 0x44, 0x10, 0x44])
+COLUMN2_LOW, COLUMN2_HIGH = _table([0x44, 0x44, 0x44, 0x44]), _table([0x10, 0x32, 0x32, 0x44])
+COLUMN3_LOW, COLUMN3_HIGH = _table([0x44, 0x32, 0x32, 0x44]), _table([0x32, 0x44, 0x44, 0x44])
+# Of two columns, by their two bits, where the next values are at hand; and how many bits of these are used up then.
+EVEN, ODD, USED = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x44, 0x10, 0x32]), _table([0, 16, 16, 32])
+
+
+@triton.jit
+def _permuted(low, high, selector, INTERPRETED: tl.constexpr):
+    """Four of the eight bytes of (high, low), each by four bits of the selector."""
+    if INTERPRETED:
+        both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+        result = (low ^ low).to(tl.int64) + (selector ^ selector).to(tl.int64)
+        for i in tl.static_range(4):
+            byte = (both >> (8 * ((selector >> (4 * i)) & 7)).to(tl.int64)) & 255
+            result |= byte << (8 * i)
+        return result.to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _shifted(low, high, count, INTERPRETED: tl.constexpr):
+    """The lower register of (high, low) behind a shift to the right by 0 to 32 bits."""
+    if INTERPRETED:
+        both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+        return (both >> count.to(tl.int64)).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shf.r.clamp.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, count], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _looked_up(LOW: tl.constexpr, HIGH: tl.constexpr, word, INTERPRETED: tl.constexpr):
+    """Four entries of a table of eight bytes, by four bits of the word each."""
+    zero = word ^ word
+    return _permuted(zero + LOW, zero + HIGH, word, INTERPRETED)
+
+
+@triton.jit
+def _wide(pair, BFLOAT: tl.constexpr):
+    """Both halves of a register in float32."""
+    if BFLOAT:
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _met(x, at, inside, selector, value0, value1, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What the values of each run meet in one token, summed over the run."""
+    four = tl.load(x + at, mask=inside, other=0)
+    pair = _permuted(four.to(tl.int32), (four >> 32).to(tl.int32), selector, INTERPRETED)
+    x0, x1 = _wide(pair, BFLOAT)
+    return tl.sum(value0 * x0 + value1 * x1, 3)
+
+
+@triton.jit
+def _stored(out, total, token, tokens, rows, row):
+    """Stores a token's sums (C, ROWS, LANES), if there is such a token."""
+    fits = row < tl.where(token < tokens, rows, 0)
+    tl.store(out + token * rows + row, tl.sum(tl.sum(total, 2), 0).to(out.dtype.element_ty), mask=fits)
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _select_kernel(
+    values,
+    bits,
+    x,
+    out,
+    rows,
+    runs,
+    tokens,
+    steps,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    LANES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BFLOAT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # Tiles are (C, ROWS, LANES, 4): a thread holds a run, neighbouring threads of a warp a few runs of several rows.
+    CHUNKS: tl.constexpr = RUNS // LANES
+    chunk = tl.arange(0, CHUNKS)[:, None, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    quad = tl.arange(0, 4)[None, None, None, :]
+    token = tl.program_id(2) * TOKENS
+    row_here = row < rows
+    first = tl.program_id(1) * steps * RUNS + chunk * LANES + lane
+    end = tl.minimum(runs, (tl.program_id(1) + 1) * steps * RUNS)
+    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum4 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum5 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum6 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    sum7 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+    last = tokens - 1  # beyond the last token it is taken again; what comes of it is not stored
+    own_values = values + row[:, :, :, None].to(tl.int64) * runs * 4 + quad
+    own_bits = bits + row.to(tl.int64) * runs
+    here = row_here & (first < runs)
+    value = tl.load(own_values + first[:, :, :, None] * 4, mask=here[:, :, :, None], other=0)
+    word = tl.load(own_bits + first, mask=here, other=0)
+    for index in range(steps):
+        run = first + index * RUNS
+        # The next weights are on their way while these are multiplied.
+        after = run + RUNS
+        there = row_here & (after < end)
+        next_value = tl.load(own_values + after[:, :, :, None] * 4, mask=there[:, :, :, None], other=0)
+        next_word = tl.load(own_bits + after, mask=there, other=0)
+        three = word.to(tl.int32) & 0x7777
+        first_four = _looked_up(FIRST_LOW, FIRST_HIGH, three, INTERPRETED)
+        second_four = _looked_up(SECOND_LOW, SECOND_HIGH, three, INTERPRETED)
+        selector = _permuted(first_four[:, :, :, None], second_four[:, :, :, None], 0x40 + 0x11 * quad, INTERPRETED)
+        value0, value1 = _wide(value, BFLOAT)
+        at = run[:, :, :, None] * 4 + quad
+        inside = (run < runs)[:, :, :, None] & row_here[:, :, :, None]
+        stride = runs * 4
+        sum0 += _met(x + token * stride, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+        if TOKENS > 1:
+            t1 = tl.minimum(token + 1, last) * stride
+            sum1 += _met(x + t1, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+        if TOKENS > 2:
+            t2, t3 = tl.minimum(token + 2, last) * stride, tl.minimum(token + 3, last) * stride
+            sum2 += _met(x + t2, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+            sum3 += _met(x + t3, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+        if TOKENS > 4:
+            t4, t5 = tl.minimum(token + 4, last) * stride, tl.minimum(token + 5, last) * stride
+            t6, t7 = tl.minimum(token + 6, last) * stride, tl.minimum(token + 7, last) * stride
+            sum4 += _met(x + t4, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+            sum5 += _met(x + t5, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+            sum6 += _met(x + t6, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+            sum7 += _met(x + t7, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
+        value, word = next_value, next_word
+    part = out + tl.program_id(1) * tokens * rows
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    _stored(part, sum0, token, tokens, rows, out_row)
+    if TOKENS > 1:
+        _stored(part, sum1, token + 1, tokens, rows, out_row)
+    if TOKENS > 2:
+        _stored(part, sum2, token + 2, tokens, rows, out_row)
+        _stored(part, sum3, token + 3, tokens, rows, out_row)
+    if TOKENS > 4:
+        _stored(part, sum4, token + 4, tokens, rows, out_row)
+        _stored(part, sum5, token + 5, tokens, rows, out_row)
+        _stored(part, sum6, token + 6, tokens, rows, out_row)
+        _stored(part, sum7, token + 7, tokens, rows, out_row)
+
+
+@triton.jit
+def _quads(value, word, quad, INTERPRETED: tl.constexpr):
+    """Columns 0, 1 and 2, 3 of each quad at 2:4, as registers (ROWS, RUNS, 4)."""
+    three = word & 0x7777
+    c0 = _looked_up(COLUMN0_LOW, COLUMN0_HIGH, three, INTERPRETED)
+    c1 = _looked_up(COLUMN1_LOW, COLUMN1_HIGH, three, INTERPRETED)
+    c2 = _looked_up(COLUMN2_LOW, COLUMN2_HIGH, three, INTERPRETED)
+    c3 = _looked_up(COLUMN3_LOW, COLUMN3_HIGH, three, INTERPRETED)
+    pick = 0x40 + 0x11 * quad
+    low = _permuted(c0[:, :, None], c1[:, :, None], pick, INTERPRETED)
+    high = _permuted(c2[:, :, None], c3[:, :, None], pick, INTERPRETED)
+    zero = value ^ value
+    return _permuted(value, zero, low, INTERPRETED), _permuted(value, zero, high, INTERPRETED)
+
+
+@triton.jit
+def _two_columns(v0, selectors_even, selectors_odd, WHICH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Two columns of a run as one register, from the next two values."""
+    selector = _permuted(selectors_even, selectors_odd, (v0 ^ v0) + (0x40 + 0x11 * WHICH), INTERPRETED)
+    return _permuted(v0, v0 ^ v0, selector, INTERPRETED)
+
+
+@triton.jit
+def _used_up(v0, v1, v2, v3, used, WHICH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The values behind those that two columns took."""
+    count = (used >> (8 * WHICH)) & 255
+    zero = v3 ^ v3
+    v0 = _shifted(v0, v1, count, INTERPRETED)
+    v1 = _shifted(v1, v2, count, INTERPRETED)
+    v2 = _shifted(v2, v3, count, INTERPRETED)
+    v3 = _shifted(v3, zero, count, INTERPRETED)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _streamed(v0, v1, v2, v3, word, INTERPRETED: tl.constexpr):
+    """The 16 columns of each run with 8 survivors anywhere, as eight registers of two columns."""
+    # Two bits of every four: columns 0 1, 4 5, 8 9, 12 13; and those between them.
+    here, between = word & 0x3333, (word >> 2) & 0x3333
+    even_a, odd_a = _looked_up(EVEN, EVEN, here, INTERPRETED), _looked_up(ODD, ODD, here, INTERPRETED)
+    even_b, odd_b = _looked_up(EVEN, EVEN, between, INTERPRETED), _looked_up(ODD, ODD, between, INTERPRETED)
+    used_a, used_b = _looked_up(USED, USED, here, INTERPRETED), _looked_up(USED, USED, between, INTERPRETED)
+    c0 = _two_columns(v0, even_a, odd_a, 0, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_a, 0, INTERPRETED)
+    c1 = _two_columns(v0, even_b, odd_b, 0, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_b, 0, INTERPRETED)
+    c2 = _two_columns(v0, even_a, odd_a, 1, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_a, 1, INTERPRETED)
+    c3 = _two_columns(v0, even_b, odd_b, 1, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_b, 1, INTERPRETED)
+    c4 = _two_columns(v0, even_a, odd_a, 2, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_a, 2, INTERPRETED)
+    c5 = _two_columns(v0, even_b, odd_b, 2, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_b, 2, INTERPRETED)
+    c6 = _two_columns(v0, even_a, odd_a, 3, INTERPRETED)
+    v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_a, 3, INTERPRETED)
+    c7 = _two_columns(v0, even_b, odd_b, 3, INTERPRETED)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _halves(pair, kind: tl.constexpr):
+    return pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _spread_kernel(
+    values,
+    bits,
+    x,
+    out,
+    rows,
+    runs,
+    tokens,
+    steps,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    kind: tl.constexpr = x.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    quad = tl.arange(0, 4)[None, None, :]
+    column = tl.arange(0, RUNS * 16)
+    first = tl.program_id(1) * steps * RUNS
+    own_values = values + row[:, None, None].to(tl.int64) * runs * 4 + quad
+    own_bits = bits + row[:, None].to(tl.int64) * runs
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for index in range(steps):
+        run = first + index * RUNS + tl.arange(0, RUNS)
+        here = (row < rows)[:, None] & (run < runs)[None, :]
+        value = tl.load(own_values + run[None, :, None] * 4, mask=here[:, :, None], other=0)
+        word = tl.load(own_bits + run[None, :], mask=here, other=0).to(tl.int32)
+        if PAIRS:
+            low, high = _quads(value, word, quad, INTERPRETED)
+            w0, w1 = _halves(low, kind)
+            w2, w3 = _halves(high, kind)
+            weight = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        else:
+            even, odd = tl.split(tl.reshape(value, (ROWS, RUNS, 2, 2)))
+            v0, v2 = tl.split(even)
+            v1, v3 = tl.split(odd)
+            c0, c1, c2, c3, c4, c5, c6, c7 = _streamed(v0, v1, v2, v3, word, INTERPRETED)
+            # From the inside out: columns 8 apart, 4 apart, 2 apart.
+            near = tl.join(tl.join(tl.join(c0, c4), tl.join(c2, c6)), tl.join(tl.join(c1, c5), tl.join(c3, c7)))
+            w0, w1 = _halves(near, kind)
+            weight = tl.join(w0, w1)
+        at = (first + index * RUNS) * 16 + column
+        x_here = (token < tokens)[:, None] & (at < runs * 16)[None, :]
+        x_tile = tl.load(x + token[:, None] * runs * 16 + at[None, :], mask=x_here, other=0.0)
+        weight = tl.reshape(weight, (ROWS, RUNS * 16))
+        if INTERPRETED:  # which multiplies bfloat16 as if it were integers
+            weight, x_tile = weight.to(tl.float32), x_tile.to(tl.float32)
+        total = tl.dot(weight, tl.trans(x_tile), total)
+    at = out + (tl.program_id(1) * tokens + token[None, :]) * rows + row[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
