@@ -13,16 +13,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from esparse import schema, session
+from esparse.cli import registry, session
 
-schema.register()
+registry.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
     with session.mistakes():
-        experiment = schema.build(config)
-        settings = schema.resolved(config, experiment, HydraConfig.get().runtime.choices)
+        experiment = registry.build(config)
+        settings = registry.resolved(config, experiment, HydraConfig.get().runtime.choices)
     session.carry_out(experiment, settings)
 
 

@@ -207,15 +207,15 @@ def esparse_run(overrides: list[str]) -> Callable[..., None]:
     """What `python launch.py` does between loading the model and measuring it."""
     from hydra import compose, initialize_config_dir
 
-    from esparse import schema
+    from esparse.cli import registry
     from esparse.models.blocks import BlockModel
-    from esparse.models.keeper import Keeper
-    from esparse.prune import prune
-    from esparse.report import Stages
+    from esparse.models.offload import Keeper
+    from esparse.pruning.prune import prune
+    from esparse.records.report import Stages
 
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        method = schema.build(compose("config", [*overrides, "tracking=none"])).method()
+        method = registry.build(compose("config", [*overrides, "tracking=none"])).method()
 
     def run(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
         blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, keeper=Keeper(activations))

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from esparse.patterns import NM, Grouping, parse
 from esparse.shuffles import Layers
-from esparse.shuffles.error import squared_error
+from esparse.shuffles.error_swaps import squared_error
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
-from esparse.shuffles.swap import TOLERANCE
+from esparse.shuffles.score_swaps import TOLERANCE
 
 DRAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
     "uniform": lambda rows, inputs, seeded: torch.rand(rows, inputs, generator=seeded),

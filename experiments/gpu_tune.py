@@ -84,7 +84,7 @@ def time_all() -> None:
     import torch
     import triton
 
-    from esparse.bench.kernels import Case, dense_product, error, pruned, random_input, random_weight, reference
+    from esparse.bench.products import Case, dense_product, error, pruned, random_input, random_weight, reference
     from esparse.bench.timing import CudaClock, Protocolled, measure, rotation
     from esparse.kernels.form import to_form
     from esparse.kernels.gemv import matvec
@@ -115,7 +115,12 @@ def time_all() -> None:
                 print(json.dumps(about | {"tile": str(tile), "why": str(why)[:200]}), flush=True)
                 continue
             row = {"tile": f"{tile.kernel} {tile.rows} {tile.depth} {tile.warps} {tile.split}"}
-            row |= {"us": round(1000 * own, 2), "x": round(ms / own, 3), "tb_s": round(gb / own, 3), "off": round(off, 5)}
+            row |= {
+                "us": round(1000 * own, 2),
+                "x": round(ms / own, 3),
+                "tb_s": round(gb / own, 3),
+                "off": round(off, 5),
+            }
             print(json.dumps(about | row), flush=True)
 
 

@@ -29,7 +29,7 @@ class Sweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Composes only what the check could not: Hydra says why."""
-        from esparse import session
+        from esparse.cli import session
 
         super().validate_batch_is_legal([overrides for overrides in batch if tuple(overrides) not in session.asked])
 
@@ -41,7 +41,7 @@ class _Here(Launcher):
         self._variables = config.hydra.job.env_set
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from esparse import session
+        from esparse.cli import session
 
         with env_override(self._variables):
             session.carry_out_all([session.asked[tuple(overrides)] for overrides in job_overrides])
@@ -59,10 +59,11 @@ class _Submitted(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """What is submitted are the settings that were composed and checked before, not the overrides."""
-        from esparse import session, sweep
+        from esparse.cli import session
+        from esparse.sweeps import commands
 
         asked = [session.asked[tuple(overrides)] for overrides in job_overrides]
-        session.give_away(lambda: sweep.launch(self._sweep, self.executor, self._settings, asked), asked)
+        session.give_away(lambda: commands.launch(self._sweep, self.executor, self._settings, asked), asked)
         return []
 
 

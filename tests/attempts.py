@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from esparse import schema, session
+from esparse.cli import registry, session
 from tests import forks
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -35,12 +35,12 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
-    experiment = schema.build(config)
+    experiment = registry.build(config)
     root = Path(experiment.output_root)
-    settings = schema.resolved(config, experiment, config.hydra.runtime.choices)
+    settings = registry.resolved(config, experiment, config.hydra.runtime.choices)
     logging.getLogger("esparse").setLevel(logging.INFO)
     sys.addaudithook(watch)
     session.carry_out(experiment, settings)

@@ -22,13 +22,14 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
+import esparse.cli.session
+
 # Imported once, for all children.
 import esparse.evaluate.perplexity
 import esparse.evaluate.zeros
-import esparse.experiment
-import esparse.prune
-import esparse.session
-import esparse.tables  # noqa: F401
+import esparse.pruning.prune
+import esparse.reports.formats
+import esparse.run.experiment  # noqa: F401
 
 Plugins.instance()  # Hydra looks for them once
 OverridesParser.create().parse_overrides(["a=b,c", "d=[1]", "e=${f}"])  # and learns how to read

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from esparse.ranks import Ranks, together
+from esparse.parallel.ranks import Ranks, together
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -15,14 +15,15 @@ def carry_out(ranks: Ranks, runs: dict[str, list[str]], out: Path) -> None:
     """Carries out runs, by the name of each one's folder."""
     from hydra import compose, initialize_config_dir
 
-    from esparse import experiment, schema
+    from esparse.cli import registry
+    from esparse.run import experiment
 
-    schema.register()
+    registry.register()
     for name, overrides in runs.items():
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", overrides, return_hydra_config=True)
-        asked = schema.build(config)
-        settings = schema.resolved(config, asked, config.hydra.runtime.choices)
+        asked = registry.build(config)
+        settings = registry.resolved(config, asked, config.hydra.runtime.choices)
         experiment.run(asked, run_id=name, name=name, config=settings, folder=out / name, ranks=ranks)
 
 

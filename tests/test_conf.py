@@ -11,9 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from esparse import schema
-from esparse.experiment import Experiment
-from esparse.report import run_id
+from esparse.cli import registry
+from esparse.records.report import run_id
+from esparse.run.experiment import Experiment
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -42,18 +42,18 @@ NEEDED_BY = {
 
 @pytest.fixture(autouse=True)
 def composing() -> Iterator[None]:
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
 
 def experiment(*overrides: str) -> Experiment:
-    return schema.build(compose("config", list(overrides)))
+    return registry.build(compose("config", list(overrides)))
 
 
 def settings(*overrides: str) -> dict:
     config = compose("config", list(overrides), return_hydra_config=True)
-    return schema.resolved(config, schema.build(config), config.hydra.runtime.choices)
+    return registry.resolved(config, registry.build(config), config.hydra.runtime.choices)
 
 
 def test_the_contracts_defaults() -> None:
@@ -84,20 +84,20 @@ def test_every_option_composes_into_its_class_and_its_settings_become_the_experi
 ) -> None:
     extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
     config = compose("config", [f"{group}={option}", *extra], return_hydra_config=True)
-    asked = schema.build(config)
+    asked = registry.build(config)
     component = getattr(asked, group)
-    known = schema.CHOICES[group]
+    known = registry.CHOICES[group]
     expected = known.get("any") or known.get(option) or known[MADE_FROM[group, option]]
     assert type(component) is expected
     assert is_dataclass(component)
     # What a node reads from sweep.json is what was composed where the sweep was submitted.
-    settings = schema.resolved(config, asked, config.hydra.runtime.choices)
-    assert schema.rebuilt(json.loads(json.dumps(settings))) == asked
+    settings = registry.resolved(config, asked, config.hydra.runtime.choices)
+    assert registry.rebuilt(json.loads(json.dumps(settings))) == asked
 
 
 def test_table_of_choices_and_folder_agree() -> None:
-    assert set(schema.CHOICES) == set(GROUPS)
-    for group, known in schema.CHOICES.items():
+    assert set(registry.CHOICES) == set(GROUPS)
+    for group, known in registry.CHOICES.items():
         if "any" not in known:
             options = {option for of, option in OPTIONS if of == group}
             made = {MADE_FROM.get((group, option), option) for option in options}
@@ -129,7 +129,7 @@ def test_help_names_every_option_and_value() -> None:
 
 
 def test_numbers_live_in_yaml_alone() -> None:
-    for known in schema.CHOICES.values():
+    for known in registry.CHOICES.values():
         for component in known.values():
             for field in fields(component):
                 has_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
@@ -162,8 +162,8 @@ def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
 
 
 def test_a_run_has_a_short_name() -> None:
-    assert schema.title(settings()) == "tiny 2:4 entropy esparse"
-    assert schema.title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
+    assert registry.title(settings()) == "tiny 2:4 entropy esparse"
+    assert registry.title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
 
 
 @pytest.mark.parametrize(

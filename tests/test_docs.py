@@ -14,11 +14,11 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from esparse import schema
+from esparse.cli import registry
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
-from esparse.prune import Method, prune
-from esparse.report import Stages
+from esparse.pruning.prune import Method, prune
+from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.updates import NoUpdate
 from tests.models.families import tiny
@@ -55,12 +55,12 @@ def test_commands_compose(command: str) -> None:
         for word in words
         if word != "-m"
     ]
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         parsed = OverridesParser.create().parse_overrides(overrides)
         jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
         for job in jobs:
-            schema.build(compose("config", job))
+            registry.build(compose("config", job))
 
 
 def test_the_table_of_groups_has_every_option() -> None:
@@ -82,11 +82,11 @@ def test_experiments_compose(experiment: Path) -> None:
 def test_options_of_the_experiments_compose() -> None:
     options = sorted((ROOT / "experiments").glob("*/*.yaml"))
     assert options
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for path in options:
             where = f"hydra.searchpath=[file://{ROOT / 'experiments'}]"
-            schema.build(compose("config", [where, f"{path.parent.name}={path.stem}"]))
+            registry.build(compose("config", [where, f"{path.parent.name}={path.stem}"]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -98,7 +98,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_names_every_setting() -> None:
     text = (ROOT / "README.md").read_text()
-    for group, known in schema.CHOICES.items():
+    for group, known in registry.CHOICES.items():
         for component in known.values():
             for setting in component.__dataclass_fields__:
                 assert f"`{group}.{setting}`" in text, f"README.md does not explain {group}.{setting}"
@@ -112,11 +112,11 @@ def test_the_readmes_example_of_a_metric_works(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "conf" / "metric" / "power.yaml").write_text(blocks["conf/metric/power.yaml"])
     monkeypatch.syspath_prepend(tmp_path)
     power = importlib.import_module("power_example").Power
-    monkeypatch.setitem(schema.CHOICES["metric"], "power", power)
-    schema.register()
+    monkeypatch.setitem(registry.CHOICES["metric"], "power", power)
+    registry.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "metric=power", "metric.exponent=2"]
-        metric = schema.build(compose("config", overrides)).metric
+        metric = registry.build(compose("config", overrides)).metric
     assert metric == power(exponent=2.0)
     blocks_of_model = BlockModel(tiny("llama"), device=torch.device("cpu"), batch_tokens=64)
     method = Method(metric=metric, pattern=NM(2, 4), shuffle=NoShuffle(), update=NoUpdate())

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from esparse import schema
-from esparse.tables import main as tables
+from esparse.cli import registry
+from esparse.reports.formats import main as tables
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -44,11 +44,11 @@ def test_laptop_versions_compose(path: Path, capsys: pytest.CaptureFixture[str],
     assert 1 < len(jobs) <= 20
     seen: set[str] = set()
     jobs = [job for job in jobs if set(job) - seen and not seen.update(job)]  # every value at least once
-    schema.register()
+    registry.register()
     with initialize_config_dir(str(ROOT / "experiments"), version_base="1.3"):
         for job in jobs:
             config = compose(path.stem, [f"hydra.searchpath=[file://{ROOT / 'conf'}]", *job])
-            assert schema.build(config).model.path == "builtin"
+            assert registry.build(config).model.path == "builtin"
 
 
 def test_a_part_of_the_page_is_replaced_by_itself() -> None:

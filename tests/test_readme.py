@@ -19,12 +19,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from esparse import sweep
-from esparse.folder import Folder
 from esparse.packed import memory
-from tests import test_docs, test_page
+from esparse.sweeps import commands as sweep
+from esparse.sweeps.folder import Folder
+from tests import test_docs
 from tests.attempts import start
-from tests.test_tables import record, write
+from tests.reports import test_html_page
+from tests.reports.test_tables import record, write
 from tests.workshop import ROOT, furnished, launch, small_run
 
 README = (ROOT / "README.md").read_text()
@@ -83,7 +84,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one, shuffle in zip(alike, ("none", "gns", "lbs"), strict=True):
         one["config"]["choices"]["shuffle"] = shuffle
     write(root, published, *alike)
-    test_page.beside(root)
+    test_html_page.beside(root)
     return root
 
 
@@ -127,7 +128,7 @@ def run(words: list[str], at: At) -> None:
 
 
 def composed(*overrides: str) -> Any:
-    test_docs.schema.register()
+    test_docs.registry.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides), return_hydra_config=True)
 
@@ -163,7 +164,7 @@ def swept(words: list[str], at: At) -> None:
 def submitted(root: Path) -> Path:
     """The folder of a sweep on Slurm, whose only run has failed."""
     config = {"output_root": str(root / "out"), "pattern": "2:4", "outliers": None, "model": {"name": "tiny"}}
-    config["choices"] = {group: "none" for group in test_docs.schema.METHOD}
+    config["choices"] = {group: "none" for group in test_docs.registry.METHOD}
     settings: Any = OmegaConf.to_container(composed("hydra/launcher=site").hydra.launcher, resolve=True)
     settings.pop("_target_")
     folder = Folder.create(root / "out" / "sweeps" / "NAME", "slurm", settings, [config])

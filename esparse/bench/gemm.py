@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from esparse.bench.kernels import Case, Kernel
     from esparse.bench.limits import Limits
+    from esparse.bench.products import Case, Kernel
     from esparse.bench.search import Algorithms
     from esparse.bench.timing import Clock, Protocolled, Timing
 
@@ -36,7 +36,7 @@ class Gemm(Bench):
     shapes: list[str]  # own (the pruned model's layers) | names of shapes.NAMED
     tokens: list[int]
     dtypes: list[str]
-    kernels: list[str]  # names of kernels.KERNELS; empty: all
+    kernels: list[str]  # names of products.KERNELS; empty: all
     warm_up: int  # replays that are not counted
     repeats: int  # replays that are
     least_ms: float  # of one replay, which calls a product as often as that takes
@@ -79,8 +79,8 @@ class Gemm(Bench):
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> Measured:
         """All rows; a kernel that fails, or gives wrong results, has a row without times that says why."""
-        from esparse.bench.kernels import KERNELS, Case
         from esparse.bench.limits import limits
+        from esparse.bench.products import KERNELS, Case
         from esparse.bench.timing import Protocolled
 
         how = Protocolled(self.warm_up, self.repeats, self.least_ms, self.graph_below_ms)
@@ -123,7 +123,7 @@ def rows(
     algorithms: Algorithms,
 ) -> list[dict[str, Any]]:
     """The rows of one product: all kernels that take it, timed turn by turn with the dense one."""
-    from esparse.bench import kernels as table
+    from esparse.bench import products as table
     from esparse.bench.timing import measure, rotation
     from esparse.kernels.linear import Algorithm
 
@@ -190,7 +190,7 @@ def _least_ms(most: Limits, case: Case, weight_bytes: int, *, sparse_cores: bool
 
 
 def _inputs(case: Case, device: torch.device, turns: int) -> list[Tensor]:
-    from esparse.bench.kernels import random_input
+    from esparse.bench.products import random_input
 
     # A few tokens come out of the cache in a model, too; many rotate with the weights.
     copies = min(turns, 4) if case.tokens >= 256 else 1
@@ -201,7 +201,7 @@ def _worst_error(
     kernel: Kernel, prepared: Any, weight_RI: Tensor, case: Case, algorithm: Any, device: torch.device
 ) -> float:
     """Over two inputs; of many tokens the first and last 64 are compared."""
-    from esparse.bench import kernels as table
+    from esparse.bench import products as table
 
     worst = 0.0
     for seed in (11, 12):

@@ -36,7 +36,7 @@ class Limits:
 
 def limits(device: torch.device, dtypes: Sequence[str], clock: Clock, how: Protocolled, *, size: int = 8192) -> Limits:
     """Measures them: a copy of `size`^2 x 32 bytes, and products of `size`^3 of random numbers."""
-    from esparse.bench.kernels import dense_product, random_input, random_weight
+    from esparse.bench.products import dense_product, random_input, random_weight
 
     source = torch.empty(size * size * 8, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)

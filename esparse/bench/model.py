@@ -211,7 +211,7 @@ def _packed(layer: Any, name: str, subject: Subject, orders: dict[bytes, Any]) -
 
 def _search(layers: Mapping[str, Packed], subject: Subject, algorithms: Any, tokens: list[int]) -> None:
     """The fastest algorithm of each layer that cuSPARSELt computes, for each number of tokens."""
-    from esparse.bench.kernels import Case
+    from esparse.bench.products import Case
     from esparse.kernels.linear import GEMV_TOKENS
 
     wanted: dict[Case, list[Packed]] = {}

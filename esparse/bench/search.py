@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from esparse.bench.kernels import KERNELS, TOLERANCE, Case, error, pruned, random_input, random_weight
-from esparse.bench.kernels import reference as product_in_double
+from esparse.bench.products import KERNELS, TOLERANCE, Case, error, pruned, random_input, random_weight
+from esparse.bench.products import reference as product_in_double
 from esparse.bench.timing import CudaClock, rotation
 from esparse.kernels.linear import Algorithm, padded_tokens
 from esparse.patterns import NM
-from esparse.report import write_json
+from esparse.records.report import write_json
 
 SPLITS = ((1, -1), (2, 1), (2, 2), (4, 1), (4, 2), (-1, -1))  # (split_k, split_k_mode); -1 is segment-K
 ATTEMPTS = 4  # children that one case may end

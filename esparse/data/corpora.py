@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esparse.data import builtin
-from esparse.data.files import texts_of
 from esparse.data.hub import HubFile
+from esparse.data.text_files import texts_of
 
 Purpose = Literal["calibration", "evaluation"]
 GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from esparse.models import room
+from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 
@@ -98,4 +98,6 @@ def _room(blocks: BlockModel) -> int:
     """How many tokens' hidden states take a quarter of the free memory where they wait."""
     config = blocks.model.config.get_text_config()
     device = blocks.device if blocks.keeper.place == "device" else torch.device("cpu")
-    return int(room.free_bytes(device) // 4 // blocks.ranks.size // (config.hidden_size * blocks.model.dtype.itemsize))
+    return int(
+        host_memory.free_bytes(device) // 4 // blocks.ranks.size // (config.hidden_size * blocks.model.dtype.itemsize)
+    )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from esparse.models.blocks import BlockModel
     from esparse.patterns import Pattern
-    from esparse.prune import Pruned
+    from esparse.pruning.prune import Pruned
     from esparse.recoveries import Recovery
 
 ORDERS = ("original", "physical")
@@ -78,7 +78,7 @@ class ToFolder(Export):
         return Path(self.path).expanduser() if self.path else folder / "export"
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
-        from esparse.export.checkpoint import check_place
+        from esparse.export.writer import check_place
 
         check_place(self.place(folder))
 

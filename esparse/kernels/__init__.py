@@ -4,7 +4,7 @@ The compute form of a matrix of R rows (outputs) and I columns (inputs): `values
 column order, K of them in every row; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
 
 What pruning itself does again and again on a CPU has loops that numba compiles, beside PyTorch's operations: maxima.py,
-histogram.py, sweep.py.
+columns.py, histogram.py.
 """
 
 from __future__ import annotations

@@ -90,9 +90,7 @@ def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_regist
     if not tiles:
         shapes = ((8, 16, 4), (8, 32, 8), (8, 64, 16), (32, 16, 4), (8, 16, 2))
         kernels = ["scan", "gather"] if cut == Units(columns=16, survivors=8) else ["gather"]
-        tiles += [
-            Tile(k, r, d, w, s) for k in kernels for s in splits for r, d, w in shapes if d * s <= max(runs, 16)
-        ]
+        tiles += [Tile(k, r, d, w, s) for k in kernels for s in splits for r, d, w in shapes if d * s <= max(runs, 16)]
     if tokens > 2:
         shapes = ((16, 16, 4), (64, 8, 4), (64, 4, 4))
         wide = [Tile("expand", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in shapes]

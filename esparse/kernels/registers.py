@@ -33,7 +33,9 @@ def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) ->
     )
 
 
-def select(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, rows: int, depth: int, warps: int, split: int) -> Tensor:
+def select(
+    values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, rows: int, depth: int, warps: int, split: int
+) -> Tensor:
     """x @ W^T in float32, one sum for each of `split` parts of the inputs (split x T x R); 2:4 only."""
     tokens, inputs = x_TI.shape
     outputs, runs = len(values_RK), inputs // 16

@@ -1,7 +1,7 @@
 """Metrics: what a weight is worth. Pure functions of a weight matrix and its input's statistics.
 
-A metric is one file, one dataclass and one line in esparse/schema.py. Files in this folder import torch only inside
-their methods, so that the command line answers before torch is loaded.
+A metric is one file, one dataclass and one line in esparse/cli/registry.py. Files in this folder import torch only
+inside their methods, so that the command line answers before torch is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Metric(ABC):
         return {}
 
     def gradients(self) -> str:
-        """none | block | model: of what loss `stats["gradient"]` shall hold the gradients (esparse/gradients.py)."""
+        """none | block | model: of what loss `stats["gradient"]` shall hold the gradients (pruning/gradients.py)."""
         return "none"
 
     @abstractmethod

@@ -3,7 +3,7 @@
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
 arguments that the model would give it. One block is on the device at a time; where the other blocks are is the
-store's business (models/store.py), and where the hidden states wait is the keeper's (models/keeper.py).
+store's business (models/store.py), and where the hidden states wait is the keeper's (models/offload.py).
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esparse.models.checkpoint import shapes
-from esparse.models.keeper import Keeper
+from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
-from esparse.ranks import Ranks
+from esparse.parallel.ranks import Ranks
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")

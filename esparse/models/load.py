@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from esparse.models.store import ShardStore, Store
-    from esparse.ranks import Ranks
+    from esparse.parallel.ranks import Ranks
 
 log = logging.getLogger("esparse")
 
@@ -104,10 +104,10 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    from esparse.models import pristine
+    from esparse.models import cache
     from esparse.models.checkpoint import find
     from esparse.models.store import MemoryStore
-    from esparse.ranks import Ranks
+    from esparse.parallel.ranks import Ranks
 
     ranks = ranks or Ranks()
     path = str(BUILTIN) if model.path == "builtin" else model.path
@@ -119,9 +119,9 @@ def load(
         raise FileNotFoundError(f"model.path: there is no directory {path}")
     try:
         name = identity(model)
-        if (loaded := pristine.take(name)) is not None:
+        if (loaded := cache.take(name)) is not None:
             log.debug("%s is as it was loaded for an earlier run of this process", model.title)
-            return *(pristine.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
+            return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
         entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
@@ -131,7 +131,7 @@ def load(
         skeleton, store = _streamed(model, path, entry, folder, ranks)
         return skeleton, tokenizer, store
     loaded = _loaded(model, path, local.is_dir()), tokenizer
-    return *(pristine.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
+    return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _where(model: Model) -> dict[str, Any]:
 
 def _too_large(entry: Path, *, copies: int) -> bool:
     from esparse.models.checkpoint import Checkpoint
-    from esparse.models.room import free_host_bytes
+    from esparse.models.host_memory import free_host_bytes
 
     return Checkpoint(entry).bytes * copies > free_host_bytes() / 2
 

@@ -4,7 +4,7 @@ Then the tensor that it reads must come in that order, too. Where rows of an ear
 the order (down_proj's into the rows of gate and up; o_proj's into v_proj's, as far as it stays within the heads), and
 nothing is to be done when the model runs. Everywhere else the tensor is gathered, once for all that read it: behind
 the norm that makes it, if nothing else reads that norm, or in front of the layer. What makes a tensor is found by
-trying (models/wiring.py), for every family alike.
+trying (models/graph.py), for every family alike.
 
 Shapes: T tokens, I channels of a tensor, R rows of a matrix.
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from esparse.models.block import Block
+from esparse.models.graph import Wiring
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.models.producers import row_maps, row_sets
-from esparse.models.wiring import Wiring
 
 Rows = list[tuple[Matrix, Tensor]]  # matrices, each with the row that makes each channel of a tensor
 

@@ -2,7 +2,7 @@
 
 A block at work has its weights on the device; `lend` puts them there and `take_back` clears the place. A parameter
 stays the same object all the time, so that who holds one (a `Matrix`) finds it filled again at the block's next turn.
-What a run changed is written to files in any case: a run that is stopped goes on from them (journal.py).
+What a run changed is written to files in any case: a run that is stopped goes on from them (pruning/journal.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
-from esparse.models import room
+from esparse.models import host_memory
 from esparse.models.checkpoint import Checkpoint, opened
-from esparse.ranks import Ranks
-from esparse.report import write_whole
+from esparse.parallel.ranks import Ranks
+from esparse.records.report import write_whole
 
 INSTEAD = "it cannot be read block by block: use model.store=memory"
 
@@ -98,7 +98,7 @@ class ShardStore(Store):
     ) -> None:
         """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
         super().__init__(folder, ranks)
-        room.keep_large_tensors_apart()
+        host_memory.keep_large_tensors_apart()
         self._dtype = dtype
         self._places: dict[str, tuple[Path, str]] = {}
         names_in_file = _names(skeleton, checkpoint)
@@ -125,7 +125,7 @@ class ShardStore(Store):
             empty = nn.Parameter(torch.empty_like(parameter, device=home), requires_grad=parameter.requires_grad)
             swap_tensors(parameter, empty)
             del empty  # which has the weights now
-        room.trim()
+        host_memory.trim()
 
     def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
         self._places |= {name: (file, name) for name in parameters}

@@ -22,9 +22,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from esparse.cores import each_core
 from esparse.kernels.form import packed_bits, unpacked_bits
 from esparse.packed import codes
+from esparse.parallel.cores import each_core
 from esparse.patterns import NM, Pattern
 
 TILE = 2**18  # weights that are packed or unpacked at one time: what they need in between stays in a core's cache

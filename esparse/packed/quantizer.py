@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from esparse.packed.files import check_files
+from esparse.packed.checksums import check_files
 from esparse.packed.format import METHOD, VERSION
 
 log = logging.getLogger("esparse")
@@ -119,7 +119,7 @@ class EsparseQuantizer(HfQuantizer):
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        from esparse.models.room import trim
+        from esparse.models.host_memory import trim
         from esparse.packed.layer import loops
 
         for name in (*self.quantization_config.layers, *self.quantization_config.experts):

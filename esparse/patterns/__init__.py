@@ -4,8 +4,9 @@ Polarity: a boolean mask is always called `keep`; True means the weight survives
 Ties: of equal scores the one with the lowest index survives.
 """
 
-from esparse.patterns.groups import NM, Salient
-from esparse.patterns.pattern import Grouping, Pattern
+from esparse.patterns.nm import NM, Pattern
+from esparse.patterns.order import Grouping
+from esparse.patterns.outliers import Salient
 from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
 from esparse.patterns.text import from_str, parse
 

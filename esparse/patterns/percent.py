@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from esparse.patterns.pattern import Pattern, filled, top
+from esparse.patterns.nm import Pattern, filled, top
 
 if TYPE_CHECKING:
     from torch import Tensor

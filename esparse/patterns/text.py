@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from esparse.patterns.groups import NM, Salient
-from esparse.patterns.pattern import Pattern
+from esparse.patterns.nm import NM, Pattern
+from esparse.patterns.outliers import Salient
 from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
 
 EXPLAINED = (

@@ -38,7 +38,7 @@ class Equalise(Prepare):
             raise ValueError(f"prepare.power must lie between 0 and 1, got {self.power}")
 
     def block(self, block: Block) -> None:
-        from esparse.models.wiring import Wiring
+        from esparse.models.graph import Wiring
         from esparse.stats import ColumnMax
 
         wiring = Wiring(block)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
     from esparse.models.matrices import Matrix
     from esparse.patterns import Grouping, Pattern
-    from esparse.report import RecoveryReport
+    from esparse.records.report import RecoveryReport
     from esparse.stats import Factory
     from esparse.updates import Layer, Solution
 

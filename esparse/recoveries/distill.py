@@ -15,7 +15,7 @@ from esparse.recoveries import PrunedModel, Recovery
 
 if TYPE_CHECKING:
     from esparse.patterns import Pattern
-    from esparse.report import RecoveryReport
+    from esparse.records.report import RecoveryReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,8 +68,8 @@ class Distill(Recovery):
         return True
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
-        from esparse.recoveries.distillation import distill
-        from esparse.recoveries.held import held_weights
+        from esparse.recoveries.distill_training import distill
+        from esparse.recoveries.masked_parameters import held_weights
 
         assert pruned.parent is not None
         held = held_weights(pruned.keeps, pruned.groupings, pruned.blocks.device)

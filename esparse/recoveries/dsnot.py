@@ -107,7 +107,7 @@ def exchange(
     """
     import torch
 
-    from esparse.patterns.pattern import filled
+    from esparse.patterns.nm import filled
 
     inputs = keep_OI.shape[1]
     # What fills up the last group gives nothing, so that it neither comes nor goes.

@@ -64,6 +64,6 @@ class Window(Recovery):
         return self.inputs == "dense" or self.targets == "parent"
 
     def begin(self, block: Block) -> Finish:
-        from esparse.recoveries.reconstruct import begin
+        from esparse.recoveries.window_training import begin
 
         return begin(self, block)

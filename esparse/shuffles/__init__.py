@@ -98,7 +98,7 @@ class Search(Shuffle):
         order_I = self.by_score(scores_OI, nm)
         if self.objective == "score" or layers is None:
             return order_I
-        from esparse.shuffles.error import swap_by_error
+        from esparse.shuffles.error_swaps import swap_by_error
 
         return swap_by_error(scores_OI, layers.dense_OI, layers.gram_II, order_I, n=nm.n, m=nm.m, block=self.block)
 

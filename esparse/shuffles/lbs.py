@@ -24,7 +24,7 @@ class Lbs(Search):
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         import torch
 
-        from esparse.shuffles.swap import swap_in_blocks
+        from esparse.shuffles.score_swaps import swap_in_blocks
 
         own_I = torch.arange(scores_OI.shape[1], device=scores_OI.device)
         return swap_in_blocks(scores_OI, own_I, n=pattern.n, m=pattern.m, block=self.block)
@@ -41,7 +41,7 @@ class Esparse(Search):
         check_deal(self.deal)  # an unknown deal should fail before a job is submitted
 
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
-        from esparse.shuffles.swap import swap_in_blocks
+        from esparse.shuffles.score_swaps import swap_in_blocks
 
         dealt_I = dealt(scores_OI, pattern, deal=self.deal)
         return swap_in_blocks(scores_OI, dealt_I, n=pattern.n, m=pattern.m, block=self.block)

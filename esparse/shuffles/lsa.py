@@ -39,7 +39,7 @@ class Lsa(Search):
             Search.check(self, pattern)
 
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
-        from esparse.shuffles.assign import assign_slots
+        from esparse.shuffles.slot_assignment import assign_slots
 
         order_I = dealt(scores_OI, pattern, deal=self.deal)
         for _ in range(self.rounds):
@@ -74,8 +74,8 @@ class Best(Search):
         return max(ends, key=lambda order_I: kept_score(scores_OI, order_I, pattern))
 
     def _improved(self, order_I: Tensor, scores_OI: Tensor, pattern: NM) -> Tensor:
-        from esparse.shuffles.assign import assign_slots
-        from esparse.shuffles.swap import swap_in_blocks
+        from esparse.shuffles.score_swaps import swap_in_blocks
+        from esparse.shuffles.slot_assignment import assign_slots
 
         kept = kept_score(scores_OI, order_I, pattern)
         for _ in range(self.rounds):

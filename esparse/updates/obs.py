@@ -68,7 +68,7 @@ def sweep(
 
     from esparse import kernels
 
-    loops = kernels.loops("sweep") if dense_OI.device.type == "cpu" and dense_OI.dtype == torch.float32 else None
+    loops = kernels.loops("columns") if dense_OI.device.type == "cpu" and dense_OI.dtype == torch.float32 else None
     chosen = pattern.parts() if fixed_OI is None else ()
     # The loop chooses n of m alone, and within a block.
     if loops is not None and (fixed_OI is not None or (len(chosen) == 1 and chosen[0].m <= block)):
@@ -125,7 +125,7 @@ def _sweep_rows(
     """Row after row, on each core some of its own."""
     import torch
 
-    from esparse.cores import each_core
+    from esparse.parallel.cores import each_core
 
     outputs, inputs = dense_OI.shape
     weight_OI = dense_OI.clone(memory_format=torch.contiguous_format)

@@ -11,8 +11,8 @@ from esparse.allocations.budget import Unit
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.patterns import Grouping, Pattern
-from esparse.prune import Method, Pruned, prune
-from esparse.report import LayerReport, Stages
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import LayerReport, Stages
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.stats import ColumnNorm, Gram, LayerStats
 from esparse.updates import Layer

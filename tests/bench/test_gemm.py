@@ -10,16 +10,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from esparse import schema
 from esparse.bench import Bench, LayerShape, distinct, in_words
-from esparse.bench import kernels as table
+from esparse.bench import products as table
 from esparse.bench.gemm import DTYPES, KERNEL_NAMES, Gemm
-from esparse.bench.kernels import Case, Kernel, Prepared, pruned
 from esparse.bench.limits import Limits
+from esparse.bench.products import Case, Kernel, Prepared, pruned
 from esparse.bench.shapes import NAMED
 from esparse.bench.timing import WallClock
-from esparse.experiment import run
+from esparse.cli import registry
 from esparse.patterns import NM, parse
+from esparse.run.experiment import run
 from tests.workshop import ROOT, furnished, launch, small_run
 
 CPU = torch.device("cpu")
@@ -171,12 +171,12 @@ def test_names_that_are_known_without_torch_are_those_of_the_tables() -> None:
 @pytest.mark.parametrize("bench", ["gemm", "model"])
 def test_a_run_leaves_its_latencies_in_the_record(bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a run but the GPU, whose clock is the time of day here."""
-    schema.register()
+    registry.register()
     overrides = [f"bench={bench}", "bench.warm_up=1", "bench.repeats=2", "bench.least_ms=0.1", "shuffle=lbs"]
     overrides += {"gemm": ["bench.tokens=[1]", "bench.dtypes=[float32]"], "model": ["bench.batches=[1]"]}[bench]
     workshop = furnished(tmp_path, blocks=1)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        asked = schema.build(compose("config", [*small_run(workshop, tmp_path), *overrides]))
+        asked = registry.build(compose("config", [*small_run(workshop, tmp_path), *overrides]))
     monkeypatch.setattr(Bench, "require", lambda *_: None)
     monkeypatch.setattr("esparse.bench.timing.CudaClock", lambda _: WallClock())
     monkeypatch.setattr("esparse.bench.search.Algorithms.of", lambda *_: NoAlgorithms())

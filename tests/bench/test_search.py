@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from esparse.bench import search
-from esparse.bench.kernels import Case
+from esparse.bench.products import Case
 from esparse.bench.search import ATTEMPTS, Algorithms, run_child
 from esparse.kernels.linear import Algorithm
 from esparse.patterns import NM

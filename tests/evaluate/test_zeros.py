@@ -13,7 +13,7 @@ from esparse.evaluate.zeros import THRESHOLDS, report, shares
 from esparse.models.blocks import BlockModel
 from tests.evaluate.test_zeroshot import tiny_model
 from tests.models.families import tiny
-from tests.test_tables import command
+from tests.reports.test_tables import command
 from tests.workshop import launch
 
 TOKENS_SL = torch.randint(1, 96, (3, 12), generator=torch.Generator().manual_seed(5))

@@ -16,24 +16,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import esparse  # noqa: F401  transformers then knows the format
 from esparse import patterns
-from esparse.export import Export, Finished, checkpoint
-from esparse.export.dense import Dense
-from esparse.export.packed import Packed, _why_dense
-from esparse.method import Method
+from esparse.export import Export, Finished, writer
+from esparse.export.dense_checkpoint import Dense
+from esparse.export.packed_checkpoint import Packed, _why_dense
 from esparse.metrics.wanda import Wanda
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
 from esparse.models.reorder import Reordered, reorder
 from esparse.packed import layer as packed_layer
+from esparse.packed.checksums import checksum
 from esparse.packed.experts import PackedExperts
-from esparse.packed.files import checksum
 from esparse.packed.layer import PackedLinear
 from esparse.patterns import Grouping
-from esparse.prune import Pruned, prune
+from esparse.pruning.method import Method
+from esparse.pruning.prune import Pruned, prune
+from esparse.records.report import Stages
 from esparse.recoveries import NoRecovery, Recovery, Then
 from esparse.recoveries.bias import Bias
-from esparse.report import Stages
+from esparse.run.record import with_bytes
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.shuffles.gns import Gns
 from tests.models.families import tiny
@@ -161,7 +162,7 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
     card = (tmp_path / "export" / "README.md").read_text()
     assert f"{len(experts)} experts are dense, {facts['dense_expert_bytes']:,} bytes" in card
     # The record says the same of each layer.
-    assert {layer.name for layer in of.layers if layer.packed_bytes is None} == {m.name for m in experts}
+    assert {layer.name for layer in with_bytes(of) if layer.packed_bytes is None} == {m.name for m in experts}
 
 
 def test_experts_in_several_patterns_stay_dense() -> None:
@@ -209,7 +210,7 @@ def test_what_a_block_reads_is_tried_on_what_the_blocks_before_it_return(
         read.append(torch.cat(block.activations.hidden))
         return reorder(block, *args, **how)
 
-    monkeypatch.setattr(checkpoint, "reorder", spied)
+    monkeypatch.setattr(writer, "reorder", spied)
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     of = pruned(blocks)
     with torch.no_grad():
@@ -323,7 +324,7 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     of = pruned(blocks)
     written(dense(), blocks, of, tmp_path)
     before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
-    from esparse.export import checkpoint
+    from esparse.export import writer
 
     number = []
 
@@ -332,7 +333,7 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
         if len(number) == 3:
             raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(writer, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         written(packed(), blocks, of, tmp_path)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
@@ -346,7 +347,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     facts = written(dense(order="physical"), blocks, pruned(blocks), tmp_path)
     folder = tmp_path / "export"
     assert loaded(folder).generation_config.max_new_tokens == 7
-    mark = json.loads((folder / checkpoint.MARK).read_text())
+    mark = json.loads((folder / writer.MARK).read_text())
     assert mark["files"] == {file.name: checksum(file) for file in folder.glob("*.safetensors")}
     assert len(mark["files"]) == 1 + len(blocks.blocks)
     assert facts["absorbed"] == len(blocks.blocks)  # down_proj's by gate and up

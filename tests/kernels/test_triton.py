@@ -78,7 +78,11 @@ def test_the_lowest_bit_taken_away_again_and_again(tokens: int, rows: int, input
 
 IN_REGISTERS = [
     *(("select", n, m, rows, depth, split) for n, m in [(2, 4)] for rows, depth, split in [(8, 4, 1), (4, 2, 3)]),
-    *(("spread", n, m, rows, 2, split) for n, m in [(2, 4), (1, 2), (4, 8), (8, 16)] for rows, split in [(16, 1), (16, 3)]),
+    *(
+        ("spread", n, m, rows, 2, split)
+        for n, m in [(2, 4), (1, 2), (4, 8), (8, 16)]
+        for rows, split in [(16, 1), (16, 3)]
+    ),
 ]
 
 

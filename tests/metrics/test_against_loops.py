@@ -18,8 +18,8 @@ from esparse.metrics.random import Random
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
-from esparse.prune import Method, Pruned, prune
-from esparse.report import Stages
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.updates import NoUpdate
 from tests.models.families import tiny

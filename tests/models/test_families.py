@@ -10,8 +10,8 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel, _without_cache
 from esparse.patterns import NM
-from esparse.prune import Method, prune
-from esparse.report import Stages
+from esparse.pruning.prune import Method, prune
+from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.updates import NoUpdate
 from tests.models.families import FAMILIES, tiny

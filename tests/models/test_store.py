@@ -15,20 +15,20 @@ from transformers import PreTrainedModel
 
 from esparse.allocations.owl import Owl
 from esparse.evaluate.perplexity import window_losses
-from esparse.method import Method
 from esparse.metrics import Metric
 from esparse.metrics.gradient import Gradient
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
+from esparse.models.host_memory import free_host_bytes
 from esparse.models.load import BUILTIN, Model, load
-from esparse.models.room import free_host_bytes
 from esparse.patterns import NM, Unstructured
 from esparse.prepare.equalise import Equalise
-from esparse.prune import Pruned, prune
+from esparse.pruning.method import Method
+from esparse.pruning.prune import Pruned, prune
+from esparse.records.report import Stages
 from esparse.recoveries import NoRecovery, Recovery
 from esparse.recoveries.bias import Bias
 from esparse.recoveries.window import Window
-from esparse.report import Stages
 from esparse.shuffles import NoShuffle
 from tests.models.families import tiny
 from tests.recoveries.test_distill import FULL
@@ -314,7 +314,7 @@ def test_auto_streams_what_takes_more_than_half_of_the_memory(
 ) -> None:
     folder = saved(tiny("llama"), tmp_path, "shards")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    monkeypatch.setattr("esparse.models.room.free_host_bytes", lambda: int(free * size))
+    monkeypatch.setattr("esparse.models.host_memory.free_host_bytes", lambda: int(free * size))
     assert opened(folder, "auto").store.whole is whole
 
 
@@ -324,7 +324,7 @@ def test_the_free_memory_is_a_part_of_the_machines() -> None:
 
 def test_a_limit_of_the_process_counts() -> None:
     code = (
-        "import resource; from esparse.models.room import free_host_bytes\n"
+        "import resource; from esparse.models.host_memory import free_host_bytes\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))\n"
         "print(free_host_bytes())"
     )

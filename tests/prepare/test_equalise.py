@@ -16,13 +16,13 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
+from esparse.models.graph import Wiring
 from esparse.models.matrices import InputGroup
-from esparse.models.wiring import Wiring
 from esparse.patterns import NM
 from esparse.prepare import NoPreparation, Prepare
 from esparse.prepare.equalise import Equalise, scale_I
-from esparse.prune import Method, Pruned, prune
-from esparse.report import Stages
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_wiring import NOT_LINKED

@@ -18,12 +18,12 @@ from torch.func import functional_call
 from esparse.metrics.magnitude import Magnitude
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured, parse
-from esparse.prune import Method, Pruned, prune
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import RecoveryReport, Stages
 from esparse.recoveries import NoRecovery, PrunedModel, Recovery, Then
 from esparse.recoveries.distill import Distill
-from esparse.recoveries.distillation import divergence
-from esparse.recoveries.held import Held, Lora, dropped, held_weights, lasso
-from esparse.report import RecoveryReport, Stages
+from esparse.recoveries.distill_training import divergence
+from esparse.recoveries.masked_parameters import Held, Lora, dropped, held_weights, lasso
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from tests.models.families import tiny
 

@@ -15,12 +15,12 @@ from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Blocks, Columns, Grouping, Pattern, Rows, Salient, Unstructured
-from esparse.prune import Method, Pruned, prune
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import Stages
 from esparse.recoveries import NoRecovery, Recovery, Then
 from esparse.recoveries.bias import Bias
 from esparse.recoveries.dsnot import Dsnot, exchange
 from esparse.recoveries.variance import Variance
-from esparse.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.stats import ColumnMoments, ColumnNorm, LayerStats
 from esparse.updates import Layer, Solution

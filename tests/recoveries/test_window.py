@@ -11,10 +11,10 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
-from esparse.prune import Method, Pruned, prune
+from esparse.pruning.prune import Method, Pruned, prune
+from esparse.records.report import Stages
 from esparse.recoveries import NoRecovery, Recovery, Then
 from esparse.recoveries.window import Window
-from esparse.report import Stages
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
 

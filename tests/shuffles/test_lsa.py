@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esparse.patterns import NM, Unstructured
-from esparse.shuffles.assign import assign_slots
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.shuffles.lsa import Best, Lsa, kept_score
-from esparse.shuffles.swap import summed_maxima
+from esparse.shuffles.score_swaps import summed_maxima
+from esparse.shuffles.slot_assignment import assign_slots
 
 pytestmark = pytest.mark.usefixtures("loops")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from esparse import cluster, owner
+from esparse.jobs import cluster, lock
 from tests.slurm.lab import Lab
 from tests.workshop import ROOT, furnished, small_run
 
@@ -178,7 +178,7 @@ def test_requeued_by_slurm_in_the_middle_of_a_block(
 ) -> None:
     """Slurm kills the job and begins it anew, without a word to it."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out")
-    there = owner.read(folder)
+    there = lock.read(folder)
     assert there is not None and there.state == "running" and there.job is not None
     slurm("scontrol", "requeue", there.job)
     resumed_as_if_nothing_had_happened(sweep, folder, undisturbed)
@@ -188,7 +188,7 @@ def test_requeued_by_slurm_in_the_middle_of_a_block(
 def test_stopped_by_the_signal_of_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """The signal that Slurm sends `signal_delay_s` before the limit; submitit counts it as the limit in a short job."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=9)
-    there = owner.read(folder)
+    there = lock.read(folder)
     assert there is not None and there.job is not None
     slurm("scancel", "--signal=USR2", there.job)
     until(lambda: json.loads((folder / "status.json").read_text())["status"] == "preempted")
@@ -201,7 +201,7 @@ def test_stopped_by_the_signal_of_its_time_limit(workshop: Path, tmp_path: Path,
 
 def stopped_until_slurm_ends_it(folder: Path) -> None:
     """A run that is not done before its time limit, which is a minute at least; Slurm wakes up what it signals."""
-    there = owner.read(folder)
+    there = lock.read(folder)
     assert there is not None
     os.kill(there.pid, signal.SIGSTOP)
     until(lambda: cluster.began(there.pid) is None)
@@ -232,13 +232,13 @@ def test_a_node_that_is_lost_while_its_job_goes_on(
 ) -> None:
     """Cut off from Slurm, the first start still writes to the run's folder when the second one begins elsewhere."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out")
-    first = owner.read(folder)
+    first = lock.read(folder)
     assert first is not None and first.job is not None
     node = slurm("squeue", "-h", "-j", first.job, "-o", "%N").strip()
     os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before
     lab.stop_node(node)
     try:
-        until(lambda: (now := owner.read(folder)) is not None and now.token != first.token)
+        until(lambda: (now := lock.read(folder)) is not None and now.token != first.token)
         os.kill(first.pid, signal.SIGCONT)
         until(lambda: cluster.began(first.pid) is None)
         resumed_as_if_nothing_had_happened(sweep, folder, undisturbed)
@@ -266,7 +266,7 @@ def test_cancelled_and_submitted_again(lab: Lab, workshop: Path, tmp_path: Path)
     out = tmp_path / "out"
     longer = "calibration.sequences=512"  # Slurm gives a job seconds to end, and it must not be done by then
     sweep, folder = submitted_deep_run(workshop, out, longer)
-    at_work = owner.read(folder)
+    at_work = lock.read(folder)
     assert at_work is not None
     os.kill(at_work.pid, signal.SIGSTOP)
     plain = subprocess.run(
@@ -285,7 +285,7 @@ def test_cancelled_and_submitted_again(lab: Lab, workshop: Path, tmp_path: Path)
     assert code == 0 and "nothing to submit" in said
     code, said = asked("resubmit", str(sweep), "timeout_min=30")
     assert code == 0 and "1 runs submitted" in said
-    job = owner.read(folder)
+    job = lock.read(folder)
     assert job is not None and job.job is not None
     assert "TimeLimit=00:30:00" in slurm("scontrol", "-o", "show", "job", job.job)
     code, said = asked("wait", str(sweep))

@@ -1,0 +1,197 @@
+"""A checkpoint in esparse's format, without the zeros: transformers loads it after `import esparse`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from esparse.export import Finished, ToFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from esparse.models.matrices import Matrix
+    from esparse.models.reorder import Reordered
+    from esparse.patterns import Grouping, Pattern
+    from esparse.recoveries import Recovery
+
+log = logging.getLogger("esparse")
+
+
+@dataclass(slots=True)
+class _Contents:
+    """What config.json has to tell of the weights."""
+
+    layers: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    ordered: list[str] = field(default_factory=list)
+    behind: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    absorbed: int = 0
+    dense_experts: dict[str, int] = field(default_factory=dict)  # bytes of those that are not packed
+    why_dense: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Packed(ToFolder):
+    """Values, and which weights they are in as few bits as the pattern needs (packed/matrix.py).
+
+    With `order=physical` the columns stand in the order in which the groups were cut, which sparse kernels want, and
+    gathers are part of the model; with `original` they get back their own order while the model is loaded, as those of
+    experts do in any case. Experts with salient weights and a shuffle stay dense, and the log says so.
+    """
+
+    def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
+        if not pattern.parts():
+            raise ValueError(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
+        if self.order == "original" and shuffled and len(pattern.parts()) > 1:
+            raise ValueError(
+                "salient weights are stored by their runs of columns, which a shuffle reorders: use "
+                "export.order=physical, or shuffle=none"
+            )
+
+    def write(self, run: Finished) -> dict[str, Any]:
+        from esparse.export.card import packed_card
+        from esparse.export.writer import Draft, parts
+        from esparse.packed.format import METHOD, VERSION
+
+        dtype, physical = self.precision(run.blocks), self.order == "physical"
+        matrices = {m.entry: (m, g.pattern) for m, g in run.pruned.groupings if m.expert is None}
+        stacks = _stacks(run)
+        contents = _Contents()
+        with Draft(self.place(run.folder), run) as draft:
+            for tensors, plan in parts(run, physical=physical, gathers=True):
+                if not physical:
+                    plan.columns = {name: order.long() for name, order in run.pruned.orders.items() if name in tensors}
+                    plan.columns = {name: order for name, order in plan.columns.items() if name in matrices}
+                    plan.transposed = {name for name in plan.columns if matrices[name][0].transposed}
+                packed = _experts(tensors, stacks, contents, dtype)
+                rest = {name: value for name, value in tensors.items() if name not in contents.experts}
+                draft.add(packed | self._packed(run, rest, plan, matrices, contents, dtype))
+            facts = {
+                "path": str(draft.place),
+                "format": "packed",
+                "bytes": draft.bytes,
+                "dtype": str(dtype).removeprefix("torch."),
+                "order": self.order,
+                "packed_layers": len(contents.layers),
+                "packed_experts": sum(len(stacks[name]) for name in contents.experts),
+                "dense_experts": sum(len(stacks[name]) for name in contents.dense_experts),
+                "dense_expert_bytes": sum(contents.dense_experts.values()),
+                "why_dense": contents.why_dense,
+                "absorbed": contents.absorbed,
+                "gathers": len(contents.behind) + len(contents.before),
+            }
+            entry = {
+                "quant_method": METHOD,
+                "version": VERSION,
+                "order": self.order,
+                "layers": contents.layers,
+                "biases": contents.biases,
+                "ordered": contents.ordered,
+                "behind": contents.behind,
+                "before": contents.before,
+                "experts": contents.experts,
+                "files": draft.files,
+            }
+            mark = {"id": run.record["id"], "format": "packed"}
+            draft.finish(dtype, packed_card(run.record, facts), mark, entry)
+        if contents.dense_experts:
+            log.warning(
+                "%d experts stay dense, %.1f MB with their zeros (%s, ...): %s",
+                facts["dense_experts"],
+                sum(contents.dense_experts.values()) / 1e6,
+                next(iter(contents.dense_experts)),
+                facts["why_dense"],
+            )
+        return facts
+
+    def _packed(
+        self,
+        run: Finished,
+        tensors: dict[str, Tensor],
+        plan: Reordered,
+        matrices: dict[str, tuple[Matrix, Pattern]],
+        contents: _Contents,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """One file's tensors; what is packed of them is noted in `contents`."""
+        from esparse.export.writer import cast, on_disk
+        from esparse.packed.matrix import pack, to_file
+
+        packed: dict[str, Tensor] = {}
+        for name in (name for name in tensors if name in matrices):
+            matrix, pattern = matrices[name]
+            layer = name.removesuffix(".weight")
+            stored = cast(plan.stored(name, tensors[name]), dtype)
+            of_layer = to_file(pack(stored.T.contiguous() if matrix.transposed else stored, pattern))
+            packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
+            contents.layers[layer] = str(pattern)
+            if f"{layer}.bias" in tensors:
+                contents.biases.append(layer)
+            if self.order == "original" and name in plan.columns:
+                packed[f"{layer}.order"] = plan.columns[name].int()
+                contents.ordered.append(layer)
+        if self.order == "physical":
+            packed |= {f"{norm}.output_order": order.int() for norm, order in plan.behind.items()}
+            packed |= {f"{layer}.input_order": order.int() for layer, order in plan.before.items()}
+            contents.behind += plan.behind
+            contents.before += plan.before
+            contents.absorbed += plan.absorbed
+        rest = {name: plan.stored(name, value) for name, value in tensors.items() if name not in matrices}
+        return packed | on_disk(run, rest, dtype)
+
+
+def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
+    """The experts of each parameter that holds some, in their order."""
+    stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
+    for matrix, grouping in run.pruned.groupings:
+        if matrix.expert is not None:
+            stacks.setdefault(matrix.entry, []).append((matrix, grouping))
+    return {name: sorted(of, key=lambda pair: pair[0].expert or 0) for name, of in stacks.items()}
+
+
+def _experts(
+    tensors: dict[str, Tensor],
+    stacks: dict[str, list[tuple[Matrix, Grouping]]],
+    contents: _Contents,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The experts among one file's tensors, packed one by one; noted in `contents`."""
+    import torch
+
+    from esparse.export.writer import cast
+    from esparse.packed.matrix import pack, to_file
+
+    packed: dict[str, Tensor] = {}
+    for name in (name for name in tensors if name in stacks):
+        groupings = [grouping for _, grouping in stacks[name]]
+        pattern, ordered = groupings[0].pattern, groupings[0].order_I is not None
+        why = _why_dense(groupings)
+        if why is not None:
+            contents.dense_experts[name] = tensors[name].numel() * dtype.itemsize
+            contents.why_dense = why
+            continue
+        of_each = []
+        for matrix, grouping in stacks[name]:
+            stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), dtype).contiguous()
+            order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
+            of_each.append(to_file(pack(stored_OI, pattern)) | order)
+        packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}
+        transposed = stacks[name][0][0].transposed
+        contents.experts[name] = {"pattern": str(pattern), "transposed": transposed, "ordered": ordered}
+    return packed
+
+
+def _why_dense(groupings: Sequence[Grouping]) -> str | None:
+    """Why the experts of one parameter cannot be packed; None where they can."""
+    if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
+        return "the experts of a parameter are packed in one pattern only, and they have several"
+    if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:
+        return "salient weights are stored by their runs of columns, which a shuffle reorders (shuffle=none would help)"
+    return None

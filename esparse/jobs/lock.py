@@ -1,0 +1,284 @@
+"""Who works on a run: at most one process, of all machines that share the folder.
+
+RUN/owner.json names it: a process that works on the run, or a job in a queue that will. It appears whole or not at all
+(a hard link on a finished draft, which is atomic on NFS too, and needs no lock server), and goes with its owner's work.
+An owner at work touches it every BEAT_S. It is dead when its process is gone, which its own machine knows at once; to
+other machines, when it has not touched the file for PATIENCE_S and Slurm does not say that its job runs. Clocks of two
+machines are never compared: "now" is what the file system gives a new file.
+
+A dead owner's run is taken over by replacing the file. A process that finds another's name in it ends at once, so that
+one that was thought dead (a node cut off from the network) does no harm when it comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from uuid import uuid4
+
+from esparse.jobs import cluster
+
+log = logging.getLogger("esparse")
+
+BEAT_S = 5.0
+PATIENCE_S = 60.0
+FENCED = 75  # exit code of a process whose run another one took over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """A process, or a job in a queue; `state` is submitting, queued or running."""
+
+    state: str
+    host: str
+    machine: str
+    pid: int
+    began: int | None
+    job: str | None = None  # 1234_5, local-4711
+    restarts: int = 0
+    cluster: str | None = None  # Slurm's name of it
+    sweep: str | None = None
+    token: str = ""
+
+    @classmethod
+    def this_process(cls, state: str, sweep: str | None = None) -> Owner:
+        job = cluster.own_job()
+        return cls(
+            state=state,
+            host=socket.gethostname(),
+            machine=cluster.machine(),
+            pid=os.getpid(),
+            began=cluster.began(os.getpid()),
+            job=job,
+            restarts=cluster.restarts(),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME") if job else None,
+            sweep=sweep,
+            token=uuid4().hex[:12],
+        )
+
+    def here(self) -> bool:
+        return self.machine == cluster.machine()
+
+    def process_is_there(self) -> bool:
+        return cluster.began(self.pid) == self.began
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        if self.state == "running":
+            return f"running on {self.host} (process {self.pid}{job})"
+        return f"queued (job {self.job})" if self.job else f"being submitted on {self.host} (process {self.pid})"
+
+
+class Busy(Exception):
+    """Another process owns the run."""
+
+    def __init__(self, owner: Owner) -> None:
+        super().__init__(str(owner))
+        self.owner = owner
+
+
+def read(folder: Path) -> Owner | None:
+    """The owner that the folder names, dead or alive."""
+    try:
+        return Owner(**json.loads(_file(folder).read_text()))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
+    """Whether it works on the run, or will; where nobody can tell, it does."""
+    said = queue.state(owner.job, owner.cluster) if owner.job else None
+    if owner.state == "queued":
+        if owner.job and owner.job.startswith(cluster.LOCAL):
+            return not owner.here() or owner.process_is_there()
+        return said not in cluster.ENDED
+    if owner.here():
+        # A job that Slurm ends, or will begin again, is not over when its process is.
+        return owner.process_is_there() or (owner.sweep is not None and said not in {None} | cluster.ENDED)
+    if said in cluster.ENDED:
+        return False
+    if _age_s(folder) <= PATIENCE_S:
+        return True
+    return said is not None  # suspended, or hung, or waiting for its next start
+
+
+@contextmanager
+def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bool] = lambda: False) -> Iterator[Owner]:
+    """The run is this process's inside the `with`; raises Busy where it is another's. The folder has to be there.
+
+    `comes_back`, asked at the end: this process's job is put back into the queue, and the run waits there for it.
+    """
+    mine = Owner.this_process("running", sweep)
+    take(folder, mine, cluster.Queue())
+    ended = threading.Event()
+    beat = threading.Thread(target=_beat, args=(folder, mine, ended), daemon=True)
+    beat.start()
+    try:
+        yield mine
+    finally:
+        ended.set()
+        beat.join()
+        if comes_back():
+            put(folder, replace(mine, state="queued"))
+        else:
+            release(folder, mine)
+
+
+def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
+    """Makes `mine` the owner; raises Busy where a living one is there, and waits for one that must end first."""
+    while True:
+        if (there := read(folder)) is None and _create(folder, mine, _file(folder)):
+            break
+        if there is None:
+            if _age_s(folder) > PATIENCE_S:  # left half written by a file system without hard links
+                _file(folder).unlink(missing_ok=True)
+            time.sleep(0.05)
+            continue
+        heir, successor = _is_heir(mine, there), _is_next_start(mine, there)
+        if not (heir or successor) and alive(folder, there, queue):
+            raise Busy(there)
+        # Of all that find it dead one may replace it: whoever writes the file that has its token in the name.
+        right = folder / f"owner-{there.token}-heir.part"
+        if not _create(folder, mine, right):
+            _drop_if_left(right)
+            time.sleep(0.02)
+            continue
+        if read(folder) != there:
+            right.unlink(missing_ok=True)
+            continue
+        put(folder, mine)
+        if successor:
+            _wait_for_the_end_of(there)
+        if read(folder) == mine:
+            break
+    for draft in folder.glob("owner-*.part"):  # the right to it, and what processes left that were killed here
+        draft.unlink(missing_ok=True)
+
+
+def _is_heir(mine: Owner, there: Owner) -> bool:
+    """Whether the run waited in the queue for this very job."""
+    waits = there.state != "running" and there.sweep is not None
+    return waits and mine.state == "running" and there.sweep == mine.sweep and there.job in (None, mine.job)
+
+
+def _is_next_start(mine: Owner, there: Owner) -> bool:
+    """Whether Slurm began the owner's job anew, and this is it."""
+    return (
+        there.state == "running" and mine.job is not None and there.job == mine.job and there.restarts < mine.restarts
+    )
+
+
+def _wait_for_the_end_of(former: Owner) -> None:
+    """An earlier start of the same job may still be at work, on a node that Slurm has lost: it finds out and ends."""
+    until = time.monotonic() + PATIENCE_S
+    said = False
+    while time.monotonic() < until and (not former.here() or former.process_is_there()):
+        if not said:
+            log.info("an earlier start of this job may still be %s; it gets %g s to end", former, PATIENCE_S)
+            said = True
+        time.sleep(0.2)
+
+
+def put(folder: Path, owner: Owner) -> None:
+    """Names another owner, whoever was there before."""
+    while True:
+        try:
+            os.replace(_draft(folder, owner), _file(folder))
+            return
+        except FileNotFoundError:  # a new owner tidied the draft away
+            if not folder.is_dir():
+                raise
+
+
+def release(folder: Path, owner: Owner) -> None:
+    """The run is nobody's any more, if it was this owner's."""
+    if (there := read(folder)) is not None and there.token == owner.token:
+        _file(folder).unlink(missing_ok=True)
+
+
+def queued(owner: Owner, job: str, name: str | None) -> Owner:
+    """The same claim, now of a job in the queue; a job of this machine is its process."""
+    if job.startswith(cluster.LOCAL):
+        pid = int(job.removeprefix(cluster.LOCAL))
+        return replace(owner, state="queued", job=job, pid=pid, began=cluster.began(pid))
+    return replace(owner, state="queued", job=job, cluster=name)
+
+
+def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_S):
+        try:
+            there = read(folder)
+            if there is not None and _is_heir(mine, there):
+                put(folder, mine)  # the job began before whoever submitted it could note down its id
+            elif there is not None and there.token != mine.token:
+                log.error("%s was taken over: it is %s; this process ends", folder, there)
+                os._exit(FENCED)
+            os.utime(_file(folder))
+        except OSError:  # a server that does not answer, a folder that somebody removed
+            continue
+
+
+def _drop_if_left(right: Path) -> None:
+    """Removes the right to a run that a process took and died."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        heir = Owner(**json.loads(right.read_text()))
+        if heir.here() and not heir.process_is_there() or time.time() - right.stat().st_mtime > 2 * PATIENCE_S:
+            right.unlink(missing_ok=True)
+
+
+def _create(folder: Path, owner: Owner, file: Path) -> bool:
+    """Writes the file unless there is one."""
+    draft = _draft(folder, owner)
+    try:
+        os.link(draft, file)
+        return True
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            return draft.stat().st_nlink == 2  # NFS may do it and lose the answer
+        return False
+    except FileNotFoundError:  # a new owner tidied the draft away
+        if not folder.is_dir():
+            raise
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with file.open("x") as new:
+                new.write(draft.read_text())
+            return True
+        except FileExistsError:
+            return False
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _draft(folder: Path, owner: Owner) -> Path:
+    draft = folder / f"owner-{owner.token}-{owner.state}.part"
+    draft.write_text(json.dumps(asdict(owner)) + "\n")
+    return draft
+
+
+def _file(folder: Path) -> Path:
+    return folder / "owner.json"
+
+
+def _age_s(folder: Path) -> float:
+    """Seconds since the owner last touched its file, by the clock of the file system."""
+    probe = folder / f"owner-{uuid4().hex[:12]}-probe.part"
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        return now - _file(folder).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

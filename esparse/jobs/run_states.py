@@ -1,0 +1,78 @@
+"""How the runs of a sweep stand, read from their folders and from the queue."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esparse.jobs import cluster, lock
+from esparse.records.report import finished, run_id
+
+OPEN = ("queued", "running")  # still to come to an end by themselves
+FAILED = ("failed", "died")
+KINDS = ("finished", "running", "queued", "failed", "died", "cancelled", "interrupted", "never started")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One of KINDS, and the rest in words."""
+
+    kind: str
+    text: str
+    owner: lock.Owner | None = None
+
+
+def folder_of(settings: dict[str, Any]) -> Path:
+    return Path(settings["output_root"]) / run_id(settings)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """What status.json says; empty where there is none."""
+    try:
+        return dict(json.loads((folder / "status.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+def look(folder: Path, queue: cluster.Queue) -> State:
+    """How a run stands. The queue is asked before the folder is read, so that no end is missed in between."""
+    there = lock.read(folder)
+    lives = there is not None and lock.alive(folder, there, queue)
+    if (record := finished(folder)) is not None:
+        return State("finished", f"in {record['seconds']:.0f} s")
+    said = status(folder)
+    before = said.get("status")
+    if there is not None and lives:
+        kind = "running" if there.state == "running" else "queued"
+        waits = queue.why(there.job, there.cluster) if kind == "queued" and there.job else ""
+        again = f"{before} before, " if kind == "queued" and before in ("preempted", "interrupted") else ""
+        return State(kind, f"{again}{there}{f': {waits}' if waits else ''}", there)
+    if before == "failed":
+        return State("failed", said["reason"])
+    if before in ("cancelled", "interrupted", "preempted"):
+        kind = "interrupted" if before == "preempted" else before
+        return State(kind, f"{before} on {said['host']}" if said.get("host") else str(before))
+    if before is None:
+        return State("never started", "never started")
+    job = said.get("job") or (there.job if there else None)
+    ended = queue.state(job, there.cluster if there else None) if job else None
+    how = f"; job {job}: {ended}" if ended in cluster.ENDED - {cluster.GONE} else f"; job {job}" if job else ""
+    host = there.host if there is not None and there.state == "running" else said.get("host")
+    # Its owner's file is written first.
+    while_ = there.state if there is not None else before
+    return State("died", f"died while {while_}{f' on {host}' if host else ''}{how}")
+
+
+def looked(folders: Iterable[Path]) -> dict[Path, State]:
+    queue = cluster.Queue()
+    return {folder: look(folder, queue) for folder in folders}
+
+
+def counted(states: Iterable[State]) -> str:
+    """3 finished, 2 running, 1 failed"""
+    counts = Counter(state.kind for state in states)
+    return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]) or "no runs"

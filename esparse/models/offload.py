@@ -1,0 +1,53 @@
+"""Where hidden states wait between two blocks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esparse.models import host_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Keeps hidden states on the host, on the device, or in files of a folder."""
+
+    place: str  # auto | host | device | disk
+    folder: Path | None = None  # of disk; None: the system's folder for temporary files
+
+    def choose(self, size: int) -> Callable[[Tensor], Tensor]:
+        """What takes a tensor to where it waits; `size`: bytes of one stream of hidden states.
+
+        auto is the host, but the disk where that would take more than a quarter of the host's free memory: a run may
+        have two streams, and while a block runs the old and the new states of one.
+        """
+        place = self.place
+        if place == "auto":
+            place = "disk" if size > host_memory.free_host_bytes() / 4 else "host"
+        if place == "disk":
+            return self._on_disk
+        return torch.Tensor.cpu if place == "host" else lambda hidden: hidden
+
+    def _on_disk(self, hidden: Tensor) -> Tensor:
+        """A copy whose memory is a file. The file has no name any more: its space is freed with the tensor."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="activations-") as file:
+            file.truncate(hidden.nbytes)  # a disk that is full is found out below, where the pages are written
+            try:
+                # Room is taken at once: a mapped page without room on the disk would kill the process.
+                _reserve(file.fileno(), hidden.nbytes)
+            except OSError as error:
+                raise OSError(f"no room for activations of {hidden.nbytes:,} bytes in {file.name}: {error}") from error
+            kept = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        return kept.view(hidden.shape).copy_(hidden)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    import os
+
+    if hasattr(os, "posix_fallocate") and size:  # macOS has none
+        os.posix_fallocate(descriptor, 0, size)

@@ -1,0 +1,228 @@
+"""The one loop over a model's blocks: whoever wants to look at all of them, or to change them, is a visitor here.
+
+Shapes: S sequences, L tokens of a sequence, T tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from esparse.linalg import all_finite
+from esparse.models import host_memory
+from esparse.models.activations import Activations
+from esparse.models.block import Block
+from esparse.models.blocks import BlockModel
+from esparse.models.matrices import InputGroup, Matrix
+from esparse.pruning import gradients
+from esparse.pruning.journal import Entry, Journal
+from esparse.pruning.method import Method
+from esparse.records.report import Stages
+from esparse.stats import Factory, Gram, LayerStats, Statistic, WeightGradient
+
+log = logging.getLogger("esparse")
+
+
+@dataclass(slots=True, eq=False)
+class Observed:
+    """An input group of one block, what its tokens summed up to, and the gradients of its weights, where asked for."""
+
+    inputs: InputGroup
+    statistics: dict[str, Statistic]
+    gradients: Mapping[str, Tensor]
+
+    def stats(self, matrix: Matrix) -> LayerStats:
+        extra = {}
+        if matrix.entry in self.gradients:
+            extra["gradient"] = WeightGradient(matrix.part_of(self.gradients[matrix.entry]))
+        return LayerStats(matrix.name, self.statistics | extra, self.statistics["norm"].tokens)
+
+
+@dataclass(slots=True)
+class Walk:
+    """The loop through the blocks of a model."""
+
+    blocks: BlockModel
+    tokens_SL: Tensor
+    skip: Sequence[str]
+    stages: Stages
+    of_model: Mapping[str, Tensor] = field(default_factory=dict)  # gradients, where the metric wants the whole model's
+
+    def __call__(
+        self,
+        method: Method,
+        collects: dict[str, Factory],
+        visit: Callable[[Block, list[Observed]], Entry | None],
+        *,
+        changes: str | None,
+        journal: Journal | None = None,
+    ) -> None:
+        """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns afterwards.
+
+        `changes` begins the names of the files for the blocks as the preparation and the visitor leave them; None:
+        nothing is kept. With a journal, the walk takes up where that ends, and writes down what the visitor returns.
+        """
+        blocks, ranks, stages = self.blocks, self.blocks.ranks, self.stages
+        done = journal.finished if journal else 0
+        if done == len(blocks.blocks):  # only what comes after the walk is left to do
+            self._adopt(range(done), journal)
+            return
+        with stages("calibrate"):
+            streams = {"pruned": Activations(blocks, ranks.share(self.tokens_SL), method.sequences_at_once())}
+            if method.recovery.needs_dense_stream():
+                streams["dense"] = streams["pruned"].twin()
+            first = self._restored(streams, journal)
+        activations, dense = streams["pruned"], streams.get("dense")
+        for index in range(first, len(blocks.blocks)):
+            block = Block(index, activations, dense, self.skip, method.seed)
+            if index < done:
+                self._pass_on(block, method, journal)
+                continue
+            last = index + 1 == len(blocks.blocks)
+            with blocks.resident(index, changed=changes):
+                with stages("prepare"):
+                    method.prepare.block(block)
+                with stages("calibrate"):
+                    of_block = gradients.of_block(block) if method.metric.gradients() == "block" else self.of_model
+                    groups = _observe(block, collects, of_block, self.tokens_SL.shape)
+                    ahead = None if dense is None or last else dense.advanced(index)
+                entry = visit(block, groups)
+                with stages("calibrate"):
+                    if changes is not None:
+                        # All ranks computed the same, but on devices that may round differently. What the first one
+                        # has is written, so that the hidden states of all must come from it.
+                        ranks.copy_from_first(block.module.parameters())
+                    if not last:
+                        activations.advance(index)
+                    if dense is not None and ahead is not None:
+                        dense.hidden = ahead
+            if journal is not None and entry is not None:
+                journal.write(index, entry, stages)
+                if not last and ranks.size == 1:  # of several, each has its share only
+                    journal.snapshot(index + 1, {name: stream.hidden for name, stream in streams.items()})
+
+    def _restored(self, streams: Mapping[str, Activations], journal: Journal | None) -> int:
+        """Gives the streams the hidden states that an earlier attempt wrote down; the block that they enter."""
+        first = 0 if journal is None else journal.snapshot_before()
+        if journal is None or not first or self.blocks.ranks.size > 1:
+            return 0
+        saved = {name: journal.hidden(name) for name in streams}
+        if not all(stream.fits(saved[name]) for name, stream in streams.items()):
+            return 0  # another model.batch_tokens cuts other micro-batches
+        for name, stream in streams.items():
+            stream.put(saved[name])
+        self._adopt(range(first), journal)
+        return first
+
+    def _pass_on(self, block: Block, method: Method, journal: Journal | None) -> None:
+        """Lets the hidden states through a block that an earlier attempt finished."""
+        ahead = None
+        if block.dense is not None:
+            with self.blocks.resident(block.index):
+                with self.stages("prepare"):
+                    method.prepare.block(block)
+                with self.stages("calibrate"):
+                    ahead = block.dense.advanced(block.index)
+        self._adopt([block.index], journal)
+        with self.stages("calibrate"), self.blocks.resident(block.index):
+            block.activations.advance(block.index)
+        if block.dense is not None and ahead is not None:
+            block.dense.hidden = ahead
+
+    def _adopt(self, indices: Iterable[int], journal: Journal | None) -> None:
+        assert journal is not None
+        for index in indices:
+            self.blocks.adopt(index, journal.weights(index))
+
+
+class Held:
+    """Inputs of a block that are looked at twice, from the first look to the second, as far as there is room."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room  # bytes
+        self._parts: list[tuple[Tensor, int, Statistic]] | None = []
+
+    def hold(self, x_TI: Tensor, statistic: Statistic) -> None:
+        self._room -= x_TI.nbytes
+        if self._room < 0:
+            self._parts = None
+        if self._parts is not None:
+            self._parts.append((x_TI, x_TI._version, statistic))
+
+    def whole(self) -> dict[Statistic, list[Tensor]] | None:
+        """All that was held; None where room was short, or where the block wrote over what it had given to a layer."""
+        if self._parts is None or any(x_TI._version != version for x_TI, version, _ in self._parts):
+            return None
+        inputs: dict[Statistic, list[Tensor]] = {}
+        for x_TI, _, statistic in self._parts:
+            inputs.setdefault(statistic, []).append(x_TI)
+        return inputs
+
+
+def _observe(
+    block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], shape_SL: tuple[int, ...]
+) -> list[Observed]:
+    """The input groups of one block, each with what its tokens summed up to over all ranks.
+
+    `shape_SL`: of the calibration tokens of all ranks.
+    """
+    activations, device, ranks = block.activations, block.activations.blocks.device, block.activations.blocks.ranks
+    matrices = block.matrices()
+    sequences, length = shape_SL
+    size: dict[str, Any] = {"sequences": sequences, "device": device, "before": ranks.before(sequences) * length}
+    statistics: dict[InputGroup, dict[str, Statistic]] = {}
+
+    def statistics_of(group: InputGroup) -> dict[str, Statistic]:
+        if group not in statistics:
+            statistics[group] = {name: build(inputs=group.inputs, **size) for name, build in collects.items()}
+        return statistics[group]
+
+    def unite(look: int) -> None:
+        united = [statistic for group in matrices.groups for statistic in statistics_of(group).values()]
+        counts = ranks.gather([statistic.tokens for statistic in united])  # of all at once: there may be many experts
+        for statistic, *tokens in zip(united, *counts, strict=True):
+            statistic.unite(ranks, look, tokens)
+
+    # Processes on the CPU share its memory.
+    held = Held(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
+
+    def read(group: InputGroup, x_TI: Tensor) -> None:
+        for statistic in statistics_of(group).values():
+            statistic.add(x_TI, 0)
+            if statistic.looks > 1:
+                held.hold(x_TI, statistic)
+
+    def read_again(group: InputGroup, x_TI: Tensor) -> None:
+        for statistic in statistics_of(group).values():
+            if statistic.looks > 1:
+                statistic.add(x_TI, 1)
+
+    with matrices.observed(read):
+        activations.observe(block.index)
+    replaced = matrices.unite(ranks.gather(matrices.members()))
+    for group, own in zip(matrices.groups, replaced, strict=True):
+        if own:  # of several that turned out to read one tensor, some may have been seen without tokens
+            statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
+    unite(0)
+    if any(statistic.looks > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
+        inputs = held.whole()
+        if inputs is None:  # there was no room for all inputs, so they are computed once more
+            with matrices.observed(read_again):
+                activations.observe(block.index)
+        for statistic, parts in (inputs or {}).items():
+            statistic.add_all(parts, 1)
+        unite(1)
+    for name in matrices.complete():
+        log.warning("%s took no part in the forward pass and stays dense", name)
+    for group in matrices.groups:
+        gram = statistics_of(group).get("gram")
+        if isinstance(gram, Gram) and not all_finite(gram.gram_II):
+            raise ValueError(
+                f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
+                "or float32, otherwise the model's weights are damaged"
+            )
+    return [Observed(group, statistics_of(group), weight_gradients) for group in matrices.groups]

@@ -1,0 +1,178 @@
+"""What a run leaves on disk block after block, so that it goes on where it was stopped.
+
+In RUN/blocks, each file whole or not there: journal.json (whose run it is), pruned-00003.safetensors (the weights of a
+pruned block, written by the model's store), done-00003.safetensors (its keep masks and orders, and as metadata its
+reports; its presence means that the block is finished), hidden.safetensors (the hidden states in front of some block)
+and dense.safetensors (what was measured on the dense model). Nothing of it is left once result.json is there.
+
+What flows between the blocks is by far the largest part of a run's state, and can be computed anew by running the
+finished blocks once more. So it is written only every so many seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esparse.records.audit import Masks
+from esparse.records.report import Stages, write_json, write_whole
+
+log = logging.getLogger("esparse")
+
+
+@dataclass(slots=True)
+class Entry:
+    """What pruning one block left beside its weights; `facts` is what fits into JSON, `channels` only of a profile."""
+
+    keeps: Masks
+    orders: dict[str, Tensor]
+    facts: dict[str, Any]
+    channels: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Dense:
+    """What was measured on a dense model, and the id of the run that did: a corpus's losses, a task's scores."""
+
+    run: str
+    losses: dict[str, Tensor]
+    zeroshot: dict[str, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Journal:
+    """A folder with the state of one run. As a context it goes with a run that ends, and with a mistake (ValueError)
+    that would only come again; after anything else it stays for the next attempt.
+    """
+
+    folder: Path
+    snapshot_seconds: float | None  # between two writings of the hidden states; None: never
+    finished: int = 0  # blocks
+    resumed: list[int] = field(default_factory=list)  # the blocks with which later attempts began
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, of the attempts before this one
+    writes: bool = True  # of several ranks only the first one's does
+    _written: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, folder: Path, run: Mapping[str, Any], *, snapshot_seconds: float | None) -> Journal:
+        """The journal in this folder, an empty one where there is none or where it is another run's.
+
+        `run` is all that the state depends on, as JSON has it.
+        """
+        journal = cls(folder, snapshot_seconds)
+        try:
+            there = json.loads((folder / "journal.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            there = {}
+        if there.get("run") == run:
+            journal.resumed = there["resumed"]
+            while journal._done(journal.finished).exists() and journal.weights(journal.finished).exists():
+                journal.finished += 1
+        elif there:
+            log.info("what %s holds is of another version, model or text: the run begins anew", folder)
+        if journal.finished:
+            journal.resumed.append(journal.finished)
+            journal.seconds = journal.read(journal.finished - 1).facts["seconds"]
+            log.info("an earlier attempt finished %d blocks: the run goes on behind them", journal.finished)
+        elif not journal._dense.exists() or there.get("run") != run:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "journal.json", {"run": run, "resumed": journal.resumed})
+        return journal
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.writes and (kind is None or issubclass(kind, ValueError)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def with_earlier(self, stages: Stages) -> dict[str, float]:
+        """Seconds by stage, those of the attempts before this one included."""
+        return {s: self.seconds.get(s, 0.0) + stages.seconds.get(s, 0.0) for s in self.seconds | stages.seconds}
+
+    def weights(self, index: int) -> Path:
+        """Where the store puts a pruned block."""
+        return self.folder / f"pruned-{index:05}.safetensors"
+
+    def write(self, index: int, entry: Entry, stages: Stages) -> None:
+        """A block is finished; its weights are on disk already."""
+        if not self.writes:
+            return
+        facts = {"facts": entry.facts | {"seconds": self.with_earlier(stages)}, "shapes": entry.keeps.shapes}
+        tensors = {f"keep/{name}": packed for name, packed in entry.keeps.packed.items()}
+        tensors |= {f"order/{name}": order.clone() for name, order in entry.orders.items()}  # some are one tensor
+        tensors |= {f"channel/{name}": value_I for name, value_I in entry.channels.items()}
+        metadata = {"json": json.dumps(facts)}
+        write_whole(self._done(index), lambda draft: save_file(tensors, draft, metadata=metadata))
+
+    def read(self, index: int) -> Entry:
+        """What `write` was given, and in the facts the seconds by stage until then."""
+        with safe_open(self._done(index), framework="pt") as file:
+            written = json.loads(file.metadata()["json"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        keeps = Masks()
+        keeps.packed = {name.removeprefix("keep/"): t for name, t in tensors.items() if name.startswith("keep/")}
+        keeps.shapes = written["shapes"]
+        orders = {name.removeprefix("order/"): t for name, t in tensors.items() if name.startswith("order/")}
+        channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
+        return Entry(keeps, orders, written["facts"], channels)
+
+    def snapshot(self, index: int, streams: Mapping[str, list[Tensor]]) -> None:
+        """Writes the hidden states that enter this block, by stream and micro-batch, if it is time to."""
+        if self.snapshot_seconds is None or time.monotonic() - self._written < self.snapshot_seconds:
+            return
+        tensors = {f"{name}/{i:06}": t.cpu() for name, hidden in streams.items() for i, t in enumerate(hidden)}
+        metadata = {"index": str(index)}
+        write_whole(self._hidden, lambda draft: save_file(tensors, draft, metadata=metadata))
+        self._written = time.monotonic()
+
+    def snapshot_before(self) -> int:
+        """The block whose hidden states are on disk; 0 where none are."""
+        try:
+            with safe_open(self._hidden, framework="pt") as file:
+                return min(int(file.metadata()["index"]), self.finished)
+        except (FileNotFoundError, SafetensorError):
+            return 0
+
+    def hidden(self, stream: str) -> list[Tensor]:
+        """The hidden states of one stream by micro-batch."""
+        with safe_open(self._hidden, framework="pt") as file:
+            return [file.get_tensor(n) for n in sorted(file.keys()) if n.startswith(f"{stream}/")]
+
+    def write_dense(self, dense: Dense) -> None:
+        """What was measured on the dense model."""
+        if self.writes:
+            facts = {"json": json.dumps({"run": dense.run, "zeroshot": dense.zeroshot})}
+            write_whole(self._dense, lambda draft: save_file(dense.losses, draft, metadata=facts))
+
+    def dense(self) -> Dense | None:
+        """What `write_dense` was given; None where it was given nothing."""
+        if not self._dense.exists():
+            return None
+        with safe_open(self._dense, framework="pt") as file:
+            facts = json.loads(file.metadata()["json"])
+            losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Dense(facts["run"], losses, facts["zeroshot"])
+
+    @property
+    def _hidden(self) -> Path:
+        return self.folder / "hidden.safetensors"
+
+    @property
+    def _dense(self) -> Path:
+        return self.folder / "dense.safetensors"
+
+    def _done(self, index: int) -> Path:
+        return self.folder / f"done-{index:05}.safetensors"

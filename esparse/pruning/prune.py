@@ -1,0 +1,361 @@
+"""What pruning does at each block: score, shuffle, keep, update, recover. The one place that writes masks.
+
+Shapes: O outputs, I inputs, S sequences, L tokens of a sequence. Polarity: True in `keep` means the weight survives.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from esparse import patterns
+from esparse.allocations import Measured
+from esparse.linalg import all_finite
+from esparse.metrics import Metric
+from esparse.models.block import Block
+from esparse.models.blocks import BlockModel
+from esparse.models.matrices import Matrix
+from esparse.patterns import Grouping, Pattern
+from esparse.prepare import NoPreparation
+from esparse.pruning import gradients
+from esparse.pruning.block_loop import Observed, Walk
+from esparse.pruning.journal import Entry, Journal
+from esparse.pruning.method import Method
+from esparse.records.audit import Masks
+from esparse.records.report import LayerReport, RecoveryReport, Stages, as_dicts
+from esparse.recoveries import PrunedModel
+from esparse.shuffles import Layers, NoShuffle
+from esparse.stats import ColumnEntropy, LayerStats, TokenSample
+from esparse.updates import Layer, Solution, Update
+
+log = logging.getLogger("esparse")
+
+# Weights of several layers that are updated as one, at most: an update holds float32 copies of all of them at once.
+JOINED_WEIGHTS = 2**27
+BINS = 100  # of a profile's entropies, where the metric has none of its own
+
+
+@dataclass(slots=True)
+class Pruned:
+    """What pruning leaves beside the model: reports, keep masks (bool, outputs x inputs) and channel orders.
+
+    Masks and orders are keyed by the weight's name in the state dict; experts of one parameter are stacked in front.
+    `channels`, of a profile: I values each, by what they are and by the first layer that reads the channels.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    recoveries: list[RecoveryReport] = field(default_factory=list)
+    keeps: Masks = field(default_factory=Masks)
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+    groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
+    pattern_holds: bool = True
+    weights: int = 0
+    survivors: int = 0
+    metadata_bits: float = 0.0
+
+    def take(self, other: Pruned) -> None:
+        """Adds what pruning another block left; its totals are counted at the end."""
+        self.layers += other.layers
+        self.recoveries += other.recoveries
+        self.keeps.take(other.keeps)
+        self.orders |= other.orders
+        self.channels |= other.channels
+        self.groupings += other.groupings
+
+    def entry(self) -> Entry:
+        """All of it that cannot be counted on the weights, for the journal."""
+        facts = {
+            "layers": as_dicts(self.layers),
+            "recoveries": as_dicts(self.recoveries),
+            "matrices": [
+                {"entry": m.entry, "transposed": m.transposed, "expert": m.expert, "ordered": g.order_I is not None}
+                for m, g in self.groupings
+            ],
+        }
+        return Entry(self.keeps, self.orders, facts, self.channels)
+
+
+def prune(
+    blocks: BlockModel,
+    tokens_SL: Tensor,
+    method: Method,
+    *,
+    skip: Sequence[str] = (),
+    stages: Stages,
+    on_layer: Callable[[int, LayerReport], None] = lambda index, layer: None,
+    journal: Journal | None = None,
+    profile: bool = False,
+) -> Pruned:
+    """Prunes the model in place, block after block; later blocks see what the pruned ones before them return.
+
+    Where `blocks.ranks` are several, `tokens_SL` are the tokens of all, and all are left with the same weights.
+    `skip` holds regular expressions of layer names that stay dense. Blocks that the journal has are taken from it, and
+    those that are finished go into it. With `profile`, the channels' entropies, norms and mean scores are kept. Raises
+    ValueError for weights or activations that are not finite, naming the layer.
+    """
+    check_store(blocks, method)
+    pruned, recovery = Pruned(), method.recovery
+    walk = Walk(blocks, tokens_SL, skip, stages)
+    if method.metric.gradients() == "model":
+        with stages("calibrate"):
+            walk.of_model = gradients.of_model(blocks, tokens_SL, skip)
+    allocated = _allocated(walk, method)
+    parent = copy.deepcopy(blocks.model) if recovery.needs_parent() else None
+
+    for index in range(journal.finished if journal else 0):
+        pruned.take(_remembered(blocks, index, journal))
+
+    def prune_block(block: Block, groups: list[Observed]) -> Entry:
+        of_block = Pruned()
+        with stages("recover"):
+            finish = recovery.begin(block)
+        for group in groups:
+            for layer in _prune_group(group, method, allocated, of_block, stages=stages, profile=profile):
+                of_block.layers.append(layer)
+                on_layer(block.index, layer)
+        with stages("recover"):
+            of_block.recoveries += finish(of_block.keeps)
+        pruned.take(of_block)
+        return of_block.entry()
+
+    if method.allocation.measures():  # which walked through the blocks already, and prepared them
+        method = dataclasses.replace(method, prepare=NoPreparation())
+    collects = method.collects()
+    if profile:
+        collects.setdefault("entropy", partial(ColumnEntropy, bins=BINS, range="channel", limit=0.0))
+    walk(method, collects, prune_block, changes="pruned", journal=journal)
+    if not pruned.layers:
+        raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
+    with stages("recover"):
+        model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
+        pruned.recoveries += recovery.whole(model)
+    _measure(pruned, blocks)
+    return pruned
+
+
+def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Pruned:
+    """What an earlier attempt wrote down of one block."""
+    assert journal is not None
+    entry, module, name = journal.read(index), blocks.blocks[index], f"{blocks.prefix}.{index}"
+    pruned = Pruned(keeps=entry.keeps, orders=entry.orders, channels=entry.channels)
+    pruned.layers = [LayerReport(**layer) for layer in entry.facts["layers"]]
+    pruned.recoveries = [RecoveryReport(**part) for part in entry.facts["recoveries"]]
+    for fact, layer in zip(entry.facts["matrices"], pruned.layers, strict=True):
+        path, expert = fact["entry"].removeprefix(f"{name}."), fact["expert"]
+        owner = module.get_submodule(path.rpartition(".")[0]) if expert is None else None
+        matrix = Matrix(fact["entry"], module.get_parameter(path), fact["transposed"], expert, owner)
+        order_I = None
+        if fact["ordered"]:
+            order_I = entry.orders[matrix.entry] if expert is None else entry.orders[matrix.entry][expert]
+        pruned.groupings.append((matrix, Grouping(patterns.from_str(layer.pattern), order_I)))
+    return pruned
+
+
+def check_store(blocks: BlockModel, method: Method) -> None:
+    """Raises ValueError where the method needs the whole model, which is not in memory."""
+    why = method.needs_whole_model()
+    if why is not None and not blocks.store.whole:
+        raise ValueError(f"{why}, which is read block by block here (model.store): use model.store=memory")
+
+
+def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
+    """The patterns of those layers that get another one than the rest, by name."""
+    allocation = method.allocation
+    if not allocation.measures():
+        return {}
+    layers: list[Measured] = []
+    grouping = Grouping(method.pattern)
+
+    def measure(block: Block, groups: list[Observed]) -> None:
+        with walk.stages("score"):
+            for group in groups:
+                number = len({layer.group for layer in layers})
+                for matrix in group.inputs.matrices:
+                    weight_OI, stats = _finite(matrix), group.stats(matrix)
+                    score_OI = _scores(method.metric, weight_OI, stats)
+                    value = allocation.measure(Layer(weight_OI, grouping, stats), score_OI)
+                    layers.append(Measured(matrix.name, block.index, number, weight_OI.numel(), value))
+
+    # Only what the scores and the allocation need: no update, no recovery, no shuffle.
+    bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
+    # In memory the blocks stay as they were prepared without being written.
+    changes = None if isinstance(method.prepare, NoPreparation) or walk.blocks.store.whole else "prepared"
+    walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
+    return walk.blocks.ranks.from_first(lambda: allocation.plan(layers, method.pattern))
+
+
+def _prune_group(
+    group: Observed,
+    method: Method,
+    allocated: Mapping[str, Pattern],
+    pruned: Pruned,
+    *,
+    stages: Stages,
+    profile: bool,
+) -> list[LayerReport]:
+    """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
+    start = time.perf_counter()
+    matrices = group.inputs.matrices
+    with stages("score"):
+        weights = [_finite(matrix) for matrix in matrices]
+        stats = [group.stats(matrix) for matrix in matrices]
+        scores = [_scores(method.metric, w, s) for w, s in zip(weights, stats, strict=True)]
+    if profile and stats[0].tokens:
+        pruned.channels |= _channels(stats[0], scores)
+    pattern = allocated.get(matrices[0].name, method.pattern)
+    with stages("shuffle"):
+        together = None
+        if "gram" in method.shuffle.collects() and stats[0].tokens:
+            together = Layers(_joined(weights), stats[0]["gram"].gram_II)
+        order_I = (
+            None if isinstance(method.shuffle, NoShuffle) else method.shuffle.order(_joined(scores), pattern, together)
+        )
+        grouping = Grouping(pattern, order_I)
+    sample = group.statistics["sample"]
+    assert isinstance(sample, TokenSample)
+    x_SI = sample.x_SI()
+    with stages("score"):
+        solutions = [
+            Solution.without_update(weight_OI, grouping.keep_top(score_OI))
+            for weight_OI, score_OI in zip(weights, scores, strict=True)
+        ]
+    layers = [Layer(weight_OI, grouping, stat) for weight_OI, stat in zip(weights, stats, strict=True)]
+    if stats[0].tokens:
+        with stages("update"):
+            solutions = _updated(method.update, layers, solutions)
+    shared = (time.perf_counter() - start) / sum(weight_OI.numel() for weight_OI in weights)
+    reports = []
+    for matrix, layer, solution, score_OI in zip(matrices, layers, solutions, scores, strict=True):
+        start = time.perf_counter()
+        weight_OI = layer.dense_OI
+        if layer.stats.tokens:
+            with stages("recover"):
+                solution = method.recovery.layer(layer, solution)
+        _write(matrix, solution)
+        _remember(pruned, matrix, solution.keep_OI, grouping)
+        report = _report(matrix, weight_OI, solution, score_OI, x_SI)
+        report.pattern = str(pattern)
+        report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
+        reports.append(report)
+    return reports
+
+
+def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
+    """What a shuffle evens out, of each input channel: entropy (nats), root mean square, mean of its column's scores.
+
+    The scores are those of all matrices that read the tensor; what a metric takes for its entropy is taken here, too.
+    """
+    values = {
+        "entropy": stats["entropy"].entropy_I(),
+        "norm": stats["norm"].norm_I("rms"),
+        "score": sum(s.sum(0, dtype=torch.float64) for s in scores) / sum(map(len, scores)),
+    }
+    return {f"{what}/{stats.name}": value_I.float().cpu() for what, value_I in values.items()}
+
+
+def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]) -> list[Solution]:
+    """The layers of a group after the update: where they may, as one, which takes a third of the steps for q, k, v."""
+    grouping, sizes = layers[0].grouping, [len(layer.dense_OI) for layer in layers]
+    if (
+        len(layers) == 1
+        or not update.by_rows(grouping.pattern)
+        or sum(layer.dense_OI.numel() for layer in layers) > JOINED_WEIGHTS
+    ):
+        return [update.apply(layer, start) for layer, start in zip(layers, starts, strict=True)]
+    joined = Layer(_joined([layer.dense_OI for layer in layers]), grouping, layers[0].stats)
+    start = Solution(_joined([start.weight_OI for start in starts]), _joined([start.keep_OI for start in starts]))
+    after = update.apply(joined, start)
+    parts = zip(after.weight_OI.split(sizes), after.keep_OI.split(sizes), strict=True)
+    return [Solution(weight_OI, keep_OI) for weight_OI, keep_OI in parts]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies even a single one
+
+
+def _write(matrix: Matrix, solution: Solution) -> None:
+    # A product leaves -0.0, on which packing kernels were seen to fail, and so does half precision of a tiny negative
+    # survivor: -0.0 + 0.0 is 0.0. Filling under a mask would take seven times as long.
+    matrix.view().copy_(solution.weight_OI * solution.keep_OI).add_(0.0)
+    if solution.shift_O is not None and not matrix.add_to_bias(solution.shift_O):
+        log.warning("%s has no place for a bias: it stays without its correction", matrix.name)
+
+
+def _finite(matrix: Matrix) -> Tensor:
+    weight_OI = matrix.view().float()
+    if not all_finite(weight_OI):
+        bad = int((~torch.isfinite(weight_OI)).sum())
+        raise ValueError(f"{matrix.name} holds {bad} weights that are NaN or Inf: the checkpoint is damaged")
+    return weight_OI.clone() if weight_OI.data_ptr() == matrix.view().data_ptr() else weight_OI
+
+
+def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+    if stats.tokens == 0:
+        log.warning("%s saw no calibration token: scored by magnitude", stats.name)
+        return weight_OI.abs()
+    scores_OI = metric.score(weight_OI, stats).float()
+    if not all_finite(scores_OI):
+        raise ValueError(f"the scores of {stats.name} hold NaN or Inf: its input overflows, try model.dtype=float32")
+    return scores_OI
+
+
+def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping) -> None:
+    pruned.groupings.append((matrix, grouping))
+    if matrix.expert is None:
+        pruned.keeps.put(matrix.entry, keep_OI)
+        if grouping.order_I is not None:
+            pruned.orders[matrix.entry] = grouping.order_I.cpu()
+        return
+    experts = len(matrix.parameter)
+    pruned.keeps.put_expert(matrix.entry, keep_OI, matrix.expert, experts)
+    if (order_I := grouping.order_I) is not None:
+        stack = pruned.orders.setdefault(matrix.entry, order_I.new_zeros(experts, *order_I.shape, device="cpu"))
+        stack[matrix.expert] = order_I.cpu()
+
+
+def _measure(pruned: Pruned, blocks: BlockModel) -> None:
+    """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
+    for index in range(len(blocks.blocks)):
+        inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
+        with blocks.resident(index):
+            for matrix, grouping in inside:
+                survives_OI = matrix.view() != 0
+                pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
+                pruned.weights += survives_OI.numel()
+                pruned.survivors += int(survives_OI.sum())
+                pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+
+
+def _device(order_I: Tensor | None) -> torch.device | None:
+    return None if order_I is None else order_I.device
+
+
+def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Tensor, x_SI: Tensor) -> LayerReport:
+    after_OI = matrix.view().float()
+    norm = float((x_SI @ before_OI.T).norm())
+    lost_SO = x_SI @ (before_OI - after_OI).T
+    error = float((lost_SO if solution.shift_O is None else lost_SO - solution.shift_O).norm())
+    total = _total(score_OI)
+    return LayerReport(
+        name=matrix.name,
+        shape=list(before_OI.shape),
+        density=int(after_OI.count_nonzero()) / after_OI.numel(),
+        kept_score=_total(score_OI * solution.keep_OI) / total if total else 1.0,
+        relative_error=(error / norm if norm else 0.0) if len(x_SI) else None,
+        error_tokens=len(x_SI),
+        seconds=0.0,
+    )
+
+
+def _total(score_OI: Tensor) -> float:
+    # Rows in float32, as a sum of all in float64 takes many times as long.
+    return float(score_OI.sum(1).sum(dtype=torch.float64))

@@ -1,0 +1,101 @@
+"""The files beside a record by which a run can be checked: keep masks, channel orders, calibration tokens.
+
+masks.safetensors: one uint8 entry per pruned weight under its name in the model's state dict, bit-packed along the
+columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
+the metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only where a shuffle ran): the channel (int32)
+that stands at each place when the pattern's groups are cut.
+channels.safetensors (only with profile=true): `entropy/LAYER` (nats), `norm/LAYER` (root mean square) and `score/LAYER`
+(mean of a column), float32, of each input channel in its own order; LAYER is the first of the layers that read it.
+calibration_tokens.safetensors: `tokens` (int32, sequences x length).
+window_losses.safetensors: `dense/CORPUS` and `pruned/CORPUS`, the mean loss (nats, float64) of every window, so that
+two runs can be compared window by window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esparse.records.report import write_whole
+
+
+def pack(keep: Tensor) -> Tensor:
+    """A boolean mask as bytes, its last dimension shortened to ceil(columns / 8)."""
+    return torch.from_numpy(np.packbits(keep.numpy(), axis=-1))
+
+
+def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """The boolean mask of that shape that `pack` was given."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=shape[-1]).astype(bool)).view(shape)
+
+
+class Masks(Mapping[str, Tensor]):
+    """Keep masks by weight name, held bit-packed: as booleans those of a large model would fill the memory."""
+
+    def __init__(self, keeps: Mapping[str, Tensor] | None = None) -> None:
+        self.packed: dict[str, Tensor] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for name, keep in (keeps or {}).items():
+            self.put(name, keep)
+
+    def put(self, name: str, keep: Tensor) -> None:
+        self.packed[name], self.shapes[name] = pack(keep.cpu()), list(keep.shape)
+
+    def take(self, other: Masks) -> None:
+        """Adds the masks of others, whose names are not among these."""
+        self.packed |= other.packed
+        self.shapes |= other.shapes
+
+    def put_expert(self, name: str, keep_OI: Tensor, expert: int, experts: int) -> None:
+        """One of several masks that stand under one name, an expert's."""
+        packed = pack(keep_OI.cpu())
+        self.shapes[name] = [experts, *keep_OI.shape]
+        self.packed.setdefault(name, packed.new_zeros(experts, *packed.shape))[expert] = packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+
+def write(
+    folder: Path,
+    keeps: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
+    tokens_SL: Tensor,
+    losses: Mapping[str, Mapping[str, Tensor]],
+    channels: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
+    masks = keeps if isinstance(keeps, Masks) else Masks(keeps)
+    # One entry: several would come in any order, and equal masks would not be equal files.
+    shapes = {"shapes": json.dumps(masks.shapes, sort_keys=True)}
+    write_whole(folder / "masks.safetensors", lambda draft: save_file(masks.packed, draft, metadata=shapes))
+    if orders:
+        as_int32 = {name: order.to(torch.int32) for name, order in orders.items()}
+        write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
+    if channels:
+        write_whole(folder / "channels.safetensors", lambda draft: save_file(dict(channels), draft))
+    by_window = {f"{which}/{corpus}": value for which, of in losses.items() for corpus, value in of.items()}
+    write_whole(folder / "window_losses.safetensors", lambda draft: save_file(by_window, draft))
+    tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}
+    write_whole(folder / "calibration_tokens.safetensors", lambda draft: save_file(tokens, draft))
+    return sum(mask.numel() for mask in masks.packed.values())
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """The keep masks of a finished run by weight name."""
+    with safe_open(folder / "masks.safetensors", framework="pt") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        return {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}

@@ -1,0 +1,176 @@
+"""The training behind `recovery=distill`.
+
+Parent and student are on the device whole. The student is trained in float32 whatever its precision: 4 bytes per
+parameter, and per trained weight 12 more (its gradient, two moments of AdamW) and 2 for masks. With LoRA it is 4
+more per pruned weight, since the model computes with a second copy, and next to nothing for what is trained. The
+activations of a micro-batch come on top, of all blocks at once: where they do not fit, lower `model.batch_tokens`. A
+copy of what may have to be undone waits on the host.
+
+Shapes: S sequences, L tokens, B sequences of a micro-batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import kl_div, log_softmax
+
+from esparse.models.blocks import BlockModel
+from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
+from esparse.records.report import RecoveryReport
+from esparse.recoveries.masked_parameters import Held, Lora, Whole, dropped, lasso
+
+if TYPE_CHECKING:
+    from esparse.recoveries.distill import Distill
+
+log = logging.getLogger("esparse")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """The pruned model and the dense one it came from."""
+
+    student: BlockModel
+    parent: nn.Module
+    temperature: float
+
+    def divergence(self, tokens_BL: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`divergence` of a micro-batch, summed, where the student computes with these weights in place of its own."""
+        inputs = {"input_ids": tokens_BL.to(self.student.device), "use_cache": False}
+        with torch.no_grad():
+            wanted_BLV = self.parent(**inputs).logits
+        got_BLV = functional_call(self.student.model, dict(weights), kwargs=inputs).logits
+        return divergence(wanted_BLV, got_BLV, self.temperature)
+
+    @torch.no_grad()
+    def mean(self, tokens_SL: Tensor) -> float:
+        """The divergence per token over all sequences, of the student as it is."""
+        parts = self.student.micro_batches(tokens_SL)
+        return math.fsum(float(self.divergence(tokens_BL, {})) for tokens_BL in parts) / tokens_SL.numel()
+
+
+def divergence(parent_BLV: Tensor, student_BLV: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(parent / T) || softmax(student / T)) in nats, summed over all tokens.
+
+    The factor keeps the size of the gradients. Computed in float32.
+    """
+    log_p, log_q = (log_softmax(logits.float() / temperature, dim=-1) for logits in (parent_BLV, student_BLV))
+    of_token_BL = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * of_token_BL.sum(dtype=torch.float64)
+
+
+def distill(
+    settings: Distill, student: BlockModel, parent: nn.Module, tokens_SL: Tensor, held: Sequence[Held], seed: int
+) -> RecoveryReport:
+    """Trains the student; it stays as it was where that would raise the loss on the calibration tokens.
+
+    Raises ValueError where the loss is not finite to begin with.
+    """
+    start, pair = time.perf_counter(), Pair(student, parent, settings.temperature)
+    with _on_device(student.model, student.device), _on_device(parent, student.device):
+        trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in held]
+        before, after, steps = improved(
+            "the whole model",
+            trained,
+            lambda: pair.mean(tokens_SL),
+            lambda: _train(settings, pair, tokens_SL, held, trained, torch.Generator().manual_seed(seed)),
+        )
+    return RecoveryReport("model", "kl", before, after, steps, time.perf_counter() - start)
+
+
+def _train(
+    settings: Distill,
+    pair: Pair,
+    tokens_SL: Tensor,
+    held: Sequence[Held],
+    parameters: Sequence[nn.Parameter],
+    generator: torch.Generator,
+) -> int:
+    """Trains the parameters, or LoRA on those that are held; returns the number of steps."""
+    model = pair.student.model
+    with in_float32(model):
+        trained: Whole | Lora = Whole(held, parameters)
+        if settings.train == "lora":
+            trained = Lora(held, settings.rank, settings.alpha, generator)
+        with requiring_grad(model, parameters if settings.train == "full" else ()), masked(trained.kept):
+            steps = _steps(settings, pair, tokens_SL, held, trained, generator)
+        trained.merge()
+    for of in held:
+        of.settle()
+    return steps
+
+
+def _steps(
+    settings: Distill,
+    pair: Pair,
+    tokens_SL: Tensor,
+    held: Sequence[Held],
+    trained: Whole | Lora,
+    generator: torch.Generator,
+) -> int:
+    optimiser = torch.optim.AdamW(trained.leaves, settings.learning_rate, weight_decay=0.0)
+    regularised = _with_groups(held) if settings.lasso or settings.dropout else []
+    total = settings.epochs * -(-len(tokens_SL) // settings.batch)
+    step = 0
+    for epoch in range(settings.epochs):
+        seen = 0.0
+        for chosen in torch.randperm(len(tokens_SL), generator=generator).split(settings.batch):
+            factors = dropped(regularised, settings.dropout, generator) if settings.dropout else {}
+            seen += _backward(settings, pair, tokens_SL[chosen], trained, regularised, factors)
+            if settings.clip is not None:
+                torch.nn.utils.clip_grad_norm_(trained.leaves, settings.clip)
+            for group in optimiser.param_groups:
+                group["lr"] = settings.learning_rate * rate(step, total, warm_up=settings.warm_up)
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+        log.info("distillation, epoch %d of %d: KL %.4g", epoch + 1, settings.epochs, seen / tokens_SL.numel())
+    return total
+
+
+def _backward(
+    settings: Distill,
+    pair: Pair,
+    tokens_BL: Tensor,
+    trained: Whole | Lora,
+    regularised: Sequence[Held],
+    factors: Mapping[str, Tensor],
+) -> float:
+    """Adds up the gradients of one step; returns the divergence, summed over the step's tokens."""
+    seen = 0.0
+    for part_BL in pair.student.micro_batches(tokens_BL):
+        weights = trained.weights()
+        weights |= {name: weights[name] * factor for name, factor in factors.items()}
+        loss = pair.divergence(part_BL, weights)
+        (loss / tokens_BL.numel()).backward()
+        seen += loss.item()
+    if settings.lasso and regularised:
+        (settings.lasso * lasso(regularised, trained.weights())).backward()
+    return seen
+
+
+def _with_groups(held: Sequence[Held]) -> list[Held]:
+    """Those that the regularisers can work on; the log names the others."""
+    left_out = [of.entry for of in held if any(grouping.pattern.swap_width is None for grouping in of.groupings)]
+    if left_out:
+        log.warning("lasso and dropout pass over what a pattern without groups prunes: %s", ", ".join(left_out))
+    return [of for of in held if of.entry not in left_out]
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(model.parameters()).device
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(home)

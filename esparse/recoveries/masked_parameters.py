@@ -1,0 +1,142 @@
+"""Pruned parameters that are trained while their masks are held: whole or as LoRA, and regularised by their groups.
+
+Shapes: O outputs, I inputs, G groups, M places of a group, R rank, * an expert dimension where there are experts.
+Polarity: True in `keep` means the weight survives. "As stored" is how the parameter stores it: I x O in a Conv1D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esparse.models.matrices import Matrix
+from esparse.patterns import Grouping
+from esparse.patterns.nm import filled
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """One pruned parameter, its mask as stored, and how the groups of its matrix, or of each expert's, are cut."""
+
+    entry: str  # name in the model's state dict
+    parameter: nn.Parameter
+    keep: Tensor
+    transposed: bool
+    groupings: Sequence[Grouping]
+
+    def outputs_first(self, stored: Tensor) -> Tensor:
+        """* x O x I of what is as stored, and the other way round."""
+        return stored.mT if self.transposed else stored
+
+    def matrices(self, stored: Tensor) -> Iterator[tuple[Tensor, Grouping]]:
+        """Each matrix (O x I) of a tensor as stored, with its grouping."""
+        # unbind and not stored[expert]: the gradient of each such slice would be as large as all experts together.
+        for weight, grouping in zip(stored.unbind() if stored.ndim == 3 else [stored], self.groupings, strict=True):
+            yield weight.T if self.transposed else weight, grouping
+
+    def settle(self) -> None:
+        """Pruned weights become +0.0, and so do survivors that are zero, which half precision may have made -0.0."""
+        self.parameter.data.masked_fill_(~self.keep | (self.parameter.data == 0), 0.0)
+
+
+def held_weights(
+    keeps: Mapping[str, Tensor], groupings: Sequence[tuple[Matrix, Grouping]], device: torch.device
+) -> list[Held]:
+    """The pruned parameters with their masks (by name; outputs x inputs), everything beside them on the device."""
+    matrices: dict[str, list[tuple[Matrix, Grouping]]] = {}
+    for matrix, grouping in groupings:
+        matrices.setdefault(matrix.entry, []).append((matrix, grouping))
+    held = []
+    for entry, members in matrices.items():
+        members.sort(key=lambda member: member[0].expert or 0)
+        matrix, keep = members[0][0], keeps[entry].to(device)
+        keep = keep.mT.contiguous() if matrix.transposed else keep
+        cuts = [Grouping(g.pattern, None if g.order_I is None else g.order_I.to(device)) for _, g in members]
+        held.append(Held(entry, matrix.parameter, keep, matrix.transposed, cuts))
+    return held
+
+
+class Whole:
+    """The surviving weights themselves are trained, and what else `parameters` holds."""
+
+    def __init__(self, held: Sequence[Held], parameters: Sequence[nn.Parameter]) -> None:
+        self.leaves: list[Tensor] = list(parameters)
+        self.kept = {of.parameter: of.keep for of in held}  # for training.masked
+        self._held = held
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the model computes with, by name and as stored."""
+        return {of.entry: of.parameter for of in self._held}
+
+    def merge(self) -> None:
+        """Nothing to do: the parameters hold what was trained."""
+
+
+class Lora:
+    """W' = W + keep * (B A) * alpha / rank for every matrix; A (* x R x I) begins random, B (* x O x R) at zero.
+
+    A is uniform between -1 and 1 over the root of its inputs. The model's own parameters stay as they are till `merge`.
+    """
+
+    def __init__(self, held: Sequence[Held], rank: int, alpha: float, generator: torch.Generator) -> None:
+        self.leaves: list[Tensor] = []
+        self.kept: dict[nn.Parameter, Tensor] = {}
+        self._scale = alpha / rank
+        self._adapted = []
+        for of in held:
+            *experts, outputs, inputs = of.outputs_first(of.parameter.data).shape
+            down = (2 * torch.rand(*experts, rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
+            down = down.to(of.parameter.device).requires_grad_()
+            up = torch.zeros(*experts, outputs, rank, device=of.parameter.device, requires_grad=True)
+            self.leaves += [down, up]
+            self._adapted.append((of, down, up))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the model computes with, by name and as stored; made anew each time."""
+        return {of.entry: self._added(of, down, up) for of, down, up in self._adapted}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """The parameters become what the model computed with."""
+        for of, down, up in self._adapted:
+            of.parameter.copy_(self._added(of, down, up))
+
+    def _added(self, of: Held, down: Tensor, up: Tensor) -> Tensor:
+        addition = of.outputs_first(up @ down) * self._scale
+        return of.parameter + addition.masked_fill(~of.keep, 0.0)
+
+
+def lasso(held: Sequence[Held], weights: Mapping[str, Tensor]) -> Tensor:
+    """sum over all groups g of all rows of ||w_g||_2, a group being the M places in which a pattern is held."""
+    total = torch.zeros((), device=held[0].parameter.device)
+    for of in held:
+        for weight_OI, grouping in of.matrices(weights[of.entry]):
+            m = grouping.pattern.swap_width
+            assert m is not None
+            groups_OGM = filled(grouping.ordered(weight_OI), m).unflatten(-1, (-1, m))
+            total = total + torch.linalg.vector_norm(groups_OGM, dim=-1).sum()  # its gradient at 0 is 0
+    return total
+
+
+def dropped(held: Sequence[Held], probability: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Factors for the weights, by name: 0 for the inputs of a group that is dropped, else 1 / (1 - probability).
+
+    Each matrix draws for each of its groups. The factors are the same for all its rows: their shape goes with the
+    weight's as stored.
+    """
+    factors = {}
+    for of in held:
+        drawn = []
+        for grouping in of.groupings:
+            inputs = of.outputs_first(of.parameter.data).shape[-1]
+            m = grouping.pattern.swap_width
+            assert m is not None
+            alive_G = torch.rand(-(-inputs // m), generator=generator) >= probability
+            places_I = alive_G.repeat_interleave(m)[:inputs].to(of.parameter.device) / (1 - probability)
+            drawn.append(grouping.restored(places_I[None]))
+        factors[of.entry] = of.outputs_first(torch.stack(drawn) if of.parameter.ndim == 3 else drawn[0])
+    return factors

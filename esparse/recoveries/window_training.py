@@ -1,0 +1,184 @@
+"""The training behind `recovery=window`: targets are taken while the block is dense, the rest once it is pruned.
+
+A window ends in a tap, the tensor on which its loss is measured: the output of a submodule that holds matrices (the
+attention of most families), and for the matrices behind it the output of the whole block. So the last window also
+repairs what the windows before it left. Shapes: B sequences of a micro-batch, L tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from esparse.models.activations import Activations
+from esparse.models.block import Block
+from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
+from esparse.records.report import RecoveryReport
+from esparse.recoveries import Finish
+
+if TYPE_CHECKING:
+    from esparse.recoveries.window import Window
+
+
+class _Reached(Exception):
+    """Ends a block's forward at the tap: what lies behind it is not needed."""
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """One window of a block."""
+
+    name: str
+    tap: nn.Module | None  # the submodule whose output is compared; None: the block
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One window to be trained, with its inputs and targets by micro-batch."""
+
+    part: _Part
+    index: int
+    stream: Activations
+    targets: list[Tensor]
+
+    def output(self, batch: int) -> Tensor:
+        """What the window returns for one micro-batch in float32, differentiable."""
+        with _tapped([self.part.tap], stop=True) as seen:
+            try:
+                return self.stream.forward(self.index, batch, torch.float32)
+            except _Reached:
+                return seen[0]
+
+    def loss(self, batch: int) -> Tensor:
+        """Mean squared error of one micro-batch."""
+        out_BLH = self.output(batch)
+        return mse_loss(out_BLH, self.targets[batch].to(out_BLH.device, torch.float32))
+
+    @torch.no_grad()
+    def mean_loss(self) -> float:
+        sizes = [len(target) for target in self.targets]
+        losses = [float(self.loss(batch)) * size for batch, size in enumerate(sizes)]
+        return sum(losses) / sum(sizes)
+
+
+def begin(settings: Window, block: Block) -> Finish:
+    """Takes the targets of a dense block; what it returns trains the block once it is pruned."""
+    stream = block.dense if settings.inputs == "dense" else block.activations
+    source = block.dense if settings.targets == "parent" else stream
+    assert stream is not None
+    assert source is not None
+    parts = list(_parts(block, settings.window))
+    targets = _targets(source, block.index, [part.tap for part in parts])
+
+    def finish(keeps: Mapping[str, Tensor]) -> list[RecoveryReport]:
+        reports = []
+        with in_float32(block.module):
+            for part, wanted in zip(parts, targets, strict=True):
+                task = _Task(part, block.index, stream, wanted)
+                reports += _trained(settings, task, keeps, seed=block.seed * 1_000_003 + block.index)
+        return reports
+
+    return finish
+
+
+def _parts(block: Block, window: str) -> Iterator[_Part]:
+    """The windows of a block: submodules that hold matrices, then all that is left, measured on the block's output."""
+    left = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+    if window == "submodule":
+        held = set(block.matrices().parameters())
+        inside = {
+            name: (child, {entry for entry in left if entry.startswith(f"{block.name}.{name}.")})
+            for name, child in block.module.named_children()
+            if list(child.children())  # OPT's fc1 and fc2 stand in the block itself
+        }
+        inside = {name: (child, entries) for name, (child, entries) in inside.items() if entries & held}
+        outside = held.difference(*(entries for _, entries in inside.values()))
+        if not outside:
+            inside.popitem()  # the last submodule is left for the block's output
+        for name, (child, entries) in inside.items():
+            yield _Part(f"{block.name}.{name}", child, {entry: left.pop(entry) for entry in sorted(entries)})
+    yield _Part(block.name, None, left)
+
+
+@torch.no_grad()
+def _targets(source: Activations, index: int, taps: Sequence[nn.Module | None]) -> list[list[Tensor]]:
+    """What the dense block returns at each tap, by tap and micro-batch, on the host."""
+    found: list[list[Tensor]] = [[] for _ in taps]
+    for batch in range(len(source.hidden)):
+        with _tapped(taps, stop=False) as seen:
+            out = source.run(index, batch)
+        for i, tap in enumerate(taps):
+            found[i].append((out if tap is None else seen[i]).cpu())
+    return found
+
+
+@contextmanager
+def _tapped(taps: Sequence[nn.Module | None], *, stop: bool) -> Iterator[dict[int, Tensor]]:
+    """While open, keeps what the taps return, by their place in the list."""
+    seen: dict[int, Tensor] = {}
+
+    def keeper(place: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, out: Any) -> None:
+            seen[place] = out[0] if isinstance(out, tuple) else out
+            if stop:
+                raise _Reached
+
+        return keep
+
+    hooks = [tap.register_forward_hook(keeper(i)) for i, tap in enumerate(taps) if tap is not None]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed: int) -> list[RecoveryReport]:
+    """Trains one window; its weights stay as they were where that would raise the loss."""
+    # A pruned weight is one that is stored as zero: so the mask needs no knowledge of how a layer stores its weights.
+    pruned = {name: p for name, p in task.part.parameters.items() if name in keeps}
+    trained = list((task.part.parameters if settings.train == "all" else pruned).values())
+    if not pruned:
+        return []
+    start = time.perf_counter()
+    kept = {parameter: parameter.data != 0 for parameter in pruned.values()}
+
+    def train() -> int:
+        with requiring_grad(task.stream.blocks.blocks[task.index], trained), masked(kept):
+            return _steps(settings, task, trained, torch.Generator().manual_seed(seed))
+
+    before, after, steps = improved(task.part.name, trained, task.mean_loss, train)
+    return [RecoveryReport(task.part.name, "mse", before, after, steps, time.perf_counter() - start)]
+
+
+def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator: torch.Generator) -> int:
+    """Runs AdamW over the micro-batches; returns how many steps that were."""
+    optimiser = torch.optim.AdamW(
+        trained, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
+    )
+    # Micro-batches may be smaller than a step's batch, where a metric or the device wanted that.
+    together = math.ceil(settings.batch / len(task.targets[0]))
+    total = settings.epochs * math.ceil(len(task.targets) / together)
+    shape: dict[str, Any] = {"warm_up": settings.warm_up, "decay": settings.decay, "final": settings.final_rate}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, total, **shape))
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(task.targets), generator=generator).tolist()
+        for first in range(0, len(order), together):
+            batches = order[first : first + together]
+            for batch in batches:
+                (task.loss(batch) / len(batches)).backward()
+            if settings.clip is not None:
+                torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+    return total

@@ -1,0 +1,1 @@
+"""Many records as tables, pictures and pages; this package reads records and nothing else of esparse."""

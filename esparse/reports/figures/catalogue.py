@@ -1,0 +1,135 @@
+"""Which pictures there are of a folder of records, what they say, and how they get into a file or a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esparse.reports.figures import channels, curves
+from esparse.reports.figures.plots import perplexities
+from esparse.reports.grid import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of many runs; `draw` returns None where their records have nothing for it."""
+
+    title: str
+    caption: str
+    needs: str  # which runs it is of, behind "it needs runs"
+    draw: Callable[[Sequence[Record]], Figure | None]
+
+
+PICTURES = {
+    "perplexity": Picture(
+        "Perplexity by pattern",
+        "A marker per method: mean over seeds, with the standard deviation. Dashed: the dense model. Many methods have "
+        "a line each.",
+        "with a corpus (evaluate)",
+        perplexities,
+    ),
+    "errors": Picture(
+        "Layer errors along depth",
+        "‖X(W − W′)ᵀ‖ / ‖XWᵀ‖ of each layer on calibration tokens, as a mean over the layers of a block.",
+        "with calibration tokens",
+        curves.errors,
+    ),
+    "kept": Picture(
+        "Kept score along depth",
+        "The share of a layer's total score that its surviving weights have, as a mean over the layers of a block.",
+        "with layers",
+        curves.kept,
+    ),
+    "channels": Picture(
+        "Channels before and after the shuffle",
+        "Of the input of one layer: every channel at its place, and the mean of every group that competes. Left: in "
+        "the channels' own order. Then: as each shuffle cuts the groups, of runs that differ by nothing else.",
+        "with profile=true",
+        channels.channels,
+    ),
+    "evenness": Picture(
+        "What the shuffle evens out",
+        "Standard deviation of the means of a layer's groups, in per cent of their mean, as a mean over the inputs of "
+        "a block. Dashed: in the channels' own order.",
+        "with profile=true and an n:m pattern",
+        channels.evenness,
+    ),
+    "tasks": Picture(
+        "Zero-shot tasks",
+        "Markers: the pruned model, with its standard error. Dashed: the dense model.",
+        "with tasks (zeroshot=builtin, ...)",
+        curves.tasks,
+    ),
+    "profile": Picture(
+        "Zeros and near zeros",
+        "Mean and range over the layers, or attention heads, of a block. Weights and activations are measured against "
+        "the root mean square of a layer's values, attention against 1. Of the first run that has a profile.",
+        "with profile=true",
+        curves.profile,
+    ),
+    "latency": Picture(
+        "Latency against tokens",
+        "Of single layers (outputs × inputs), as measured; both axes are logarithmic.",
+        "with bench=gemm",
+        curves.latency,
+    ),
+    "roofline": Picture(
+        "Speed against intensity",
+        "Work of the dense product per second against work per byte. Lines: what the device did at most in the same "
+        "runs, by bytes (a copy) and by operations (a large dense product). A sparse kernel reads and computes less "
+        "than the dense product that it is counted as, and may stand above them.",
+        "with bench=gemm",
+        curves.roofline,
+    ),
+}
+
+
+def draw(name: str, records: Sequence[Record], *, corpus: str | None = None, layer: str | None = None) -> Figure | None:
+    """One of PICTURES; `corpus` matters to perplexities alone, `layer` to channels."""
+    if name == "channels":
+        return channels.channels(records, layer)
+    return perplexities(records, corpus) if name == "perplexity" else PICTURES[name].draw(records)
+
+
+def plot(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    name: str = "perplexity",
+    corpus: str | None = None,
+    layer: str | None = None,
+) -> None:
+    """Writes one picture; ValueError for another type than .png, .svg or .pdf, or where no run has the data."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"a plot is written as {', '.join(FORMATS)}, not as {path.name!r}")
+    figure = draw(name, records, corpus=corpus, layer=layer)
+    if figure is None:
+        raise ValueError(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
+    figure.savefig(path, dpi=200)
+
+
+def svg(name: str, figure: Figure) -> str:
+    """The picture as an <svg> element for a page; text stays text, and ids are its own."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        # dpi: of the parts that are pixels.
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, dpi=200)
+    element = buffer.getvalue()
+    element = element[element.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    # Ids of groups (figure_1, axes_1) would be there once per picture.
+    element = re.sub(r'<g id="[^"]*">', "<g>", element)
+    label = f"{PICTURES[name].title}. {PICTURES[name].caption}".replace('"', "&quot;").replace("&quot;", "'")
+    least = round(0.72 * 96 * figure.get_figwidth())  # pixels below which letters are too small: it then scrolls
+    return element.replace("<svg ", f'<svg role="img" aria-label="{label}" style="min-width: {least}px" ', 1)

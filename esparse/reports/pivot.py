@@ -1,0 +1,37 @@
+"""A table turned: one column for each value of some columns, one measurement in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from esparse.reports.grid import Grid, exact, natural, text
+
+
+def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
+    """One row for what differs beside `across`, and the `value` of every combination of them as a column.
+
+    `value` is the first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that
+    the table lacks.
+    """
+    value = known(table, across, value)
+    down = [c for c in table.asked if c not in (*across, "id", "runs")]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    names: dict[str, dict[str, Any]] = {}
+    for row in table.rows:
+        name = ", ".join(text(c, row.get(c)) or "-" for c in across)
+        names.setdefault(name, {c: row.get(c) for c in across})
+        key = tuple(exact(row.get(c)) for c in down)
+        rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
+    columns = sorted(names, key=lambda name: [natural(names[name][c]) for c in across])
+    return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)
+
+
+def known(table: Grid, columns: Sequence[str], value: str | None) -> str:
+    """The measured column `value`, or the first pruned perplexity; ValueError where it or another column is missing."""
+    value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
+    for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:
+        if column not in there or column not in table.columns:
+            found = ", ".join(c for c in there if c in table.columns and c not in ("id", "runs"))
+            raise ValueError(f"no column {column!r}; there is {found or 'nothing'}")
+    return value

@@ -1,0 +1,216 @@
+"""What a run would take, found out from the model's configuration alone: `dry_run=true`.
+
+The model is built of fake tensors, which have a shape and no memory, so that a model of any size is planned anywhere.
+Bytes of weights, hidden states and statistics are counted on these tensors. What is only estimated says so: the
+tensors inside a block while it runs. What an update or a training needs beside that is not in the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from esparse.models import host_memory
+from esparse.models.blocks import find_blocks
+from esparse.models.load import Model, longest_sequence, shape_only
+from esparse.models.matrices import BlockMatrices
+from esparse.prepare import NoPreparation
+from esparse.pruning.method import Method
+
+USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
+
+
+class _Seen(Exception):
+    """Ends the forward pass after the first block."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Plan:
+    """Sizes in bytes."""
+
+    title: str
+    parameters: int
+    pruned_weights: int
+    blocks: int
+    weights: int
+    largest_block: int
+    ends: int
+    stream: int  # hidden states of all calibration sequences
+    streams: int  # how many of them there are
+    window: int  # hidden states of one evaluation window
+    masks: int
+    statistics: int  # of one block
+    gradients: int  # of one block
+    working: int  # estimated: a micro-batch inside a block
+    logits: int  # of a micro-batch
+    passes: int  # at most, of all calibration sequences through a block: a second look may need one
+    streams_weights: bool  # whether blocks are read one by one
+    on_disk: bool  # whether hidden states wait on the disk
+    on_cpu: bool
+    ranks: int  # processes that share the sequences
+
+    def peaks(self) -> dict[str, tuple[int, int]]:
+        """Host (of all processes) and device (of one) at each stage; on a CPU all is the host's."""
+        kept = self.ends and (2 * self.largest_block if self.streams_weights else self.weights)
+        waiting = 0 if self.on_disk else self.stream * (self.streams + 1)
+        at_work = {
+            "embed": self.ends + self.working,
+            "prune a block": self.largest_block + self.statistics + self.gradients + self.working,
+            "evaluate": max(self.ends + self.logits, self.largest_block + self.working),
+        }
+        peaks = {}
+        for stage, device in at_work.items():
+            host = self.ranks * (max(kept, self.ends) + (0 if stage == "embed" else self.masks)) + waiting
+            if self.on_cpu:  # a block at work is one of the two that are counted already
+                host += self.ranks * (device - (self.largest_block if self.streams_weights else 0))
+                device = 0
+            peaks[stage] = (host, device)
+        return peaks
+
+    def text(self) -> str:
+        """For people, a line per number."""
+        where = "read block by block from the checkpoint" if self.streams_weights else "loaded whole"
+        where += f", by each of {self.ranks} processes" if self.ranks > 1 else ""
+        lines = [
+            f"plan of {self.title} (a dry run: nothing is pruned)",
+            f"  parameters          {self.parameters:,} in {self.blocks} blocks, {self.pruned_weights:,} to be pruned",
+            f"  weights             {_gib(self.weights)}, {where}",
+            f"  largest block       {_gib(self.largest_block)}; embeddings, norm and head {_gib(self.ends)}",
+            f"  hidden states       {_gib(self.stream)} x {self.streams}, "
+            f"{'in files of the run' if self.on_disk else 'in memory'}; {_gib(self.window)} per evaluation window",
+            f"  statistics          {_gib(self.statistics)} for one block; gradients {_gib(self.gradients)}",
+            f"  masks               {_gib(self.masks)}",
+            f"  forward passes      {self.passes} at most of the calibration sequences and 2 of the evaluation windows",
+        ]
+        for stage, (host, device) in self.peaks().items():
+            on_device = "" if self.on_cpu else f", device about {_gib(device)}"
+            lines.append(f"  peak, {stage:13} host about {_gib(host)}{on_device}")
+        lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
+        return "\n".join(lines)
+
+
+def plan(
+    model: Model,
+    method: Method,
+    *,
+    title: str,
+    sequences: int,
+    length: int | None,
+    window: int | None,
+    ranks: int = 1,
+) -> Plan:
+    """The plan of a run with so many calibration sequences; `length` and `window` None: what the model takes.
+
+    `ranks`: the processes that they are dealt out to.
+    """
+    with FakeTensorMode():
+        skeleton = shape_only(model)
+        prefix, blocks = find_blocks(skeleton)
+        groups = _groups(skeleton, blocks[0], model.skip)
+        statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
+    of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    weights = sum(p.nbytes for p in skeleton.parameters())
+    element, longest = skeleton.dtype.itemsize, min(longest_sequence(skeleton), USUAL_LENGTH)
+    hidden = skeleton.config.get_text_config().hidden_size * element
+    pruned = sum(p.numel() for i, b in enumerate(blocks) for p in _pruned(b, f"{prefix}.{i}", model.skip))
+    length = length or longest
+    at_once = (
+        1
+        if method.sequences_at_once() == 1
+        else max(1, min(-(-sequences // ranks), model.tokens_at_once(model.all_devices()[0]) // length))
+    )
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    stream, free = sequences * length * hidden, host_memory.free_host_bytes()
+    return Plan(
+        title=title,
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        pruned_weights=pruned,
+        blocks=len(blocks),
+        weights=weights,
+        largest_block=max(of_blocks),
+        ends=weights - sum(of_blocks),
+        stream=stream,
+        streams=1 + method.recovery.needs_dense_stream(),
+        window=(window or longest) * hidden,
+        masks=pruned // 8,
+        statistics=statistics,
+        gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
+        working=at_once * length * (2 * hidden + element * sum(outputs for _, outputs in groups)),
+        logits=at_once * length * vocabulary * element + length * vocabulary * 4,
+        passes=_passes(method),
+        streams_weights=model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2),
+        on_disk=model.activations == "disk" or (model.activations == "auto" and stream > free / 4),
+        on_cpu=model.device().type == "cpu",
+        ranks=ranks,
+    )
+
+
+def _passes(method: Method) -> int:
+    """Through each block: to observe it (`looks` times), to leave it, and what the parts of the method add."""
+    prepared = 0 if isinstance(method.prepare, NoPreparation) else 1
+    looks = max(build(inputs=1, sequences=1, device=torch.device("cpu")).looks for build in method.collects().values())
+    passes = looks + 1 + prepared + method.recovery.needs_dense_stream() + (method.metric.gradients() != "none")
+    if method.allocation.measures():
+        passes += looks + 1
+    return passes
+
+
+def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:
+    """Inputs and all outputs of the layers that read one tensor, found by running the first block.
+
+    Where its routing depends on values, which fake tensors lack, the layers behind it count as a group each.
+    """
+    matrices = BlockMatrices(block, "block", skip)
+    layers = {name: m for name, m in block.named_modules() if f"block.{name}.weight" in matrices.parameters()}
+    entered: dict[int, tuple[Tensor, list[nn.Module]]] = {}
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        entered.setdefault(id(args[0]), (args[0], []))[1].append(layer)  # held, so that no id is used twice
+
+    def stop(*_: Any) -> None:
+        raise _Seen
+
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers.values()]
+    hooks.append(block.register_forward_hook(stop))
+    try:
+        skeleton(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+    except (_Seen, DynamicOutputShapeException):
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = {layer for _, together in entered.values() for layer in together}
+    together_list = [together for _, together in entered.values()]
+    together_list += [[layer] for layer in layers.values() if layer not in seen]
+    found = [(_sides(together[0])[0], sum(_sides(layer)[1] for layer in together)) for together in together_list]
+    for parameter in matrices.parameters().values():
+        if parameter.ndim == 3:  # experts: which side is the input is not known, so the longer one
+            found += [(max(parameter.shape[1:]), min(parameter.shape[1:]))] * parameter.shape[0]
+    return found
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    first, second = layer.get_parameter("weight").shape
+    return (second, first) if isinstance(layer, nn.Linear) else (first, second)
+
+
+def _pruned(block: nn.Module, name: str, skip: list[str]) -> list[nn.Parameter]:
+    return list(BlockMatrices(block, name, skip).parameters().values())
+
+
+def _statistics(method: Method, width: int, sequences: int) -> int:
+    """The bytes of one input group's statistics, with room for the samples that they will take."""
+    total = 0
+    for build in method.collects().values():
+        statistic = build(inputs=width, sequences=sequences, device=torch.device("meta"))
+        total += sum(value.nbytes for value in vars(statistic).values() if isinstance(value, Tensor))
+        total += getattr(statistic, "most", 0) * width * 4
+    return total
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"

@@ -1,0 +1,211 @@
+"""The record of a run: where it ran, what it took, and what was measured, put together at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import platform
+import resource
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esparse import __version__
+from esparse.packed.sizes import of_matrix
+from esparse.patterns import Pattern
+from esparse.pruning.journal import Journal
+from esparse.pruning.prune import Pruned
+from esparse.records.report import LayerReport, Stages, as_dicts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STATE_DEPENDS_ON = ("torch", "transformers", "lm_eval", "esparse", "commit")  # of the environment
+
+
+def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
+    """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "lm_eval": version("lm_eval"),
+        "esparse": __version__,
+        "device": kind if devices == 1 else f"{devices} x {kind}",
+        "threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+        "commit": _commit(),
+    }
+
+
+@functools.cache  # what a process runs is what it imported
+def _commit() -> str | None:
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        return described.stdout.strip() or None
+    return None
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a run began and what it took, in this attempt and in those before."""
+
+    stages: Stages
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    _began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def start(cls, device: torch.device) -> Clock:
+        """Also sets the device's peak of memory back."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        return cls(Stages(settle=_settle(device)))
+
+    def read(self, journal: Journal) -> dict[str, Any]:
+        """Seconds until now, in all and by stage."""
+        by_stage = journal.with_earlier(self.stages)
+        return {
+            "seconds": round(time.perf_counter() - self._began + sum(journal.seconds.values()), 3),
+            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in by_stage.items()},
+        }
+
+
+def _settle(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model's, before anything is done to it."""
+
+    family: str
+    parameters: int
+    bytes: int
+    element_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Size:
+        parameters = list(model.parameters())
+        return cls(
+            family=model.config.model_type,
+            parameters=sum(p.numel() for p in parameters),
+            bytes=sum(p.nbytes for p in parameters),
+            element_bytes=model.dtype.itemsize,
+        )
+
+
+def build(
+    *,
+    run: dict[str, Any],
+    size: Size,
+    pattern: Pattern,
+    pruned: Pruned,
+    measured: dict[str, Any],
+    clock: Clock,
+    journal: Journal,
+    mask_bytes: int,
+    peaks: Sequence[tuple[float, float | None]],
+) -> dict[str, Any]:
+    """The record of a run that is about to finish; what it has timed and exported comes on top.
+
+    `run`: id, name, config, environment, and the model's name. `measured`: the sections that measuring reports.
+    `peaks` as in `memory`.
+    """
+    seconds, layers = clock.read(journal), with_bytes(pruned)
+    return {
+        "id": run["id"],
+        "name": run["name"],
+        "status": "finished",
+        "started": clock.started,
+        "seconds": seconds["seconds"],
+        "resumed": journal.resumed,
+        "config": run["config"],
+        "environment": run["environment"],
+        "model": {
+            "name": run["model"],
+            "family": size.family,
+            "parameters": size.parameters,
+            "pruned_parameters": pruned.weights,
+        },
+        "sparsity": {
+            "pattern": str(pattern),
+            "density": pruned.survivors / pruned.weights,
+            "pattern_holds": pruned.pattern_holds,
+        },
+        **measured,
+        "layers": as_dicts(layers),
+        "recovery": as_dicts(pruned.recoveries),
+        "seconds_by_stage": seconds["seconds_by_stage"],
+        "memory": memory(size, pruned, layers, mask_bytes, peaks),
+    }
+
+
+def peak_mib(device: torch.device) -> tuple[float, float | None]:
+    """The most that this process ever took of the host and of the device."""
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return round(host / 2**20, 1), None if on_device is None else round(on_device / 2**20, 1)
+
+
+def with_bytes(pruned: Pruned) -> list[LayerReport]:
+    """What is reported of each layer, with the bytes of its matrix as it is and as `export=packed` would hold it."""
+    layers = []
+    for layer, (matrix, grouping) in zip(pruned.layers, pruned.groupings, strict=True):
+        pattern, dtype = grouping.pattern, matrix.parameter.dtype
+        layer = replace(layer, dense_bytes=math.prod(layer.shape) * dtype.itemsize)
+        if pattern.parts() and (matrix.expert is None or grouping.order_I is None or len(pattern.parts()) == 1):
+            size = of_matrix(pattern, *layer.shape, dtype)
+            layer = replace(layer, packed_bytes=size.in_memory, file_bytes=size.on_disk)
+        layers.append(layer)
+    return layers
+
+
+def memory(
+    size: Size,
+    pruned: Pruned,
+    layers: Sequence[LayerReport],
+    mask_bytes: int,
+    peaks: Sequence[tuple[float, float | None]],
+) -> dict[str, Any]:
+    """Peaks in MiB, and the bytes of the model's tensors dense and bit-mask packed; `layers` as `with_bytes` has them.
+
+    `peaks` of each process: those of the host are added, of the devices the fullest one counts.
+    Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
+    packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
+    metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
+    bits_per_weight: that and the surviving values.
+    """
+    sparse = size.bytes - (pruned.weights - pruned.survivors) * size.element_bytes + mask_bytes
+    metadata_bits = pruned.metadata_bits / pruned.weights
+    packable = [layer for layer in layers if layer.packed_bytes is not None]
+    rest = size.bytes - sum(layer.dense_bytes for layer in packable)
+    return {
+        "peak_host_mib": round(sum(host for host, _ in peaks), 1),
+        "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
+        "dense_bytes": size.bytes,
+        "sparse_bytes": sparse,
+        "saving": 1 - sparse / size.bytes,
+        "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
+        "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
+        "metadata_bits": metadata_bits,
+        "bits_per_weight": 8 * size.element_bytes * pruned.survivors / pruned.weights + metadata_bits,
+    }

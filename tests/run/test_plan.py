@@ -1,0 +1,133 @@
+"""The plan of a run: its numbers, from a configuration without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from esparse.metrics.wanda import Wanda
+from esparse.models import host_memory
+from esparse.models.load import ASSETS
+from esparse.patterns import NM
+from esparse.pruning.method import Method
+from esparse.run.plan import Plan, plan
+from esparse.shuffles import NoShuffle
+from esparse.updates.obs import Obs
+from tests.models.families import tiny
+from tests.models.test_store import settings
+from tests.workshop import launch
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED: dict[str, dict[str, Any]] = {
+    Path(path).stem: shapes[yaml.safe_load(path.read_text())["path"]]
+    for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))
+    for shapes in [json.loads((ASSETS / "shapes.json").read_text())]
+    if path.stem not in ("hf", "tiny")
+}
+# As their authors give them, in thousand millions.
+BILLIONS = {
+    "llama-7b": 6.7,
+    "llama-13b": 13.0,
+    "llama-30b": 32.5,
+    "llama-65b": 65.2,
+    "llama2-7b": 6.7,
+    "llama2-13b": 13.0,
+    "llama2-70b": 69.0,
+    "llama3-8b": 8.0,
+    "llama3-70b": 70.6,
+    "llama3.1-8b": 8.0,
+    "mistral-7b": 7.24,
+    "qwen2.5-7b": 7.61,
+    "qwen3-8b": 8.19,
+    "opt-125m": 0.125,
+    "opt-6.7b": 6.66,
+    "opt-30b": 30.0,
+    "bloom-176b": 176.2,
+}
+# By hand: embeddings (and head), then per block the matrices, biases and norms, then the last norm.
+COUNTS = {
+    "llama-65b": 2 * 32000 * 8192 + 80 * (4 * 8192**2 + 3 * 8192 * 22016 + 2 * 8192) + 8192,
+    "opt-30b": (50272 + 2050) * 7168
+    + 48 * (4 * (7168**2 + 7168) + 2 * 7168 * 28672 + 28672 + 7168 + 4 * 7168)
+    + 2 * 7168,
+    "bloom-176b": 250880 * 14336 + 2 * 14336 + 70 * (12 * 14336**2 + 9 * 14336 + 4 * 14336) + 2 * 14336,
+}
+METHOD = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle())
+
+
+def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how: Any) -> Plan:
+    (folder / "config.json").write_text(json.dumps(config))
+    model = settings(folder, "shards", "float16")
+    for name, value in how.items():
+        setattr(model, name, value)
+    return plan(model, method, title="x", sequences=128, length=2048, window=2048)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_models_are_planned_without_weights(name: str, tmp_path: Path) -> None:
+    config = PUBLISHED[name]
+    got, width = planned(tmp_path, config), config["hidden_size"]
+    assert got.parameters == COUNTS[name]
+    assert got.weights == 2 * got.parameters
+    assert got.stream == 128 * 2048 * width * 2
+    assert got.ends + got.blocks * got.largest_block == got.weights
+    assert got.passes == 2  # observe, advance
+    assert got.peaks()["prune a block"][0] < got.weights / 2
+
+
+def test_the_shapes_that_ship_have_as_many_parameters_as_their_authors_say() -> None:
+    assert set(PUBLISHED) == set(BILLIONS)
+    for name, shape in PUBLISHED.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(BILLIONS[name], rel=0.02), name
+
+
+def test_a_gram_is_counted_once_for_layers_that_read_one_tensor(tmp_path: Path) -> None:
+    config = PUBLISHED["llama-65b"]
+    update = Obs(mask="start", damp=0.01, block=128)
+    with_gram = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), update=update)
+    more = planned(tmp_path, config, with_gram).statistics - planned(tmp_path, config).statistics
+    # q, k, v; o; gate, up; down
+    assert more == 4 * (3 * 8192**2 + 22016**2)
+
+
+def test_what_was_counted_is_what_a_model_has(tmp_path: Path) -> None:
+    model = tiny("qwen2").to(torch.float16)
+    model.config.save_pretrained(tmp_path)
+    got = planned(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    assert got.parameters == sum(p.numel() for p in model.parameters())
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    assert got.pruned_weights == sum(p.numel() for p in matrices)
+
+
+def test_experts_are_counted_too(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    model.config.save_pretrained(tmp_path)
+    got = planned(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    assert experts < got.pruned_weights < got.parameters
+
+
+def test_auto_is_planned_as_it_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PUBLISHED["opt-30b"]
+    for free, expected in ((2**40, False), (2**32, True)):
+        monkeypatch.setattr(host_memory, "free_host_bytes", lambda free=free: free)
+        got = planned(tmp_path, config, store="auto", activations="auto")
+        assert (got.streams_weights, got.on_disk) == (expected, expected)
+
+
+def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> None:
+    args = ["model=llama-65b", "dry_run=true", f"output_root={tmp_path}/out"]  # its dtype float16 is float32 on a CPU
+    done = launch(*args)
+    assert done.returncode == 0, done.stderr
+    assert "65,285,660,672 in 80 blocks" in done.stdout
+    assert "huggyllama/llama-65b is not in reach: its published shape stands in" in done.stderr
+    assert "peak, prune a block" in done.stdout
+    assert not (tmp_path / "out").exists()
