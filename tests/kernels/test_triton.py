@@ -63,19 +63,6 @@ def test_by_hand() -> None:
     assert matvec(values_RK, bits_RB, x_TI, n=2, m=4).tolist() == [[10 + 80.0, 60 + 120.0]]
 
 
-@pytest.mark.parametrize("tile", [Tile("scan", 8, 8, 4), Tile("scan", 4, 2, 4, 3)], ids=str)
-@pytest.mark.parametrize(("rows", "inputs"), [(16, 64), (9, 97), (9, 98), (9, 99)])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_the_lowest_bit_taken_away_again_and_again(tokens: int, rows: int, inputs: int, tile: Tile) -> None:
-    for n, m in ((2, 4), (4, 8), (8, 16), (1, 2)):
-        dense_RI, values_RK, bits_RB = matrix(n, m, rows, inputs)
-        x_TI = torch.randn(tokens, inputs, device=DEVICE)
-        order_I = torch.randperm(inputs).to(DEVICE)
-        assert off(matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile), x_TI, dense_RI) < 1e-6
-        ordered_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile, order_I=order_I)
-        assert off(ordered_TR, x_TI[:, order_I], dense_RI) < 1e-6
-
-
 IN_REGISTERS = [
     *(("select", n, m, rows, depth, split) for n, m in [(2, 4)] for rows, depth, split in [(8, 4, 1), (4, 2, 3)]),
     *(
