@@ -20,6 +20,17 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
+def multiplies_into_float32(x: Tensor) -> bool:
+    """Whether `torch.mm(x.T, x, out_dtype=torch.float32)` is there for it: matrix units, which add up in float32."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.device.type == "cuda"
+        and torch.version.cuda is not None
+        and "dtype" in torch.ops.aten.mm.overloads()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
 def damped(gram_II: Tensor, share: float) -> Tensor:
     """G with `share` of its mean diagonal added to the diagonal.
 
