@@ -343,7 +343,10 @@ class TokenSample(Statistic):
 
     def _take(self, token_T: Tensor, x_TI: Tensor) -> None:
         """Puts the inputs of early tokens into the places of later ones."""
-        held = len(self._token_S)
+        held, near_T = len(self._token_S), torch.arange(len(token_T))
+        if held == self.most:  # so that a later turn than all of them comes too late
+            near_T = (_turn(token_T) < _turn(self._token_S).max()).nonzero()[:, 0]
+            token_T = token_T[near_T]
         turn_N = _turn(torch.cat([self._token_S, token_T]))
         is_early = turn_N <= turn_N.kthvalue(self.most).values if len(turn_N) > self.most else turn_N >= 0
         come_T = is_early[held:].nonzero()[:, 0]
@@ -359,7 +362,7 @@ class TokenSample(Statistic):
             place_T = torch.cat([place_T, torch.arange(held, size)])
             self._token_S = torch.cat([self._token_S, token_T.new_zeros(size - held)])
         self._token_S[place_T] = token_T[come_T]
-        there = [index.to(self.device, non_blocking=True) for index in (place_T, come_T)]
+        there = [index.to(self.device, non_blocking=True) for index in (place_T, near_T[come_T])]
         self._x_SI.index_copy_(0, there[0], x_TI.index_select(0, there[1]))
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:

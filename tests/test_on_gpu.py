@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from esparse.linalg import inverse_factor, multiplies_into_float32
+from esparse import audit
+from esparse.linalg import finite, inverse_factor, multiplies_into_float32
+from esparse.method import Method
+from esparse.metrics.entropy import Entropy
+from esparse.models.blocks import BlockModel
+from esparse.models.keeper import Keeper
+from esparse.models.store import MemoryStore
 from esparse.patterns import NM
+from esparse.prune import prune
+from esparse.report import Stages
+from esparse.shuffles.lbs import Esparse
 from esparse.shuffles.lsa import kept_score
 from esparse.shuffles.swap import swap_in_blocks
 from esparse.stats import ColumnEntropy, ColumnNorm, Gram
-from esparse.updates.obs import sweep
+from esparse.updates.obs import Obs, sweep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -98,3 +107,58 @@ def test_swap_in_blocks_of_any_scores() -> None:
     assert torch.equal(order_I.sort().values, own_I)
     expected = kept_score(scores_OI, on_cpu_I, pattern)
     assert kept_score(scores_OI, order_I, pattern) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_finite(dtype: torch.dtype) -> None:
+    x = torch.full((1000, 1000), torch.finfo(dtype).max, dtype=dtype, device=GPU)
+    assert finite(x)
+    for bad in (float("nan"), float("inf")):
+        x[3, 4] = bad
+        assert not finite(x)
+
+
+@pytest.mark.parametrize("columns", [1, 8, 83])
+def test_masks_are_packed_on_the_device(columns: int) -> None:
+    keep_OI = torch.rand(5, columns) > 0.5
+    assert torch.equal(audit.pack(keep_OI.cuda()), audit.pack(keep_OI))
+
+
+def test_weights_come_back_to_where_they_were() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 4))
+    store, place = MemoryStore(), parameter.data_ptr()
+    for read_only, expected in ((True, 1.0), (False, 2.0)):
+        store.lend({"w": parameter}, GPU)
+        assert parameter.is_cuda
+        parameter.data *= 2
+        store.take_back({"w": parameter}, CPU, changed=None, read_only=read_only)
+        assert parameter.data_ptr() == place and (parameter == expected).all()
+    store.lend({"w": parameter}, GPU)
+    parameter.data = parameter.data[:2]  # another shape has another place
+    store.take_back({"w": parameter}, CPU, changed=None)
+    assert parameter.shape == (2, 4) and parameter.device == CPU
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_model_is_pruned_as_on_a_cpu(place: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    metric = Entropy(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)
+    shuffle = Esparse(objective="score", deal="straight", block=64)
+    method = Method(metric=metric, pattern=NM(2, 4), shuffle=shuffle, update=Obs(mask="start", damp=0.01, block=128))
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2
+    )
+    tokens_SL = torch.randint(97, (6, 40), generator=torch.Generator().manual_seed(0))
+    kept, totals = [], []
+    for device in (CPU, GPU):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+        blocks = BlockModel(model, device=device, batch_tokens=80, keeper=Keeper(place))
+        pruned = prune(blocks, tokens_SL, method, stages=Stages())
+        assert pruned.pattern_holds and pruned.survivors * 2 == pruned.weights
+        assert all(parameter.device == CPU for parameter in model.parameters())
+        kept.append([layer.kept_score for layer in pruned.layers])
+        totals.append([layer.relative_error for layer in pruned.layers])
+    torch.testing.assert_close(torch.tensor(kept[1]), torch.tensor(kept[0]), rtol=2e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(totals[1]), torch.tensor(totals[0]), rtol=3e-2, atol=0)
