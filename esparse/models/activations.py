@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esparse.linalg import all_finite
+from esparse.linalg import all_finite, finite
 from esparse.models.blocks import BlockModel, Call
 
 
@@ -26,6 +26,9 @@ class Activations:
         self.blocks = blocks
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
+        # What a block was last given, on the device, by where it lies on the host: a copy from there has to wait for
+        # all that the device still has to do.
+        self._sent: tuple[int, dict[int, Tensor]] = (-1, {})
         self._keep: Callable[[Tensor], Tensor] | None = None
         with blocks.ends_resident():
             for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
@@ -52,7 +55,10 @@ class Activations:
 
     def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
         """As `run`, but differentiable; for a block that was cast to `dtype`."""
-        return self.blocks.forward(index, self.hidden[batch], self._calls[batch][index], dtype)
+        if self._sent[0] != index:
+            self._sent = (index, {})
+        call = self._calls[batch][index].to(self.blocks.device, known=self._sent[1])
+        return self.blocks.forward(index, self.hidden[batch], call, dtype)
 
     def advance(self, index: int) -> None:
         """Replaces the hidden states by what the block makes of them; raises as `advanced` does."""
@@ -67,15 +73,23 @@ class Activations:
         return list(self._outputs(index))
 
     def _outputs(self, index: int) -> Iterator[Tensor]:
+        are_finite = []  # asked for at the end: a GPU would otherwise wait for the host after every micro-batch
         for batch in range(len(self.hidden)):
             out = self.run(index, batch)
-            if not all_finite(out):
-                raise ValueError(
-                    f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
-                    "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
-                )
+            if out.device.type == "cpu":
+                self._check(index, all_finite(out))
+            else:
+                are_finite.append(finite(out))
             assert self._keep is not None
             yield self._keep(out)
+        self._check(index, not are_finite or bool(torch.stack(are_finite).all()))
+
+    def _check(self, index: int, is_finite: bool) -> None:
+        if not is_finite:
+            raise ValueError(
+                f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
+                "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
+            )
 
     def fits(self, hidden: list[Tensor]) -> bool:
         """Whether these could be the hidden states, by micro-batch."""

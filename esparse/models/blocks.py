@@ -41,8 +41,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
-        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
+    def to(
+        self, device: torch.device, dtype: torch.dtype | None = None, known: dict[int, Tensor] | None = None
+    ) -> Call:
+        """`known`: tensors that were sent there before, by their identity here; those that come with it are added."""
+        return Call(_moved(self.args, device, dtype, known), _moved(self.kwargs, device, dtype, known))
 
 
 class BlockModel:
@@ -117,12 +120,12 @@ class BlockModel:
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, index: int, *, changed: str | None = None) -> Iterator[nn.Module]:
+    def resident(self, index: int, *, changed: str | None = None, read_only: bool = False) -> Iterator[nn.Module]:
         """While open, the block is on the device; what is done to its weights lasts only where `changed` is said.
 
-        `changed` begins the name of the file that they are written to.
+        `changed` begins the name of the file that they are written to. With `read_only`, nothing is done to them.
         """
-        with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}"):
+        with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}", read_only):
             yield self.blocks[index]
 
     def adopt(self, index: int, file: Path) -> None:
@@ -142,7 +145,7 @@ class BlockModel:
     def ends_resident(self) -> Iterator[None]:
         """While open, all that is not a block (embeddings, final norm, head) is on the device."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
-        with self._lent({n: module for n, module in self.model.named_modules() if id(module) not in inside}, None):
+        with self._lent({n: m for n, m in self.model.named_modules() if id(m) not in inside}, None, read_only=True):
             yield
 
     def _check_separate(self) -> None:
@@ -157,7 +160,7 @@ class BlockModel:
             seen |= of_block
 
     @contextmanager
-    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None) -> Iterator[None]:
+    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None, read_only: bool = False) -> Iterator[None]:
         """While open, the modules' own parameters and buffers are on the device."""
         home = next(iter(_parameters(modules).values())).device
         buffers = [(m, name, b.device) for m in modules.values() for name, b in m.named_buffers(recurse=False)]
@@ -174,7 +177,7 @@ class BlockModel:
             done = True
         finally:
             # Asked for again: a correction may have given a layer a bias.
-            self.store.take_back(_parameters(modules), home, changed=changed if done else None)
+            self.store.take_back(_parameters(modules), home, changed=changed if done else None, read_only=read_only)
             place_buffers(None)
 
     @contextmanager
@@ -252,11 +255,15 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None, known: dict[int, Tensor] | None) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        if known is None:
+            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        if id(value) not in known:
+            known[id(value)] = _moved(value, device, dtype, None)
+        return known[id(value)]
     if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device, dtype) for v in value)
+        return type(value)(_moved(v, device, dtype, known) for v in value)
     if isinstance(value, dict):
-        return {k: _moved(v, device, dtype) for k, v in value.items()}
+        return {k: _moved(v, device, dtype, known) for k, v in value.items()}
     return value

@@ -326,7 +326,7 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
     """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
     for index in range(len(blocks.blocks)):
         inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
-        with blocks.resident(index):
+        with blocks.resident(index, read_only=True):
             for matrix, grouping in inside:
                 survives_OI = matrix.view() != 0
                 pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))

@@ -300,6 +300,7 @@ def test_audit_files_tell_what_was_done(tmp_path: Path) -> None:
 def test_packed_masks_come_back(rows: int, columns: int, seed: int) -> None:
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(audit.unpack(audit.pack(keep), [rows, columns]), keep)
+    assert torch.equal(audit._packed(keep), audit.pack(keep))  # as a GPU does it
 
 
 class Counting(Prepare):
