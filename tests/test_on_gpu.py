@@ -46,7 +46,8 @@ def test_gram(inputs: int, dtype: torch.dtype) -> None:
     exact_II = sum(x_TI.double().T @ x_TI.double() for x_TI in parts)
     assert gram.gram_II.dtype == torch.float32
     off = (gram.gram_II.cpu().double() - exact_II).norm() / exact_II.norm()
-    assert off < 2e-6
+    # Matrix units cut off what their float32 sums cannot hold, where other sums are rounded.
+    assert off < (2e-5 if dtype in HALF else 2e-6)
     assert torch.equal(gram.gram_II, gram.gram_II.T)
 
 

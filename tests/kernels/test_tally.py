@@ -53,7 +53,7 @@ def test_counts(tokens: int, channels: int, dtype: torch.dtype, bins: int) -> No
 
 
 def test_counts_by_hand() -> None:
-    x_TI = torch.tensor([[-5.0, 0.0], [0.0, 0.5], [0.99, 1.0], [1.0, 7.0], [3.9, 7.0]], device=DEVICE)
+    x_TI = torch.tensor([[-5.0, 0.0], [0.0, 0.5], [0.99, 1.0], [1.0, 7.0], [39.0, 7.0]], device=DEVICE)
     counts_KI = torch.zeros(4, 2, dtype=torch.int32, device=DEVICE)
     tally.count(x_TI, torch.zeros(2, device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE), counts_KI)
     assert counts_KI.T.tolist() == [[3, 1, 0, 1], [5, 0, 0, 0]]  # a channel that never changes has one bin
