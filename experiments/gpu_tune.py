@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHAPES = {"o_proj": (4096, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}
 PATTERNS = [(2, 4), (8, 16)]
-TOKENS = [1, 4, 16]
+TOKENS = [1, 2, 4, 16, 64]
 
 
 def tiles(rows: int, inputs: int, tokens: int, n: int, m: int) -> list[Any]:
@@ -31,10 +31,10 @@ def tiles(rows: int, inputs: int, tokens: int, n: int, m: int) -> list[Any]:
     from esparse.kernels.gemv import Tile, candidates
 
     found = candidates(rows, inputs, tokens, n=n, m=m, in_registers=True)
-    few = ((1, 128, 4), (4, 16, 2), (8, 32, 4), (16, 16, 8), (2, 128, 8), (1, 64, 2))
-    many = ((128, 4, 8), (64, 8, 8), (32, 16, 4), (16, 16, 4), (16, 16, 1))
+    few = ((1, 128, 4), (4, 16, 2), (8, 32, 4), (16, 16, 8), (2, 128, 8)) if tokens <= 4 and n == 2 else ()
+    many = ((64, 8, 8), (32, 16, 4), (16, 16, 4), (16, 16, 1), (128, 8, 8))
     splits = (1, 2, 4) if rows <= 4096 else (1, 2)
-    more = [Tile("select", r, d, w, s) for s in splits for r, d, w in few if n == 2]
+    more = [Tile("select", r, d, w, s) for s in splits for r, d, w in few]
     more += [Tile("spread", r, d, w, s) for s in splits for r, d, w in many]
     return list(dict.fromkeys([*found, *more]))
 
@@ -68,10 +68,16 @@ def compile_one(capability: int, case: tuple[int, int, int], tile: Any) -> None:
     matvec(values_RK, bits_RB, torch.ones(tokens, 4096, dtype=torch.bfloat16), n=n, m=m, tile=tile)
 
 
-def compile_all(capability: int) -> None:
-    wanted = {((tokens, n, m), tile) for _, r, i, tokens, n, m in cases() for tile in tiles(r, i, tokens, n, m)}
-    # One number of tokens for each kernel that is made of it.
-    kernels = {(case[1:], min(4, case[0]), tile): (case, tile) for case, tile in sorted(wanted, key=str)}
+def compile_all(capability: int, *, few: bool) -> None:
+    from esparse.kernels.gemv import candidates
+
+    def of(rows: int, inputs: int, tokens: int, n: int, m: int) -> list[Any]:
+        return (
+            candidates(rows, inputs, tokens, n=n, m=m, in_registers=True) if few else tiles(rows, inputs, tokens, n, m)
+        )
+
+    wanted = {((tokens, n, m), tile) for _, r, i, tokens, n, m in cases() for tile in of(r, i, tokens, n, m)}
+    kernels = {(case, tile): (case, tile) for case, tile in sorted(wanted, key=str)}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         ends = [pool.submit(compile_one, capability, *one) for one in kernels.values()]
         failed = [str(error).strip().splitlines()[-1] for end in ends if (error := end.exception())]
@@ -133,9 +139,10 @@ def time_all() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, metavar="CAPABILITY", help="times ten: 80 for A100, 90 for H100")
+    parser.add_argument("--few", action="store_true", help="compile only what is looked for at run time")
     asked = parser.parse_args()
     if asked.compile:
-        compile_all(asked.compile)
+        compile_all(asked.compile, few=asked.few)
     else:
         time_all()
 

@@ -58,14 +58,15 @@ def matvec(
     tokens, inputs = x_TI.shape
     if cut is None:
         raise ValueError(f"no kernel for {n}:{m}: it takes n up to 16 and m up to 32")
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"the packed matrix-vector kernel takes 1 to {MOST_TOKENS} tokens, got {tokens}")
+    in_registers = registers.fits(values_RK, bits_RB, x_TI, n=n, m=m)
+    most = registers.MOST_SPREAD if in_registers else MOST_TOKENS
+    if not 1 <= tokens <= most:
+        raise ValueError(f"the packed matrix-vector kernel takes 1 to {most} tokens here, got {tokens}")
     if bits_RB.shape != (len(values_RK), -(-inputs // 8)):
         raise ValueError(f"bits have the shape {tuple(bits_RB.shape)}, which does not fit {inputs} inputs")
     x_TI = x_TI.contiguous()
     if tile is None:
         key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m)
-        in_registers = registers.fits(values_RK, bits_RB, x_TI, n=n, m=m)
         choices = candidates(len(values_RK), inputs, tokens, n=n, m=m, in_registers=in_registers)
         tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, n, cut, t))
     return _launch(values_RK, bits_RB, x_TI, order_I, n, cut, tile)
@@ -80,14 +81,13 @@ def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_regist
     splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
     if in_registers:
         # A thread has one or two runs in hand at a time, so that many threads fit into a multiprocessor.
-        few = ((8, 16, 4), (4, 32, 4), (8, 32, 8), (2, 64, 4), (8, 64, 16), (8, 16, 2), (16, 16, 4), (4, 64, 8))
-        many = ((64, 4, 4), (64, 8, 4), (32, 8, 4), (32, 8, 2), (16, 16, 2), (16, 8, 1))
-        select = [Tile("select", r, d, w, s) for s in splits for r, d, w in few if d * s <= max(runs, 16)]
-        spread = [Tile("spread", r, d, w, s) for s in splits for r, d, w in many]
-        if n == 2 and tokens <= registers.MOST_SELECTED:
-            return select if tokens < 3 else select + spread
-        gather = [Tile("gather", r, d, w, s) for s in splits for r, d, w in few if d * s <= max(runs, 16)]
-        return spread + gather if tokens == 1 else spread
+        few = ((4, 32, 4), (8, 32, 8), (2, 64, 4), (8, 64, 16), (1, 64, 2), (8, 16, 2), (4, 64, 8))
+        if tokens == 1 or (n == 2 and tokens == 2):
+            kernel = "select" if n == 2 else "gather"
+            return [Tile(kernel, r, d, w, s) for s in splits[:2] for r, d, w in few if d * s <= max(runs, 16)]
+        many = ((64, 8, 8), (64, 8, 4), (32, 16, 4), (32, 8, 4), (64, 4, 4), (128, 4, 8))
+        tiles = [Tile("spread", r, d, w, s) for s in (1, 2, 4, 8) for r, d, w in many if d * s * 2 <= max(runs, 16)]
+        return [*tiles, Tile("select", 8, 32, 8), Tile("select", 4, 32, 4)] if n == 2 and tokens <= 4 else tiles
     some = ((8, 16, 4), (8, 32, 8), (32, 16, 4), (8, 16, 2), (8, 64, 4))
     tiles = [Tile("gather", r, d, w, s) for s in splits for r, d, w in some if d * s <= max(runs, 16)]
     if tokens > 2:

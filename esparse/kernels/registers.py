@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_SELECTED = 8  # tokens for which `_select_kernel` has sums
+MOST_SPREAD = 64  # tokens that `_spread_kernel` takes at once
 
 
 def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
@@ -63,7 +64,7 @@ def select(
 def spread(
     values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, rows: int, depth: int, warps: int, split: int
 ) -> Tensor:
-    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 16 tokens."""
+    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 64 tokens."""
     tokens, inputs = x_TI.shape
     outputs, runs = len(values_RK), inputs // 16
     out = _out(values_RK, x_TI, split)
@@ -78,7 +79,7 @@ def spread(
         triton.cdiv(runs, split * depth),
         ROWS=rows,
         RUNS=depth,
-        TOKENS=16,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
         PAIRS=n == 2,
         INTERPRETED=interpreted(),
         num_warps=warps,
