@@ -68,7 +68,11 @@ def main() -> None:
             about = {"for": capability, "dtype": str(dtype), "pattern": f"{n}:{m}", "tokens": tokens}
             x_TI, order_I = torch.ones(tokens, inputs, dtype=dtype), torch.arange(inputs) if tokens > 1 else None
             half = dtype != F32 and inputs % 16 == 0
-            ways = [candidates(4096, inputs, 16, n=n, m=m, in_registers=way) for way in ({half, False})]
+            ways = [
+                candidates(4096, inputs, count, n=n, m=m, in_registers=way)
+                for way in sorted({half, False})
+                for count in sorted({tokens, 16})
+            ]
             first_of_each = {tile.kernel: tile for tiles in ways for tile in reversed(tiles)}
             for tile in first_of_each.values():
                 matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I, tile=tile)
