@@ -38,7 +38,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"cli"},
     "wandb": {"run.tracking"},
-    "transformers": {"models", "data", "evaluate", "packed", "export", "cli.session", "run.measure", "run.record"},
+    "transformers": {"models", "data", "evaluate", "packed", "export", "cli.main", "run.inputs", "run.record"},
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"sweeps"},

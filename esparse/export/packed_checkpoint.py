@@ -58,7 +58,7 @@ class Packed(ToFolder):
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts
-        from esparse.packed.format import METHOD, VERSION
+        from esparse.packed.format import FORMAT_NAME, VERSION
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
         matrices = {m.entry: (m, g.pattern) for m, g in run.pruned.groupings if m.expert is None}
@@ -88,7 +88,7 @@ class Packed(ToFolder):
                 "gathers": len(contents.behind) + len(contents.before),
             }
             entry = {
-                "quant_method": METHOD,
+                "quant_method": FORMAT_NAME,
                 "version": VERSION,
                 "order": self.order,
                 "layers": contents.layers,

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from esparse.packed.checksums import check_files
-from esparse.packed.format import METHOD, VERSION
+from esparse.packed.format import FORMAT_NAME, VERSION
 
 log = logging.getLogger("esparse")
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(FORMAT_NAME)
 class EsparseConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed checkpoint's config.json."""
 
@@ -51,7 +51,7 @@ class EsparseConfig(QuantizationConfigMixin):
         """
         if version != VERSION:
             raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
-        self.quant_method = METHOD
+        self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
         self.layers, self.files = layers, files
         self.biases, self.ordered = list(biases), list(ordered)
@@ -59,7 +59,7 @@ class EsparseConfig(QuantizationConfigMixin):
         self.experts = experts or {}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(FORMAT_NAME)
 class EsparseQuantizer(HfQuantizer):
     """Puts packed layers into the skeleton of a model, and settles them once they are filled."""
 

@@ -16,7 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from esparse.cli import session
+from esparse.cli.call import FAILED, FINISHED, MISTAKE
+from esparse.cli.end_of_sweep import end_of_sweep
+from esparse.cli.main import log_to_terminal
 from esparse.jobs import cluster, lock, run_states
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.records.report import write_json
@@ -86,11 +88,7 @@ def wait(sweep: Folder) -> dict[Path, run_states.State]:
 def _status(sweep: Folder, options: argparse.Namespace) -> int:
     states = run_states.looked(run.folder for run in sweep.runs)
     _print_states(sweep, states)
-    return (
-        session.FAILED
-        if any(s.kind not in ("finished", *run_states.OPEN) for s in states.values())
-        else session.FINISHED
-    )
+    return FAILED if any(s.kind not in ("finished", *run_states.OPEN) for s in states.values()) else FINISHED
 
 
 def _print_states(sweep: Folder, states: Mapping[Path, run_states.State]) -> None:
@@ -104,7 +102,7 @@ def _print_states(sweep: Folder, states: Mapping[Path, run_states.State]) -> Non
 
 def _wait(sweep: Folder, options: argparse.Namespace) -> int:
     states = wait(sweep)
-    return session.end_of_sweep(sweep.path, {run.folder: run.name for run in sweep.runs}, states)
+    return end_of_sweep(sweep.path, {run.folder: run.name for run in sweep.runs}, states)
 
 
 def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
@@ -118,7 +116,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     refused = cluster.cancel(sorted({there.job for there in ours.values() if there.job}))
     if refused is not None:
         print(f"esparse: not cancelled: {refused}", file=sys.stderr)
-        return session.FAILED
+        return FAILED
     until = time.monotonic() + lock.PATIENCE_S
     queue = cluster.Queue()
     left = dict(ours)
@@ -132,7 +130,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     print(f"{len(cancelled)} runs cancelled")
     for folder, there in left.items():
         print(f"esparse: {folder} is still {there}", file=sys.stderr)
-    return session.FAILED if left else session.FINISHED
+    return FAILED if left else FINISHED
 
 
 def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
@@ -142,9 +140,9 @@ def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
     chosen = [run for run in sweep.runs if states[run.folder].kind in kinds]
     if not chosen:
         print(f"nothing to submit: {len(states)} runs, {run_states.counted(states.values())}")
-        return session.FINISHED
+        return FINISHED
     submit_and_say(_changed(sweep, options.settings), chosen)
-    return session.FINISHED
+    return FINISHED
 
 
 def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
@@ -180,21 +178,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             more = "settings of the launcher, e.g. timeout_min=240"
             command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=more)
     options = parser.parse_args(argv)
-    session.log_to_terminal()
+    log_to_terminal()
     try:
         sweep = Folder.read(options.folder)
     except (FileNotFoundError, NotADirectoryError):
         there = sorted(str(path.parent) for path in options.folder.glob("sweeps/*/sweep.json"))
         hint = f"; there is {', '.join(there)}" if there else ""
         print(f"esparse: {options.folder} has no sweep.json{hint}", file=sys.stderr)
-        return session.MISTAKE
+        return MISTAKE
     try:
         return COMMANDS[options.command][0](sweep, options)
     except ValueError as error:
         print(f"esparse: {error}", file=sys.stderr)
-        return session.MISTAKE
+        return MISTAKE
     except OSError as error:
         print(f"esparse: {error}", file=sys.stderr)
-        return session.FAILED
+        return FAILED
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.cli import session
+from esparse.cli.attempt import clear
 from esparse.jobs import cluster, lock
 from esparse.jobs.launchers import LAUNCHERS, Launcher, Slurm
 from esparse.records.report import finished, write_json
@@ -59,7 +59,7 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
             claims[run.id] = claim
             chosen.append(run)
             if run.settings["rerun"]:
-                session.clear(run.folder)
+                clear(run.folder)
             # Before the job can begin, and overwrite it.
             status = {"id": run.id, "name": run.name, "sweep": sweep.path.name, "status": "queued"}
             write_json(run.folder / "status.json", status)

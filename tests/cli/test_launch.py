@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esparse.cli import session
+from esparse.cli import attempt
 from esparse.records import audit
 from esparse.records.report import write_json
 from tests.workshop import furnished, launch, launch_anew, small_run
@@ -154,12 +154,12 @@ def test_a_model_is_kept_only_where_the_next_run_wants_it(tmp_path: Path) -> Non
     (tmp_path / "done").mkdir()
     write_json(tmp_path / "done" / "result.json", {"status": "finished"})
     _, own = run("own")
-    assert not session._again(own, [])
-    assert session._again(own, [run("next")])
-    assert not session._again(own, [run("next", "b"), run("behind")])
-    assert not session._again(own, [run("done")])
-    assert session._again(own, [run("done", "b"), run("next")])
-    assert session._again(own, [run("done", rerun=True)])
+    assert not attempt._again(own, [])
+    assert attempt._again(own, [run("next")])
+    assert not attempt._again(own, [run("next", "b"), run("behind")])
+    assert not attempt._again(own, [run("done")])
+    assert attempt._again(own, [run("done", "b"), run("next")])
+    assert attempt._again(own, [run("done", rerun=True)])
 
 
 def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:
