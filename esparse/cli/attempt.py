@@ -7,6 +7,7 @@ presence means finished. Until then blocks/ has what another attempt goes on fro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.cli import registry
 from esparse.cli.call import FAILED, call
+from esparse.cli.earlier import differs
 from esparse.cli.end_of_sweep import print_table
 from esparse.cli.main import log_to_file, log_to_terminal, quiet_libraries
 from esparse.cli.messages import say_failed, sentence
-from esparse.jobs import cluster, lock, run_states
+from esparse.errors import Mistake
+from esparse.jobs import lock, run_states
 from esparse.records.groups import title
 from esparse.records.report import finished, write_json
-from esparse.records.report import run_id as identity
+from esparse.records.report import run_id as id_of
 
 if TYPE_CHECKING:
     from esparse.parallel.ranks import Ranks
@@ -45,7 +48,7 @@ def carry_out(
     Returns its record, None where there is none. `sweep`: the folder of the sweep that this process is a job of.
     `to_come`: folders and settings of the runs that follow in this process.
     """
-    run_id, name = identity(settings), title(settings)
+    run_id, name = id_of(settings), title(settings)
     folder = Path(experiment.output_root) / run_id
     call.begun = True
     if in_sweep := sweep.name if sweep else call.sweep:
@@ -54,12 +57,15 @@ def carry_out(
         _plan(experiment, name)
         return None
     record = None if experiment.rerun else finished(folder)
-    if record is not None:
-        _tidy(folder)
-        log.info("%s was run before (%s); rerun=true repeats it", name, folder)
-    else:
+    if record is None:
         call.again = _again(settings, to_come)
         record = _owned_attempt(experiment, settings, sweep, run_id=run_id, name=name, folder=folder)
+    elif (why := differs(record, settings)) is not None:
+        print(f"esparse: {name} was run before ({folder}), {why}", file=sys.stderr)
+        record = None
+    else:
+        _tidy(folder, sweep.name if sweep else None)
+        log.info("%s was run before (%s); rerun=true repeats it", name, folder)
     if record is None:
         call.code = FAILED
     elif not (sweep or call.sweep):
@@ -82,17 +88,18 @@ def _again(settings: Mapping[str, Any], to_come: Iterable[tuple[Path, Mapping[st
     return False
 
 
-def _tidy(folder: Path) -> None:
-    """Does what a run that was killed right behind its record had left to do."""
-    shutil.rmtree(folder / "blocks", ignore_errors=True)
-    for draft in folder.glob("*.part"):
-        draft.unlink(missing_ok=True)
-    there = lock.read(folder)
-    if there is not None and not lock.alive(folder, there, cluster.Queue()):
-        lock.release(folder, there)
+def _tidy(folder: Path, sweep: str | None) -> None:
+    """Finishes the clean-up of a run that was killed after it wrote its record; one still at work does so itself."""
     status = run_states.status(folder)
-    if status.get("status") not in (None, "finished"):
-        write_json(folder / "status.json", status | {"status": "finished"})
+    unfinished = status.get("status") not in (None, "finished")
+    if not (unfinished or (folder / "blocks").exists() or any(folder.glob("*.part")) or lock.read(folder)):
+        return
+    with contextlib.suppress(lock.Busy, OSError), lock.owned(folder, sweep):
+        shutil.rmtree(folder / "blocks", ignore_errors=True)
+        for draft in folder.glob("*.part"):
+            draft.unlink(missing_ok=True)
+        if unfinished:
+            write_json(folder / "status.json", status | {"status": "finished"})
 
 
 def _plan(experiment: Experiment, name: str) -> None:
@@ -117,12 +124,15 @@ def _owned_attempt(
             if experiment.rerun:
                 clear(folder)
             elif (record := finished(folder)) is not None:  # while this process waited for its turn
-                return record
+                if (why := differs(record, settings)) is None:
+                    return record
+                print(f"esparse: {name} was run meanwhile ({folder}), {why}", file=sys.stderr)
+                return None
             status = {"id": run_id, "name": name, "host": mine.host, "pid": mine.pid, "job": mine.job}
             status["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             return _attempt(experiment, settings, status, folder)
     except lock.Busy as busy:
-        print(f"esparse: {name} is {busy.owner} and is not run twice ({folder})", file=sys.stderr)
+        print(f"esparse: {name} is {busy.owner} and is not run twice ({folder}){busy.way_out(folder)}", file=sys.stderr)
     except OSError as error:  # not even the status could be written
         print(f"esparse: {name} failed: {sentence(error)}", file=sys.stderr)
     return None
@@ -173,8 +183,8 @@ def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any
         log.info("the sequences are dealt out to %d processes on %s", len(devices), ", ".join(map(str, devices)))
         try:
             record, dense = together(devices, _take_part, experiment, asked, dense_known)
-        except ValueError:
-            shutil.rmtree(folder / "blocks", ignore_errors=True)  # as the journal does where its own process sees it
+        except Mistake:
+            shutil.rmtree(folder / "blocks", ignore_errors=True)  # as the journal does if its own process sees it
             raise
         dense_known.clear()
         dense_known.update(dense)

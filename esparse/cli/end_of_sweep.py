@@ -9,22 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from esparse.cli.call import FAILED, FINISHED
+from esparse.cli.earlier import differs
 from esparse.jobs import run_states
+from esparse.records.groups import title
 from esparse.records.report import finished
+from esparse.run.tracking import offline_runs
 
 log = logging.getLogger("esparse")
 
 
-def end_of_sweep(sweep: Path, names: Mapping[Path, str], states: Mapping[Path, run_states.State]) -> int:
-    """Prints the table of all runs, and how to upload them; the exit code."""
-    records = [record for folder in names if (record := finished(folder)) is not None]
-    missing = [
-        ("failed" if state.kind in run_states.FAILED else "not finished", name, state.text)
-        for folder, name in names.items()
-        if (state := states[folder]).kind != "finished"
-    ]
+def end_of_sweep(sweep: Path, runs: Mapping[Path, Mapping[str, Any]], states: Mapping[Path, run_states.State]) -> int:
+    """Prints the table of all runs, and how to upload them; the exit code. `runs`: folder -> settings."""
+    records, missing = [], []
+    for folder, settings in runs.items():
+        state, record = states[folder], finished(folder)
+        why = None if record is None else differs(record, settings)
+        if why is not None:
+            missing.append(("failed", title(settings), f"was run before ({folder}), {why}"))
+        elif record is not None:
+            records.append(record)
+        if state.kind != "finished":
+            missing.append(
+                ("failed" if state.kind in run_states.FAILED else "not finished", title(settings), state.text)
+            )
     print_table(records, missing)
-    if offline := [run for folder in names for run in sorted(folder.glob("wandb/offline-run-*"))]:
+    if offline := [run for folder in runs for run in offline_runs(folder, folder.name)]:
         list_of_runs = sweep / "wandb-runs.txt"
         list_of_runs.write_text("".join(f"{run.absolute()}\n" for run in offline))
         log.info("to upload these runs to W&B: xargs -d '\\n' wandb sync < %s", shlex.quote(str(list_of_runs)))

@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from esparse.cli.call import FAILED, MISTAKE, call
 from esparse.cli.help_text import store_not_copied
-from esparse.cli.messages import say_how_tasks_are_named, sentence
+from esparse.cli.messages import say_how_tasks_are_named, say_how_to_write, sentence, wrong_word
 
 log = logging.getLogger("esparse")
 
@@ -21,6 +21,9 @@ log = logging.getLogger("esparse")
 def exit_code(main: Callable[[], Any]) -> int:
     """Runs Hydra's main function; 2 if it stopped at the command line, 1 if a run failed, else 0."""
     log_to_terminal()
+    if (wrong := wrong_word(sys.argv[1:])) is not None:
+        print(f"esparse: {wrong}", file=sys.stderr)
+        return MISTAKE
     try:
         with store_not_copied():
             main()
@@ -28,6 +31,7 @@ def exit_code(main: Callable[[], Any]) -> int:
         # Hydra ends with 1 when it cannot compose the configuration: nothing has begun then.
         if stop.code not in (0, None) and not call.begun:
             say_how_tasks_are_named(sys.argv[1:])
+            say_how_to_write(sys.argv[1:])
             return MISTAKE
         return stop.code if isinstance(stop.code, int) else FAILED
     except KeyboardInterrupt:

@@ -13,9 +13,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from esparse.cli import help_text
+from esparse.errors import Mistake
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.records.groups import GROUPS
-from esparse.run.settings import Experiment
+from esparse.run.settings import Experiment, expanded
 
 # The classes themselves. A test or a notebook may add one; what a package adds stands in GROUPS.
 CHOICES: dict[str, dict[str, type]] = {
@@ -26,6 +27,8 @@ CHOICES: dict[str, dict[str, type]] = {
 def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
     help_text.register()
+    OmegaConf.register_new_resolver("esparse_path", expanded, replace=True)
+    OmegaConf.register_new_resolver("esparse_words", _words, replace=True)
     store = ConfigStore.instance()
     store.store(name="experiment", group="schema", package="_global_", node=Experiment)
     for group, options in CHOICES.items():
@@ -48,7 +51,8 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
     if several := [group for group in CHOICES if group not in choices]:
-        raise ValueError(f"{several[0]} takes one option, not a list of them")
+        raise Mistake(f"{several[0]} takes one option, not a list of them")
+    settings["output_root"] = experiment.output_root
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
 
@@ -64,12 +68,15 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
             nested = {k: component(group, v) for k, v in given.items() if isinstance(v, dict) and "_class" in v}
             return classes[name](**given | nested)
         except (KeyError, TypeError):
-            raise ValueError(
-                f"another version of esparse made these settings of {name}: submit the sweep anew"
-            ) from None
+            raise Mistake(f"another version of esparse made these settings of {name}: submit the sweep anew") from None
 
     parts = {k: component(k, v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
     return Experiment(**parts)
+
+
+def _words(text: str) -> list[str]:
+    """a,b of a variable as a list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from esparse.cli.call import FAILED, call
 from esparse.cli.end_of_sweep import end_of_sweep
 from esparse.cli.main import mistakes
 from esparse.cli.messages import sentence
+from esparse.errors import Mistake
 from esparse.jobs import run_states
 from esparse.records.groups import title
+from esparse.records.report import run_id
 
 
 class Sweep(Callback):
@@ -31,11 +33,12 @@ class Sweep(Callback):
         call.runs.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
             call.runs.update({tuple(overrides): _composed(config, overrides) for overrides in _jobs(config)})
+            _check_exports(list(call.runs.values()))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if call.submitted or all(settings["dry_run"] for settings in call.runs.values()):
             return
-        ends = {run_states.folder_of(settings): title(settings) for settings in call.runs.values()}
+        ends = {run_states.folder_of(settings): settings for settings in call.runs.values()}
         call.begun = True
         call.code = end_of_sweep(Path(config.hydra.sweep.dir), ends, run_states.looked(ends))
 
@@ -57,6 +60,23 @@ def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) ->
         raise SystemExit(FAILED) from None
 
 
+def _check_exports(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Mistake if several runs would export to one folder, of which only the last one's model would be left."""
+    places: dict[Path, dict[str, str]] = {}
+    for settings in runs:
+        if (path := settings["export"].get("path")) is not None:
+            place = Path(path).expanduser().resolve()
+            places.setdefault(place, {})[run_id(settings)] = title(settings)
+    for place, names in places.items():
+        if len(names) > 1:
+            first, second, *more = names.values()
+            others = f" and {len(more)} more" if more else ""
+            raise Mistake(
+                f"export.path={place} is one folder for {len(names)} runs of the sweep ({first}; {second}{others}): "
+                "leave export.path out, and each exports into its own folder"
+            )
+
+
 def _jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each run of a sweep, as Hydra's basic sweeper multiplies them out."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -64,7 +84,10 @@ def _jobs(config: DictConfig) -> list[list[str]]:
 
     in_file = OmegaConf.select(config, "hydra.sweeper.params") or {}
     texts = [f"{key}={value}" for key, value in in_file.items()] + list(config.hydra.overrides.task)
-    overrides = OverridesParser.create().parse_overrides(texts)
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    # With Hydra's loader: glob(*) asks it which options a group has.
+    overrides = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 

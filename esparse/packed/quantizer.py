@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from esparse.errors import Mistake
 from esparse.packed.checksums import check_files
 from esparse.packed.format import FORMAT_NAME, VERSION
 
@@ -50,7 +51,7 @@ class EsparseConfig(QuantizationConfigMixin):
         whether it lies transposed, and whether its columns are ordered (never physically).
         """
         if version != VERSION:
-            raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+            raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
         self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
         self.layers, self.files = layers, files
@@ -126,7 +127,7 @@ class EsparseQuantizer(HfQuantizer):
             try:
                 model.get_submodule(name).settle()
             except ValueError as error:
-                raise ValueError(f"the packed layer {name} cannot be read: {error}") from error
+                raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # what unpacking took would stay with the process, as much as the packed weights themselves
         if model.device.type == "cpu" and loops(model.dtype) is None:
             log.warning(

@@ -76,7 +76,7 @@ class Stages:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def run_id(config: dict[str, Any]) -> str:
+def run_id(config: Mapping[str, Any]) -> str:
     """Eight hex digits of what was asked: a digest of `identity`."""
     return sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.reports.figures.catalogue import FORMATS, PICTURES, plot
 from esparse.reports.html_page import page
 from esparse.reports.latex import latex_of
@@ -45,7 +46,7 @@ def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Tabl
         return profiles(records)
     across, value, columns, compared = (asked.pop(name, None) for name in ("across", "value", "columns", "pairs"))
     if value and not across and not compared:
-        raise ValueError("a value is chosen for a turned table or for pairs: say by which columns, --across or --pairs")
+        raise Mistake("a value is chosen for a turned table or for pairs: say by which columns, --across or --pairs")
     if compared:
         table = pairs(table_of(records, **asked), compared, across=across or (), value=value)
     else:
@@ -61,7 +62,7 @@ def _flat(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Table
     table = means(table)
     if sort is not None:
         if sort not in table.columns:
-            raise ValueError(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
+            raise Mistake(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
         table.rows.sort(key=lambda r: natural(r[sort].mean if isinstance(r[sort], Spread) else r[sort]))
     return table
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.records.groups import METHOD, acts
 from esparse.reports.reading import Record, read_records, stop
 from esparse.reports.table import Table, exact, natural, spread
@@ -80,7 +81,7 @@ def read(path: Path = NUMBERS) -> list[Published]:
                 length, value = row.pop("length"), float(row.pop("value"))
                 numbers.append(Published(**row, length=int(length) if length else None, value=value))
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                raise Mistake(f"{path}, line {line}: {error}") from None
     return numbers
 
 

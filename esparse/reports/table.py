@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.reports.reading import NUMBER
 
 SAME = ("model", "pattern", "outliers")  # what two runs must have in common for one to be ahead of the other
@@ -37,7 +38,7 @@ class Table:
         """The table with these columns alone, in this order; ValueError for one that is not there."""
         for column in columns:
             if column not in self.columns:
-                raise ValueError(f"no column {column!r} to show; there is {', '.join(self.columns)}")
+                raise Mistake(f"no column {column!r} to show; there is {', '.join(self.columns)}")
         return replace(self, chosen=list(columns))
 
     def shown(self) -> tuple[list[str], list[str]]:

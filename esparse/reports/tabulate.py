@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.records.groups import GROUPS
 from esparse.records.report import NOT_IDENTITY
 from esparse.reports.reading import Record, at, keys
@@ -34,7 +35,7 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     """
     corpora = keys(records, "quality")
     if corpus is not None and corpus not in corpora:
-        raise ValueError(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
+        raise Mistake(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
     corpora = corpora if corpus is None else [corpus]
     common = _common_tasks(records)
     rows = [_asked(record) | _measured(record, corpora, common) for record in records]
@@ -50,7 +51,7 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     measured = list(dict.fromkeys(key for row in rows for key in row if key not in asked and key != "id"))
     table = Table(["id", *asked], sorted(measured, key=_place(corpora)), rows)
     if sort is not None and sort not in table.columns:
-        raise ValueError(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
+        raise Mistake(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
     order = ["model", "pattern", *asked, "id"] if sort is None else [sort]
     rows.sort(key=lambda row: [natural(row.get(column)) for column in order])
     return table
@@ -115,7 +116,7 @@ def profiles(records: Sequence[Record]) -> Table:
         for row in (record.get("profile") or {}).get("rows", [])
     ]
     if not rows:
-        raise ValueError("no run has a profile: run it with profile=true")
+        raise Mistake("no run has a profile: run it with profile=true")
     asked = ["id", "model", "pattern", "kind", "name", "head"]
     measured = list(dict.fromkeys(key for row in rows for key in row if key not in (*asked, "values")))
     return Table([*asked, "values"], measured, rows, like=dict.fromkeys(measured, "share pruned"))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.reports.reading import Record
 from esparse.reports.table import Table, cells
 from esparse.reports.tabulate import table_of
@@ -84,7 +85,7 @@ def latencies(records: Sequence[Record]) -> str:
                 cells[5] = row["why_not"]
             rows.append([f"{record['id']} {record.get('name', '')}".rstrip(), *cells])
     if not rows:
-        raise ValueError("none of these runs has timed anything: they ran without bench=gemm or bench=model")
+        raise Mistake("none of these runs has timed anything: they ran without bench=gemm or bench=model")
     return "\n".join(_aligned(["run", *(header for header, _, _ in LATENCY)], right, rows)) + "\n"
 
 

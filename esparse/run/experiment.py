@@ -38,7 +38,7 @@ def run(
     experiment.bench.require(device)
     software = environment(device, ranks.size)
     with clock.stages("load"):
-        inputs = load_inputs(experiment, method, device, folder, ranks, again=again)
+        inputs = load_inputs(experiment, method, device, config=config, folder=folder, ranks=ranks, again=again)
         journal = open_journal(experiment, inputs, software, run_id, folder)
     tracking = experiment.tracking if ranks.leads else NoTracking()
     with (
@@ -53,13 +53,14 @@ def run(
         )
         after = measuring.pruned()
         peaks = ranks.gather(peak_mib(device))
-        if not ranks.leads:
+        if not ranks.leads or inputs.sources is None:
             return {}
         timed = time_products(experiment, inputs, pruned, clock.stages)
         losses = {"dense": dense.losses, "pruned": after.losses}
         mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, inputs.tokens_SL, losses, pruned.channels)
         record = build(
             {"id": run_id, "name": name, "config": config, "environment": software},
+            inputs.sources.record(),
             experiment.model.title,
             inputs.size,
             pruned,

@@ -5,6 +5,7 @@ Shapes: S calibration sequences, L their tokens, W windows of a corpus.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from esparse.parallel.ranks import Ranks
 from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
 from esparse.pruning.prune import check_store
+from esparse.records.sources import Sources
 from esparse.run.measure import digests
 from esparse.run.record import STATE_DEPENDS_ON, Size
 from esparse.run.settings import Experiment
@@ -38,6 +40,7 @@ class Inputs:
     tokens_SL: Tensor
     windows: dict[str, Tensor]  # W windows by corpus
     tasks: dict[str, Any]  # as `zeroshot.load` gave them
+    sources: Sources | None  # the files that all this was read from; the first rank's alone
 
     def digests(self) -> dict[str, str]:
         """A digest of the tokens of every text."""
@@ -45,12 +48,20 @@ class Inputs:
 
 
 def load_inputs(
-    experiment: Experiment, method: Method, device: torch.device, folder: Path, ranks: Ranks, *, again: bool
+    experiment: Experiment,
+    method: Method,
+    device: torch.device,
+    *,
+    config: Mapping[str, Any],
+    folder: Path,
+    ranks: Ranks,
+    again: bool,
 ) -> Inputs:
     """Loads the model and reads the texts; whatever the method, the export or the bench cannot take ends here.
 
     The first rank alone reads texts, so that all ranks have the same. `again` as in `experiment.run`.
     """
+    sources = Sources.begin(config) if ranks.leads else None
     asked = experiment.model
     model, tokenizer, store = load(asked, folder / "blocks", ranks, again=again)
     blocks = BlockModel(
@@ -73,6 +84,7 @@ def load_inputs(
         tokens_SL=ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest)),
         windows=ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}),
         tasks=experiment.zeroshot.load(),
+        sources=sources,
     )
 
 

@@ -114,6 +114,7 @@ class Size:
 
 def build(
     asked: dict[str, Any],
+    sources: dict[str, Any],
     model: str,
     size: Size,
     pruned: Pruned,
@@ -127,8 +128,8 @@ def build(
 ) -> dict[str, Any]:
     """The record of a run that is about to finish; what it has timed and exported comes on top.
 
-    `asked`: id, name, config and environment. `model`: its name. `measured`: the sections that measuring reports.
-    `peaks` as in `memory`.
+    `asked`: id, name, config and environment. `sources`: digests of what was read from the disk. `model`: its name.
+    `measured`: the sections that measuring reports. `peaks` as in `memory`.
     """
     seconds, layers = clock.read(journal), with_bytes(pruned)
     return {
@@ -140,6 +141,7 @@ def build(
         "resumed": journal.resumed,
         "config": asked["config"],
         "environment": asked["environment"],
+        "sources": sources,
         "model": {
             "name": model,
             "family": size.family,

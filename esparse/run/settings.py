@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esparse import patterns
@@ -11,6 +12,7 @@ from esparse.allocations import Allocation
 from esparse.bench import Bench
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from esparse.errors import Mistake
 from esparse.evaluate.zeroshot import ZeroShot
 from esparse.export import Export, NoExport
 from esparse.metrics import Metric
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
     from esparse.pruning.method import Method
 
 log = logging.getLogger("esparse")
+
+
+def expanded(path: str) -> str:
+    """The path with the home directory in place of ~. Raises Mistake for a user that there is not."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise Mistake(f"{path} names the home of a user that this machine does not know") from None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,28 +67,29 @@ class Experiment:
     dry_run: bool  # only say what the run would take
 
     def __post_init__(self) -> None:
+        self.output_root = expanded(self.output_root)
         pattern = self.parsed_pattern()
         for component in (self.allocation, self.shuffle, self.update, self.recovery, self.bench):
             component.check(pattern)
         self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
-            raise ValueError(
+            raise Mistake(
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
                 "prepared weights: use metric.source=block or prepare=none"
             )
         if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
-            raise ValueError(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
+            raise Mistake(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if self.model.processes > 1 and (why := self.method().needs_all_sequences()) is not None:
-            raise ValueError(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
+            raise Mistake(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
         if self.tracking.needs_export() and isinstance(self.export, NoExport):
-            raise ValueError(
+            raise Mistake(
                 "tracking.artifacts=[checkpoint] uploads what export writes, and export=none writes nothing: use "
                 "export=dense or export=packed"
             )
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
-            raise ValueError(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
+            raise Mistake(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be between 0 and 2147483647, got {self.seed}")
+            raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
 
     def devices(self) -> list[torch.device]:
         """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""

@@ -36,8 +36,14 @@ def prune_model(
 
     def on_layer(block: int, layer: LayerReport) -> None:
         progress.layer(block, layer)
+        log_layer(block, layer)
+
+    def log_layer(block: int, layer: LayerReport) -> None:
         sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
 
+    earlier = [(i, layer) for i in range(journal.finished) for layer in journal.read(i).facts["layers"]]
+    for index, layer in earlier[sink.logged :]:  # an attempt that goes on has a W&B run with the whole history
+        log_layer(index, LayerReport(**layer))
     progress.pruning()
     pruned = prune(
         inputs.blocks,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.reports.figures.curves import Points, block_of, finished, grid_of, line
 from esparse.reports.figures.plots import COLORS, MARKERS
 from esparse.reports.reading import Record
@@ -189,7 +190,7 @@ def _chosen(names: Sequence[str], layer: str | None) -> str:
     if layer is not None:
         found = [name for name in names if layer in name]
         if not found:
-            raise ValueError(f"no input is read first by a layer called {layer!r}; there is {', '.join(names)}")
+            raise Mistake(f"no input is read first by a layer called {layer!r}; there is {', '.join(names)}")
         return found[0]
     blocks = sorted({block_of(name) for name in names})
     return next(name for name in names if block_of(name) == blocks[len(blocks) // 2])
