@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
 from esparse.cli import registry
+from esparse.cli.help_text import store_not_copied
 from esparse.records.groups import GROUPS, METHOD, title
 from esparse.records.report import run_id
 from esparse.run.settings import Experiment
@@ -147,6 +150,14 @@ def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
     without = {key: value for key, value in with_all.items() if key not in ("bench", "export", "zeroshot", "profile")}
     assert run_id(without) == run_id(with_all)
     assert run_id(settings("seed=5", "zeroshot.tasks=[piqa]")) != run_id(with_all)
+
+
+def test_hydras_store_is_as_it_was_outside_of_a_call() -> None:
+    """A process may have another Hydra app."""
+    store = ConfigStore.instance()
+    with store_not_copied():
+        assert copy.deepcopy(store) is store
+    assert copy.deepcopy(store) is not store
 
 
 def test_every_group_says_what_it_counts_for() -> None:

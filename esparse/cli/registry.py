@@ -28,7 +28,6 @@ def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
     help_text.register()
     OmegaConf.register_new_resolver("esparse_path", expanded, replace=True)
-    OmegaConf.register_new_resolver("esparse_words", _words, replace=True)
     store = ConfigStore.instance()
     store.store(name="experiment", group="schema", package="_global_", node=Experiment)
     for group, options in CHOICES.items():
@@ -72,11 +71,6 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
 
     parts = {k: component(k, v) if k in CHOICES else v for k, v in settings.items() if k != "choices"}
     return Experiment(**parts)
-
-
-def _words(text: str) -> list[str]:
-    """a,b of a variable as a list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:

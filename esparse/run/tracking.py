@@ -191,7 +191,7 @@ class Wandb(Tracking):
             project=self.project,
             entity=self.entity,
             group=self.group,
-            tags=list(self.tags),
+            tags=list(self.tags) or None,  # W&B then takes those of WANDB_TAGS
             **asked,
         )
 

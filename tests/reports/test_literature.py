@@ -94,6 +94,27 @@ def test_salient_weights_belong_to_the_pattern() -> None:
     assert rows([one], like(WANDA, pattern="2:4+16:256")) and not rows([one], WANDA)
 
 
+@pytest.mark.parametrize(
+    ("part", "counts"),
+    [
+        ({"choices": {"metric": "wanda", "allocation": "uniform"}}, True),
+        ({"choices": {"metric": "wanda", "allocation": "owl"}}, False),
+        ({"model": {"skip": ["lm_head"]}}, False),
+    ],
+)
+def test_what_a_paper_did_not_do_is_not_beside_its_number(part: dict[str, Any], counts: bool) -> None:
+    run = record("a", pruned=15.0)
+    run["config"] = run["config"] | part
+    assert bool(rows([run], WANDA)) == counts
+
+
+@pytest.mark.parametrize("group", METHOD)
+def test_every_part_of_the_method_counts(group: str) -> None:
+    run = record("a", pruned=15.0)
+    run["config"] = run["config"] | {"choices": run["config"]["choices"] | {group: "another"}}
+    assert not rows([run], WANDA)
+
+
 def test_the_numbers_that_ship_can_be_read_and_asked_for() -> None:
     numbers = read()
     assert len(numbers) == sum(1 for _ in DictReader(NUMBERS.open())) > 100
