@@ -137,7 +137,7 @@ class Wandb(Tracking):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if os.environ.get("WANDB_RUN_ID", run_id) != run_id:
             logger.warning("WANDB_RUN_ID is not followed: the W&B run has the id of the esparse run, %s", run_id)
-        asked = {
+        asked: dict[str, Any] = {
             "id": run_id,
             "name": os.environ.get("WANDB_NAME") or name,
             "config": _flat(json.loads(json.dumps(config, default=str))),
