@@ -1,6 +1,6 @@
-"""`python -m esparse.tables`: a table of many records (esparse/reports/formats.py)."""
+"""`python -m esparse.tables`: a table of many records (esparse/reports/command.py)."""
 
-from esparse.reports.formats import main
+from esparse.reports.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.data import corpora
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +32,9 @@ class Calibration:
     def __post_init__(self) -> None:
         corpora.check([self.corpus], "calibration", self.path)
         if self.sequences < 1:
-            raise ValueError(f"calibration.sequences must be at least 1, got {self.sequences}")
+            raise Mistake(f"calibration.sequences must be at least 1, got {self.sequences}")
         if self.length is not None and self.length < 1:
-            raise ValueError(f"calibration.length must be at least 1 or null, got {self.length}")
+            raise Mistake(f"calibration.length must be at least 1 or null, got {self.length}")
 
     def sample(self, tokenizer: Tokenizer, longest: int) -> Tensor:
         """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
@@ -57,7 +58,7 @@ class Calibration:
             corpus, enough = tokens.in_random_order(corpus, generator), SPARE * count * length
         tokens_T = tokens.stream(corpus, tokenizer, at_most=enough)
         if len(tokens_T) < length:
-            raise ValueError(
+            raise Mistake(
                 f"the calibration corpus {corpus.name} has {len(tokens_T)} tokens, too few for one sequence of "
                 f"{length}: use a longer text or set calibration.length lower"
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from esparse.data import builtin
 from esparse.data.hub import HubFile
 from esparse.data.text_files import texts_of
+from esparse.errors import Mistake
 
 Purpose = Literal["calibration", "evaluation"]
 GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose
@@ -94,12 +95,12 @@ def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
     group = GROUP[purpose]
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
+            raise Mistake(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
     if "text" in names and not path:
-        raise ValueError(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
+        raise Mistake(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
     if path and "text" not in names:
         asked = ", ".join(names) or "none"
-        raise ValueError(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
+        raise Mistake(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
 
 
 def read(name: str, purpose: Purpose, *, path: str | None = None, column: str = "text") -> Corpus:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esparse.data.corpora import Corpus
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -27,7 +28,7 @@ _streams: dict[str, Tensor] = {}  # a sweep in one process tokenises each text o
 def sequence_length(asked: int | None, longest: int, setting: str) -> int:
     """How many tokens a sequence has: as asked, else 2048 or the model's `longest`, whichever is less."""
     if asked is not None and asked > longest:
-        raise ValueError(
+        raise Mistake(
             f"{setting}={asked} is longer than the {longest} tokens that the model takes: "
             f"set {setting} to at most {longest}, or to null for min({DEFAULT_LENGTH}, {longest})"
         )
@@ -90,7 +91,7 @@ def random_crops(
                 crops.append(ids[start : start + length])
                 if len(crops) == count:
                     return torch.tensor(crops, dtype=torch.long)
-    raise ValueError(
+    raise Mistake(
         f"{count} sequences of {length} tokens were asked of the corpus {corpus.name}, but only {len(crops)} of its "
         f"{len(corpus.texts)} documents are longer: set calibration.sequences or calibration.length lower"
     )

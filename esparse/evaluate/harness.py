@@ -9,6 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from esparse.errors import Mistake
 from esparse.evaluate.likelihood import log_likelihoods
 from esparse.models.blocks import BlockModel
 
@@ -45,7 +46,7 @@ class BlockLM(TemplateLM):
         pairs = []
         for _, context, continuation in requests:
             if len(continuation) > self.longest:
-                raise ValueError(
+                raise Mistake(
                     f"an answer of {len(continuation)} tokens does not fit into the {self.longest} that the model takes"
                 )
             # What is too long loses its beginning.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from esparse.records.groups import METHOD, acts
+
 LOAD = """```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,9 +84,6 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
     return "\n".join(lines)
 
 
-METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
-
-
 def _numbers(record: dict[str, Any]) -> list[str]:
     if not record["quality"]:
         return ["- no perplexity was measured"]
@@ -97,4 +96,4 @@ def _numbers(record: dict[str, Any]) -> list[str]:
 
 
 def _shuffled(record: dict[str, Any]) -> bool:
-    return bool(record["config"]["choices"]["shuffle"] != "none")
+    return acts("shuffle", record["config"]["choices"]["shuffle"])

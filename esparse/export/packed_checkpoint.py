@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.export import Finished, ToFolder
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Packed(ToFolder):
 
     def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
         if not pattern.parts():
-            raise ValueError(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
+            raise Mistake(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
         if self.order == "original" and shuffled and len(pattern.parts()) > 1:
-            raise ValueError(
+            raise Mistake(
                 "salient weights are stored by their runs of columns, which a shuffle reorders: use "
                 "export.order=physical, or shuffle=none"
             )
@@ -58,7 +59,7 @@ class Packed(ToFolder):
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts
-        from esparse.packed.format import METHOD, VERSION
+        from esparse.packed.format import FORMAT_NAME, VERSION
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
         matrices = {m.entry: (m, g.pattern) for m, g in run.pruned.groupings if m.expert is None}
@@ -88,7 +89,7 @@ class Packed(ToFolder):
                 "gathers": len(contents.behind) + len(contents.before),
             }
             entry = {
-                "quant_method": METHOD,
+                "quant_method": FORMAT_NAME,
                 "version": VERSION,
                 "order": self.order,
                 "layers": contents.layers,

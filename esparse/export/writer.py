@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from esparse.errors import Mistake
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
@@ -35,7 +36,7 @@ MARK = "esparse.json"  # what tells our checkpoints from other folders; written 
 def check_place(place: Path) -> None:
     """Raises ValueError where something is that no export left, which one would have to overwrite."""
     if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"export.path={place} is there already, and is no export of esparse: name another folder")
+        raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 class Draft:

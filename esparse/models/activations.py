@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esparse.errors import Mistake
 from esparse.linalg import all_finite, finite
 from esparse.models.blocks import BlockModel, Call
 
@@ -86,7 +87,7 @@ class Activations:
 
     def _check(self, index: int, is_finite: bool) -> None:
         if not is_finite:
-            raise ValueError(
+            raise Mistake(
                 f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
                 "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
             )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,13 +45,13 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise Mistake(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.store not in STORES:
-            raise ValueError(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
+            raise Mistake(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
         if self.activations not in PLACES:
-            raise ValueError(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
+            raise Mistake(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
+            raise Mistake(f"model.batch_tokens must be positive, got {self.batch_tokens}")
 
     def tokens_at_once(self, device: torch.device) -> int:
         """About how many tokens a forward pass takes."""
@@ -81,11 +83,11 @@ class Model:
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.devices)
         if device is None or device.type == "cpu":  # cpu:0
-            raise ValueError(
+            raise Mistake(
                 f"model.devices must be auto, cpu, cuda or cuda:N, or cpu:N for N processes, got {self.devices!r}"
             )
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
+            raise Mistake(
                 f"model.devices={self.devices} asks for a GPU, but PyTorch {torch.__version__} sees "
                 f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
             )
@@ -158,7 +160,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
         raise _explained(model.path, is_local, error) from error
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
+        raise Mistake(
             f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
             f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
         )
@@ -177,7 +179,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
     checkpoint = Checkpoint(entry)
     config = AutoConfig.from_pretrained(path, **_where(model))
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"the checkpoint {model.path} is quantised; {INSTEAD}")
+        raise Mistake(f"the checkpoint {model.path} is quantised; {INSTEAD}")
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or checkpoint.dtype()
     # Not the meta device for everything: buffers (rotary frequencies) are computed while the model is made.
     with init_empty_weights(include_buffers=False):
@@ -186,7 +188,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
         )
     skeleton.tie_weights()
     if skeleton._get_dtype_plan(dtype):
-        raise ValueError(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
+        raise Mistake(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
     skeleton = _computable(model, skeleton).eval()
     return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, folder=folder, ranks=ranks)
 
@@ -274,7 +276,7 @@ def check_files(folder: Path) -> None:
         try:
             shards |= set(json.loads(index.read_text())["weight_map"].values())
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{index} is damaged: it is not the index of a checkpoint ({error!r})") from error
+            raise Mistake(f"{index} is damaged: it is not the index of a checkpoint ({error!r})") from error
     if not shards and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin")
     missing = sorted(name for name in shards if not (folder / name).is_file())
@@ -287,7 +289,7 @@ def check_files(folder: Path) -> None:
                     pass
             except SafetensorError as error:
                 size = (folder / name).stat().st_size
-                raise ValueError(
+                raise Mistake(
                     f"{folder / name} is damaged or cut short ({size:,} bytes; {error}): copy it again"
                 ) from error
 
@@ -295,7 +297,7 @@ def check_files(folder: Path) -> None:
 def _explained(asked: str, is_local: bool, error: Exception) -> Exception:
     first = str(error).strip().partition("\n")[0]
     if is_local:
-        return ValueError(f"the model in {asked} cannot be loaded: {first}")
+        return Mistake(f"the model in {asked} cannot be loaded: {first}")
     return ConnectionError(
         f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({first}); without internet, copy "
         "the model here and name its directory: model=hf model.path=DIR"

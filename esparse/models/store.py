@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
+from esparse.errors import Mistake
 from esparse.models import host_memory
 from esparse.models.checkpoint import Checkpoint, opened
 from esparse.parallel.ranks import Ranks
@@ -191,14 +192,14 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     for names in aliases.values():
         there = [file_name for name in names if (file_name := in_file(name)) is not None]
         if not there:
-            raise ValueError(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
+            raise Mistake(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
         shape = skeleton.get_parameter(names[0]).shape
         if any(shapes[file_name] != shape for file_name in there):
-            raise ValueError(
+            raise Mistake(
                 f"{names[0]} is {list(shapes[there[0]])} in the checkpoint, {list(shape)} in the model; {INSTEAD}"
             )
         if not _all_equal(checkpoint, there):
-            raise ValueError(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
+            raise Mistake(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
         found |= dict.fromkeys(names, there[0])
     buffers = {name: in_file(name) for name, _ in skeleton.named_buffers()}
     return found | {name: file_name for name, file_name in buffers.items() if file_name is not None}

@@ -15,8 +15,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from esparse.errors import Mistake
 from esparse.packed.checksums import check_files
-from esparse.packed.format import METHOD, VERSION
+from esparse.packed.format import FORMAT_NAME, VERSION
 
 log = logging.getLogger("esparse")
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(FORMAT_NAME)
 class EsparseConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed checkpoint's config.json."""
 
@@ -50,8 +51,8 @@ class EsparseConfig(QuantizationConfigMixin):
         whether it lies transposed, and whether its columns are ordered (never physically).
         """
         if version != VERSION:
-            raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
-        self.quant_method = METHOD
+            raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+        self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
         self.layers, self.files = layers, files
         self.biases, self.ordered = list(biases), list(ordered)
@@ -59,7 +60,7 @@ class EsparseConfig(QuantizationConfigMixin):
         self.experts = experts or {}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(FORMAT_NAME)
 class EsparseQuantizer(HfQuantizer):
     """Puts packed layers into the skeleton of a model, and settles them once they are filled."""
 
@@ -126,7 +127,7 @@ class EsparseQuantizer(HfQuantizer):
             try:
                 model.get_submodule(name).settle()
             except ValueError as error:
-                raise ValueError(f"the packed layer {name} cannot be read: {error}") from error
+                raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # what unpacking took would stay with the process, as much as the packed weights themselves
         if model.device.type == "cpu" and loops(model.dtype) is None:
             log.warning(

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from esparse.errors import Mistake
 from esparse.records.audit import Masks
 from esparse.records.report import Stages, write_json, write_whole
 
@@ -52,8 +53,10 @@ class Dense:
 
 @dataclass(slots=True)
 class Journal:
-    """A folder with the state of one run. As a context it goes with a run that ends, and with a mistake (ValueError)
-    that would only come again; after anything else it stays for the next attempt.
+    """A folder with the state of one run.
+
+    As a context manager it is deleted when the run ends with success or with a Mistake, which another attempt would
+    end with as well; after any other exception it stays for the next attempt.
     """
 
     folder: Path
@@ -95,7 +98,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.writes and (kind is None or issubclass(kind, ValueError)):
+        if self.writes and (kind is None or issubclass(kind, Mistake)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def with_earlier(self, stages: Stages) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.recoveries import Recovery
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ class Variance(Recovery):
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
-            )
+            raise Mistake(f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         rows = len(layer.dense_OI) if self.granularity == "row" else 1

@@ -113,11 +113,13 @@ class Size:
 
 
 def build(
-    *,
-    run: dict[str, Any],
+    asked: dict[str, Any],
+    sources: dict[str, Any],
+    model: str,
     size: Size,
-    pattern: Pattern,
     pruned: Pruned,
+    *,
+    pattern: Pattern,
     measured: dict[str, Any],
     clock: Clock,
     journal: Journal,
@@ -126,21 +128,22 @@ def build(
 ) -> dict[str, Any]:
     """The record of a run that is about to finish; what it has timed and exported comes on top.
 
-    `run`: id, name, config, environment, and the model's name. `measured`: the sections that measuring reports.
-    `peaks` as in `memory`.
+    `asked`: id, name, config and environment. `sources`: digests of what was read from the disk. `model`: its name.
+    `measured`: the sections that measuring reports. `peaks` as in `memory`.
     """
     seconds, layers = clock.read(journal), with_bytes(pruned)
     return {
-        "id": run["id"],
-        "name": run["name"],
+        "id": asked["id"],
+        "name": asked["name"],
         "status": "finished",
         "started": clock.started,
         "seconds": seconds["seconds"],
         "resumed": journal.resumed,
-        "config": run["config"],
-        "environment": run["environment"],
+        "config": asked["config"],
+        "environment": asked["environment"],
+        "sources": sources,
         "model": {
-            "name": run["model"],
+            "name": model,
             "family": size.family,
             "parameters": size.parameters,
             "pruned_parameters": pruned.weights,

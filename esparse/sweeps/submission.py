@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.cli import session
+from esparse.cli.attempt import clear
+from esparse.cli.earlier import differs
+from esparse.errors import Mistake
 from esparse.jobs import cluster, lock
 from esparse.jobs.launchers import LAUNCHERS, Launcher, Slurm
 from esparse.records.report import finished, write_json
@@ -30,7 +32,7 @@ def launcher_of(sweep: Folder) -> Launcher:
     try:
         return LAUNCHERS[sweep.executor](**sweep.launcher)
     except TypeError:
-        raise ValueError(f"{sweep.path} was made by another version of esparse: submit the sweep anew") from None
+        raise Mistake(f"{sweep.path} was made by another version of esparse: submit the sweep anew") from None
 
 
 def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str, str]]:
@@ -48,8 +50,9 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
         for run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             claim = replace(lock.Owner.this_process("submitting", sweep.path.name), job=None, cluster=None)
-            if finished(run.folder) is not None and not run.settings["rerun"]:
-                left_out[run.id] = "finished before"
+            if (record := finished(run.folder)) is not None and not run.settings["rerun"]:
+                why = differs(record, run.settings)
+                left_out[run.id] = "finished before" if why is None else f"it was run before, {why}"
                 continue
             try:
                 lock.take(run.folder, claim, queue)
@@ -59,7 +62,7 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
             claims[run.id] = claim
             chosen.append(run)
             if run.settings["rerun"]:
-                session.clear(run.folder)
+                clear(run.folder)
             # Before the job can begin, and overwrite it.
             status = {"id": run.id, "name": run.name, "sweep": sweep.path.name, "status": "queued"}
             write_json(run.folder / "status.json", status)
@@ -86,7 +89,7 @@ def _to_queue(sweep: Folder, launcher: Launcher, runs: Sequence[Run]) -> dict[st
     chunks = [runs[i : i + size] for i in range(0, len(runs), size)]
     try:
         executor = _executor(sweep, launcher)
-        with executor.batch():
+        with cluster.outside_of_jobs(keep_slurm=sweep.executor == "local"), executor.batch():
             jobs = [executor.submit(Job(str(sweep.path), tuple(run.id for run in chunk))) for chunk in chunks]
     except (FailedJobError, FailedSubmissionError) as error:
         raise OSError(f"the queue refuses the sweep: {_refusal(error)}") from error
