@@ -180,7 +180,7 @@ def test_the_wandb_run_of_a_run_that_goes_on_is_whole(workshop: Path, tmp_path: 
         overrides = [*small_run(workshop, out), "tracking=wandb", "tracking.mode=offline"]
         overrides.remove("tracking=none")
         if out.name == "killed":
-            assert killed_when(start(overrides), lambda: bool(list(out.glob("*/blocks/done-00001.safetensors"))))
+            assert killed_when(start(overrides), lambda at=out: bool(list(at.glob("*/blocks/done-00001.safetensors"))))
         process = start(overrides)
         process.join(120)
         assert process.exitcode == 0
