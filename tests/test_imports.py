@@ -22,6 +22,7 @@ MODULES = {
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part. Pruning
 # stands beside what counts bytes, measures quality and takes times: it is to know of none of them.
 LAYERS = [
+    {"errors"},
     {"patterns", "linalg", "records", "parallel", "kernels"},
     {"models", "data", "stats", "jobs", "reports"},
     {"metrics", "shuffles", "updates", "prepare"},
