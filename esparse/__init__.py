@@ -5,6 +5,6 @@ Importing it lets transformers load checkpoints that esparse has packed (`export
 
 from esparse.packed import hook as _hook
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _hook.install()

@@ -60,10 +60,16 @@ class _Submitted(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """What is submitted are the settings that were composed and checked before, not the overrides."""
         from esparse.cli import session
+        from esparse.parts import extras
         from esparse.sweeps import commands
 
         asked = [session.asked[tuple(overrides)] for overrides in job_overrides]
-        session.give_away(lambda: commands.launch(self._sweep, self.executor, self._settings, asked), asked)
+
+        def submit() -> bool:
+            extras.need("submitit", f"a sweep in a queue ({self.executor})")
+            return commands.launch(self._sweep, self.executor, self._settings, asked)
+
+        session.give_away(submit, asked)
         return []
 
 

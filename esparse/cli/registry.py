@@ -36,6 +36,7 @@ from esparse.metrics.ria import Ria
 from esparse.metrics.sparsegpt import SparseGpt
 from esparse.metrics.wanda import Wanda
 from esparse.models.load import Model
+from esparse.parts import extras
 from esparse.prepare import NoPreparation
 from esparse.prepare.equalise import Equalise
 from esparse.recoveries import NoRecovery
@@ -122,6 +123,7 @@ def build(config: DictConfig) -> Experiment:
     """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
     experiment = OmegaConf.to_object(_without_hydra(config))
     assert isinstance(experiment, Experiment)
+    extras.check(experiment)
     return experiment
 
 

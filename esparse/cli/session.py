@@ -28,6 +28,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from esparse.cli import registry
 from esparse.jobs import cluster, lock, run_states
+from esparse.parts import extras
+from esparse.parts.conf_folder import conf_folder
 from esparse.records.report import finished, write_json
 from esparse.records.report import run_id as identity
 
@@ -64,7 +66,7 @@ def exit_code(main: Callable[[], Any]) -> int:
 
 def _say_how_tasks_are_named(words: Sequence[str]) -> None:
     """Where tasks of lm-eval were given as if they were options; Hydra itself only lists the options."""
-    options = {path.stem for path in (Path(__file__).parents[2] / "conf" / "zeroshot").glob("*.yaml")}
+    options = {path.stem for path in (conf_folder() / "zeroshot").glob("*.yaml")}
     for word in words:
         given = re.fullmatch(r"zeroshot=(.+)", word)
         names = re.findall(r"[^\[\],'\"\s]+", given[1]) if given else []
@@ -271,6 +273,8 @@ def _say_failed(error: Exception, name: str, folder: Path) -> None:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ModuleNotFoundError) and (missing := extras.sentence(error.name or "")):
+        return missing
     text = " ".join(str(error).split())
     if _lacks_memory(error):
         return (
