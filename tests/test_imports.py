@@ -33,13 +33,23 @@ LAYERS = [
     {"run"},
     {"cli"},
     {"sweeps"},
-    {"tables", "sweep", "published", "__main__"},
+    {"tables", "sweep", "published", "__main__", "api"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"cli"},
     "wandb": {"run.tracking"},
-    "transformers": {"models", "data", "evaluate", "packed", "export", "cli.session", "run.measure", "run.record"},
+    "transformers": {
+        "models",
+        "data",
+        "evaluate",
+        "packed",
+        "export",
+        "cli.session",
+        "run.measure",
+        "run.record",
+        "api",
+    },
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"sweeps"},

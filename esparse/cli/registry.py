@@ -8,10 +8,7 @@ with its numbers in conf/.
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf, open_dict
+from typing import TYPE_CHECKING, Any
 
 from esparse.allocations import Uniform
 from esparse.allocations.error import LayerError
@@ -36,7 +33,7 @@ from esparse.metrics.ria import Ria
 from esparse.metrics.sparsegpt import SparseGpt
 from esparse.metrics.wanda import Wanda
 from esparse.models.load import Model
-from esparse.parts import extras
+from esparse.parts import extras, plugins
 from esparse.prepare import NoPreparation
 from esparse.prepare.equalise import Equalise
 from esparse.recoveries import NoRecovery
@@ -58,6 +55,9 @@ from esparse.updates.alps import Alps
 from esparse.updates.obs import Obs
 from esparse.updates.support import Support
 from esparse.updates.swap import Swap
+
+if TYPE_CHECKING:  # esparse.prune reads the table, and needs no Hydra
+    from omegaconf import DictConfig
 
 CHOICES: dict[str, dict[str, type]] = {
     "model": {"any": Model},
@@ -108,6 +108,8 @@ METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 
 def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     # For every group that --help lists, Hydra copies the whole store only to read it: seconds.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
@@ -115,12 +117,16 @@ def register() -> None:
     for group, options in CHOICES.items():
         for option, component in options.items():
             store.store(name=option, group=f"schema/{group}", node=component)
+        for option, component in plugins.of(group).items():
+            store.store(name=option, group=group, node=_with_numbers(component, option))
     for executor, settings in LAUNCHERS.items():
         store.store(name=executor, group="schema/launcher", node=settings)
 
 
 def build(config: DictConfig) -> Experiment:
     """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
+    from omegaconf import OmegaConf
+
     experiment = OmegaConf.to_object(_without_hydra(config))
     assert isinstance(experiment, Experiment)
     extras.check(experiment)
@@ -129,6 +135,8 @@ def build(config: DictConfig) -> Experiment:
 
 def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]) -> dict[str, Any]:
     """The configuration as the record keeps it: plain values, each component's class, and the options chosen."""
+    from omegaconf import OmegaConf
+
     settings: dict[str, Any] = OmegaConf.to_container(_without_hydra(config), resolve=True)  # type: ignore[assignment]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
@@ -144,7 +152,7 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
     def component(group: str, given: dict[str, Any]) -> Any:
         given = dict(given)
         name = given.pop("_class")
-        classes = {known.__name__: known for known in CHOICES[group].values()}
+        classes = {plugins.class_name(known): known for known in (CHOICES[group] | plugins.of(group)).values()}
         try:
             nested = {k: component(group, v) for k, v in given.items() if isinstance(v, dict) and "_class" in v}
             return classes[name](**given | nested)
@@ -159,13 +167,22 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:
     """Two components with the same settings are still two: the class belongs to what was asked."""
-    settings["_class"] = type(component).__name__
+    settings["_class"] = plugins.class_name(type(component))
     for field in fields(component):
         if is_dataclass(getattr(component, field.name)):
             _name_classes(settings[field.name], getattr(component, field.name))
 
 
+def _with_numbers(component: type, option: str) -> Any:
+    """The schema of a class that a plug-in brings, with the numbers that stand beside its module."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.merge(OmegaConf.structured(component), plugins.numbers(component, option))
+
+
 def _without_hydra(config: DictConfig) -> DictConfig:
+    from omegaconf import open_dict
+
     config = config.copy()
     with open_dict(config):
         config.pop("hydra", None)

@@ -189,13 +189,16 @@ class BlockModel:
 
             return forward
 
+        own = [block.__dict__.get("forward") for block in self.blocks]  # of those who wrapped it, such as accelerate
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = replacement(index)
             yield
         finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
     def _probe(self) -> bool:
