@@ -6,6 +6,7 @@ network, and nothing that a library does not ask for itself.
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
+from hashlib import sha256
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from esparse.parts.extras import EXTRAS
+from esparse.records import audit
 from tests.workshop import ROOT
 
 SMALL = ["calibration.sequences=2", "calibration.length=32", "evaluate.max_tokens=64", "evaluate.length=32"]
@@ -204,6 +207,54 @@ def test_without_extras_every_command_says_what_it_needs(environment: Callable[.
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "which is not installed: pip install 'esparse[run]'" in done.stderr
     assert run(python, "-m", "esparse.tables", tmp_path, cwd=tmp_path).returncode == 1  # no record, and no library
+
+
+IN_PYTHON = """
+import sys
+import esparse
+assert not {"torch", "transformers"} & set(sys.modules)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from esparse.models.load import BUILTIN
+model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+report = esparse.prune(model, tokenizer, "2:4", sequences=2, length=32)
+print(report)
+esparse.save(model, tokenizer, report, "packed", packed=True)
+again = AutoModelForCausalLM.from_pretrained("packed")
+tokens = tokenizer("The module", return_tensors="pt")
+assert (again(**tokens).logits - model(**tokens).logits).abs().max() < 1e-3
+assert esparse.pack(model, report) == {}
+print(esparse.perplexity(model, tokenizer, max_tokens=64, length=32))
+from hashlib import sha256
+print({name: sha256(keep.numpy().tobytes()).hexdigest() for name, keep in report.keeps.items()})
+for ask in ({"shuffle": "lsa"}, {"calibration": "wikitext2"}):
+    try:
+        esparse.prune(AutoModelForCausalLM.from_pretrained(BUILTIN), tokenizer, **ask)
+    except ValueError as error:
+        print(error)
+loaded = {"hydra", "omegaconf", "rich", "wandb", "scipy", "accelerate", "datasets", "numba"} & set(sys.modules)
+assert not loaded, loaded
+"""
+
+
+def test_the_core_alone_prunes_from_python_and_loads_what_was_packed(
+    environment: Callable[..., Path], tmp_path: Path
+) -> None:
+    """torch, transformers, safetensors, numpy, and what these ask for: all that is in that environment."""
+    done = run(environment() / "python", "-c", IN_PYTHON, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, perplexity, masks_in_words, no_scipy, no_pyarrow = done.stdout.splitlines()
+    assert float(perplexity) > 1
+    assert no_scipy == "shuffle=lsa needs scipy, which is not installed: pip install 'esparse[run]'"
+    assert no_pyarrow == "the corpus wikitext2 needs pyarrow, which is not installed: pip install 'esparse[data]'"
+    settings = ["calibration.sequences=2", "calibration.length=32", "evaluate=none", "tracking=none"]
+    launched = run(sys.executable, ROOT / "launch.py", *settings, cwd=tmp_path)
+    assert launched.returncode == 0, launched.stderr
+    (record,) = tmp_path.glob("outputs/*/result.json")
+    expected = {
+        name: sha256(keep.numpy().tobytes()).hexdigest() for name, keep in audit.read_masks(record.parent).items()
+    }
+    assert ast.literal_eval(masks_in_words) == expected
 
 
 def test_every_extra_is_known_by_its_name() -> None:

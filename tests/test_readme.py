@@ -37,6 +37,7 @@ ELSEWHERE = {
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),
+    "python -m esparse": ("tests/test_install.py", '"-m", "esparse"'),
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }

@@ -50,8 +50,8 @@ def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[
         if not isinstance(part, getattr(import_module(module), base)):
             raise Mistake(f"{group} must be the name of an option or an object of a {module}.{base}, got {part!r}")
         parts[group], choices[group] = part, class_name(type(part))
-    if parts["shuffle"] is not None and choices["shuffle"] in ("lsa", "best"):
-        extras.need("scipy", f"shuffle={choices['shuffle']}")
+    for part in parts.values():
+        extras.need_part(part)
     return parts, choices
 
 

@@ -73,10 +73,19 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def check_same(model: nn.Module, report: Report) -> None:
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    """Refuses a model that the report is not of: another one, or one that has weights again where they were gone."""
+    parameters = dict(model.named_parameters())
     for matrix, _ in report.pruned.groupings:
-        if shapes.get(matrix.entry) != list(matrix.parameter.shape):
+        parameter = parameters.get(matrix.entry)
+        if parameter is None or parameter.shape != matrix.parameter.shape:
             raise Mistake(f"the report is of another model: this one has no {matrix.entry} of its shape")
+        keep_OI = report.keeps[matrix.entry]
+        keep_OI = keep_OI if matrix.expert is None else keep_OI[matrix.expert]
+        if bool((matrix.part_of(parameter.data).ne(0).cpu() & ~keep_OI).any()):
+            raise Mistake(
+                f"{matrix.name} has weights that were pruned according to the report: the model was changed or pruned "
+                "again since, and a later report may fit"
+            )
 
 
 @contextmanager

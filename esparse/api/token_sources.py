@@ -75,9 +75,8 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
             raise Mistake(f"{asked!r} is neither a corpus nor a file{near} A text itself comes in a list: [text]")
         return None, option(group, "text", path=str(Path(asked).expanduser()), **changes)
     if isinstance(asked, str):
-        needed = {"c4": "datasets", "wikitext2": "pyarrow", "ptb": "pyarrow"}.get(asked)
-        if needed is not None:
-            extras.need(needed, f"the corpus {asked}")
+        if asked in extras.CORPORA:
+            extras.need(extras.CORPORA[asked], f"the corpus {asked}")
         return None, option(group, asked, **changes)
     texts = list(asked)
     if not texts or not all(isinstance(text, str) for text in texts):

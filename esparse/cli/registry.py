@@ -109,7 +109,9 @@ METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("esparse_plugins", plugins.in_words, replace=True)  # of --help
     store = ConfigStore.instance()
     # For every group that --help lists, Hydra copies the whole store only to read it: seconds.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
+from esparse.parts import plugins
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -71,6 +72,7 @@ class BlockModel:
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
+        self.stay_dense = plugins.quirks(model)
         self.prefix, self.blocks = find_blocks(model)
         if not self.store.whole:
             self._check_separate()

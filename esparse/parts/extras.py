@@ -6,7 +6,7 @@ Pruning from Python and loading what was packed need none of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +28,14 @@ EXTRAS = {
     "numba": ("numba", "cpu"),
 }
 
+# What needs one, by the name of esparse's own class.
+PARTS = {
+    "Wandb": ("wandb", "tracking=wandb (the other choice: tracking=none)"),
+    "Lsa": ("scipy", "shuffle=lsa"),
+    "Best": ("scipy", "shuffle=best"),
+}
+CORPORA = {"c4": "datasets", "wikitext2": "pyarrow", "ptb": "pyarrow"}
+
 
 def sentence(module: str, what: str = "this") -> str | None:
     """What to say if that module is missing; None for a module of no extra."""
@@ -44,10 +52,27 @@ def need(module: str, what: str) -> None:
         raise Mistake(sentence(module, what) or f"{what} needs {module}, which is not installed")
 
 
+def need_part(part: object) -> None:
+    """Raises Mistake if a library is missing that a part of a method, or a run, will need."""
+    if type(part).__module__.startswith("esparse.") and type(part).__name__ in PARTS:
+        need(*PARTS[type(part).__name__])
+
+
 def check(experiment: Any) -> None:
     """Raises Mistake if a library is missing that the run of an `Experiment` will need, before there is any work."""
-    for module, what in _needed(experiment):
-        need(module, what)
+    for part in (experiment.tracking, experiment.shuffle):
+        need_part(part)
+    if experiment.model.store == "shards":
+        need("accelerate", "model.store=shards")
+    if experiment.zeroshot.tasks:
+        need("lm_eval", "zeroshot")
+    for group, names in (("calibration", [experiment.calibration.corpus]), ("evaluate", experiment.evaluate.corpora)):
+        for corpus in names:
+            if corpus in CORPORA:
+                need(CORPORA[corpus], f"{group}={corpus}")
+    for path in (experiment.calibration.path, experiment.evaluate.path):
+        if path is not None and path.lower().endswith(".parquet"):
+            need("pyarrow", path)
 
 
 def explained(main: Callable[[], int], *, program: str) -> int:
@@ -60,23 +85,3 @@ def explained(main: Callable[[], int], *, program: str) -> int:
             raise
         print(f"esparse: {said}", file=sys.stderr)
         return 2
-
-
-def _needed(experiment: Any) -> Iterator[tuple[str, str]]:
-    if type(experiment.tracking).__name__ == "Wandb":
-        yield "wandb", "tracking=wandb (the other choice: tracking=none)"
-    if type(experiment.shuffle).__name__ in ("Lsa", "Best"):
-        yield "scipy", f"shuffle={type(experiment.shuffle).__name__.lower()}"
-    if experiment.model.store == "shards":
-        yield "accelerate", "model.store=shards"
-    if experiment.zeroshot.tasks:
-        yield "lm_eval", "zeroshot"
-    read = {experiment.calibration.corpus: "calibration"} | dict.fromkeys(experiment.evaluate.corpora, "evaluate")
-    for corpus, group in read.items():
-        if corpus == "c4":
-            yield "datasets", f"{group}=c4"
-        elif corpus in ("wikitext2", "ptb"):
-            yield "pyarrow", f"{group}={corpus}"
-    for path in (experiment.calibration.path, experiment.evaluate.path):
-        if path is not None and path.lower().endswith(".parquet"):
-            yield "pyarrow", path

@@ -7,6 +7,13 @@ A package names its classes in its pyproject.toml, under the group of the comman
 
 A class is a dataclass that implements the group's base class (esparse.metrics.Metric, ...), and imports torch inside
 its methods only. Its numbers are the defaults of its fields, or stand in `mine.yaml` beside its module.
+
+What is particular to a family of models is a function, under the family's name (config.model_type): it is given the
+model before its blocks are looked at, may change it in memory, and returns regular expressions of layers that stay
+dense.
+
+    [project.entry-points."esparse.quirk"]
+    my_family = "my_package.models:quirk"
 """
 
 from __future__ import annotations
@@ -36,26 +43,39 @@ BASES = {
     "bench": "esparse.bench:Bench",
     "tracking": "esparse.run.tracking:Tracking",
 }
-_registered: dict[str, dict[str, type]] = {group: {} for group in BASES}
+QUIRK = "quirk"
+_registered: dict[str, dict[str, Any]] = {group: {} for group in (*BASES, QUIRK)}
 
 
-def register(group: str, name: str, component: type) -> None:
-    """Adds an option to a group for this process: `register("metric", "mine", Mine)`.
+def register(group: str, name: str, component: Any) -> None:
+    """Adds an option to a group for this process: `register("metric", "mine", Mine)`; or a quirk of a family of models.
 
     The same name may be given again, as a cell of a notebook is carried out again. Raises Mistake for a group that
     takes none, a name that esparse or a package has already, or a class of another kind.
     """
-    if group not in BASES:
-        raise Mistake(f"nothing can be added to the group {group!r}, only to {', '.join(BASES)}")
+    if group not in _registered:
+        raise Mistake(f"nothing can be added to the group {group!r}, only to {', '.join(_registered)}")
     if name in _from_packages(group):
         raise Mistake(f"there is a {group} {name!r} already, which a package brings: take another name")
     _check(group, name, component)
     _registered[group][name] = component
 
 
-def of(group: str) -> dict[str, type]:
-    """The classes that others added to a group, by the names of their options."""
+def of(group: str) -> dict[str, Any]:
+    """The classes that others added to a group, by the names of their options; of quirks the functions."""
     return _from_packages(group) | _registered.get(group, {})
+
+
+def quirks(model: Any) -> list[str]:
+    """Carries out the quirk of the model's family, if there is one; the layers that it wants to stay dense."""
+    quirk = of(QUIRK).get(model.config.model_type)
+    return [] if quirk is None else list(quirk(model) or ())
+
+
+def in_words() -> str:
+    """What --help says of them, on a line of its own; nothing if there are none."""
+    names = [f"{group}={name}" for group in BASES for name in sorted(of(group))]
+    return f"\n    of other packages: {' '.join(names)}" if names else ""
 
 
 def numbers(component: type, name: str) -> dict[str, Any]:
@@ -81,9 +101,9 @@ def class_name(component: type) -> str:
 
 
 @cache
-def _from_packages(group: str) -> dict[str, type]:
+def _from_packages(group: str) -> dict[str, Any]:
     """One that cannot be used is left out, with a warning: the others, and esparse itself, still work."""
-    found: dict[str, type] = {}
+    found: dict[str, Any] = {}
     for entry in entry_points(group=f"esparse.{group}"):
         try:
             component = entry.load()
@@ -101,6 +121,10 @@ def _from_packages(group: str) -> dict[str, type]:
 def _check(group: str, name: str, component: Any) -> None:
     from esparse.parts.conf_folder import conf_folder
 
+    if group == QUIRK:
+        if not callable(component):
+            raise Mistake(f"the quirk of {name} must be a function of the model, got {component!r}")
+        return
     module, _, base = BASES[group].partition(":")
     wanted = getattr(import_module(module), base)
     if not name.isidentifier():
