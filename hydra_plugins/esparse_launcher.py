@@ -62,10 +62,16 @@ class _Submitted(Launcher):
         """What is submitted are the settings that were composed and checked before, not the overrides."""
         from esparse.cli.call import call
         from esparse.cli.sweep_check import give_away
+        from esparse.parts import extras
         from esparse.sweeps import commands
 
         asked = [call.runs[tuple(overrides)] for overrides in job_overrides]
-        give_away(lambda: commands.launch(self._sweep, self.executor, self._settings, asked), asked)
+
+        def submit() -> bool:
+            extras.need("submitit", f"a sweep in a queue ({self.executor})")
+            return commands.launch(self._sweep, self.executor, self._settings, asked)
+
+        give_away(submit, asked)
         return []
 
 

@@ -23,6 +23,7 @@ MODULES = {
 # stands beside what counts bytes, measures quality and takes times: it is to know of none of them.
 LAYERS = [
     {"errors"},
+    {"parts"},
     {"patterns", "linalg", "records", "parallel", "kernels"},
     {"models", "data", "stats", "jobs", "reports"},
     {"metrics", "shuffles", "updates", "prepare"},
@@ -32,13 +33,24 @@ LAYERS = [
     {"run"},
     {"cli"},
     {"sweeps"},
-    {"tables", "sweep", "published"},
+    {"tables", "sweep", "published", "__main__", "api"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"cli"},
     "wandb": {"run.tracking"},
-    "transformers": {"models", "data", "evaluate", "packed", "export", "cli.main", "run.inputs", "run.record"},
+    "transformers": {
+        "models",
+        "data",
+        "evaluate",
+        "packed",
+        "export",
+        "cli.main",
+        "run.inputs",
+        "run.record",
+        "run.measure",
+        "api",
+    },
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"sweeps"},

@@ -33,12 +33,12 @@ README = (ROOT / "README.md").read_text()
 # Carried out elsewhere: the file that does it, and the words in it by which it can be told.
 ELSEWHERE = {
     "python3 -m venv .venv": (".ci/run", "<!-- tests -->"),
-    ".venv/bin/pip install -q -e .": (".ci/run", "<!-- tests -->"),
+    ".venv/bin/pip install -q -e '.[all]'": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
-    "pip install -e '.[cpu]'": ("pyproject.toml", "cpu = ["),
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),
+    "python -m esparse": ("tests/test_install.py", '"-m", "esparse"'),
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esparse.errors import Mistake
+from esparse.parts import extras
+from esparse.parts.conf_folder import conf_folder
 
 # How the host's memory, the device's and the system's file maps say that there is no more.
 NO_MEMORY = ("out of memory", "t allocate memory", "Cannot allocate memory")
@@ -23,6 +25,8 @@ def say_failed(error: Exception, name: str, folder: Path) -> None:
 def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ModuleNotFoundError) and (missing := extras.sentence(error.name or "")):
+        return missing
     text = " ".join(str(error).split())
     if lacks_memory(error):
         return (
@@ -75,7 +79,7 @@ def say_how_to_write(words: Sequence[str]) -> None:
 
 def say_how_tasks_are_named(words: Sequence[str]) -> None:
     """Where tasks of lm-eval were given as if they were options; Hydra itself only lists the options."""
-    options = {path.stem for path in (Path(__file__).parents[2] / "conf" / "zeroshot").glob("*.yaml")}
+    options = {path.stem for path in (conf_folder() / "zeroshot").glob("*.yaml")}
     for word in words:
         given = re.fullmatch(r"zeroshot=(.+)", word)
         names = re.findall(r"[^\[\],'\"\s]+", given[1]) if given else []

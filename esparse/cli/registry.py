@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from esparse.cli import help_text
 from esparse.errors import Mistake
 from esparse.jobs.launchers import LAUNCHERS
+from esparse.parts import extras, plugins
 from esparse.records.groups import GROUPS
 from esparse.run.settings import Experiment, expanded
 
@@ -28,11 +29,14 @@ def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
     help_text.register()
     OmegaConf.register_new_resolver("esparse_path", expanded, replace=True)
+    OmegaConf.register_new_resolver("esparse_plugins", plugins.in_words, replace=True)  # of --help
     store = ConfigStore.instance()
     store.store(name="experiment", group="schema", package="_global_", node=Experiment)
     for group, options in CHOICES.items():
         for option, component in options.items():
             store.store(name=option, group=f"schema/{group}", node=component)
+        for option, component in plugins.of(group).items():
+            store.store(name=option, group=group, node=_with_numbers(component, option))
     for executor, settings in LAUNCHERS.items():
         store.store(name=executor, group="schema/launcher", node=settings)
 
@@ -41,6 +45,7 @@ def build(config: DictConfig) -> Experiment:
     """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
     experiment = OmegaConf.to_object(_without_hydra(config))
     assert isinstance(experiment, Experiment)
+    extras.check(experiment)
     return experiment
 
 
@@ -62,7 +67,7 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
     def component(group: str, given: dict[str, Any]) -> Any:
         given = dict(given)
         name = given.pop("_class")
-        classes = {known.__name__: known for known in CHOICES[group].values()}
+        classes = {plugins.class_name(known): known for known in (CHOICES[group] | plugins.of(group)).values()}
         try:
             nested = {k: component(group, v) for k, v in given.items() if isinstance(v, dict) and "_class" in v}
             return classes[name](**given | nested)
@@ -75,10 +80,15 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:
     """Two components with the same settings are still two: the class belongs to what was asked."""
-    settings["_class"] = type(component).__name__
+    settings["_class"] = plugins.class_name(type(component))
     for field in fields(component):
         if is_dataclass(getattr(component, field.name)):
             _name_classes(settings[field.name], getattr(component, field.name))
+
+
+def _with_numbers(component: type, option: str) -> Any:
+    """The schema of a class that a plug-in brings, with the numbers that stand beside its module."""
+    return OmegaConf.merge(OmegaConf.structured(component), plugins.numbers(component, option))
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -44,12 +44,16 @@ class Calibration:
         ValueError where the length asked is too long for the model or the corpus too short for it, and what
         `corpora.read` raises.
         """
+        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column)
+        return self.sample_of(corpus, tokenizer, longest)
+
+    def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int) -> Tensor:
+        """As `sample`, of a text that was read already."""
         import torch
 
         from esparse.data import tokens
 
         length = tokens.sequence_length(self.length, longest, "calibration.length")
-        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column)
         count, generator = self.sequences, torch.Generator().manual_seed(self.seed)
         if corpus.apart:
             return tokens.random_crops(corpus, tokenizer, count=count, length=length, generator=generator)

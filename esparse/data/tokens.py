@@ -52,7 +52,7 @@ def stream(corpus: Corpus, tokenizer: Tokenizer, at_most: int | None = None) -> 
     tokens_T = tokens_T[:at_most].clone()
     if key is not None:
         while len(_streams) >= STREAMS_KEPT:
-            del _streams[next(iter(_streams))]
+            _streams.pop(next(iter(list(_streams))), None)  # another thread may have done so
         _streams[key] = tokens_T
     return tokens_T
 

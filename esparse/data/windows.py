@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from esparse.data.corpora import Corpus
+
 
 @dataclass(kw_only=True, slots=True)
 class Perplexity:
@@ -44,11 +46,14 @@ class Perplexity:
         `longest` is what the model takes. Raises ValueError where the length asked is too long for the model or the
         text too short for one window, and what `corpora.read` raises.
         """
+        path = self.path if corpus == "text" else None
+        return self.windows_of(corpora.read(corpus, "evaluation", path=path, column=self.column), tokenizer, longest)
+
+    def windows_of(self, text: Corpus, tokenizer: Tokenizer, longest: int) -> Tensor:
+        """As `windows`, of a text that was read already."""
         from esparse.data import tokens
 
         length = tokens.sequence_length(self.length, longest, "evaluate.length")
-        path = self.path if corpus == "text" else None
-        text = corpora.read(corpus, "evaluation", path=path, column=self.column)
         tokens_T = tokens.stream(text, tokenizer, at_most=self.max_tokens)
         windows_WL = tokens.windows(tokens_T, length)[: text.most_windows]
         if not len(windows_WL):

@@ -81,7 +81,8 @@ class Draft:
         write_json(self.folder / "config.json", config)
         if model.can_generate():
             model.generation_config.save_pretrained(self.folder)
-        self.run.tokenizer.save_pretrained(self.folder)
+        if self.run.tokenizer is not None:  # whoever prunes in Python may have none
+            self.run.tokenizer.save_pretrained(self.folder)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         write_json(self.folder / MARK, mark | {"files": self.files})
 

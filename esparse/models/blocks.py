@@ -26,6 +26,7 @@ from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
+from esparse.parts import plugins
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -75,6 +76,7 @@ class BlockModel:
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
+        self.stay_dense = plugins.quirks(model)
         self.prefix, self.blocks = find_blocks(model)
         if not self.store.whole:
             self._check_separate()
@@ -193,13 +195,16 @@ class BlockModel:
 
             return forward
 
+        own = [block.__dict__.get("forward") for block in self.blocks]  # of those who wrapped it, such as accelerate
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = replacement(index)
             yield
         finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
     def _probe(self) -> bool:

@@ -55,7 +55,7 @@ class Model:
 
     def tokens_at_once(self, device: torch.device) -> int:
         """About how many tokens a forward pass takes."""
-        return self.batch_tokens or (1024 if device.type == "cpu" else 8192)
+        return self.batch_tokens or usual_tokens_at_once(device)
 
     @property
     def title(self) -> str:
@@ -92,6 +92,11 @@ class Model:
                 f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
             )
         return [device]
+
+
+def usual_tokens_at_once(device: torch.device) -> int:
+    """On a CPU more take memory and no less time."""
+    return 1024 if device.type == "cpu" else 8192
 
 
 def load(

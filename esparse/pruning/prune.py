@@ -104,6 +104,7 @@ def prune(
     ValueError for weights or activations that are not finite, naming the layer.
     """
     check_store(blocks, method)
+    skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(), method.recovery
     walk = Walk(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,20 @@ def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "lm_eval": version("lm_eval"),
+        "lm_eval": _version("lm_eval"),
         "esparse": __version__,
         "device": kind if devices == 1 else f"{devices} x {kind}",
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed: it comes with an extra."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 @functools.cache  # what a process runs is what it imported

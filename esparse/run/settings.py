@@ -18,7 +18,8 @@ from esparse.export import Export, NoExport
 from esparse.metrics import Metric
 from esparse.models.load import Model
 from esparse.patterns import Pattern
-from esparse.prepare import NoPreparation, Prepare
+from esparse.prepare import Prepare
+from esparse.pruning.method import Method
 from esparse.recoveries import Recovery
 from esparse.run.tracking import Tracking
 from esparse.shuffles import NoShuffle, Shuffle
@@ -26,8 +27,6 @@ from esparse.updates import Update
 
 if TYPE_CHECKING:
     import torch
-
-    from esparse.pruning.method import Method
 
 log = logging.getLogger("esparse")
 
@@ -68,18 +67,13 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.output_root = expanded(self.output_root)
-        pattern = self.parsed_pattern()
-        for component in (self.allocation, self.shuffle, self.update, self.recovery, self.bench):
-            component.check(pattern)
+        pattern, method = self.parsed_pattern(), self.method()
+        method.check()
+        self.bench.check(pattern)
         self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
-        if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
-            raise Mistake(
-                "the gradients of the whole model are taken before any block is prepared and would not fit the "
-                "prepared weights: use metric.source=block or prepare=none"
-            )
-        if self.model.store == "shards" and (why := self.method().needs_whole_model()) is not None:
+        if self.model.store == "shards" and (why := method.needs_whole_model()) is not None:
             raise Mistake(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
-        if self.model.processes > 1 and (why := self.method().needs_all_sequences()) is not None:
+        if self.model.processes > 1 and (why := method.needs_all_sequences()) is not None:
             raise Mistake(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
         if self.tracking.needs_export() and isinstance(self.export, NoExport):
             raise Mistake(
@@ -88,8 +82,6 @@ class Experiment:
             )
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
             raise Mistake(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
-        if not 0 <= self.seed < 2**31:
-            raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
 
     def devices(self) -> list[torch.device]:
         """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""
@@ -104,8 +96,6 @@ class Experiment:
 
     def method(self) -> Method:
         """What decides which weights survive and what becomes of them."""
-        from esparse.pruning.method import Method
-
         return Method(
             metric=self.metric,
             pattern=self.parsed_pattern(),

@@ -8,7 +8,6 @@ import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.cli.attempt import clear
@@ -16,6 +15,7 @@ from esparse.cli.earlier import differs
 from esparse.errors import Mistake
 from esparse.jobs import cluster, lock
 from esparse.jobs.launchers import LAUNCHERS, Launcher, Slurm
+from esparse.parts.conf_folder import checkout
 from esparse.records.report import finished, write_json
 from esparse.sweeps.folder import Folder, Run
 from esparse.sweeps.node import Job
@@ -23,7 +23,6 @@ from esparse.sweeps.node import Job
 if TYPE_CHECKING:
     import submitit
 
-CHECKOUT = Path(__file__).parents[2]
 # Settings of Slurm's that submitit calls the same.
 PASSED_ON = ("partition", "account", "qos", "gres", "constraint", "exclude", "nodelist", "cpus_per_task")
 
@@ -102,8 +101,9 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
 
     logs = sweep.path / "jobs"  # without a folder per job, which Slurm would want before submitit makes it
     logs.mkdir(exist_ok=True)
-    # The checkout that submits is the one that runs.
-    setup = [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", *launcher.setup]
+    setup = list(launcher.setup)
+    if (root := checkout()) is not None:  # the checkout that submits is the one that runs
+        setup.insert(0, f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}")
     how: dict[str, Any] = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
     given: dict[str, Any] = {"stderr_to_stdout": True, "signal_delay_s": launcher.signal_delay_s}
     given["gpus_per_node"] = launcher.gpus_per_node
