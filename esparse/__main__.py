@@ -25,4 +25,5 @@ def _launched() -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "esparse"  # what the usage calls it
     sys.exit(main())

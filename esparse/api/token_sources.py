@@ -14,7 +14,9 @@ from torch import Tensor
 
 from esparse.api.method_parts import option
 from esparse.data import corpora
+from esparse.data.calibration import Calibration
 from esparse.data.corpora import Corpus
+from esparse.data.windows import Perplexity
 from esparse.errors import Mistake
 from esparse.models.load import longest_sequence
 from esparse.parts import extras, numbers
@@ -68,7 +70,12 @@ def windows(
 def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | None, Any]:
     """The part that cuts tokens out of a text, and the text itself if it is given; else the part knows it."""
     if not isinstance(asked, str | Path | Sequence):
-        return None, asked  # a part with settings of its own
+        wanted = Calibration if group == "calibration" else Perplexity
+        if not isinstance(asked, wanted):  # a part with settings of its own
+            raise Mistake(
+                f"a corpus, a file, a list of texts, tokens or a {wanted.__name__} was expected, got {asked!r}"
+            )
+        return None, asked
     if isinstance(asked, Path) or (isinstance(asked, str) and asked not in numbers.names(group)):
         if not (isinstance(asked, Path) or Path(asked).expanduser().is_file() or "." in Path(asked).name):
             near = numbers.near(asked, corpora.NAMES)

@@ -351,6 +351,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         ({"calibration": TOKENS_SL.repeat(1, 5)}, "has sequences of 80 tokens, and the model takes 64"),
         ({"calibration": TOKENS_SL, "sequences": 3}, "calibration has tokens already"),
         ({"calibration": []}, "a list of strings"),
+        ({"calibration": {"corpus": "c4"}}, "a corpus, a file, a list of texts, tokens or a Calibration was expected"),
         ({"device": "cuda:99"}, "GPU"),
         ({"batch_tokens": 0}, "batch_tokens must be positive"),
     ],
