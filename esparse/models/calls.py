@@ -1,0 +1,262 @@
+"""What a model passes to its blocks beside the hidden states, as values that can be kept, moved, copied and saved.
+
+A call is recorded while no block computes. What will only be known once earlier blocks have run stands in it as a
+place: a value that a block returned (Returned), or a container that several blocks are given (Shared), into which one
+may write what another reads: Gemma's dictionary of keys. Such values belong to a stream, one `Carried` for each
+micro-batch: two streams over the same blocks have their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import types
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+# Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params")
+
+_PLAIN = (
+    *(Tensor, nn.Module, PretrainedConfig, enum.Enum, str, bytes, int, float, complex, type(None), slice, range),
+    *(Cache, torch.dtype, torch.device, torch.Size, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
+)
+
+
+class Unwalkable(ValueError):
+    """The model's blocks cannot be run one after the other as esparse does; one sentence says which, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The place of a value that a block returned: one of the leaves of its output."""
+
+    block: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The place of a container that several blocks are given."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class Carried:
+    """What flows from block to block beside the hidden states, of one micro-batch."""
+
+    values: dict[Returned, Tensor] = field(default_factory=dict)
+    shared: list[Any] = field(default_factory=list)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Carried:
+        """A copy, its containers included, with changed tensors."""
+        memo: dict[int, Any] = {}
+        values = {place: change(value) for place, value in self.values.items()}
+        return Carried(values, [mapped(container, change, memo) for container in self.shared])
+
+
+@dataclass(slots=True)
+class Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gives: tuple[Returned, ...] = ()  # of what this block returns, what is read later on
+    ends: tuple[Returned, ...] = ()  # what is read for the last time here
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
+        """A copy whose tensors are on the device; those of floating point are cast to `dtype`."""
+        memo: dict[int, Any] = {}
+        args, kwargs = mapped((self.args, self.kwargs), lambda tensor: moved(tensor, device, dtype), memo)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def filled(self, carried: Carried) -> Call:
+        """The call with the values that belong into its places."""
+
+        def value(place: Any) -> Any:
+            return carried.values[place] if isinstance(place, Returned) else carried.shared[place.number]
+
+        args, kwargs = mapped((self.args, self.kwargs), value, {}, of=Returned | Shared)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def like(self, first: Call) -> Call:
+        """This call, with the first one's tensors if they hold the same values."""
+        args, kwargs = alike((self.args, self.kwargs), (first.args, first.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+
+@dataclass(slots=True)
+class Output:
+    """What a block returns: a tensor, tuple, list ..., of which one leaf is the hidden states."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
+    main: int
+
+    @classmethod
+    def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
+        """The output's form; raises Unwalkable if it holds no hidden states."""
+        leaves, spec = pytree.tree_flatten(out)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
+        if not tensors:
+            raise Unwalkable(
+                f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
+                "tensors, and tuples, lists and dictionaries of them"
+            )
+        kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(spec, kinds, (fitting or tensors)[0])
+
+    def same_form(self, other: Output) -> bool:
+        kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
+        return self.spec == other.spec and kinds == others
+
+    def others(self, block: int) -> tuple[Returned, ...]:
+        """The places of the tensors that a block returns beside the hidden states."""
+        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return tuple(Returned(block, place) for place in tensors if place != self.main)
+
+    def with_values(self, values: dict[int, Tensor]) -> Any:
+        """An output of this form; `values`: leaves by their place, for the others stand zeros."""
+        return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
+
+
+def leaf_of(out: Any, place: int, block: str) -> Tensor:
+    """One leaf of what a block returned; raises Unwalkable if it is no tensor."""
+    leaves = pytree.tree_leaves(out)
+    if place >= len(leaves) or not isinstance(leaves[place], Tensor):
+        raise Unwalkable(f"{block} returned another number of values than when it was first run")
+    return leaves[place]
+
+
+def templates(
+    calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]], made: dict[int, Returned]
+) -> tuple[dict[int, Call], list[Any]]:
+    """The calls by block, with places for what was not known when they were recorded, and the shared containers.
+
+    `calls`: block, positional and named arguments as the model passed them. `made`: by identity, the tensors that
+    stood in for what blocks return.
+    """
+    seen_in: dict[int, set[int]] = {}
+    containers: dict[int, Any] = {}
+    for block, args, kwargs in calls:
+        for container in _containers((args, list(kwargs.values()))):
+            seen_in.setdefault(id(container), set()).add(block)
+            containers[id(container)] = container
+    shared = [container for key, container in containers.items() if len(seen_in[key]) > 1]
+    # A container inside a shared one comes with it.
+    inside = {id(c) for outer in shared for c in _containers([outer]) if c is not outer}
+    shared = [container for container in shared if id(container) not in inside]
+    places: dict[int, Any] = {id(container): Shared(number) for number, container in enumerate(shared)}
+    recorded: dict[int, Call] = {}
+    read: dict[Returned, int] = {}  # and by which block for the last time
+
+    for block, args, kwargs in calls:
+
+        def place(tensor: Tensor, block: int = block) -> Any:
+            if (source := made.get(id(tensor))) is None:
+                return tensor
+            read[source] = block
+            return source
+
+        memo = dict(places)
+        args = tuple(mapped(None if isinstance(value, Cache) else value, place, memo) for value in args)
+        kwargs = {
+            name: None if name in CACHES or isinstance(value, Cache) else mapped(value, place, memo)
+            for name, value in kwargs.items()
+        }
+        recorded[block] = Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
+    for source, last in read.items():
+        recorded[source.block].gives += (source,)
+        recorded[last].ends += (source,)
+    return recorded, shared
+
+
+def mapped(value: Any, change: Callable[[Any], Any], memo: dict[int, Any], of: Any = Tensor) -> Any:
+    """A copy of nested containers in which what is an instance of `of` is changed; the rest is the same objects.
+
+    `memo`: by identity, what was copied before, or what is to stand for an object.
+    """
+    if isinstance(value, of):
+        return change(value)
+    if id(value) in memo:
+        return memo[id(value)]
+    if not _is_container(value):
+        return value
+    if isinstance(value, tuple):
+        parts = [mapped(part, change, memo, of) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, list):
+        memo[id(value)] = new_list = type(value)()
+        new_list.extend(mapped(part, change, memo, of) for part in value)
+        return new_list
+    if isinstance(value, MutableMapping):
+        memo[id(value)] = new = copy.copy(value)
+        for key, part in list(value.items()):
+            new[key] = mapped(part, change, memo, of)
+        return new
+    memo[id(value)] = new = copy.copy(value)
+    vars(new).update({name: mapped(part, change, memo, of) for name, part in vars(value).items()})
+    return new
+
+
+def alike(value: Any, first: Any) -> Any:
+    """`value` with the tensors of `first`, nested as it is, if both hold the same values."""
+    others = iter(tensors(first))
+
+    def choose(tensor: Tensor) -> Tensor:
+        other = next(others, None)
+        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
+            return tensor
+        return other if torch.equal(other, tensor) else tensor
+
+    return mapped(value, choose, {})
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested containers, each container looked into once."""
+    found: list[Tensor] = []
+    mapped(value, lambda tensor: found.append(tensor) or tensor, {})  # type: ignore[func-returns-value]
+    return found
+
+
+def _is_container(value: Any) -> bool:
+    """Whether a block may write into it, or find tensors in it: collections, and objects with attributes."""
+    if isinstance(value, _PLAIN):
+        return False
+    return isinstance(value, tuple | list | MutableMapping) or (hasattr(value, "__dict__") and not callable(value))
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """All that a block could write into, however deep it lies."""
+    found: dict[int, Any] = {}
+
+    def look(value: Any) -> None:
+        if id(value) in found or not _is_container(value):
+            return
+        if isinstance(value, tuple):
+            parts: Iterable[Any] = value
+        else:
+            found[id(value)] = value
+            if isinstance(value, list):
+                parts = value
+            else:
+                parts = value.values() if isinstance(value, MutableMapping) else vars(value).values()
+        for part in list(parts):
+            look(part)
+
+    for value in values:
+        look(value)
+    return list(found.values())
