@@ -189,6 +189,10 @@ def tried(family: str) -> dict[str, Any]:
         return refused if type(error).__name__ == "Unwalkable" else refused | {"verdict": "crashed"}
     except Exception as error:
         return found | {"verdict": "crashed", "why": said(error)}
+    try:
+        facts |= pruned(model, tokens_SL)
+    except Exception as error:
+        facts |= {"prune": said(error)}
     difference = float((walked - plain).abs().max() / plain.abs().max())
     return found | facts | {"verdict": "exact" if difference <= 1e-6 else "wrong", "difference": difference}
 
@@ -208,8 +212,37 @@ def walk(model: Any, tokens_SL: Any) -> tuple[Any, dict[str, Any]]:
     return logits, {"blocks": len(blocks.blocks)}
 
 
+def pruned(model: Any, tokens_SL: Any) -> dict[str, Any]:
+    """How much of the blocks' weights is pruned, what stays dense, and what was seen to be a router."""
+    import torch
+
+    from esparse.metrics.wanda import Wanda
+    from esparse.models.blocks import BlockModel
+    from esparse.patterns import NM
+    from esparse.pruning.method import Method
+    from esparse.pruning.prune import prune
+    from esparse.records.report import Stages
+    from esparse.shuffles import NoShuffle
+
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=48)
+    method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle())
+    result = prune(blocks, tokens_SL, method, stages=Stages())
+    inside = [name.removeprefix(f"{blocks.prefix}.") for name in result.left_dense]
+    return {
+        "share": round(result.share_of_blocks, 4),
+        "dense": sorted({name.partition(".")[2] for name in inside}),
+        "routers": sorted({n.removeprefix(f"{blocks.prefix}.").partition(".")[2] for n in blocks.routers}),
+        "pattern_holds": result.pattern_holds,
+    }
+
+
 def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def in_words(one: dict[str, Any]) -> str:
+    dense = f", dense: {', '.join(one['dense'])}" if one["share"] < 0.95 else ""
+    return f"{100 * one['share']:.0f} % pruned{dense}"
 
 
 def in_a_process(family: str) -> dict[str, Any]:
@@ -250,7 +283,7 @@ def main() -> int:
     found = {}
     for family in asked.families or CAUSAL:
         found[family] = one = in_a_process(family)
-        what = f"{one['difference']:.1e}" if "difference" in one else one["why"]
+        what = one.get("why") or f"{one['difference']:.1e}, {one.get('prune') or in_words(one)}"
         print(f"{family:28} {one['verdict']:10} {what}", flush=True)
     counts = Counter(one["verdict"] for one in found.values())
     print(f"\n{len(found)} families of transformers {transformers.__version__}: {dict(counts)}")

@@ -39,7 +39,7 @@ def named(block: nn.Module, path: str, outputs: int, inputs: int) -> bool:
     for place, part in enumerate(parts):
         if _GATE.fullmatch(part):
             beside = block.get_submodule(".".join(parts[:place]))
-            if any(_EXPERTS.search(name) for name, _ in beside.named_children()):
+            if any(_EXPERTS.search(name) for name in (*parts[:place], *dict(beside.named_children()))):
                 return True
     return False
 
