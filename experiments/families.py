@@ -130,7 +130,88 @@ GENERIC: dict[str, Any] = {
 }
 
 # What one family needs beside it (None: its own default).
-CORRECTIONS: dict[str, dict[str, Any]] = {}
+# `text` is for the text part of a composite configuration, `text_type` its kind if the family leaves it open, `also` what
+# the model needs to be told once it is made.
+MLA = {"num_key_value_heads": 4}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 28, "patch_size": 14}
+SHARED_KEYS = {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "sliding_window": 16, "global_head_dim": 8}
+SHARED_KEYS |= {"layer_types": ["sliding_attention", "full_attention"] * 3}
+MUSIC = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": LAYERS, "num_codebooks": 1}
+MUSIC |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "axk1": MLA,
+    "axk2": MLA,
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "deepseek_v32": MLA,
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"text": MLA},
+    "dots3_note_text": MLA,
+    "fuyu": {"text_type": "persimmon"},
+    "gemma3": {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 127},
+    "gemma4": {"text": SHARED_KEYS},
+    "gemma4_assistant": {"text_type": "gemma4_text", "backbone_hidden_size": 32, "text": {"num_kv_shared_layers": 4}
+                         | {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0}},
+    "gemma4_text": SHARED_KEYS,
+    "gemma4_unified": {"text": SHARED_KEYS},
+    "gemma4_unified_text": SHARED_KEYS,
+    "gemma3n_text": SHARED_KEYS | {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}
+    | {"intermediate_size": [48] * 6},
+    "git": {"vision_config": VISION},
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": MLA | {"indexer_types": ["full", "shared", "full", "shared"]},
+    "got_ocr2": {"text_type": "qwen2", "vision_config": {"hidden_size": 32, "output_channels": 16, "mlp_dim": 48}
+                 | {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "global_attn_indexes": [1]}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gptj": {"rotary_dim": 4},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": None},
+    "hy_v4": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "inkling2_loop_text": {"loop_layer_index_start": 2, "loop_layer_index_end": 4, "n_layers_per_attn_res_block": 2}
+    | {"num_hidden_layers": 6},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": MLA | {"num_layers": 2, "num_hidden_layers": None},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "minicpm3": MLA,
+    "mllama": {"text": {"cross_attention_layers": [1]}},
+    "moss_transcribe_diarize": {"text_type": "qwen3", "audio_config": {"hidden_size": 32, "intermediate_size": 48}
+                                | {"num_hidden_layers": 2, "num_attention_heads": 4}},
+    "musicgen": {"decoder": MUSIC},
+    "musicgen_melody": {"decoder": MUSIC},
+    "phi4_multimodal": {
+        "vision_config": VISION,
+        "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
+        | {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
+    },
+    "qwen4_exp": {"text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+                  | {"indexer_compress_ratio": 2}},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    | {"indexer_compress_ratio": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8}
+    | {"attn_layers": ["local", "lsh"] * 2, "feed_forward_size": 48, "local_attn_chunk_length": 8}
+    | {"lsh_attn_chunk_length": 8, "num_hashes": 1, "num_buckets": 4},
+    "rwkv": {"rescale_every": 0},
+    "sarvam_mla": MLA,
+    "xmod": {"default_language": "en_XX"},
+    "youtu": MLA,
+    "zamba": {"num_key_value_heads": 4, "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2}
+    | {"layers_block_type": ["mamba", "hybrid", "mamba", "mamba", "hybrid", "mamba"], "attention_head_dim": 16}
+    | {"attention_hidden_size": 64},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_key_value_heads": 4}
+    | {"mamba_d_state": 16, "n_mamba_heads": 4, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
 
 
 def build(family: str) -> Any:
@@ -142,12 +223,13 @@ def build(family: str) -> Any:
     torch.manual_seed(0)
     corrections = CORRECTIONS.get(family, {})
     fields = set(getattr(kind, "__dataclass_fields__", {}) or kind().to_dict()) | set(kind.attribute_map)
-    if "text_config" in fields and "text_config" not in corrections:
-        inner = kind.sub_configs["text_config"]
+    if "text_config" in fields:
+        text_type = corrections.get("text_type")
+        inner = CONFIG_MAPPING[text_type] if text_type else kind.sub_configs["text_config"]
         known = set(getattr(inner, "__dataclass_fields__", {}) or inner().to_dict()) | set(inner.attribute_map)
-        text = {k: v for k, v in GENERIC.items() if k in known}
-        settings: dict[str, Any] = {"text_config": text | corrections.get("text", {})}
-        settings |= {key: value for key, value in corrections.items() if key != "text"}
+        text = {k: v for k, v in GENERIC.items() if k in known} | corrections.get("text", {})
+        settings: dict[str, Any] = {"text_config": text | ({"model_type": text_type} if text_type else {})}
+        settings |= {key: value for key, value in corrections.items() if key not in ("text", "text_type")}
     else:
         settings = {key: value for key, value in GENERIC.items() if key in fields} | corrections
     config = kind(**{key: value for key, value in settings.items() if value is not None})

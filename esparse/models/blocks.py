@@ -12,6 +12,7 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 from __future__ import annotations
 
 import contextlib
+import enum
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esparse.models.calls import Call, Carried, Output, Returned, Unwalkable, leaf_of, moved, templates
+from esparse.models.calls import Call, Carried, Output, Recorder, Returned, Unwalkable, leaf_of, moved
 from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
@@ -33,6 +34,14 @@ from esparse.parallel.ranks import Ranks
 log = logging.getLogger("esparse")
 
 StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class HandsOn(enum.IntEnum):
+    """What the model reads behind its last block."""
+
+    HIDDEN = 0  # the hidden states that it returns
+    REST = 1  # what else it returns
+    ALL = 2  # what blocks before it returned, and the model read between blocks
 
 
 class _Captured(Exception):
@@ -74,7 +83,7 @@ class BlockModel:
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
-        self.hands_on_rest = False  # whether what the last block returns beside the hidden states is read behind it
+        self.hands_on = HandsOn.HIDDEN
         self.checked = False  # whether the walk is known to compute what the model does (models/walk_check.py)
         self.routers: set[str] = set()  # layers that were seen to decide which experts run
         self._experts = _expert_configs(model)
@@ -96,34 +105,44 @@ class BlockModel:
 
         Raises Unwalkable if it runs a block twice, or changes the hidden states between two blocks.
         """
-        calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
         entered: list[Tensor] = []
-        made: dict[int, Returned] = {}
-        kept: list[Tensor] = []  # all that stands in for something, so that no identity is used twice
+        recorder = Recorder()
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if calls and index <= calls[-1][0]:
-                raise Unwalkable(f"{self.name(index)} runs behind {self.name(calls[-1][0])}: {_ORDER}")
-            hidden, args, kwargs = self.hidden_apart(index, args, kwargs)
-            if calls:
-                self._check_passed_on(calls[-1][0], index, kept, hidden)
+            before = recorder.calls[-1][0] if recorder.calls else None
+            if before is not None and index <= before:
+                raise Unwalkable(f"{self.name(index)} runs behind {self.name(before)}: {_ORDER}")
+            name, hidden, args, kwargs = self.hidden_apart(index, args, kwargs)
+            if before is not None and (place := recorder.places.get(id(hidden))) is None:
+                raise Unwalkable(
+                    f"the hidden states that {self.name(index)} is given do not come from {self.name(before)}: {_ORDER}"
+                )
+            if before is not None and place.block >= 0 and place.block != before:
+                raise Unwalkable(f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}")
+            if before is not None and place.block == before and place.leaf != self.outputs[before].main:
+                raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
             entered.append(hidden)
-            calls.append((index, args, kwargs))
+            recorder.calls.append((index, hidden, name, args, kwargs))
             if index == self.order[-1]:
                 raise _Captured
             form = self.outputs[index]
-            values = {i: torch.zeros_like(leaf, device=self.device) for i, leaf in enumerate(form.leaves) if _is(leaf)}
-            values[form.main] = hidden.clone()
-            kept[:] = [*kept, *(v for i, v in values.items() if i != form.main), values[form.main]]
-            made.update({id(value): Returned(index, i) for i, value in values.items()})
+            with torch._C.DisableTorchFunction():
+                values = {
+                    i: torch.zeros_like(leaf, device=self.device) for i, leaf in enumerate(form.leaves) if _is(leaf)
+                }
+                values[form.main] = hidden.clone()
+            recorder.made(values, index)
             return form.with_values(values)
 
-        with self._replaced(record):
+        with self._replaced(record), recorder:
             self._run_until_captured(tokens_BL.to(self.device))
-        recorded, shared = templates(calls, made)
-        last = calls[-1][0]
-        if self.hands_on_rest:
-            recorded[last].gives = self.outputs[last].others(last)
+        recorded, shared = recorder.templates()
+        last = recorder.calls[-1][0]
+        if self.hands_on >= HandsOn.REST:
+            recorded[last].keeps |= self.outputs[last].others(last)
+        if self.hands_on >= HandsOn.ALL:
+            for call in recorded.values():
+                call.keeps |= recorder.read_between()
         return Entered(entered[0], [recorded.get(i) for i in range(len(self.blocks))], Carried({}, shared))
 
     def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call | None]]:
@@ -138,13 +157,26 @@ class BlockModel:
 
         What the block is given is cast to `dtype`, as the block itself was. `carried` stays as it is.
         """
-        own = carried.mapped(lambda tensor: moved(tensor, self.device, dtype))
-        filled = call.to(self.device, dtype).filled(own)
+        hidden, passed, own = self.passed(hidden_BLH, call, carried, dtype)
         with self.experts_one_by_one():
-            out = self.blocks[index](hidden_BLH.to(self.device, dtype), *filled.args, **filled.kwargs)
-        given = {place: leaf_of(out, place.leaf, self.name(index)) for place in call.gives}
-        values = {place: value for place, value in (own.values | given).items() if place not in call.ends}
+            if call.name is None:
+                out = self.blocks[index](hidden, *passed.args, **passed.kwargs)
+            else:
+                out = self.blocks[index](*passed.args, **{call.name: hidden}, **passed.kwargs)
+        given = {p: leaf_of(out, p.leaf, self.name(index)) for p in call.keeps if p.block == index}
+        values = {place: value for place, value in (own.values | given).items() if place in call.keeps}
         return leaf_of(out, self.outputs[index].main, self.name(index)), Carried(values, own.shared)
+
+    def passed(
+        self, hidden_BLH: Tensor, call: Call, carried: Carried, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Call, Carried]:
+        """What a block is given: hidden states, a call without places, and its own copy of what flows beside."""
+        own = carried.mapped(lambda tensor: moved(tensor, self.device, dtype))
+        call = call.to(self.device, dtype)
+        for between in call.before:
+            own.values |= between.run(own)
+        hidden = hidden_BLH.to(self.device, dtype) if call.hidden is None else own.values[call.hidden]
+        return hidden, call.filled(own), own
 
     def forward(self, index: int, hidden_BLH: Tensor, call: Call, dtype: torch.dtype | None = None) -> Tensor:
         """The hidden states that one block returns; for blocks to which nothing flows beside them."""
@@ -157,7 +189,10 @@ class BlockModel:
 
         def last(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             rest = {p.leaf: value.to(self.device) for p, value in values.items() if p.block == index}
-            return self.outputs[index].with_values(rest | {self.outputs[index].main: hidden_BLH.to(self.device)})
+            main = self.outputs[index].main
+            if index == self.order[-1] or main not in rest:
+                rest[main] = hidden_BLH.to(self.device)
+            return self.outputs[index].with_values(rest)
 
         with self._replaced(last):
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
@@ -186,8 +221,12 @@ class BlockModel:
 
     def hidden_apart(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The hidden states among a block's arguments, and the others; raises Unwalkable if there are none."""
+    ) -> tuple[str | None, Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The hidden states among a block's arguments: their name, themselves, and the others.
+
+        The name is None if they are the first positional argument. Raises Unwalkable if there are none.
+        """
+        name = None
         if args:
             hidden, args = args[0], args[1:]
         else:
@@ -199,7 +238,7 @@ class BlockModel:
                 f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the hidden "
                 "states, as a tensor"
             )
-        return hidden, args, kwargs
+        return name, hidden, args, kwargs
 
     @contextmanager
     def resident(self, index: int, *, changed: str | None = None) -> Iterator[nn.Module]:
@@ -280,44 +319,39 @@ class BlockModel:
                 if forward is not None:
                     block.forward = forward
 
-    def _check_passed_on(self, before: int, index: int, kept: list[Tensor], hidden: Tensor) -> None:
-        """Raises Unwalkable unless a block is given the hidden states that the one before it returned.
-
-        `kept` ends with all that stood in for what that block returned, the hidden states last.
-        """
-        form = self.outputs[before]
-        returned = kept[-1]
-        if hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned)):
-            return
-        leaves = [place for place, leaf in enumerate(form.leaves) if _is(leaf) and place != form.main]
-        for place, value in zip(leaves, kept[-1 - len(leaves) : -1], strict=True):
-            if hidden is value:  # it hands on another leaf than was taken for the hidden states
-                raise OtherLeaf(before, place)
-        raise Unwalkable(
-            f"the model changes the hidden states between {self.name(before)} and {self.name(index)}: what is computed "
-            "outside of its blocks is not carried out here"
-        )
-
     @torch.no_grad()
     def _found(self, candidates: Mapping[str, nn.ModuleList]) -> tuple[str, nn.ModuleList, Output]:
         """The first list whose first block runs for text, and what that returns: found out by running it once."""
+        versions = {name: parameter._version for name, parameter in self.model.named_parameters()}
         for prefix, blocks in candidates.items():
             self.prefix, self.blocks = prefix, blocks
             returned: list[Output] = []
 
             def look(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                hidden, *_ = self.hidden_apart(index, args, kwargs)
+                _, hidden, *_ = self.hidden_apart(index, args, kwargs)
                 with self.experts_one_by_one():
                     returned.append(Output.of(forward(*args, **kwargs), hidden, self.name(index)))  # noqa: B023
                 raise _Captured
 
             with self.ends_resident(), self.resident(0), self.wrapped(look):
                 self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+            if self.store.whole:  # otherwise they change as they come and go
+                self._check_untouched(versions)
             if returned:
                 return prefix, blocks, returned[0]
         raise Unwalkable(
             f"{type(self.model).__name__} runs none of its lists of blocks for text alone ({', '.join(candidates)})"
         )
+
+    def _check_untouched(self, versions: Mapping[str, int]) -> None:
+        """Raises Unwalkable if weights were written to since they had these versions."""
+        changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
+        if changed:
+            scaled = getattr(self.model.config, "rescale_every", 0)
+            raise Unwalkable(
+                f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is exported "
+                "would not be what was measured" + ("; set rescale_every to 0 in its config.json" if scaled else "")
+            )
 
     def _run_until_captured(self, tokens_BL: Tensor) -> None:
         with contextlib.suppress(_Captured):

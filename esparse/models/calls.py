@@ -3,7 +3,8 @@
 A call is recorded while no block computes. What will only be known once earlier blocks have run stands in it as a
 place: a value that a block returned (Returned), or a container that several blocks are given (Shared), into which one
 may write what another reads: Gemma's dictionary of keys. Such values belong to a stream, one `Carried` for each
-micro-batch: two streams over the same blocks have their own.
+micro-batch: two streams over the same blocks have their own. What the model itself computes between two blocks is
+recorded, too, operation by operation (Between): RWKV halves the hidden states now and then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
@@ -36,7 +38,10 @@ class Unwalkable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The place of a value that a block returned: one of the leaves of its output."""
+    """The place of a value that is known once a block has run: one of the leaves of its output.
+
+    A negative block is a step that the model itself computes between two blocks (Between).
+    """
 
     block: int
     leaf: int
@@ -64,33 +69,59 @@ class Carried:
 
 
 @dataclass(slots=True)
+class Between:
+    """One operation that the model computes between two blocks, on what blocks have returned."""
+
+    number: int  # negative, as the block of the places of its results
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_place: bool  # whether its result is its first argument, changed
+
+    def run(self, carried: Carried) -> dict[Returned, Tensor]:
+        """Its results, by their places."""
+        args, kwargs = filled((self.args, self.kwargs), carried)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])  # what flows stays as it is
+        out = self.function(*args, **kwargs)
+        leaves = pytree.tree_leaves(args[0] if self.in_place else out)
+        return {Returned(self.number, i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+@dataclass(slots=True)
 class Call:
     """What the model passes to one block beside the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    gives: tuple[Returned, ...] = ()  # of what this block returns, what is read later on
-    ends: tuple[Returned, ...] = ()  # what is read for the last time here
+    name: str | None = None  # by which the hidden states are passed; None: they are the first positional argument
+    before: list[Between] = field(default_factory=list)  # what the model computes before it
+    hidden: Returned | None = None  # the hidden states, if they are not what the block before returned
+    keeps: frozenset[Returned] = frozenset()  # what is read behind this block
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
         """A copy whose tensors are on the device; those of floating point are cast to `dtype`."""
-        memo: dict[int, Any] = {}
-        args, kwargs = mapped((self.args, self.kwargs), lambda tensor: moved(tensor, device, dtype), memo)
-        return replace(self, args=args, kwargs=kwargs)
+        return self._with(lambda parts: mapped(parts, lambda tensor: moved(tensor, device, dtype), {}))
 
     def filled(self, carried: Carried) -> Call:
         """The call with the values that belong into its places."""
-
-        def value(place: Any) -> Any:
-            return carried.values[place] if isinstance(place, Returned) else carried.shared[place.number]
-
-        args, kwargs = mapped((self.args, self.kwargs), value, {}, of=Returned | Shared)
+        args, kwargs = filled((self.args, self.kwargs), carried)
         return replace(self, args=args, kwargs=kwargs)
 
     def like(self, first: Call) -> Call:
         """This call, with the first one's tensors if they hold the same values."""
-        args, kwargs = alike((self.args, self.kwargs), (first.args, first.kwargs))
-        return replace(self, args=args, kwargs=kwargs)
+        return self._with(lambda parts: alike(parts, first._parts()))
+
+    def _parts(self) -> list[Any]:
+        return [self.args, self.kwargs, *([one.args, one.kwargs] for one in self.before)]
+
+    def _with(self, change: Callable[[list[Any]], list[Any]]) -> Call:
+        args, kwargs, *of_before = change(self._parts())
+        before = [
+            replace(one, args=args, kwargs=kwargs)
+            for one, (args, kwargs) in zip(self.before, of_before, strict=True)
+        ]
+        return replace(self, args=args, kwargs=kwargs, before=before)
 
 
 @dataclass(slots=True)
@@ -119,10 +150,218 @@ class Output:
         kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
         return self.spec == other.spec and kinds == others
 
-    def others(self, block: int) -> tuple[Returned, ...]:
+    def others(self, block: int) -> frozenset[Returned]:
         """The places of the tensors that a block returns beside the hidden states."""
         tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        return tuple(Returned(block, place) for place in tensors if place != self.main)
+        return frozenset(Returned(block, place) for place in tensors if place != self.main)
+
+    def with_values(self, values: dict[int, Tensor]) -> Any:
+        """An output of this form; `values`: leaves by their place, for the others stand zeros."""
+        return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
+
+
+def leaf_of(out: Any, place: int, block: str) -> Tensor:
+    """One leaf of what a block returned; raises Unwalkable if it is no tensor."""
+    leaves = pytree.tree_leaves(out)
+    if place >= len(leaves) or not isinstance(leaves[place], Tensor):
+        raise Unwalkable(f"{block} returned another number of values than when it was first run")
+    return leaves[place]
+
+
+class Recorder(TorchFunctionMode):
+    """While open, follows what the model computes from the tensors that stand in for what blocks return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, Tensor, str | None, tuple[Any, ...], dict[str, Any]]] = []
+        self.places: dict[int, Returned] = {}  # by identity
+        self._kept: list[Any] = []  # so that no identity is used twice
+        self._between: list[tuple[int, Between]] = []  # behind how many calls, and what
+
+    def made(self, values: dict[int, Tensor], maker: int) -> None:
+        """Tensors, by leaf, that stand for what a block or a step returns."""
+        self._kept += values.values()
+        self.places |= {id(value): Returned(maker, leaf) for leaf, value in values.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = self.calls and any(id(tensor) in self.places for tensor in tensors((args, kwargs)))
+        if not known:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        in_place |= name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__")
+        noted = self._noted((args, kwargs))
+        out = func(*args, **kwargs)
+        number = -1 - len(self._between)
+        leaves = pytree.tree_leaves(args[0] if in_place else out)
+        values = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        if values:
+            self._between.append((len(self.calls), Between(number, func, *noted, in_place)))
+            self.made(values, number)
+        return out
+
+    def _noted(self, value: Any, memo: dict[int, Any] | None = None) -> Any:
+        # A weight of the model is copied: it may be on the meta device when the step is computed.
+        def note(tensor: Tensor) -> Any:
+            constant = tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor
+            return self.places.get(id(tensor), constant)
+
+        return mapped(value, note, {} if memo is None else memo)
+
+    def templates(self) -> tuple[dict[int, Call], list[Any]]:
+        """The calls by block, with places for what was not known when they were recorded; the shared containers."""
+        seen_in: dict[int, set[int]] = {}
+        found: dict[int, Any] = {}
+        for block, _, _, args, kwargs in self.calls:
+            for container in _containers((args, list(kwargs.values()))):
+                seen_in.setdefault(id(container), set()).add(block)
+                found[id(container)] = container
+        shared = [container for key, container in found.items() if len(seen_in[key]) > 1]
+        # A container inside a shared one comes with it.
+        inside = {id(c) for outer in shared for c in _containers([outer]) if c is not outer}
+        shared = [container for container in shared if id(container) not in inside]
+        memo: dict[int, Any] = {id(container): Shared(number) for number, container in enumerate(shared)}
+        recorded: dict[int, Call] = {}
+        for block, hidden, name, args, kwargs in self.calls:
+            of_call = dict(memo)
+            args = tuple(None if isinstance(value, Cache) else self._noted(value, of_call) for value in args)
+            kwargs = {
+                key: None if key in CACHES or isinstance(value, Cache) else self._noted(value, of_call)
+                for key, value in kwargs.items()
+            }
+            kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
+            place = self.places.get(id(hidden))
+            recorded[block] = Call(args, kwargs, name, hidden=place if place and place.block < 0 else None)
+        self._link(recorded)
+        return recorded, shared
+
+    def _link(self, recorded: dict[int, Call]) -> None:
+        """Gives each call the steps that it needs, and what is to be kept behind it; from the last one backwards."""
+        read: set[Returned] = set()  # further down
+        for place in range(len(self.calls) - 1, -1, -1):
+            call = recorded[self.calls[place][0]]
+            call.keeps = frozenset(read)
+            read |= places_in((call.args, call.kwargs)) | ({call.hidden} if call.hidden else set())
+            for behind, between in reversed(self._between):
+                if behind == place and any(read_place.block == between.number for read_place in read):
+                    call.before.insert(0, between)
+                    read |= places_in((between.args, between.kwargs))
+
+    def read_between(self) -> frozenset[Returned]:
+        """What blocks return and the model reads between blocks."""
+        places = set().union(*(places_in((between.args, between.kwargs)) for _, between in self._between))
+        return frozenset(place for place in places if place.block >= 0)
+
+
+def filled(value: Any, carried: Carried) -> Any:
+    """A copy of nested containers with the values that belong into their places."""
+
+    def of(place: Any) -> Any:
+        return carried.values[place] if isinstance(place, Returned) else carried.shared[place.number]
+
+    return mapped(value, of, {}, of=Returned | Shared)
+
+
+def places_in(value: Any) -> set[Returned]:
+    found: set[Returned] = set()
+    mapped(value, lambda place: found.add(place) or place, {}, of=Returned)  # type: ignore[func-returns-value]
+    return found
+
+
+def mapped(self, change: Callable[[Tensor], Tensor]) -> Carried:
+        """A copy, its containers included, with changed tensors."""
+        memo: dict[int, Any] = {}
+        values = {place: change(value) for place, value in self.values.items()}
+        return Carried(values, [mapped(container, change, memo) for container in self.shared])
+
+
+@dataclass(slots=True)
+class Between:
+    """One operation that the model computes between two blocks, on what blocks have returned."""
+
+    number: int  # negative, as the block of the places of its results
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_place: bool  # whether its result is its first argument, changed
+
+    def run(self, carried: Carried) -> dict[Returned, Tensor]:
+        """Its results, by their places."""
+        args, kwargs = filled((self.args, self.kwargs), carried)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])  # what flows stays as it is
+        out = self.function(*args, **kwargs)
+        leaves = pytree.tree_leaves(args[0] if self.in_place else out)
+        return {Returned(self.number, i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+@dataclass(slots=True)
+class Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None = None  # by which the hidden states are passed; None: they are the first positional argument
+    before: list[Between] = field(default_factory=list)  # what the model computes before it
+    hidden: Returned | None = None  # the hidden states, if they are not what the block before returned
+    keeps: frozenset[Returned] = frozenset()  # what is read behind this block
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
+        """A copy whose tensors are on the device; those of floating point are cast to `dtype`."""
+        return self._with(lambda parts: mapped(parts, lambda tensor: moved(tensor, device, dtype), {}))
+
+    def filled(self, carried: Carried) -> Call:
+        """The call with the values that belong into its places."""
+        args, kwargs = filled((self.args, self.kwargs), carried)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def like(self, first: Call) -> Call:
+        """This call, with the first one's tensors if they hold the same values."""
+        return self._with(lambda parts: alike(parts, first._parts()))
+
+    def _parts(self) -> list[Any]:
+        return [self.args, self.kwargs, *([one.args, one.kwargs] for one in self.before)]
+
+    def _with(self, change: Callable[[list[Any]], list[Any]]) -> Call:
+        args, kwargs, *of_before = change(self._parts())
+        before = [
+            replace(one, args=args, kwargs=kwargs)
+            for one, (args, kwargs) in zip(self.before, of_before, strict=True)
+        ]
+        return replace(self, args=args, kwargs=kwargs, before=before)
+
+
+@dataclass(slots=True)
+class Output:
+    """What a block returns: a tensor, tuple, list ..., of which one leaf is the hidden states."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
+    main: int
+
+    @classmethod
+    def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
+        """The output's form; raises Unwalkable if it holds no hidden states."""
+        leaves, spec = pytree.tree_flatten(out)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
+        if not tensors:
+            raise Unwalkable(
+                f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
+                "tensors, and tuples, lists and dictionaries of them"
+            )
+        kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(spec, kinds, (fitting or tensors)[0])
+
+    def same_form(self, other: Output) -> bool:
+        kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
+        return self.spec == other.spec and kinds == others
+
+    def others(self, block: int) -> frozenset[Returned]:
+        """The places of the tensors that a block returns beside the hidden states."""
+        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return frozenset(Returned(block, place) for place in tensors if place != self.main)
 
     def with_values(self, values: dict[int, Tensor]) -> Any:
         """An output of this form; `values`: leaves by their place, for the others stand zeros."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from esparse.linalg import all_finite
-from esparse.models.blocks import BlockModel, Entered, OtherLeaf
+from esparse.models.blocks import BlockModel, Entered, HandsOn, OtherLeaf
 from esparse.models.calls import Call, Carried, Output, Unwalkable, leaf_of, tensors
 from esparse.models.routers import Watch
 
@@ -98,20 +98,21 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
         seen.walked = (entered.hidden, entered.carried)
 
     def run(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, others, named = blocks.hidden_apart(index, args, kwargs)
+        _, hidden, others, named = blocks.hidden_apart(index, args, kwargs)
         call = None if entered is None or index in seen.order else entered.calls[index]
         seen.order.append(index)
         step = None
         with blocks.resident(index) as module:
             if seen.walked is not None and call is not None:
-                if seen.differs is None:
-                    seen.argument = _other_argument(call.filled(seen.walked[1]), others, named)
                 if index == blocks.order[-1]:
-                    call = replace(call, gives=blocks.outputs[index].others(index))
+                    call = replace(call, keeps=call.keeps | blocks.outputs[index].others(index))
                 # As in a run: a pass that only looks, which must leave no trace, then the one that counts. The model's
                 # own comes last, since it may write into what it was given.
                 module.forward, wrapper = forward, module.forward
                 try:
+                    if seen.differs is None:
+                        entering, passed, _ = blocks.passed(seen.walked[0], call, seen.walked[1])
+                        seen.argument = _other_argument((entering, *passed.args), passed.kwargs, (hidden, *others), named)
                     blocks.step(index, seen.walked[0], call, seen.walked[1])
                     step = blocks.step(index, seen.walked[0], call, seen.walked[1])
                 finally:
@@ -165,26 +166,31 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
         return  # the run itself will say which weights or activations are damaged
     assert seen.walked is not None
     hidden, rest = seen.walked
-    apart = _apart(blocks.logits(tokens_BL, hidden), plain)
-    if apart <= _rounding(plain):
-        return
-    blocks.hands_on_rest = True  # what the last block returns beside the hidden states may be read behind it
-    apart = min(apart, _apart(blocks.logits(tokens_BL, hidden, rest), plain))
-    if apart <= _rounding(plain):
-        return
+    apart = float("inf")
+    for hands_on in HandsOn:  # as little as is enough: all of it is kept for every sequence
+        blocks.hands_on = hands_on
+        kept = Carried() if hands_on == HandsOn.HIDDEN else rest
+        if hands_on == HandsOn.ALL:
+            again = _forward(blocks, tokens_BL, blocks.enter(tokens_BL)).walked
+            if again is None or again[1].values.keys() == rest.values.keys():
+                break
+            hidden, kept = again
+        apart = min(apart, _apart(blocks.logits(tokens_BL, hidden, kept), plain))
+        if apart <= _rounding(plain):
+            return
+    blocks.hands_on = HandsOn.HIDDEN
     # Kernels that add in no fixed order (atomics of a mixture of experts on a GPU) give other logits each time.
     noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
     if apart <= 4 * noise:
-        blocks.hands_on_rest = False
         return
     if seen.differs is None:
         first = "every block returns what it should, so the model reads something else of them behind the last one"
     else:
-        first = f"the first block that differs is {blocks.name(seen.differs)}"
+        first = f"the first block that differs is {blocks.name(seen.differs)}, which "
         first += (
-            f", whose argument {seen.argument} the model computes from what blocks before it return"
+            f"is given another {seen.argument} than was recorded while no block computed"
             if seen.argument
-            else ", which reads something that is not among its arguments, or writes into them"
+            else "reads or writes something that is not among its arguments"
         )
     raise Unwalkable(
         f"the blocks of {type(blocks.model).__name__}, run one after the other, give other logits than the model "
@@ -208,13 +214,15 @@ def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> 
         )
 
 
-def _other_argument(walk: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _other_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], of_model: tuple[Any, ...], named: dict[str, Any]
+) -> str | None:
     """The first argument whose tensors are not those that the model passes."""
-    pairs = [(str(place + 1), *pair) for place, pair in enumerate(zip(walk.args, args, strict=False))]
-    pairs += [(name, walk.kwargs.get(name), value) for name, value in kwargs.items()]
+    pairs = [(f"argument {place}", *pair) for place, pair in enumerate(zip(args, of_model, strict=False))]
+    pairs += [(name, kwargs.get(name), value) for name, value in named.items()]
     for name, mine, models in pairs:
         for one, other in zip(tensors(mine), tensors(models), strict=False):
-            if one.shape != other.shape or _apart(one, other) > _rounding(other):
+            if _apart(one, other) > _rounding(other):
                 return name
     return None
 

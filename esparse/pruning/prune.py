@@ -348,7 +348,7 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
 
 def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
     """Notes which parameters of the blocks were not pruned, and says so if they are many."""
-    done = {matrix.entry: matrix for matrix, _ in pruned.groupings}
+    done = {id(matrix.parameter) for matrix, _ in pruned.groupings}  # by several names, if blocks share it
     known: set[int] = set()
     left: dict[str, int] = {}
     for index, block in enumerate(blocks.blocks):
@@ -358,7 +358,7 @@ def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
                 continue
             known.add(id(parameter))
             pruned.block_weights += parameter.numel()
-            if entry not in done:
+            if id(parameter) not in done:
                 left[entry] = parameter.numel()
     pruned.left_dense = dict(sorted(left.items(), key=lambda item: -item[1]))
     share = pruned.share_of_blocks
