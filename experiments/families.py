@@ -129,9 +129,8 @@ GENERIC: dict[str, Any] = {
     "is_decoder": True,
 }
 
-# What one family needs beside it (None: its own default).
-# `text` is for the text part of a composite configuration, `text_type` its kind if the family leaves it open, `also` what
-# the model needs to be told once it is made.
+# What one family needs beside it (None: its own default). `text` is for the text part of a composite configuration,
+# `text_type` its kind if the family leaves it open.
 MLA = {"num_key_value_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 28, "patch_size": 14}
@@ -159,18 +158,25 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "fuyu": {"text_type": "persimmon"},
     "gemma3": {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 127},
     "gemma4": {"text": SHARED_KEYS},
-    "gemma4_assistant": {"text_type": "gemma4_text", "backbone_hidden_size": 32, "text": {"num_kv_shared_layers": 4}
-                         | {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_type": "gemma4_text",
+        "backbone_hidden_size": 32,
+        "text": {"num_kv_shared_layers": 4} | {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0},
+    },
     "gemma4_text": SHARED_KEYS,
     "gemma4_unified": {"text": SHARED_KEYS},
     "gemma4_unified_text": SHARED_KEYS,
-    "gemma3n_text": SHARED_KEYS | {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}
+    "gemma3n_text": SHARED_KEYS
+    | {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}
     | {"intermediate_size": [48] * 6},
     "git": {"vision_config": VISION},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA | {"indexer_types": ["full", "shared", "full", "shared"]},
-    "got_ocr2": {"text_type": "qwen2", "vision_config": {"hidden_size": 32, "output_channels": 16, "mlp_dim": 48}
-                 | {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "global_attn_indexes": [1]}},
+    "got_ocr2": {
+        "text_type": "qwen2",
+        "vision_config": {"hidden_size": 32, "output_channels": 16, "mlp_dim": 48}
+        | {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "global_attn_indexes": [1]},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 4},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": None},
@@ -185,8 +191,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": MLA,
     "mllama": {"text": {"cross_attention_layers": [1]}},
-    "moss_transcribe_diarize": {"text_type": "qwen3", "audio_config": {"hidden_size": 32, "intermediate_size": 48}
-                                | {"num_hidden_layers": 2, "num_attention_heads": 4}},
+    "moss_transcribe_diarize": {
+        "text_type": "qwen3",
+        "audio_config": {"hidden_size": 32, "intermediate_size": 48}
+        | {"num_hidden_layers": 2, "num_attention_heads": 4},
+    },
     "musicgen": {"decoder": MUSIC},
     "musicgen_melody": {"decoder": MUSIC},
     "phi4_multimodal": {
@@ -194,8 +203,10 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
         | {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
     },
-    "qwen4_exp": {"text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
-                  | {"indexer_compress_ratio": 2}},
+    "qwen4_exp": {
+        "text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+        | {"indexer_compress_ratio": 2}
+    },
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
     | {"indexer_compress_ratio": 2},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8}
@@ -261,7 +272,10 @@ def tried(family: str) -> dict[str, Any]:
         model = build(family)
         with torch.no_grad():
             plain = model(input_ids=tokens_SL, use_cache=False).logits
-        found: dict[str, Any] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+        found: dict[str, Any] = {
+            "class": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
     except Exception as error:
         return {"verdict": "not built", "why": said(error)}
     try:
@@ -370,7 +384,9 @@ def main() -> int:
     counts = Counter(one["verdict"] for one in found.values())
     print(f"\n{len(found)} families of transformers {transformers.__version__}: {dict(counts)}")
     if asked.json:
-        asked.json.write_text(json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n")
+        asked.json.write_text(
+            json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n"
+        )
     return 1 if counts["wrong"] or counts["crashed"] else 0
 
 

@@ -65,7 +65,8 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"- made by esparse {record['environment']['esparse']} from `{config['model']['path']}`, run `{record['id']}`",
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
-        f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned{_left(sparsity['left_dense'])}",
+        f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned"
+        f"{_left(sparsity['left_dense'])}",
         f"- {choices}",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esparse.models.calls import Call, Carried, Output, Recorder, Returned, Unwalkable, leaf_of, moved
+from esparse.models.calls import Call, Carried, Output, Recorder, Unwalkable, leaf_of, moved
 from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
@@ -113,14 +113,17 @@ class BlockModel:
             if before is not None and index <= before:
                 raise Unwalkable(f"{self.name(index)} runs behind {self.name(before)}: {_ORDER}")
             name, hidden, args, kwargs = self.hidden_apart(index, args, kwargs)
-            if before is not None and (place := recorder.places.get(id(hidden))) is None:
-                raise Unwalkable(
-                    f"the hidden states that {self.name(index)} is given do not come from {self.name(before)}: {_ORDER}"
-                )
-            if before is not None and place.block >= 0 and place.block != before:
-                raise Unwalkable(f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}")
-            if before is not None and place.block == before and place.leaf != self.outputs[before].main:
-                raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
+            if before is not None:
+                place = recorder.places.get(id(hidden))
+                if place is None:
+                    raise Unwalkable(
+                        f"the hidden states that {self.name(index)} is given do not come from {self.name(before)}, or "
+                        "not in a way that could be followed"
+                    )
+                if place.block >= 0 and place.block != before:
+                    raise Unwalkable(f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}")
+                if place.block == before and place.leaf != self.outputs[before].main:
+                    raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
             entered.append(hidden)
             recorder.calls.append((index, hidden, name, args, kwargs))
             if index == self.order[-1]:
@@ -235,8 +238,8 @@ class BlockModel:
             hidden, kwargs = kwargs.get(name), {key: value for key, value in kwargs.items() if key != name}
         if not isinstance(hidden, Tensor):
             raise Unwalkable(
-                f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the hidden "
-                "states, as a tensor"
+                f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the "
+                "hidden states, as a tensor"
             )
         return name, hidden, args, kwargs
 
@@ -347,10 +350,11 @@ class BlockModel:
         """Raises Unwalkable if weights were written to since they had these versions."""
         changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
         if changed:
-            scaled = getattr(self.model.config, "rescale_every", 0)
+            way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
             raise Unwalkable(
-                f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is exported "
-                "would not be what was measured" + ("; set rescale_every to 0 in its config.json" if scaled else "")
+                f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is "
+                "exported would not be what was measured"
+                + ("; set rescale_every to 0 in its config.json" if scaled else "")
             )
 
     def _run_until_captured(self, tokens_BL: Tensor) -> None:
@@ -382,7 +386,7 @@ def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     text = model.config.get_text_config
-    expected = {getattr(config, "num_hidden_layers", None) for config in (text(), text(decoder=True))}
+    expected = {int(getattr(config, "num_hidden_layers", None) or 0) for config in (text(), text(decoder=True))}
     fitting = [name for name, blocks in lists.items() if len(blocks) in expected]
     found = sorted(fitting, key=lambda name: name.count("."))
     sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
@@ -391,7 +395,7 @@ def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     largest = [name for name, size in sizes.items() if size == max(sizes.values()) and size >= total / 2]
     if not found + largest:
         raise Unwalkable(
-            f"no list of {' or '.join(map(str, sorted(expected - {None})))} decoder blocks in {type(model).__name__} "
+            f"no list of {' or '.join(map(str, sorted(expected)))} decoder blocks in {type(model).__name__} "
             f"(lists found: {', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
             "esparse prunes decoder-only language models"
         )

@@ -28,7 +28,16 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_par
 
 _PLAIN = (
     *(Tensor, nn.Module, PretrainedConfig, enum.Enum, str, bytes, int, float, complex, type(None), slice, range),
-    *(Cache, torch.dtype, torch.device, torch.Size, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
+    *(
+        Cache,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        type,
+        types.FunctionType,
+        types.MethodType,
+        types.BuiltinFunctionType,
+    ),
 )
 
 
@@ -118,8 +127,7 @@ class Call:
     def _with(self, change: Callable[[list[Any]], list[Any]]) -> Call:
         args, kwargs, *of_before = change(self._parts())
         before = [
-            replace(one, args=args, kwargs=kwargs)
-            for one, (args, kwargs) in zip(self.before, of_before, strict=True)
+            replace(one, args=args, kwargs=kwargs) for one, (args, kwargs) in zip(self.before, of_before, strict=True)
         ]
         return replace(self, args=args, kwargs=kwargs, before=before)
 
@@ -191,13 +199,13 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         in_place |= name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__")
-        noted = self._noted((args, kwargs))
+        noted_args, noted_kwargs = self._noted((args, kwargs))
         out = func(*args, **kwargs)
         number = -1 - len(self._between)
         leaves = pytree.tree_leaves(args[0] if in_place else out)
         values = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         if values:
-            self._between.append((len(self.calls), Between(number, func, *noted, in_place)))
+            self._between.append((len(self.calls), Between(number, func, noted_args, noted_kwargs, in_place)))
             self.made(values, number)
         return out
 
@@ -267,156 +275,6 @@ def places_in(value: Any) -> set[Returned]:
     found: set[Returned] = set()
     mapped(value, lambda place: found.add(place) or place, {}, of=Returned)  # type: ignore[func-returns-value]
     return found
-
-
-def mapped(self, change: Callable[[Tensor], Tensor]) -> Carried:
-        """A copy, its containers included, with changed tensors."""
-        memo: dict[int, Any] = {}
-        values = {place: change(value) for place, value in self.values.items()}
-        return Carried(values, [mapped(container, change, memo) for container in self.shared])
-
-
-@dataclass(slots=True)
-class Between:
-    """One operation that the model computes between two blocks, on what blocks have returned."""
-
-    number: int  # negative, as the block of the places of its results
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    in_place: bool  # whether its result is its first argument, changed
-
-    def run(self, carried: Carried) -> dict[Returned, Tensor]:
-        """Its results, by their places."""
-        args, kwargs = filled((self.args, self.kwargs), carried)
-        if self.in_place:
-            args = (args[0].clone(), *args[1:])  # what flows stays as it is
-        out = self.function(*args, **kwargs)
-        leaves = pytree.tree_leaves(args[0] if self.in_place else out)
-        return {Returned(self.number, i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-
-
-@dataclass(slots=True)
-class Call:
-    """What the model passes to one block beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    name: str | None = None  # by which the hidden states are passed; None: they are the first positional argument
-    before: list[Between] = field(default_factory=list)  # what the model computes before it
-    hidden: Returned | None = None  # the hidden states, if they are not what the block before returned
-    keeps: frozenset[Returned] = frozenset()  # what is read behind this block
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
-        """A copy whose tensors are on the device; those of floating point are cast to `dtype`."""
-        return self._with(lambda parts: mapped(parts, lambda tensor: moved(tensor, device, dtype), {}))
-
-    def filled(self, carried: Carried) -> Call:
-        """The call with the values that belong into its places."""
-        args, kwargs = filled((self.args, self.kwargs), carried)
-        return replace(self, args=args, kwargs=kwargs)
-
-    def like(self, first: Call) -> Call:
-        """This call, with the first one's tensors if they hold the same values."""
-        return self._with(lambda parts: alike(parts, first._parts()))
-
-    def _parts(self) -> list[Any]:
-        return [self.args, self.kwargs, *([one.args, one.kwargs] for one in self.before)]
-
-    def _with(self, change: Callable[[list[Any]], list[Any]]) -> Call:
-        args, kwargs, *of_before = change(self._parts())
-        before = [
-            replace(one, args=args, kwargs=kwargs)
-            for one, (args, kwargs) in zip(self.before, of_before, strict=True)
-        ]
-        return replace(self, args=args, kwargs=kwargs, before=before)
-
-
-@dataclass(slots=True)
-class Output:
-    """What a block returns: a tensor, tuple, list ..., of which one leaf is the hidden states."""
-
-    spec: pytree.TreeSpec
-    leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
-    main: int
-
-    @classmethod
-    def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
-        """The output's form; raises Unwalkable if it holds no hidden states."""
-        leaves, spec = pytree.tree_flatten(out)
-        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
-        if not tensors:
-            raise Unwalkable(
-                f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
-                "tensors, and tuples, lists and dictionaries of them"
-            )
-        kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(spec, kinds, (fitting or tensors)[0])
-
-    def same_form(self, other: Output) -> bool:
-        kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
-        return self.spec == other.spec and kinds == others
-
-    def others(self, block: int) -> frozenset[Returned]:
-        """The places of the tensors that a block returns beside the hidden states."""
-        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        return frozenset(Returned(block, place) for place in tensors if place != self.main)
-
-    def with_values(self, values: dict[int, Tensor]) -> Any:
-        """An output of this form; `values`: leaves by their place, for the others stand zeros."""
-        return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
-
-
-def leaf_of(out: Any, place: int, block: str) -> Tensor:
-    """One leaf of what a block returned; raises Unwalkable if it is no tensor."""
-    leaves = pytree.tree_leaves(out)
-    if place >= len(leaves) or not isinstance(leaves[place], Tensor):
-        raise Unwalkable(f"{block} returned another number of values than when it was first run")
-    return leaves[place]
-
-
-def templates(
-    calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]], made: dict[int, Returned]
-) -> tuple[dict[int, Call], list[Any]]:
-    """The calls by block, with places for what was not known when they were recorded, and the shared containers.
-
-    `calls`: block, positional and named arguments as the model passed them. `made`: by identity, the tensors that
-    stood in for what blocks return.
-    """
-    seen_in: dict[int, set[int]] = {}
-    containers: dict[int, Any] = {}
-    for block, args, kwargs in calls:
-        for container in _containers((args, list(kwargs.values()))):
-            seen_in.setdefault(id(container), set()).add(block)
-            containers[id(container)] = container
-    shared = [container for key, container in containers.items() if len(seen_in[key]) > 1]
-    # A container inside a shared one comes with it.
-    inside = {id(c) for outer in shared for c in _containers([outer]) if c is not outer}
-    shared = [container for container in shared if id(container) not in inside]
-    places: dict[int, Any] = {id(container): Shared(number) for number, container in enumerate(shared)}
-    recorded: dict[int, Call] = {}
-    read: dict[Returned, int] = {}  # and by which block for the last time
-
-    for block, args, kwargs in calls:
-
-        def place(tensor: Tensor, block: int = block) -> Any:
-            if (source := made.get(id(tensor))) is None:
-                return tensor
-            read[source] = block
-            return source
-
-        memo = dict(places)
-        args = tuple(mapped(None if isinstance(value, Cache) else value, place, memo) for value in args)
-        kwargs = {
-            name: None if name in CACHES or isinstance(value, Cache) else mapped(value, place, memo)
-            for name, value in kwargs.items()
-        }
-        recorded[block] = Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
-    for source, last in read.items():
-        recorded[source.block].gives += (source,)
-        recorded[last].ends += (source,)
-    return recorded, shared
 
 
 def mapped(value: Any, change: Callable[[Any], Any], memo: dict[int, Any], of: Any = Tensor) -> Any:

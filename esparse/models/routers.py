@@ -9,6 +9,7 @@ that only scale what flows through them are layers like others.
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -58,20 +59,18 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> Watch:
         for layer, name in self._names.items():
-            self._hooks.append(layer.register_forward_hook(lambda module, args, out, name=name: self._left(name, args, out)))
+            self._hooks.append(layer.register_forward_hook(partial(self._left, name)))
         super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         super().__exit__(kind, error, at)
         for hook in self._hooks:
             hook.remove()
         self._made.clear()
         self._decisions.clear()
 
-    def _left(self, name: str, args: Any, out: Tensor) -> None:
+    def _left(self, name: str, layer: nn.Module, args: Any, out: Tensor) -> None:
         if args and isinstance(args[0], Tensor) and id(args[0]) in self._decisions:
             self._found.add(name)
         self._made[id(out)] = (out, name)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from esparse.linalg import all_finite
 from esparse.models.blocks import BlockModel, Entered, HandsOn, OtherLeaf
-from esparse.models.calls import Call, Carried, Output, Unwalkable, leaf_of, tensors
+from esparse.models.calls import Carried, Output, Unwalkable, leaf_of, tensors
 from esparse.models.routers import Watch
 
 log = logging.getLogger("esparse")
 
 TOKENS = 32  # of two sequences: a 10,000th of a usual calibration
+NOISE = 0.05  # of the largest logit: more is no rounding
 TRIES = 4  # each knows more of what the blocks return
 
 
@@ -72,6 +73,8 @@ def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
         if entered is None:
             raise _said(blocks, failed)
         _check_logits(blocks, tokens_BL, seen)
+        if blocks.store.whole:  # from files it would take twice as long
+            _check_side_by_side(blocks, tokens_BL, seen.logits)
     _check_causal(blocks, tokens_BL, seen.logits)
     left_out = sorted(set(range(len(blocks.blocks))) - set(seen.order))
     if left_out:
@@ -112,7 +115,9 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
                 try:
                     if seen.differs is None:
                         entering, passed, _ = blocks.passed(seen.walked[0], call, seen.walked[1])
-                        seen.argument = _other_argument((entering, *passed.args), passed.kwargs, (hidden, *others), named)
+                        seen.argument = _other_argument(
+                            (entering, *passed.args), passed.kwargs, (hidden, *others), named
+                        )
                     blocks.step(index, seen.walked[0], call, seen.walked[1])
                     step = blocks.step(index, seen.walked[0], call, seen.walked[1])
                 finally:
@@ -149,8 +154,9 @@ def _check_order(blocks: BlockModel, seen: _Seen) -> None:
     for index in seen.order:
         if (times := seen.order.count(index)) > 1:
             raise Unwalkable(
-                f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: a block "
-                "that is used again (a looped model) sees other inputs each time, and esparse prunes it for one pass only"
+                f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: a "
+                "block that is used again (a looped model) sees other inputs each time, and esparse prunes it for one "
+                "pass only"
             )
     if seen.order != blocks.order:
         raise Unwalkable(
@@ -180,7 +186,7 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             return
     blocks.hands_on = HandsOn.HIDDEN
     # Kernels that add in no fixed order (atomics of a mixture of experts on a GPU) give other logits each time.
-    noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
+    noise = _noise(blocks, tokens_BL, plain)
     if apart <= 4 * noise:
         return
     if seen.differs is None:
@@ -199,6 +205,45 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
     )
 
 
+def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
+    """How far the model's own logits are apart from pass to pass; raises Unwalkable if that is far."""
+    noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
+    if noise > NOISE * float(plain.abs().max()):
+        raise Unwalkable(
+            f"{type(blocks.model).__name__} gives other logits each time for the same tokens (they differ by "
+            f"{noise / float(plain.abs().max()):.2g} of the largest): is it in training mode, or does it draw at "
+            "random?"
+        )
+    return noise
+
+
+def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> None:
+    """Raises Unwalkable if a block leaves something in itself, or in the model, that the next one reads.
+
+    As in a run, each block sees two micro-batches before the next one does. What it left is the second one's then.
+    """
+    if not all_finite(plain):
+        return
+    flows = []
+    for ids_BL in (tokens_BL, tokens_BL.flip(0, 1)):
+        entered = blocks.enter(ids_BL)
+        flows.append((entered.hidden, entered.carried, entered.calls))
+    for index in blocks.order:
+        with blocks.resident(index):
+            for place, (hidden, carried, calls) in enumerate(flows):
+                call = calls[index]
+                assert call is not None
+                flows[place] = (*blocks.step(index, hidden, call, carried), calls)
+    hidden, carried, _ = flows[0]
+    apart = _apart(blocks.logits(tokens_BL, hidden, carried), plain)
+    if apart > _rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
+        raise Unwalkable(
+            f"the blocks of {type(blocks.model).__name__} leave something in themselves or in the model that later "
+            "blocks read: run on one micro-batch after the other, they give other logits than the model (they "
+            f"differ by {apart / float(plain.abs().max()):.2g} of the largest)"
+        )
+
+
 def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
     """Raises Unwalkable if tokens that come later change what is said of those before them."""
     same_L = (tokens_BL[0] == tokens_BL[1]).long().cumprod(0).bool()
@@ -210,7 +255,8 @@ def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> 
     if (first - second).square().mean().sqrt() > max(1e-4, 2 * _eps(logits_BLV)) * first.square().mean().sqrt():
         raise Unwalkable(
             f"{type(blocks.model).__name__} sees the tokens behind the one it predicts: it is an encoder, no causal "
-            "language model (a BERT becomes one by is_decoder=true in its config.json), and its perplexity means nothing"
+            "language model (a BERT becomes one by is_decoder=true in its config.json), and its perplexity means "
+            "nothing"
         )
 
 
@@ -230,23 +276,26 @@ def _other_argument(
 def _apart(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
-    return float((one.float() - other.to(one.device).float()).abs().max()) if one.numel() else 0.0
+    wide = torch.promote_types(one.dtype, torch.float32)  # or complex: some rotary embeddings are
+    return float((one.to(wide) - other.to(one.device, wide)).abs().max()) if one.numel() else 0.0
 
 
 def _rounding(plain: Tensor) -> float:
     # Both ways call the same kernels on tensors of the same shapes, so they nearly always agree to the last bit. What
     # may differ is where tensors lie in memory, on which a matrix product's order of sums can depend: less than two
     # steps of the largest value in the model's own precision. What is wrong is off by far more.
-    return 2 * _eps(plain) * float(plain.float().abs().max()) if plain.numel() else 0.0
+    return 2 * _eps(plain) * float(plain.abs().max()) if plain.numel() and _eps(plain) else 0.0
 
 
 def _eps(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() or tensor.is_complex() else 0.0
 
 
 def _said(blocks: BlockModel, failed: Exception | None) -> Exception:
     if failed is None or isinstance(failed, Unwalkable):
-        return failed or Unwalkable(f"what the blocks of {type(blocks.model).__name__} return changes from pass to pass")
+        return failed or Unwalkable(
+            f"what the blocks of {type(blocks.model).__name__} return changes from pass to pass"
+        )
     said = str(failed).strip().partition("\n")[0]
     return Unwalkable(
         f"{type(blocks.model).__name__} does not run while its blocks only hand on what they are given, so they cannot "
