@@ -353,8 +353,7 @@ class BlockModel:
             way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
             raise Unwalkable(
                 f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is "
-                "exported would not be what was measured"
-                + ("; set rescale_every to 0 in its config.json" if scaled else "")
+                f"exported would not be what was measured{way}"
             )
 
     def _run_until_captured(self, tokens_BL: Tensor) -> None:
