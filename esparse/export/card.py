@@ -67,6 +67,8 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"- made by esparse {record['environment']['esparse']} from `{config['model']['path']}`, run `{record['id']}`",
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
+        f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned"
+        f"{_left(sparsity['left_dense'])}",
         f"- {choices}",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",
@@ -93,6 +95,13 @@ def _numbers(record: dict[str, Any]) -> list[str]:
         for corpus, of in record["quality"].items()
     ]
     return [*head, *rows, ""]
+
+
+def _left(left_dense: dict[str, int]) -> str:
+    if not left_dense:
+        return ""
+    names = list(left_dense)
+    return f"; dense stay {', '.join(f'`{name}`' for name in names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _shuffled(record: dict[str, Any]) -> bool:

@@ -132,9 +132,12 @@ class Journal:
         channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
         return Entry(keeps, orders, written["facts"], channels)
 
+    def snapshot_due(self) -> bool:
+        return self.snapshot_seconds is not None and time.monotonic() - self._written >= self.snapshot_seconds
+
     def snapshot(self, index: int, streams: Mapping[str, list[Tensor]]) -> None:
-        """Writes the hidden states that enter this block, by stream and micro-batch, if it is time to."""
-        if self.snapshot_seconds is None or time.monotonic() - self._written < self.snapshot_seconds:
+        """Writes what enters this block, by stream, if it is time to."""
+        if not self.snapshot_due():
             return
         tensors = {f"{name}/{i:06}": t.cpu() for name, hidden in streams.items() for i, t in enumerate(hidden)}
         metadata = {"index": str(index)}
@@ -150,7 +153,7 @@ class Journal:
             return 0
 
     def hidden(self, stream: str) -> list[Tensor]:
-        """The hidden states of one stream by micro-batch."""
+        """What was written of one stream."""
         with safe_open(self._hidden, framework="pt") as file:
             return [file.get_tensor(n) for n in sorted(file.keys()) if n.startswith(f"{stream}/")]
 

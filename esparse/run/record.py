@@ -159,6 +159,8 @@ def build(
             "pattern": str(pattern),
             "density": pruned.survivors / pruned.weights,
             "pattern_holds": pruned.pattern_holds,
+            "share_of_blocks": pruned.share_of_blocks,
+            "left_dense": dict(list(pruned.left_dense.items())[:20]),
         },
         **measured,
         "layers": as_dicts(layers),
