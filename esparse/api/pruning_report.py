@@ -80,11 +80,7 @@ class Report:
                 "parameters": self.size.parameters,
                 "pruned_parameters": self.pruned.weights,
             },
-            "sparsity": {
-                "pattern": str(self.method.pattern),
-                "density": self.density,
-                "pattern_holds": self.pattern_holds,
-            },
+            "sparsity": record.sparsity(self.method.pattern, self.pruned),
             "quality": {},
             "layers": as_dicts(self.layers),
             "recovery": as_dicts(self.recoveries),

@@ -155,13 +155,7 @@ def build(
             "parameters": size.parameters,
             "pruned_parameters": pruned.weights,
         },
-        "sparsity": {
-            "pattern": str(pattern),
-            "density": pruned.survivors / pruned.weights,
-            "pattern_holds": pruned.pattern_holds,
-            "share_of_blocks": pruned.share_of_blocks,
-            "left_dense": dict(list(pruned.left_dense.items())[:20]),
-        },
+        "sparsity": sparsity(pattern, pruned),
         **measured,
         "layers": as_dicts(layers),
         "recovery": as_dicts(pruned.recoveries),
@@ -189,6 +183,17 @@ def with_bytes(pruned: Pruned) -> list[LayerReport]:
             layer = replace(layer, packed_bytes=size.in_memory, file_bytes=size.on_disk)
         layers.append(layer)
     return layers
+
+
+def sparsity(pattern: Pattern, pruned: Pruned) -> dict[str, Any]:
+    """What was measured on the weights: density, whether the pattern holds, what of the blocks stays dense."""
+    return {
+        "pattern": str(pattern),
+        "density": pruned.survivors / pruned.weights,
+        "pattern_holds": pruned.pattern_holds,
+        "share_of_blocks": pruned.share_of_blocks,
+        "left_dense": dict(list(pruned.left_dense.items())[:20]),
+    }
 
 
 def memory(
