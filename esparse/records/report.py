@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -116,10 +117,21 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)
+        _sync_folder(path.parent)
     except Exception as error:  # safetensors reports a full disk with an exception of its own
         raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on disk: after a power loss, a later file is never there without the earlier ones."""
+    with contextlib.suppress(OSError):  # some file systems do not let folders be opened, or synced
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ MEASURING = {
 }  # choices that have columns of their own
 # Settings that are not worth a column: they change no measurement here, or have a column already.
 HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "profile", "bench", "export", "hydra"}
-HIDDEN |= {"model.device", "model.name", "evaluate.corpora", "zeroshot.tasks"}
+HIDDEN |= {"model.name", "evaluate.corpora", "zeroshot.tasks"}
 
 
 SAME = ("model", "pattern", "outliers")  # what two runs must have in common for one to be ahead of the other

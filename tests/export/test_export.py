@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,54 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
     layer = name.removesuffix(".index")
     with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: .*other choices than 2 of 4"):
+        loaded(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("layers", {"model.layers.0.nowhere": "2:4"}, "names the packed layer model.layers.0.nowhere, and LlamaForC"),
+        ("layers", {"model.norm": "2:4"}, "names the packed layer model.norm, and LlamaForCausalLM has none"),
+        ("layers", {"model.layers.0.mlp.up_proj": "two"}, "up_proj has the pattern 'two'"),
+        ("layers", {"model.layers.0.mlp.up_proj": 124}, "up_proj has the pattern 124"),
+        ("layers", ["model.norm"], "layers in its quantization_config should be an object"),
+        ("files", None, "files in its quantization_config should be an object, and is None"),
+        ("before", ["model.norm"], "names the packed layer model.norm"),
+        ("behind", "model.norm", "behind in its quantization_config should be a list"),
+        ("behind", ["model.embed"], "names the norm model.embed"),
+        ("experts", {"model.layers.0.experts": {}}, "names the owner of packed experts model.layers.0"),
+        ("experts", {"model.layers.0.mlp.up_proj.weight": {}}, "names the"),
+    ],
+)
+def test_a_configuration_that_was_edited_is_one_sentence(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        loaded(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("order", "ending"), [("original", ".order"), ("physical", "output_order"), ("physical", "input_order")]
+)
+@pytest.mark.parametrize("family", ["opt", "mixtral"])
+def test_an_order_in_a_checkpoint_that_is_none_is_damage(family: str, order: str, ending: str, tmp_path: Path) -> None:
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    written(packed(order=order), blocks, pruned(blocks), tmp_path)
+    for shard in sorted((tmp_path / "export").glob("*.safetensors")):
+        tensors = load_file(shard)
+        if found := [name for name in tensors if name.endswith(ending)]:
+            break
+    assert found
+    tensors[found[0]].fill_(10**6)
+    save_file(tensors, shard, {"format": "pt"})
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["quantization_config"]["files"][shard.name] = checksum(shard)
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot be read: the order of its \d+ channels does not name each"):
         loaded(tmp_path / "export")
 
 
