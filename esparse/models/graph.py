@@ -254,7 +254,8 @@ class Wiring:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
-                if isinstance(out, Tensor) and out.ndim > 1:
+                # A norm of other widths than its own output's, such as one per head, makes no tensor that layers read.
+                if isinstance(out, Tensor) and out.ndim > 1 and out.shape[-1] == len(module.get_parameter("weight")):
                     made[name] = out
 
             return hook
@@ -279,7 +280,7 @@ class Wiring:
 def _source(x_TI: Tensor, made: dict[str, Tensor]) -> str | None:
     """Whose output this is: the same memory, or rows taken from it as experts do. All outputs still exist."""
     for name, y in made.items():
-        if y.data_ptr() == x_TI.data_ptr() and y.numel() == x_TI.numel():
+        if y.data_ptr() == x_TI.data_ptr() and y.numel() == x_TI.numel() and y.shape[-1] == x_TI.shape[-1]:
             return name
     for name, y in made.items():
         if y.shape[-1] == x_TI.shape[-1]:
