@@ -8,6 +8,7 @@ with its numbers in conf/.
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -107,6 +108,8 @@ METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 
 def register() -> None:
     """Tells Hydra the classes: conf/metric/entropy.yaml begins with `/schema/metric/entropy@_here_`."""
+    # A path with ~, as users write it.
+    OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
     store = ConfigStore.instance()
     # For every group that --help lists, Hydra copies the whole store only to read it: seconds.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]

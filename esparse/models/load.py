@@ -24,6 +24,7 @@ BUILTIN = ASSETS / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FEW_TOKENS = 8  # a vocabulary of so many is a few special tokens
 LONGEST_SAID = 400  # characters of a library's sentence
 # What configurations call the number of positions, the usual names first.
@@ -128,15 +129,19 @@ def load(
         raise ValueError(f"model.path: {path} is a file, and a model is a directory with a config.json")
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model.path: there is no directory {path}")
+    if not local.is_dir():
+        check_hub(path, model.revision)
     try:
-        if not local.is_dir():
-            check_hub(path, model.revision)
-        check_config(model.path, PretrainedConfig.get_config_dict(path, revision=model.revision)[0])
+        config, _ = PretrainedConfig.get_config_dict(path, revision=model.revision)
         name = identity(model)
-        if (loaded := cache.take(name)) is not None:
-            log.debug("%s is as it was loaded for an earlier run of this process", model.title)
-            return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
-        tokenizer = _tokenizer(model, path, local.is_dir())
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, local.is_dir(), error) from error
+    check_config(model.path, config)
+    if (loaded := cache.take(name)) is not None:
+        log.debug("%s is as it was loaded for an earlier run of this process", model.title)
+        return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
+    tokenizer = _tokenizer(model, path, local.is_dir())
+    try:
         entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
@@ -155,10 +160,18 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
     from transformers import AutoConfig, AutoTokenizer
 
     try:
+        config = AutoConfig.from_pretrained(path, **_where(model))
+    except Exception as error:  # of many types, as below
+        raise _explained(model.path, is_local, error) from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
     except Exception as error:  # of many types: readers of vocabularies, packages that are not there, remote code
+        if is_local and not any((Path(path) / name).is_file() for name in VOCABULARIES):
+            raise ValueError(
+                f"{model.path} has no tokenizer: none of {', '.join(VOCABULARIES)} lies there; copy the model's own"
+            ) from error
         raise _explained(model.path, is_local, error, "tokenizer") from error
-    embedded = getattr(AutoConfig.from_pretrained(path, **_where(model)).get_text_config(), "vocab_size", None)
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
     tokens = len(tokenizer)
     if tokens <= FEW_TOKENS < (embedded or FEW_TOKENS):
         raise ValueError(

@@ -87,15 +87,20 @@ def run_id(config: dict[str, Any]) -> str:
 def _identity(config: dict[str, Any], path: str) -> dict[str, Any]:
     kept = {}
     for key, value in config.items():
-        if path + key not in NOT_IDENTITY and not _asks_for_nothing(path + key, value):
+        if path + key not in NOT_IDENTITY and not asks_for_nothing(path + key, value):
             kept[key] = _identity(value, f"{path}{key}.") if isinstance(value, dict) else value
     return kept
 
 
-def _asks_for_nothing(path: str, value: Any) -> bool:
+def asks_for_nothing(path: str, value: Any) -> bool:
+    """Whether a setting is as if there were none: a run is then what it was before esparse had the setting."""
     if path in ("bench", "export"):
         return set(value) <= {"_class"}  # only `none` has no settings
-    return (path == "zeroshot" and not value["tasks"]) or (path == "profile" and not value)
+    if path in ("calibration.bos", "evaluate.bos"):  # settings that came later: as they are by themselves, a run is
+        return bool(value == "auto")  # what it was without them
+    if path in ("calibration.chat", "evaluate.chat"):
+        return not value
+    return (path == "zeroshot" and not (value or {}).get("tasks")) or (path == "profile" and not value)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

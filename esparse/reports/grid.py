@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from esparse.records.report import NOT_IDENTITY
+from esparse.records.report import NOT_IDENTITY, asks_for_nothing
 
 Record = dict[str, Any]
 
@@ -288,7 +288,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
-        if path in HIDDEN or key.startswith("_"):
+        if path in HIDDEN or key.startswith("_") or asks_for_nothing(path, value):
             continue
         found |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return found

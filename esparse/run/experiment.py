@@ -63,6 +63,7 @@ class Experiment:
     dry_run: bool  # only say what the run would take
 
     def __post_init__(self) -> None:
+        self.output_root = str(Path(self.output_root).expanduser())
         pattern = self.parsed_pattern()
         for component in (self.allocation, self.shuffle, self.update, self.recovery, self.bench):
             component.check(pattern)
@@ -144,6 +145,7 @@ def run(
     Where there are several ranks, each calls it; the first one writes the files. `again`: the next run of this process
     prunes the same model.
     """
+    from esparse.data.tokens import check_ids
     from esparse.export import Finished
     from esparse.models.blocks import BlockModel
     from esparse.models.load import identity, load, longest_sequence
@@ -180,8 +182,13 @@ def run(
         longest = longest_sequence(model)
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
-        tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest))
-        windows = ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora})
+        family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
+        tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))
+        windows = ranks.from_first(
+            lambda: {texts.name(c): texts.windows(c, tokenizer, longest, family) for c in texts.corpora}
+        )
+        for text, ids in {"the calibration text": tokens_SL, **windows}.items():
+            check_ids(text, ids, embedded)
         tasks = experiment.zeroshot.load()
         state = {  # what has to be the same for a later attempt to go on where an earlier one stopped
             "id": run_id,

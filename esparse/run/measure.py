@@ -85,15 +85,22 @@ class Measuring:
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
                     "dense_run": dense.run,
+                    "bos": self._begins(windows_WL),
                 }
                 for corpus, windows_WL in self.windows.items()
-            }
+            },
+            "calibration": {"bos": self._begins(tokens_SL)},
         }
         if scores:
             report["zeroshot"] = self.zeroshot.report(dense.zeroshot, scores, dense.run)
         if self.profile:
             report["profile"] = zeros.report(*shares, tokens_SL)
         return report
+
+    def _begins(self, tokens_SL: Tensor) -> bool:
+        """Whether the beginning token stands in front of every sequence."""
+        token = self.tokenizer.bos_token_id
+        return token is not None and bool((tokens_SL[:, 0] == token).all())
 
 
 def digests(tokens: Mapping[str, Tensor]) -> dict[str, str]:

@@ -43,7 +43,7 @@ class Folder:
         path = path.absolute()
         runs = {}
         for settings in map(dict, asked):
-            folder = Path(settings["output_root"]).absolute() / run_id(settings)
+            folder = Path(settings["output_root"]).expanduser().absolute() / run_id(settings)
             runs[folder] = Run(run_id(settings), registry.title(settings), folder, settings)
         sweep = cls(path, executor, launcher, Path.cwd(), list(runs.values()))
         path.mkdir(parents=True, exist_ok=True)
