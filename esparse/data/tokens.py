@@ -5,6 +5,7 @@ Shapes: T tokens of a stream, S sequences, W windows, L tokens of each; all toke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH = 2048  # the literature's context; a model's own maximum can be 128k, which no calibration survives
 DOCUMENTS_AT_ONCE = 16
+log = logging.getLogger("esparse")
+
 STREAMS_KEPT = 8
 PER_TOKEN = 8  # characters of a text that are read for a token to begin with; a token has about 4 of them
 SPARE_TOKENS = 64  # behind those that are asked for: the last ones depend on where a text is cut
@@ -85,6 +88,8 @@ def beginning(asked: str | bool, tokenizer: Tokenizer, family: str, setting: str
     if asked is True and token is None:
         raise ValueError(f"{setting}=true asks for a beginning token, and the tokenizer has none: set {setting}=false")
     expected = any(name in family for name in BEGIN) and token is not None
+    if asked == "auto" and not expected and token is not None and _ids(["a"], tokenizer)[0][:1] == [token]:
+        log.info("the tokenizer begins every text with its beginning token, sequences do so with %s=true only", setting)
     return token if asked is True or (asked == "auto" and expected) else None
 
 
