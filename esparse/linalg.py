@@ -9,6 +9,7 @@ import logging
 
 import torch
 from torch import Tensor
+from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
@@ -40,7 +41,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     float64 is tried, and after it ten times the damping, which the log says. Raises ValueError where G is not finite.
     """
     if not all_finite(gram_II):
-        raise ValueError("the Gram matrix of a layer's input holds NaN or Inf: try model.dtype=float32")
+        raise Mistake("the Gram matrix of a layer's input holds NaN or Inf: try model.dtype=float32")
     share = damp
     while share <= MOST_DAMPING:
         for dtype in (torch.float32, torch.float64):
@@ -57,7 +58,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
                         log.warning("a Gram matrix was singular: damping raised from %g to %g of its mean", damp, share)
                     return inverse_II
         share = max(share * 10, 1e-6)
-    raise ValueError(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
+    raise Mistake(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
 
 
 def eigh(gram_II: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from esparse.allocations import Allocation, Measured
 from esparse.allocations.budget import Shape, Unit, count, spend
 from esparse.allocations.reach import others, refuse_what_cannot_change
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,11 +54,11 @@ class LayerError(Allocation):
 
     def __post_init__(self) -> None:
         if not 0 < self.spread < 1:
-            raise ValueError(f"allocation.spread must lie between 0 and 1, got {self.spread}")
+            raise Mistake(f"allocation.spread must lie between 0 and 1, got {self.spread}")
         if self.weigh not in WEIGH:
-            raise ValueError(f"allocation.weigh must be one of {', '.join(WEIGH)}, got {self.weigh!r}")
+            raise Mistake(f"allocation.weigh must be one of {', '.join(WEIGH)}, got {self.weigh!r}")
         if not 0 < self.points < 100:
-            raise ValueError(f"allocation.points must lie between 0 and 100, got {self.points}")
+            raise Mistake(f"allocation.points must lie between 0 and 100, got {self.points}")
 
     def check(self, pattern: Pattern) -> None:
         refuse_what_cannot_change("error", pattern, self.spread, reach=self.spread, points=self.points)

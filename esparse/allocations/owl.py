@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from esparse.allocations import Allocation, Measured
 from esparse.allocations.budget import Shape, Unit, spend
 from esparse.allocations.reach import POINTS, others, refuse_what_cannot_change
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +64,11 @@ class Owl(Allocation):
 
     def __post_init__(self) -> None:
         if self.per not in PER:
-            raise ValueError(f"allocation.per must be one of {', '.join(PER)}, got {self.per!r}")
+            raise Mistake(f"allocation.per must be one of {', '.join(PER)}, got {self.per!r}")
         if not self.threshold > 0:
-            raise ValueError(f"allocation.threshold must be above 0, got {self.threshold}")
+            raise Mistake(f"allocation.threshold must be above 0, got {self.threshold}")
         if not 0 < self.spread < 1:
-            raise ValueError(f"allocation.spread must lie between 0 and 1, got {self.spread}")
+            raise Mistake(f"allocation.spread must lie between 0 and 1, got {self.spread}")
 
     def check(self, pattern: Pattern) -> None:
         # Where all wishes lie within less than one step of each other, no change of n comes nearer to them.

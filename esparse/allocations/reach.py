@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from esparse.errors import Mistake
 from esparse.patterns import NM, Pattern, Salient, Unstructured
 
 POINTS = 0.1  # between one percentage and the next that a layer may get
@@ -38,13 +39,13 @@ def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, r
     base = pattern.base if isinstance(pattern, Salient) else pattern
     if isinstance(base, Unstructured):
         if reach < points / 100 - ROUNDING:
-            raise ValueError(
+            raise Mistake(
                 f"allocation={option} with spread={spread:g} cannot change {pattern}, whose steps are {points / 100:g}:"
                 f" use allocation.spread={points / 100:g} or more"
             )
         return
     if not isinstance(base, NM):
-        raise ValueError(
+        raise Mistake(
             f"allocation={option} chooses n of n:m, or how many per cent of each row go, and {pattern} is neither: use "
             "a pattern such as 8:16 or 60%, or allocation=uniform"
         )
@@ -52,12 +53,12 @@ def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, r
         finer = base
         while spread < 1 / finer.m:
             finer = NM(2 * finer.n, 2 * finer.m)
-        raise ValueError(
+        raise Mistake(
             f"allocation={option} with spread={spread:g} cannot change {pattern}, whose steps are {1 / base.m:g}: use "
             f"{finer} (steps of {1 / finer.m:g}) or allocation.spread={1 / base.m:g}"
         )
     if base.n in (1, base.m - 1):
-        raise ValueError(
+        raise Mistake(
             f"allocation={option} cannot change {pattern}: what one layer gains another must lose, and an n of 0 or "
             f"{base.m} is not to be had; use {2 * base.n}:{2 * base.m}, or allocation=uniform"
         )

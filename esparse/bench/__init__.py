@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from esparse.errors import Mistake
 from esparse.patterns import NM, Pattern
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Bench(ABC):
     def check(self, pattern: Pattern) -> None:
         """Raises ValueError where the pattern has no packed form that a kernel computes from."""
         if not isinstance(pattern, NM):
-            raise ValueError(
+            raise Mistake(
                 f"bench={type(self).__name__.lower()} measures kernels for n:m patterns, not {pattern}: "
                 "use bench=none or a pattern such as 2:4"
             )
@@ -63,7 +64,7 @@ class Bench(ABC):
     def require(self, device: torch.device) -> None:
         """Raises ValueError where the device cannot be measured; called before any work."""
         if device.type != "cuda":
-            raise ValueError(
+            raise Mistake(
                 f"bench={type(self).__name__.lower()} times sparse kernels on a GPU, and this run computes on the "
                 f"{device.type}: use bench=none, or model.devices=cuda on a machine with one"
             )
@@ -75,7 +76,7 @@ class Bench(ABC):
     def ready(self, model: nn.Module) -> None:
         """Raises ValueError where the loaded model cannot be measured; called before it is pruned."""
         if self.needs_weights() and any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError(
+            raise Mistake(
                 "bench=model times the whole model, whose weights are read block by block: use model.store=memory"
             )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.bench import Bench, LayerShape, Measured, Subject, distinct, quartiles
 from esparse.bench.shapes import NAMED
+from esparse.errors import Mistake
 from esparse.patterns import NM
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Gemm(Bench):
         _known("bench.dtypes", self.dtypes, DTYPES)
         _known("bench.kernels", self.kernels, KERNEL_NAMES, may_be_empty=True)
         if not self.tokens or min(self.tokens) < 1:
-            raise ValueError(f"bench.tokens must be positive numbers, got {self.tokens}")
+            raise Mistake(f"bench.tokens must be positive numbers, got {self.tokens}")
         if self.warm_up < 1 or self.repeats < 1:
-            raise ValueError(f"bench.warm_up and bench.repeats must be positive, got {self.warm_up}, {self.repeats}")
+            raise Mistake(f"bench.warm_up and bench.repeats must be positive, got {self.warm_up}, {self.repeats}")
 
     def layers(self, own: list[LayerShape]) -> list[LayerShape]:
         """One layer of each shape that is asked for, named models' with the model's name in front."""
@@ -109,7 +110,7 @@ class Gemm(Bench):
 def _known(setting: str, given: list[str], known: tuple[str, ...], *, may_be_empty: bool = False) -> None:
     wrong = [name for name in given if name not in known]
     if wrong or not (given or may_be_empty):
-        raise ValueError(f"{setting} may hold {', '.join(known)}, got {wrong[0] if wrong else 'nothing'}")
+        raise Mistake(f"{setting} may hold {', '.join(known)}, got {wrong[0] if wrong else 'nothing'}")
 
 
 def rows(

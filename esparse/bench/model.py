@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse.bench import Bench, Measured, Subject, quartiles
+from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
@@ -33,11 +34,11 @@ class ModelBench(Bench):
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or not self.batches or min(self.batches) < 1:
-            raise ValueError(
+            raise Mistake(
                 f"bench.prompt and bench.batches must be positive, got {self.prompt} and {list(self.batches)}"
             )
         if self.warm_up < 1 or self.repeats < 1:
-            raise ValueError(f"bench.warm_up and bench.repeats must be positive, got {self.warm_up}, {self.repeats}")
+            raise Mistake(f"bench.warm_up and bench.repeats must be positive, got {self.warm_up}, {self.repeats}")
 
     def needs_weights(self) -> bool:
         return True
@@ -61,7 +62,7 @@ class ModelBench(Bench):
         from esparse.models import context
 
         if any(parameter.is_meta for parameter in subject.model.parameters()):
-            raise ValueError(
+            raise Mistake(
                 "bench=model times the whole model, whose weights are not in memory: use model.store=memory"
             )
         how = Protocolled(self.warm_up, self.repeats, self.least_ms, self.graph_below_ms)
@@ -160,7 +161,7 @@ def switched(subject: Subject, algorithms: Any, tokens: list[int]) -> Iterator[S
 
     names = [name for name in subject.keeps if isinstance(_module(subject.model, name), nn.Linear)]
     if not names:
-        raise ValueError("bench=model computes from packed weights of linear layers, and no pruned layer is one")
+        raise Mistake("bench=model computes from packed weights of linear layers, and no pruned layer is one")
     if left := len(list(subject.keeps)) - len(names):
         log.info("%d pruned weights are not of linear layers and are timed dense", left)
     switch = Switch()
@@ -268,5 +269,5 @@ def _difference(switch: Switch, run: Callable[[], Any]) -> float:
     sparse = switch.during(True, run)().double()
     off = float((sparse - dense).norm() / dense.norm())
     if not off < 0.1:
-        raise ValueError(f"the packed layers do not compute what the dense ones do: logits differ by {off:.2g}")
+        raise Mistake(f"the packed layers do not compute what the dense ones do: logits differ by {off:.2g}")
     return off

@@ -26,6 +26,7 @@ from esparse.evaluate.zeroshot import ZeroShot
 from esparse.export import NoExport
 from esparse.export.dense_checkpoint import Dense
 from esparse.export.packed_checkpoint import Packed
+from esparse.errors import Mistake
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.metrics.entropy import Entropy
 from esparse.metrics.fisher import Fisher
@@ -134,7 +135,7 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
     for group in CHOICES:
         _name_classes(settings[group], getattr(experiment, group))
     if several := [group for group in CHOICES if group not in choices]:
-        raise ValueError(f"{several[0]} takes one option, not a list of them")
+        raise Mistake(f"{several[0]} takes one option, not a list of them")
     settings["choices"] = {group: choices[group] for group in CHOICES}
     return settings
 
@@ -150,7 +151,7 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
             nested = {k: component(group, v) for k, v in given.items() if isinstance(v, dict) and "_class" in v}
             return classes[name](**given | nested)
         except (KeyError, TypeError):
-            raise ValueError(
+            raise Mistake(
                 f"another version of esparse made these settings of {name}: submit the sweep anew"
             ) from None
 

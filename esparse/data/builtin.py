@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from esparse.errors import Mistake
 
 HELD_OUT_ONE_IN = 10
 # Not prose or ordinary code: installed packages, test data, tables, generated files, and the topics' own source.
@@ -28,7 +29,7 @@ def documents(split: str) -> list[str]:
     Raises ValueError for an unknown split and FileNotFoundError where this Python carries no source files.
     """
     if split not in SPLITS:
-        raise ValueError(f"the built-in corpus has the splits {' and '.join(SPLITS)}, got {split!r}")
+        raise Mistake(f"the built-in corpus has the splits {' and '.join(SPLITS)}, got {split!r}")
     named = sorted(_all_documents(), key=lambda document: _digest(document[0]))
     texts = [text for name, text in named if _is_held_out(name) == (split == "held-out")]
     if not texts:

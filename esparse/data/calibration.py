@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +35,9 @@ class Calibration:
         corpora.check([self.corpus], "calibration", self.path)
         corpora.check_settings("calibration", bos=self.bos, chat=self.chat, path=self.path)
         if self.sequences < 1:
-            raise ValueError(f"calibration.sequences must be at least 1, got {self.sequences}")
+            raise Mistake(f"calibration.sequences must be at least 1, got {self.sequences}")
         if self.length is not None and self.length < 1:
-            raise ValueError(f"calibration.length must be at least 1 or null, got {self.length}")
+            raise Mistake(f"calibration.length must be at least 1 or null, got {self.length}")
 
     def sample(self, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
@@ -55,7 +56,7 @@ class Calibration:
         length = tokens.sequence_length(self.length, longest, "calibration.length")
         begin = tokens.beginning(self.bos, tokenizer, family, "calibration.bos")
         if begin is not None and length < 2:
-            raise ValueError(f"calibration.length={length} has room for the beginning token only: set it to 2 or more")
+            raise Mistake(f"calibration.length={length} has room for the beginning token only: set it to 2 or more")
         render = tokens.chat_template(tokenizer, "calibration.chat") if self.chat else None
         corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column, render=render)
         count, generator = self.sequences, torch.Generator().manual_seed(self.seed)
@@ -69,7 +70,7 @@ class Calibration:
             corpus, enough = tokens.in_random_order(corpus, generator), SPARE * count * length
         tokens_T = tokens.stream(corpus, tokenizer, at_most=enough)
         if len(tokens_T) < length:
-            raise ValueError(
+            raise Mistake(
                 f"the calibration corpus {corpus.name} has {len(tokens_T)} tokens, too few for one sequence of "
                 f"{length}: use a longer text or set calibration.length lower"
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from esparse.data import builtin
 from esparse.data.hub import HubFile
 from esparse.data.text_files import LongText, Rows, texts_of
+from esparse.errors import Mistake
 
 Purpose = Literal["calibration", "evaluation"]
 GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose
@@ -96,20 +97,20 @@ def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
     group = GROUP[purpose]
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
+            raise Mistake(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
     if "text" in names and not path:
-        raise ValueError(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
+        raise Mistake(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
     if path and "text" not in names:
         asked = ", ".join(names) or "none"
-        raise ValueError(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
+        raise Mistake(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
 
 
 def check_settings(group: str, *, bos: object, chat: bool, path: str | None) -> None:
     """Raises ValueError for a setting of the beginning token that is none, and for chats of no file."""
     if not (bos == "auto" or isinstance(bos, bool)):
-        raise ValueError(f"{group}.bos must be auto, true or false, got {bos!r}")
+        raise Mistake(f"{group}.bos must be auto, true or false, got {bos!r}")
     if chat and path is None:
-        raise ValueError(f"{group}.chat=true renders the chats of a file: {group}=text {group}.path=FILE")
+        raise Mistake(f"{group}.chat=true renders the chats of a file: {group}=text {group}.path=FILE")
 
 
 def read(

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
@@ -52,11 +53,11 @@ class Rows:
         if not path.exists():
             raise FileNotFoundError(f"expected a text file at {path.absolute()}, found nothing there: check the path")
         if path.is_dir():
-            raise ValueError(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
+            raise Mistake(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
         kind = next((suffix for suffix in (".txt", *_READERS) if path.name.lower().endswith(suffix)), None)
         if kind is None:
             known = ", ".join((".txt", *_READERS))
-            raise ValueError(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
+            raise Mistake(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
         self._read = _READERS.get(kind)
 
     @property
@@ -106,19 +107,19 @@ class Rows:
             try:
                 value = self.render([_message(one) for one in value])
             except Exception as cause:  # templates fail in many types
-                raise ValueError(
+                raise Mistake(
                     f"{self.path}, row {number}: the tokenizer's chat template does not take this chat ({cause})"
                 ) from cause
         if not isinstance(value, str):
             kind = type(value).__name__
             hint = f": set {self.group}.chat=true to render chats" if isinstance(value, list) else ""
-            raise ValueError(
+            raise Mistake(
                 f"{self.path}, row {number}: expected text in column {self.column!r}, got a value of type {kind}{hint}"
             )
         try:
             value.encode()
         except UnicodeEncodeError as cause:  # JSON can spell half a character: "\\ud800"
-            raise ValueError(
+            raise Mistake(
                 f"{self.path}, row {number}: the text holds half a surrogate pair: repair or drop the row"
             ) from cause
         return value
@@ -135,7 +136,7 @@ class Rows:
         if self.render is not None and chats and self.column == "text":
             return chats[0]
         hint = f", or {self.group}.chat=true to render chats" if chats and self.render is None else ""
-        raise ValueError(
+        raise Mistake(
             f"{where}: expected a column {self.column!r}, found {', '.join(map(repr, there)) or 'none'}; set "
             f"{self.group}.column=NAME{hint}"
         )
@@ -190,12 +191,12 @@ class _Explained:
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
         if isinstance(error, UnicodeDecodeError):
-            raise ValueError(
+            raise Mistake(
                 f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
                 "with iconv"
             ) from error
         if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
-            raise ValueError(
+            raise Mistake(
                 f"{self.path} can not be unpacked ({error}): it is damaged or not whole, copy it again"
             ) from error
 
@@ -206,7 +207,7 @@ def _message(one: Any) -> dict[str, Any]:
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(one["from"], one["from"]), "content": one.get("value")}
     if not isinstance(one, dict):
-        raise ValueError(f"expected messages with role and content, got a {type(one).__name__}")
+        raise Mistake(f"expected messages with role and content, got a {type(one).__name__}")
     return {key: value for key, value in one.items() if value is not None}  # parquet fills up with nulls
 
 
@@ -229,9 +230,9 @@ def _field(rows: Rows, number: int, line: str) -> Any:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
-        raise ValueError(f"{rows.path}, line {number}: expected one JSON object a line, but {cause}") from cause
+        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, but {cause}") from cause
     if not isinstance(row, dict):
-        raise ValueError(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
+        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
     return rows.cell(f"{rows.path}, line {number}", row)
 
 
@@ -244,13 +245,13 @@ def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
         try:
             if held[place : place + 1] == "]":
                 if (held[place + 1 :] + file.read(PIECE)).strip():
-                    raise ValueError(f"{rows.path}: expected one JSON array, or one JSON object a line, and found more")
+                    raise Mistake(f"{rows.path}: expected one JSON array, or one JSON object a line, and found more")
                 return
             row, end = decoder.raw_decode(held, place)
         except json.JSONDecodeError as cause:
             more = file.read(max(PIECE, len(held) - place))
             if not more or len(held) - place > LONGEST_ROW:
-                raise ValueError(
+                raise Mistake(
                     f"{rows.path}, row {number + 1}: expected a JSON array of rows, but {cause.msg}"
                 ) from cause
             held, place = held[place:] + more, 0
@@ -263,7 +264,7 @@ def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
         elif isinstance(row, str) or row is None:
             yield number, row
         else:
-            raise ValueError(f"{rows.path}, row {number}: expected an object or a text, got a {type(row).__name__}")
+            raise Mistake(f"{rows.path}, row {number}: expected an object or a text, got a {type(row).__name__}")
 
 
 def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
@@ -280,7 +281,7 @@ def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
                     yield number, value
     except pyarrow.ArrowException as cause:
         said = str(cause).strip().splitlines()[0]
-        raise ValueError(f"{rows.path} can not be read as parquet ({said})") from cause
+        raise Mistake(f"{rows.path} can not be read as parquet ({said})") from cause
 
 
 _READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {

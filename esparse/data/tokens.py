@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esparse.data.corpora import Corpus
+from esparse.errors import Mistake
 from esparse.data.text_files import LongText
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _streams: dict[str, Tensor] = {}  # a sweep in one process tokenises each text o
 def sequence_length(asked: int | None, longest: int, setting: str) -> int:
     """How many tokens a sequence has: as asked, else 2048 or the model's `longest`, whichever is less."""
     if asked is not None and asked > longest:
-        raise ValueError(
+        raise Mistake(
             f"{setting}={asked} is longer than the {longest} tokens that the model takes: "
             f"set {setting} to at most {longest}, or to null for min({DEFAULT_LENGTH}, {longest})"
         )
@@ -86,7 +87,7 @@ def beginning(asked: str | bool, tokenizer: Tokenizer, family: str, setting: str
     """
     token = tokenizer.bos_token_id
     if asked is True and token is None:
-        raise ValueError(f"{setting}=true asks for a beginning token, and the tokenizer has none: set {setting}=false")
+        raise Mistake(f"{setting}=true asks for a beginning token, and the tokenizer has none: set {setting}=false")
     expected = any(name in family for name in BEGIN) and token is not None
     if asked == "auto" and not expected and token is not None and _ids(["a"], tokenizer)[0][:1] == [token]:
         log.info("the tokenizer begins every text with its beginning token, sequences do so with %s=true only", setting)
@@ -105,7 +106,7 @@ class Drawn(TypedDict):
 def chat_template(tokenizer: Tokenizer, setting: str) -> Callable[[list[dict[str, Any]]], str]:
     """What makes the text of a chat; ValueError if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{setting}=true asks for the tokenizer's chat template, and it has none: use a chat model's")
+        raise Mistake(f"{setting}=true asks for the tokenizer's chat template, and it has none: use a chat model's")
     return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
@@ -113,12 +114,12 @@ def check_ids(name: str, tokens: Tensor, embedded: int) -> None:
     """Raises ValueError if a model that embeds so many tokens cannot read these, or if they say nothing."""
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest >= embedded:
-        raise ValueError(
+        raise Mistake(
             f"the tokenizer gives {name} the token {largest}, and the model embeds {embedded} (0 to {embedded - 1}): "
             "it is another model's tokenizer, or one with tokens that the model was not resized for"
         )
     if tokens.numel() >= SAYS_NOTHING and bool((tokens == tokens.flatten()[0]).all()):
-        raise ValueError(
+        raise Mistake(
             f"the tokenizer gives {name} the token {largest} again and again: its vocabulary does not fit the text, or "
             "its files are missing"
         )
@@ -172,7 +173,7 @@ def random_excerpts(
         if min(map(len, found)) >= own + (SPARE_TOKENS if span < text.characters else 0):
             return _begun(torch.tensor([ids[:own] for ids in found]), begin)
         if span == text.characters:
-            raise ValueError(f"the text has too few tokens for one sequence of {length}: set calibration.length lower")
+            raise Mistake(f"the text has too few tokens for one sequence of {length}: set calibration.length lower")
         characters *= 2
 
 
@@ -210,7 +211,7 @@ def random_crops(
                 crops.append(ids[start : start + own])
                 if len(crops) == count:
                     return _begun(torch.tensor(crops, dtype=torch.long), begin)
-    raise ValueError(
+    raise Mistake(
         f"{count} sequences of {length} tokens were asked of the corpus {corpus.name}, but only {len(crops)} of its "
         f"{len(corpus.texts)} documents are longer: set calibration.sequences or calibration.length lower"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +33,9 @@ class Perplexity:
         corpora.check(self.corpora, "evaluation", self.path)
         corpora.check_settings("evaluate", bos=self.bos, chat=self.chat, path=self.path)
         if self.length is not None and self.length < 2:
-            raise ValueError(f"evaluate.length must be at least 2 (a token and its next) or null, got {self.length}")
+            raise Mistake(f"evaluate.length must be at least 2 (a token and its next) or null, got {self.length}")
         if self.max_tokens is not None and self.max_tokens < (self.length or 2):
-            raise ValueError(f"evaluate.max_tokens={self.max_tokens} leaves no window of {self.length or 2} tokens")
+            raise Mistake(f"evaluate.max_tokens={self.max_tokens} leaves no window of {self.length or 2} tokens")
 
     def name(self, corpus: str) -> str:
         """What the record calls a corpus: its own name, for `text` the file's."""
@@ -60,7 +61,7 @@ class Perplexity:
             windows_WL = windows_WL[: self.max_tokens // length]
         if not len(windows_WL):
             limit = "" if self.max_tokens is None else f" (evaluate.max_tokens={self.max_tokens})"
-            raise ValueError(
+            raise Mistake(
                 f"the evaluation corpus {text.name} has {len(tokens_T)} tokens{limit}, too few for one window of "
                 f"{length}: use a longer text or set evaluate.length lower"
             )

@@ -10,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from esparse.errors import Mistake
 from esparse.evaluate.likelihood import log_likelihoods
 from esparse.models.blocks import BlockModel
 
@@ -55,7 +56,7 @@ class BlockLM(TemplateLM):
         pairs = []
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.longest:
-                raise ValueError(
+                raise Mistake(
                     f"an answer of {len(continuation)} tokens does not fit into the {self.longest} that the model takes"
                 )
             if len(context) + len(continuation) > self.longest + 1 and index < len(self._of_task):

@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from esparse.errors import Mistake
 from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
@@ -47,7 +48,7 @@ def log_likelihoods(
     for other in ranks.gather(found):
         found |= other
     if not all(math.isfinite(value) for value, _ in found.values()):
-        raise ValueError("the likelihood of an answer is not a finite number: the model's logits hold NaN or Inf")
+        raise Mistake("the likelihood of an answer is not a finite number: the model's logits hold NaN or Inf")
     return [found[index] for index in range(len(requests))]
 
 

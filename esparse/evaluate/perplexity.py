@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esparse.errors import Mistake
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 
@@ -37,7 +38,7 @@ def window_losses(
             losses += [_mean_loss(*window) for window in zip(blocks.logits(ids_BL, hidden_BLH), ids_BL, strict=True)]
     losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
-        raise ValueError("the perplexity is not a finite number: the model's logits hold NaN or Inf")
+        raise Mistake("the perplexity is not a finite number: the model's logits hold NaN or Inf")
     return losses_W
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -49,20 +50,20 @@ class ZeroShot:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"zeroshot.limit must be at least 1 question or null, got {self.limit}")
+            raise Mistake(f"zeroshot.limit must be at least 1 question or null, got {self.limit}")
         if self.shots is not None and self.shots < 0:
-            raise ValueError(f"zeroshot.shots must not be negative, got {self.shots}")
+            raise Mistake(f"zeroshot.shots must not be negative, got {self.shots}")
         if doubled := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
-            raise ValueError(f"zeroshot.tasks names {doubled[0]} twice: name each task once")
+            raise Mistake(f"zeroshot.tasks names {doubled[0]} twice: name each task once")
         if self.data is not None and not Path(self.data).expanduser().is_dir():
-            raise ValueError(
+            raise Mistake(
                 f"zeroshot.data={self.data} is no folder: expected one that holds <task>/<split>.jsonl or .parquet"
             )
         for task in self.tasks:
             if task != BUILTIN and task_file(task) is None and task not in (known := _index().all_tasks):
                 near = difflib.get_close_matches(task, [BUILTIN, *known], n=5)
                 hint = f"; near it: {', '.join(near)}" if near else ""
-                raise ValueError(f"zeroshot.tasks: lm-eval knows no task {task!r}{hint}")
+                raise Mistake(f"zeroshot.tasks: lm-eval knows no task {task!r}{hint}")
 
     def load(self) -> dict[str, Any]:
         """The tasks with their data, as lm-eval takes them.
@@ -80,7 +81,7 @@ class ZeroShot:
                 loaded[part] |= of_task
         for name, task in loaded["tasks"].items():
             if task.OUTPUT_TYPE not in MEASURED:
-                raise ValueError(
+                raise Mistake(
                     f"the task {name} has the model write text, which is not measured here: choose tasks of multiple "
                     "choice or of likelihoods"
                 )
@@ -99,7 +100,7 @@ class ZeroShot:
         file = task_file(name)
         if file is None:
             if self.data is not None:
-                raise ValueError(
+                raise Mistake(
                     f"zeroshot.tasks: {name} is a group of tasks, and zeroshot.data has data by task: name its tasks"
                 )
             return _from_hub(_index(), name)
@@ -110,7 +111,7 @@ class ZeroShot:
             try:
                 return dict(TaskManager(include_path=folder, include_defaults=False).load([name]))
             except Exception as cause:  # `datasets` and what a task does with a row fail in many types
-                raise ValueError(
+                raise Mistake(
                     f"zeroshot.data: the files in {Path(self.data) / name} are not what the task {name} reads "
                     f"({type(cause).__name__}: {_first_line(cause)})"
                 ) from cause
@@ -124,17 +125,17 @@ class ZeroShot:
         folder = Path(self.data).expanduser() / name
         found = {split: path for split in wanted.values() if (path := _copy(folder, split)) is not None}
         if measured is None:
-            raise ValueError(f"the task {name} names no split to be measured on: it cannot have local copies")
+            raise Mistake(f"the task {name} names no split to be measured on: it cannot have local copies")
         if measured not in found:
             endings = " or ".join(f"{measured}{ending}" for ending in (".jsonl", ".parquet"))
             there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-            raise ValueError(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {there or 'nothing'}")
+            raise Mistake(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {there or 'nothing'}")
         examples = wanted.get("fewshot_split") or wanted.get("training_split")
         if self.shots and examples not in (None, *found):
-            raise ValueError(f"zeroshot.data: examples of the task {name} come from {folder}/{examples}.*, not there")
+            raise Mistake(f"zeroshot.data: examples of the task {name} come from {folder}/{examples}.*, not there")
         kinds = {ENDINGS[path.suffix] for path in found.values()}
         if len(kinds) > 1:
-            raise ValueError(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
+            raise Mistake(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
         files = {split: str(path.resolve()) for split, path in found.items()}
         # The copies are read into memory: the cache of `datasets` would keep one more copy.
         reading = {"data_files": files, "keep_in_memory": True, "cache_dir": str(cache / "cache")}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.models.load import DTYPES
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ class ToFolder(Export):
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"export.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise Mistake(f"export.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.order not in ORDERS:
-            raise ValueError(f"export.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+            raise Mistake(f"export.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
 
     def place(self, folder: Path) -> Path:
         """Where the checkpoint goes, for a run in this folder."""

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.export import Finished, ToFolder
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Dense(ToFolder):
         layers = BlockMatrices(blocks.blocks[0], f"{blocks.prefix}.0").layers()
         without = [matrix.name for matrix in layers if matrix.layer is not None and matrix.layer.bias is None]
         if without:
-            raise ValueError(
+            raise Mistake(
                 f"the recovery gives biases to layers that have none ({without[0]}, ...), and an ordinary checkpoint "
                 f"of {type(blocks.model).__name__} has no place for them: use export=packed"
             )

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.export import Finished, ToFolder
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Packed(ToFolder):
 
     def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
         if not pattern.parts():
-            raise ValueError(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
+            raise Mistake(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
         if self.order == "original" and shuffled and len(pattern.parts()) > 1:
-            raise ValueError(
+            raise Mistake(
                 "salient weights are stored by their runs of columns, which a shuffle reorders: use "
                 "export.order=physical, or shuffle=none"
             )

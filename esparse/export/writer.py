@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from esparse.models import source
+from esparse.errors import Mistake
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
@@ -46,7 +47,7 @@ Precision = Callable[[str], torch.dtype]  # of a tensor, by its name in the stat
 def check_place(place: Path) -> None:
     """Raises ValueError where something is that no export left, which one would have to overwrite."""
     if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"export.path={place} is there already, and is no export of esparse: name another folder")
+        raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 class Draft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from esparse.errors import Mistake
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,12 +24,12 @@ class Launcher:
     def __post_init__(self) -> None:
         for name in ("runs_per_job", "array_parallelism", "timeout_min"):
             if getattr(self, name) < 1:
-                raise ValueError(f"hydra.launcher.{name} must be at least 1, got {getattr(self, name)}")
+                raise Mistake(f"hydra.launcher.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("signal_delay_s", "max_num_timeout"):
             if getattr(self, name) < 0:
-                raise ValueError(f"hydra.launcher.{name} must not be negative, got {getattr(self, name)}")
+                raise Mistake(f"hydra.launcher.{name} must not be negative, got {getattr(self, name)}")
         if self.signal_delay_s >= 60 * self.timeout_min:
-            raise ValueError(
+            raise Mistake(
                 f"hydra.launcher.signal_delay_s={self.signal_delay_s} is the whole time limit of {self.timeout_min} min"
             )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.metrics import Metric
 from esparse.metrics.nowag import normalised
 from esparse.metrics.ria import relative_importance
@@ -41,11 +42,11 @@ class Entropy(Metric):
             ("range", self.range, ("channel", "layer", "fixed")),
         ):
             if value not in known:
-                raise ValueError(f"metric.{setting} must be one of {', '.join(known)}, got {value!r}")
+                raise Mistake(f"metric.{setting} must be one of {', '.join(known)}, got {value!r}")
         if self.bins < 2:
-            raise ValueError(f"metric.bins must be at least 2, since one bin has no entropy; got {self.bins}")
+            raise Mistake(f"metric.bins must be at least 2, since one bin has no entropy; got {self.bins}")
         if self.limit <= 0:
-            raise ValueError(f"metric.limit must be positive, got {self.limit:g}")
+            raise Mistake(f"metric.limit must be positive, got {self.limit:g}")
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import ColumnEntropy, ColumnNorm

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.metrics import Metric
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Gradient(Metric):
     def __post_init__(self) -> None:
         check_source(self.source)
         if self.alpha < 0:
-            raise ValueError(f"metric.alpha must not be negative, got {self.alpha:g}")
+            raise Mistake(f"metric.alpha must not be negative, got {self.alpha:g}")
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import ColumnNorm
@@ -48,7 +49,7 @@ class Gradient(Metric):
 def check_source(source: str) -> None:
     """Raises ValueError where `source` names no gradient that there is."""
     if source not in ("model", "block"):
-        raise ValueError(f"metric.source must be one of model, block, got {source!r}")
+        raise Mistake(f"metric.source must be one of model, block, got {source!r}")
 
 
 def mean_square_gradient(weight_OI: Tensor, stats: LayerStats) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esparse.linalg import all_finite
 from esparse.models.blocks import BlockModel, Call
+from esparse.errors import Mistake
 
 
 class Activations:
@@ -70,7 +71,7 @@ class Activations:
         for batch in range(len(self.hidden)):
             out = self.run(index, batch)
             if not all_finite(out):
-                raise ValueError(
+                raise Mistake(
                     f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
                     "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
                 )

@@ -25,6 +25,7 @@ from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
+from esparse.errors import Mistake
 
 # Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -150,10 +151,10 @@ class BlockModel:
         seen = {id(parameter) for parameter in self.model.parameters()}.difference(*blocks)
         for name, own in self.model.named_parameters(remove_duplicate=False):
             if id(own) not in seen and not name.startswith(f"{self.prefix}."):
-                raise ValueError(f"{name} is also a block's weight; {INSTEAD}")
+                raise Mistake(f"{name} is also a block's weight; {INSTEAD}")
         for index, of_block in enumerate(blocks):
             if seen & of_block:
-                raise ValueError(f"{self.prefix}.{index} shares weights with a block before it; {INSTEAD}")
+                raise Mistake(f"{self.prefix}.{index} shares weights with a block before it; {INSTEAD}")
             seen |= of_block
 
     @contextmanager
@@ -225,7 +226,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [name for name, blocks in lists.items() if len(blocks) == expected]
     if not fitting:
-        raise ValueError(
+        raise Mistake(
             f"no list of {expected} decoder blocks in {type(model).__name__} (lists found: "
             f"{', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
             "esparse prunes decoder-only language models"

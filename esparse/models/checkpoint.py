@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from esparse.errors import Mistake
 
 # In the order in which transformers looks for them.
 NAMES = (
@@ -43,7 +44,7 @@ class Checkpoint:
             for name in shapes(self.paths[0]):
                 if (tensor := read(name)).is_floating_point():
                     return tensor.dtype
-        raise ValueError(f"{self.paths[0]} holds no floating-point weights")
+        raise Mistake(f"{self.paths[0]} holds no floating-point weights")
 
 
 def paths(entry: Path) -> list[Path]:
@@ -97,5 +98,5 @@ def _mapped(file: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError as error:  # PyTorch's format before 1.6, or a file cut short
         first = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read tensor by tensor ({first}): use model.store=memory") from error
+        raise Mistake(f"{file} cannot be read tensor by tensor ({first}): use model.store=memory") from error
     return tensors

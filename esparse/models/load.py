@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +53,13 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise Mistake(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.store not in STORES:
-            raise ValueError(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
+            raise Mistake(f"model.store must be one of {', '.join(STORES)}, got {self.store!r}")
         if self.activations not in PLACES:
-            raise ValueError(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
+            raise Mistake(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"model.batch_tokens must be positive, got {self.batch_tokens}")
+            raise Mistake(f"model.batch_tokens must be positive, got {self.batch_tokens}")
 
     def tokens_at_once(self, device: torch.device) -> int:
         """About how many tokens a forward pass takes."""
@@ -90,11 +91,11 @@ class Model:
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.devices)
         if device is None or device.type == "cpu":  # cpu:0
-            raise ValueError(
+            raise Mistake(
                 f"model.devices must be auto, cpu, cuda or cuda:N, or cpu:N for N processes, got {self.devices!r}"
             )
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
+            raise Mistake(
                 f"model.devices={self.devices} asks for a GPU, but PyTorch {torch.__version__} sees "
                 f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
             )
@@ -126,7 +127,7 @@ def load(
         check_files(local)
         path = str(local)
     elif local.is_file():
-        raise ValueError(f"model.path: {path} is a file, and a model is a directory with a config.json")
+        raise Mistake(f"model.path: {path} is a file, and a model is a directory with a config.json")
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model.path: there is no directory {path}")
     if not local.is_dir():
@@ -167,14 +168,14 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
     except Exception as error:  # of many types: readers of vocabularies, packages that are not there, remote code
         if is_local and not any((Path(path) / name).is_file() for name in VOCABULARIES):
-            raise ValueError(
+            raise Mistake(
                 f"{model.path} has no tokenizer: none of {', '.join(VOCABULARIES)} lies there; copy the model's own"
             ) from error
         raise _explained(model.path, is_local, error, "tokenizer") from error
     embedded = getattr(config.get_text_config(), "vocab_size", None)
     tokens = len(tokenizer)
     if tokens <= FEW_TOKENS < (embedded or FEW_TOKENS):
-        raise ValueError(
+        raise Mistake(
             f"the tokenizer of {model.path} has a vocabulary of {tokens} tokens, and the model one of {embedded:,}: "
             "its files (tokenizer.json, tokenizer.model or vocab.json) are missing, copy them beside config.json"
         )
@@ -232,10 +233,10 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
             raise
         raise _explained(model.path, is_local, error) from error
     if info["mismatched_keys"]:
-        raise ValueError(mismatch(model.path, *max(info["mismatched_keys"])))
+        raise Mistake(mismatch(model.path, *max(info["mismatched_keys"])))
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
+        raise Mistake(
             f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
             f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from esparse.errors import Mistake
 from esparse.models import host_memory
 from esparse.models.checkpoint import Checkpoint, opened
 from esparse.parallel.ranks import Ranks
@@ -178,15 +179,15 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     for names in aliases.values():
         there = [file_name for name in names if (file_name := in_file(name)) is not None]
         if not there:
-            raise ValueError(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
+            raise Mistake(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
         shape = skeleton.get_parameter(names[0]).shape
         if any(shapes[file_name] != shape for file_name in there):
             said = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[there[0]], shape)
             # What transformers converts while it loads may have other shapes on disk.
             converts = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(skeleton))
-            raise ValueError(f"{said}; {INSTEAD}" if converts else said)
+            raise Mistake(f"{said}; {INSTEAD}" if converts else said)
         if not _all_equal(checkpoint, there):
-            raise ValueError(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
+            raise Mistake(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
         found |= dict.fromkeys(names, there[0])
     buffers = {name: in_file(name) for name, _ in skeleton.named_buffers()}
     return found | {name: file_name for name, file_name in buffers.items() if file_name is not None}

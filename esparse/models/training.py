@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
@@ -22,7 +23,7 @@ def improved(
     """
     before = loss()
     if not math.isfinite(before):
-        raise ValueError(
+        raise Mistake(
             f"the training of {name} cannot begin: its loss is NaN or Inf; where the model is in float16, try "
             "model.dtype=bfloat16 or float32"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
+from esparse.errors import Mistake
 
 
 def check_files(files: Sequence[Path], checksums: Mapping[str, str]) -> None:
@@ -12,10 +13,10 @@ def check_files(files: Sequence[Path], checksums: Mapping[str, str]) -> None:
     for file in files:
         expected = checksums.get(file.name)
         if expected is None:
-            raise ValueError(f"{file} is no part of this packed checkpoint: its config.json does not name it")
+            raise Mistake(f"{file} is no part of this packed checkpoint: its config.json does not name it")
         if checksum(file) != expected:
             size = file.stat().st_size
-            raise ValueError(
+            raise Mistake(
                 f"{file} is damaged or cut short: its {size:,} bytes do not have the SHA-256 that config.json names; "
                 "copy it again"
             )

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from esparse import patterns
+from esparse.errors import Mistake
 from esparse.models.blocks import find_blocks
 from esparse.models.load import published_config
 from esparse.models.matrices import BlockMatrices
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for text in asked.patterns.split(","):
             if not patterns.from_str(text).parts():
-                raise ValueError(f"{text} is no pattern of n:m: nothing of it could be packed")
+                raise Mistake(f"{text} is no pattern of n:m: nothing of it could be packed")
         models = {name.rstrip("/").rpartition("/")[2]: _config(name) for name in asked.models or LLAMA}
         rows = table(models, asked.patterns.split(","))
     except (ValueError, OSError) as error:

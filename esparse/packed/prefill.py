@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from esparse.errors import Mistake
 from esparse.kernels.linear import why_not_cusparselt
 from esparse.packed.layer import PackedLinear
 
@@ -23,7 +24,7 @@ def use_sparse_cores(model: nn.Module, on: bool = True) -> dict[str, str]:
     layers = _layers(model)
     left = {name: why for name, layer in layers.items() if (why := _why_not(layer)) is not None} if on else {}
     if len(left) == len(layers) and on:
-        raise ValueError(next((f"{name}: {why}" for name, why in left.items()), "the model has no packed layer"))
+        raise Mistake(next((f"{name}: {why}" for name, why in left.items()), "the model has no packed layer"))
     for name, layer in layers.items():
         layer.use_sparse_cores(on and name not in left)
     return left

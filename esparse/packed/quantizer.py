@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from esparse.errors import Mistake
 from esparse.packed.checksums import check_files
 from esparse.packed.format import METHOD, VERSION
 
@@ -52,7 +53,7 @@ class EsparseConfig(QuantizationConfigMixin):
         whether it lies transposed, and whether its columns are ordered (never physically).
         """
         if version != VERSION:
-            raise ValueError(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+            raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
         _check_kinds({"layers": layers, "files": files, "experts": experts or {}}, dict)
         _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
         self.quant_method = METHOD
@@ -68,7 +69,7 @@ def _check_kinds(entries: dict[str, Any], kind: type) -> None:
     for name, value in entries.items():
         if not isinstance(value, kind):
             what = "an object" if kind is dict else "a list"
-            raise ValueError(
+            raise Mistake(
                 f"config.json is damaged: {name} in its quantization_config should be {what}, and is {value!r:.40}"
             )
 
@@ -80,7 +81,7 @@ def _found(model: PreTrainedModel, name: str, what: str, fits: Callable[[Any], b
     except AttributeError:
         module = None
     if module is None or not fits(module):
-        raise ValueError(_unfit(model, f"{what} {name}"))
+        raise Mistake(_unfit(model, f"{what} {name}"))
     return module
 
 
@@ -97,7 +98,7 @@ def _pattern(name: str, text: str) -> Pattern:
     try:
         return patterns.from_str(text)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"config.json is damaged: {name} has the pattern {text!r}") from error
+        raise Mistake(f"config.json is damaged: {name} has the pattern {text!r}") from error
 
 
 @register_quantizer(METHOD)
@@ -137,7 +138,7 @@ class EsparseQuantizer(HfQuantizer):
             owner = _found(model, path, "owner of packed experts", lambda found: own in found._parameters)  # noqa: B023
             old = owner.get_parameter(own)
             if old.ndim != 3 or not {"pattern", "transposed", "ordered"} <= set(how):
-                raise ValueError(_unfit(model, f"packed experts {name}"))
+                raise Mistake(_unfit(model, f"packed experts {name}"))
             del owner._parameters[own]
             owner.register_module(
                 own,
@@ -172,12 +173,12 @@ class EsparseQuantizer(HfQuantizer):
                 try:
                     check_order(order_I, len(order_I))
                 except ValueError as error:
-                    raise ValueError(f"the gather of {name} cannot be read: {error}") from error
+                    raise Mistake(f"the gather of {name} cannot be read: {error}") from error
         for name in (*self.quantization_config.layers, *self.quantization_config.experts):
             try:
                 model.get_submodule(name).settle()
             except ValueError as error:
-                raise ValueError(f"the packed layer {name} cannot be read: {error}") from error
+                raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # what unpacking took would stay with the process, as much as the packed weights themselves
         if model.device.type == "cpu" and loops(model.dtype) is None:
             log.warning(

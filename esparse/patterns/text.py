@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from esparse.errors import Mistake
 from esparse.patterns.nm import NM, Pattern
 from esparse.patterns.outliers import Salient
 from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
@@ -25,15 +26,15 @@ def parse(text: object, outliers: object = None) -> Pattern:
     if outliers is None:
         return pattern
     if not isinstance(pattern, NM):
-        raise ValueError(
+        raise Mistake(
             f"outliers survive beside an n:m pattern, and {text!r} is none: leave out outliers={outliers}, or ask for "
             "a pattern such as 8:16"
         )
     salient = _nm("outliers", outliers, OUTLIERS_EXPLAINED)
     if salient is None:
-        raise ValueError(f"{OUTLIERS_EXPLAINED}, got {outliers!r}")
+        raise Mistake(f"{OUTLIERS_EXPLAINED}, got {outliers!r}")
     if salient.m % pattern.m:
-        raise ValueError(
+        raise Mistake(
             f"outliers {salient} are chosen from whole groups of the pattern {pattern}, but {salient.m} is not a "
             f"multiple of {pattern.m}: take {salient.n} of {pattern.m * max(2, round(salient.m / pattern.m))}"
         )
@@ -50,28 +51,28 @@ def _parse(text: object) -> Pattern:
         return pattern
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:@(columns|rows|(\d+)x(\d+)))?", str(text))
     if not match:
-        raise ValueError(f"{EXPLAINED}, got {text!r}")
+        raise Mistake(f"{EXPLAINED}, got {text!r}")
     removed, what, sides = float(match[1]), match[2], match.groups()[2:]
     if not 0 < removed < 100:
-        raise ValueError(f"a pattern in per cent removes between 0% and 100%, got {text!r}")
+        raise Mistake(f"a pattern in per cent removes between 0% and 100%, got {text!r}")
     if what is None:
         return Unstructured(removed)
     if what in ("columns", "rows"):
         return Columns(removed) if what == "columns" else Rows(removed)
     height, width = map(int, sides)
     if not (height and width):
-        raise ValueError(f"a pattern's blocks are at least 1x1 (outputs x inputs), got {text!r}")
+        raise Mistake(f"a pattern's blocks are at least 1x1 (outputs x inputs), got {text!r}")
     return Blocks(removed, height, width)
 
 
 def _nm(name: str, text: object, explained: str) -> NM | None:
     """The n:m that a text names, None where it is another text; ValueError for what YAML makes of an unquoted n:m."""
     if not isinstance(text, str) or re.fullmatch(r"\d+", text):
-        raise ValueError(f"{explained}, got {text!r}: in YAML write it in quotes, unquoted 2:4 is the number 124")
+        raise Mistake(f"{explained}, got {text!r}: in YAML write it in quotes, unquoted 2:4 is the number 124")
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
         return None
     n, m = map(int, match.groups())
     if not 0 < n < m:
-        raise ValueError(f"{name} n:m needs 0 < n < m, since n of m weights survive; got {text!r}")
+        raise Mistake(f"{name} n:m needs 0 < n < m, since n of m weights survive; got {text!r}")
     return NM(n, m)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.prepare import Prepare
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Equalise(Prepare):
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 1:
-            raise ValueError(f"prepare.power must lie between 0 and 1, got {self.power}")
+            raise Mistake(f"prepare.power must lie between 0 and 1, got {self.power}")
 
     def block(self, block: Block) -> None:
         from esparse.models.graph import Wiring

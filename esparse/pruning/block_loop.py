@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from esparse.errors import Mistake
 from esparse.linalg import all_finite
 from esparse.models import host_memory
 from esparse.models.activations import Activations
@@ -221,7 +222,7 @@ def _observe(
     for group in matrices.groups:
         gram = statistics_of(group).get("gram")
         if isinstance(gram, Gram) and not all_finite(gram.gram_II):
-            raise ValueError(
+            raise Mistake(
                 f"the Gram matrix of the inputs of {group.matrices[0].name} holds NaN or Inf: try model.dtype=bfloat16 "
                 "or float32, otherwise the model's weights are damaged"
             )

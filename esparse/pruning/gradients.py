@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from esparse.errors import Mistake
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.matrices import BlockMatrices
@@ -46,7 +47,7 @@ def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) ->
     """
     length = tokens_SL.shape[1]
     if length < 2:
-        raise ValueError(f"the gradient of the loss needs calibration.length of at least 2 tokens, got {length}")
+        raise Mistake(f"the gradient of the loss needs calibration.length of at least 2 tokens, got {length}")
     parameters: dict[str, nn.Parameter] = {}
     for index, block in enumerate(blocks.blocks):
         parameters |= BlockMatrices(block, f"{blocks.prefix}.{index}", skip).parameters()
@@ -60,7 +61,7 @@ def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) ->
                 logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
                 cross_entropy(logits_LV[:-1].float(), tokens_L[1:], reduction="sum").backward()
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        raise Mistake(
             f"the whole model and its squared gradients do not fit on {blocks.device}: use metric.source=block, which "
             "needs one block"
         ) from error

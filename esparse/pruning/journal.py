@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esparse.patterns.order import check_order
+from esparse.errors import Mistake
 from esparse.records.audit import Masks
 from esparse.records.report import Stages, write_json, write_whole
 
@@ -132,7 +133,7 @@ class Journal:
                 for order_I in order.flatten(0, -2) if order.ndim > 1 else [order]:
                     check_order(order_I, order.shape[-1])
             except ValueError as error:
-                raise ValueError(f"{self._done(index)}, {name}: {error}; rerun=true begins anew") from error
+                raise Mistake(f"{self._done(index)}, {name}: {error}; rerun=true begins anew") from error
         channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
         return Entry(keeps, orders, written["facts"], channels)
 

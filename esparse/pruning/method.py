@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from esparse.allocations import Allocation, Uniform
+from esparse.errors import Mistake
 from esparse.metrics import Metric
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esparse import patterns
 from esparse.allocations import Measured
+from esparse.errors import Mistake
 from esparse.linalg import all_finite
 from esparse.metrics import Metric
 from esparse.models.block import Block
@@ -134,7 +135,7 @@ def prune(
         collects.setdefault("entropy", partial(ColumnEntropy, bins=BINS, range="channel", limit=0.0))
     walk(method, collects, prune_block, changes="pruned", journal=journal)
     if not pruned.layers:
-        raise ValueError("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
+        raise Mistake("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
         model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
         pruned.recoveries += recovery.whole(model)
@@ -164,7 +165,7 @@ def check_store(blocks: BlockModel, method: Method) -> None:
     """Raises ValueError where the method needs the whole model, which is not in memory."""
     why = method.needs_whole_model()
     if why is not None and not blocks.store.whole:
-        raise ValueError(f"{why}, which is read block by block here (model.store): use model.store=memory")
+        raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
 def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
@@ -294,7 +295,7 @@ def _finite(matrix: Matrix) -> Tensor:
     weight_OI = matrix.view().float()
     if not all_finite(weight_OI):
         bad = int((~torch.isfinite(weight_OI)).sum())
-        raise ValueError(f"{matrix.name} holds {bad} weights that are NaN or Inf: the checkpoint is damaged")
+        raise Mistake(f"{matrix.name} holds {bad} weights that are NaN or Inf: the checkpoint is damaged")
     return weight_OI.clone() if weight_OI.data_ptr() == matrix.view().data_ptr() else weight_OI
 
 
@@ -304,7 +305,7 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         return weight_OI.abs()
     scores_OI = metric.score(weight_OI, stats).float()
     if not all_finite(scores_OI):
-        raise ValueError(f"the scores of {stats.name} hold NaN or Inf: its input overflows, try model.dtype=float32")
+        raise Mistake(f"the scores of {stats.name} hold NaN or Inf: its input overflows, try model.dtype=float32")
     return scores_OI
 
 

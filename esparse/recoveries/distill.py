@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.recoveries import PrunedModel, Recovery
 
 if TYPE_CHECKING:
@@ -37,29 +38,29 @@ class Distill(Recovery):
 
     def __post_init__(self) -> None:
         if self.train not in ("full", "lora"):
-            raise ValueError(f"recovery.train must be full or lora, got {self.train!r}")
+            raise Mistake(f"recovery.train must be full or lora, got {self.train!r}")
         if self.all_parameters and self.train == "lora":
-            raise ValueError(
+            raise Mistake(
                 "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: "
                 "use recovery.train=full with it, or leave it out"
             )
         for name in ("rank", "epochs", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"recovery.{name} must be at least 1, got {getattr(self, name)}")
+                raise Mistake(f"recovery.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("alpha", "learning_rate", "temperature", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"recovery.{name} must be positive, got {value:g}")
+                raise Mistake(f"recovery.{name} must be positive, got {value:g}")
         if not 0 <= self.warm_up <= 1:
-            raise ValueError(f"recovery.warm_up is a share of the steps, between 0 and 1, got {self.warm_up:g}")
+            raise Mistake(f"recovery.warm_up is a share of the steps, between 0 and 1, got {self.warm_up:g}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"recovery.dropout is a probability, at least 0 and below 1, got {self.dropout:g}")
+            raise Mistake(f"recovery.dropout is a probability, at least 0 and below 1, got {self.dropout:g}")
         if not self.lasso >= 0:
-            raise ValueError(f"recovery.lasso must not be negative, got {self.lasso:g}")
+            raise Mistake(f"recovery.lasso must not be negative, got {self.lasso:g}")
 
     def check(self, pattern: Pattern) -> None:
         if (self.lasso or self.dropout) and pattern.swap_width is None:
-            raise ValueError(
+            raise Mistake(
                 f"recovery.lasso and recovery.dropout work on the groups of a pattern, and {pattern} has none: "
                 "set both to 0, or ask for a pattern such as 2:4"
             )

@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.patterns import Unstructured
 from esparse.recoveries import Recovery
 from esparse.updates import Solution
@@ -47,19 +48,19 @@ class Dsnot(Recovery):
 
     def __post_init__(self) -> None:
         if self.cycles < 1:
-            raise ValueError(f"recovery.cycles must be at least 1, got {self.cycles}")
+            raise Mistake(f"recovery.cycles must be at least 1, got {self.cycles}")
         for name in ("threshold", "power"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"recovery.{name} must be at least 0 and finite, got {getattr(self, name)}")
+                raise Mistake(f"recovery.{name} must be at least 0 and finite, got {getattr(self, name)}")
         for pattern in self.skip:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"recovery.skip holds {pattern!r}, which is no regular expression: {error}") from None
+                raise Mistake(f"recovery.skip holds {pattern!r}, which is no regular expression: {error}") from None
 
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None and not isinstance(pattern, Unstructured):
-            raise ValueError(
+            raise Mistake(
                 "recovery=dsnot exchanges weights within a group or a row: it needs a pattern such as 2:4 or 50%, not "
                 f"{pattern}"
             )

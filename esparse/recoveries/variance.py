@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.recoveries import Recovery
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Variance(Recovery):
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
-            raise ValueError(
+            raise Mistake(
                 f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
             )
 

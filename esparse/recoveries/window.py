@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.recoveries import Recovery
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ class Window(Recovery):
     def __post_init__(self) -> None:
         for setting, known in KNOWN.items():
             if getattr(self, setting) not in known:
-                raise ValueError(
+                raise Mistake(
                     f"recovery.{setting} must be one of {', '.join(known)}, got {getattr(self, setting)!r}"
                 )
         if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"recovery.epochs and recovery.batch must be positive, got {self.epochs} and {self.batch}")
+            raise Mistake(f"recovery.epochs and recovery.batch must be positive, got {self.epochs} and {self.batch}")
         if self.learning_rate <= 0 or not 0 <= self.warm_up <= 1 or not 0 <= self.final_rate <= 1:
-            raise ValueError(
+            raise Mistake(
                 "recovery needs learning_rate > 0 and warm_up and final_rate between 0 and 1, got "
                 f"{self.learning_rate:g}, {self.warm_up:g} and {self.final_rate:g}"
             )

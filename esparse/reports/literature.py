@@ -18,6 +18,7 @@ from typing import Any
 
 from esparse.reports.formats import csv_of, markdown_of
 from esparse.reports.grid import Grid, Record, exact, leaves, natural, read_records, spread
+from esparse.errors import Mistake
 
 NUMBERS = Path(__file__).parent.parent / "assets" / "published.csv"
 METHOD = ("prepare", "metric", "shuffle", "update", "recovery")
@@ -75,7 +76,7 @@ def read(path: Path = NUMBERS) -> list[Published]:
                 length, value = row.pop("length"), float(row.pop("value"))
                 numbers.append(Published(**row, length=int(length) if length else None, value=value))
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                raise Mistake(f"{path}, line {line}: {error}") from None
     return numbers
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from esparse.reports.grid import Grid, exact, natural, spread, text
+from esparse.errors import Mistake
 from esparse.reports.pivot import known
 
 
@@ -54,7 +55,7 @@ def pairs(table: Grid, column: str, *, across: Sequence[str] = (), value: str | 
                         | {"difference": spread(differences), "least": min(differences), "greatest": max(differences)}
                     )
     if not rows:
-        raise ValueError(f"no two runs with a {value!r} differ in {column!r} alone")
+        raise Mistake(f"no two runs with a {value!r} differ in {column!r} alone")
     asked, measured = [*across, column, "against"], ["pairs", "lower", "higher", "difference", "least", "greatest"]
     # All are shown: what one line says of all runs would not be true of those of a pair.
     return Grid(asked, measured, rows, like=dict.fromkeys(measured[3:], value), chosen=[*asked, *measured])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from esparse.reports.grid import Grid, exact, natural, text
+from esparse.errors import Mistake
 
 
 def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
@@ -33,5 +34,5 @@ def known(table: Grid, columns: Sequence[str], value: str | None) -> str:
     for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:
         if column not in there or column not in table.columns:
             found = ", ".join(c for c in there if c in table.columns and c not in ("id", "runs"))
-            raise ValueError(f"no column {column!r}; there is {found or 'nothing'}")
+            raise Mistake(f"no column {column!r}; there is {found or 'nothing'}")
     return value

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     import wandb
@@ -86,17 +87,17 @@ class Wandb(Tracking):
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"tracking.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise Mistake(f"tracking.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
-            raise ValueError(
+            raise Mistake(
                 f"tracking.project must have 1 to 128 characters, none of / \\ # ? % :, got {self.project!r}"
             )
         if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
-            raise ValueError(f"each of tracking.tags must have 1 to 64 characters, got {wrong[0]!r}")
+            raise Mistake(f"each of tracking.tags must have 1 to 64 characters, got {wrong[0]!r}")
         if wrong := [kind for kind in self.artifacts if kind not in ARTIFACTS]:
-            raise ValueError(f"each of tracking.artifacts must be one of {', '.join(ARTIFACTS)}, got {wrong[0]!r}")
+            raise Mistake(f"each of tracking.artifacts must be one of {', '.join(ARTIFACTS)}, got {wrong[0]!r}")
         if not self.timeout_s > 0:
-            raise ValueError(f"tracking.timeout_s must be more than 0 seconds, got {self.timeout_s}")
+            raise Mistake(f"tracking.timeout_s must be more than 0 seconds, got {self.timeout_s}")
 
     def in_sweep(self, name: str) -> None:
         self.group = self.group or name

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ class Search(Shuffle):
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"shuffle.objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+            raise Mistake(f"shuffle.objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram
@@ -86,7 +87,7 @@ class Search(Shuffle):
     def check(self, pattern: Pattern) -> None:
         m = pattern.swap_width
         if m is not None and self.block < 2 * m:
-            raise ValueError(
+            raise Mistake(
                 f"shuffle.block={self.block} holds fewer than two groups of {m}, between which channels could "
                 f"be swapped: use at least {2 * m}"
             )

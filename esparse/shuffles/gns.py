@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.shuffles import Layers, Shuffle
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Gns(Shuffle):
 def check_deal(deal: str) -> None:
     """Raises ValueError for an unknown deal."""
     if deal not in ("straight", "serpentine"):
-        raise ValueError(f"a deal is 'straight' or 'serpentine', got {deal!r}")
+        raise Mistake(f"a deal is 'straight' or 'serpentine', got {deal!r}")
 
 
 def dealt(scores_OI: Tensor, pattern: NM, *, deal: str) -> Tensor:

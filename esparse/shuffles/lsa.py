@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.shuffles import Search
 from esparse.shuffles.gns import check_deal, dealt
 
@@ -90,7 +91,7 @@ class Best(Search):
 
 def _check_rounds(rounds: int) -> None:
     if rounds < 1:
-        raise ValueError(f"shuffle.rounds must be at least 1, got {rounds}")
+        raise Mistake(f"shuffle.rounds must be at least 1, got {rounds}")
 
 
 def kept_score(scores_OI: Tensor, order_I: Tensor, pattern: NM) -> float:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from esparse import kernels
+from esparse.errors import Mistake
 from esparse.parallel.cores import each_core
 
 # A swap must raise what its two groups keep by more than this part of it. The float32 sums behind a gain carry
@@ -66,7 +67,7 @@ def swap_in_blocks(scores_OI: Tensor, start_I: Tensor, *, n: int, m: int, block:
 def block_width(block: int, m: int) -> int:
     """The channels of a block, rounded down to whole groups; ValueError where it holds fewer than two of them."""
     if block < 2 * m:
-        raise ValueError(f"a block of {block} channels holds fewer than two groups of {m}: use at least {2 * m}")
+        raise Mistake(f"a block of {block} channels holds fewer than two groups of {m}: use at least {2 * m}")
     return block - block % m
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from esparse.cli import session
+from esparse.errors import Mistake
 from esparse.jobs import cluster, lock, run_states
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.records.report import write_json
@@ -153,7 +154,7 @@ def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
         schema = OmegaConf.structured(LAUNCHERS[sweep.executor])
         merged = OmegaConf.merge(schema, sweep.launcher, OmegaConf.from_dotlist(list(settings)))
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise Mistake(str(error).splitlines()[0]) from None
     launcher: Any = OmegaConf.to_container(merged)
     launcher.pop("_target_", None)
     return Folder(sweep.path, sweep.executor, launcher, sweep.cwd, sweep.runs)

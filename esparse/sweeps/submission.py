@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.cli import session
+from esparse.errors import Mistake
 from esparse.jobs import cluster, lock
 from esparse.jobs.launchers import LAUNCHERS, Launcher, Slurm
 from esparse.records.report import finished, write_json
@@ -30,7 +31,7 @@ def launcher_of(sweep: Folder) -> Launcher:
     try:
         return LAUNCHERS[sweep.executor](**sweep.launcher)
     except TypeError:
-        raise ValueError(f"{sweep.path} was made by another version of esparse: submit the sweep anew") from None
+        raise Mistake(f"{sweep.path} was made by another version of esparse: submit the sweep anew") from None
 
 
 def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str, str]]:

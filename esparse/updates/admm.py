@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ class Admm(Update):
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
-            raise ValueError(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+            raise Mistake(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
         if not 0 < self.prune_iterations <= self.iterations:
-            raise ValueError(
+            raise Mistake(
                 f"update.prune_iterations must lie between 1 and update.iterations={self.iterations}, "
                 f"got {self.prune_iterations}"
             )

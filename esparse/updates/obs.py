@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ class Obs(Update):
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
-            raise ValueError(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+            raise Mistake(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
         if self.damp <= 0:
-            raise ValueError(f"update.damp must be positive, got {self.damp:g}")
+            raise Mistake(f"update.damp must be positive, got {self.damp:g}")
         if self.block < 1:
-            raise ValueError(f"update.block must be positive, got {self.block}")
+            raise Mistake(f"update.block must be positive, got {self.block}")
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

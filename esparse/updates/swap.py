@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ class Swap(Update):
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
-            raise ValueError(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
+            raise Mistake(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
 
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None:
-            raise ValueError(f"update=swap exchanges weights within groups: it needs an n:m pattern, not {pattern}")
+            raise Mistake(f"update=swap exchanges weights within groups: it needs an n:m pattern, not {pattern}")
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

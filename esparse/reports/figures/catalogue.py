@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.reports.figures import channels, curves
 from esparse.reports.figures.plots import perplexities
 from esparse.reports.grid import Record
@@ -110,10 +111,10 @@ def plot(
 ) -> None:
     """Writes one picture; ValueError for another type than .png, .svg or .pdf, or where no run has the data."""
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"a plot is written as {', '.join(FORMATS)}, not as {path.name!r}")
+        raise Mistake(f"a plot is written as {', '.join(FORMATS)}, not as {path.name!r}")
     figure = draw(name, records, corpus=corpus, layer=layer)
     if figure is None:
-        raise ValueError(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
+        raise Mistake(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
     figure.savefig(path, dpi=200)
 
 

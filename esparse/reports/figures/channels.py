@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from esparse.errors import Mistake
 from esparse.reports.figures.curves import Points, block_of, finished, grid_of, line
 from esparse.reports.figures.plots import COLORS, MARKERS
 from esparse.reports.grid import Record, exact, grid, leaves, text
@@ -187,7 +188,7 @@ def _chosen(names: Sequence[str], layer: str | None) -> str:
     if layer is not None:
         found = [name for name in names if layer in name]
         if not found:
-            raise ValueError(f"no input is read first by a layer called {layer!r}; there is {', '.join(names)}")
+            raise Mistake(f"no input is read first by a layer called {layer!r}; there is {', '.join(names)}")
         return found[0]
     blocks = sorted({block_of(name) for name in names})
     return next(name for name in names if block_of(name) == blocks[len(blocks) // 2])
@@ -206,7 +207,7 @@ def _input(record: Record, name: str) -> Input:
             if key in file.keys():  # noqa: SIM118
                 order_I = file.get_tensor(key)[int(expert[:-1])] if expert else file.get_tensor(key)
                 if sorted(order_I.tolist()) != list(range(len(values["norm"]))):
-                    raise ValueError(f"{folder / 'orders.safetensors'}, {key}: not an order of the channels, damaged")
+                    raise Mistake(f"{folder / 'orders.safetensors'}, {key}: not an order of the channels, damaged")
     pattern = next(layer.get("pattern", "") for layer in record["layers"] if layer["name"] == name)
     groups = re.match(r"\d+:(\d+)", pattern)
     return Input(name, values, order_I, int(groups[1]) if groups else None)
