@@ -9,6 +9,7 @@ import logging
 
 import torch
 from torch import Tensor
+
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
@@ -19,6 +20,22 @@ MOST_DAMPING = 100.0  # of the mean of the diagonal; beyond it the matrix is the
 def all_finite(x: Tensor) -> bool:
     """Whether no value is NaN or Inf: as a rule in one look at each, as the sum is not finite where one is not."""
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
+def finite(x: Tensor) -> Tensor:
+    """`all_finite` as a value on the device, for which nothing waits; no finite sum of less than float64 overflows."""
+    return torch.isfinite(x.sum(dtype=torch.float64))
+
+
+def multiplies_into_float32(x: Tensor) -> bool:
+    """Whether `torch.mm(x.T, x, out_dtype=torch.float32)` is there for it: matrix units, which add up in float32."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.device.type == "cuda"
+        and torch.version.cuda is not None
+        and "dtype" in torch.ops.aten.mm.overloads()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 def damped(gram_II: Tensor, share: float) -> Tensor:
@@ -51,6 +68,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
             lower_II, failed = torch.linalg.cholesky_ex(flipped_II)
             if failed == 0:
                 upper_II = lower_II.flip(0, 1)
+                del flipped_II, lower_II  # each is as large as G
                 one_II = torch.eye(len(upper_II), dtype=dtype, device=upper_II.device)
                 inverse_II = torch.linalg.solve_triangular(upper_II, one_II, upper=True).float()
                 if all_finite(inverse_II):

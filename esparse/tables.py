@@ -1,6 +1,7 @@
-"""`python -m esparse.tables`: a table of many records (esparse/reports/formats.py)."""
+"""`python -m esparse.tables`: a table of many records (esparse/reports/command.py)."""
 
-from esparse.reports.formats import main
+from esparse.parts import extras
+from esparse.reports.command import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(extras.explained(main, program="esparse.tables"))

@@ -15,6 +15,7 @@ the table has the medians. Cost of the first table: ten minutes on two cores, of
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ SIZES = {
     "110m": (768, 2048, 12, 32000),
     "350m": (1024, 2816, 24, 32000),
     "7b": (4096, 11008, 32, 32000),
-    "7b-8": (4096, 11008, 8, 32000),  # a quarter of its blocks: the time goes with their number
+    "7b-1": (4096, 11008, 1, 32000),  # one block, and four: the time goes with their number
+    "7b-4": (4096, 11008, 4, 32000),
 }
 METHODS = {
     "magnitude": ["metric=magnitude", "shuffle=none"],
@@ -196,7 +198,8 @@ def _entered(
 ) -> tuple[list[Tensor], dict[int, dict[str, Any]]]:
     """The hidden states that enter the first block by micro-batch, and the blocks' arguments by sequences in one."""
     length = tokens_SL.shape[1]
-    hidden = [model.model.embed_tokens(tokens_BL) for tokens_BL in tokens_SL.split(max(1, batch_tokens // length))]
+    embed = model.model.embed_tokens.to(device)
+    hidden = [embed(tokens_BL.to(device)) for tokens_BL in tokens_SL.split(max(1, batch_tokens // length))]
     positions = torch.arange(length, device=device)[None]
     angles = model.model.rotary_emb.to(device)(hidden[0].to(device), positions)
     # Without a mask, attention is causal.
@@ -228,13 +231,7 @@ def esparse_run(overrides: list[str]) -> Callable[..., None]:
 
 def one(settings: dict[str, Any]) -> dict[str, Any]:
     """Times one method in this process."""
-    plain = {
-        "two forward passes": two_forward_passes,
-        "plain wanda": plain_wanda,
-        "plain sparsegpt": plain_sparsegpt,
-    }
-    method = settings["method"]
-    run = plain.get(method) or esparse_run(METHODS[method])
+    run = _way(settings["method"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     length = settings["length"]
     model = llama(settings["size"], length, getattr(torch, settings["dtype"]))
@@ -243,12 +240,45 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     # Threads, caches, kernels and compiled loops, as a run of any length pays for them once.
     home = settings.get("activations", "host")
     run(llama("warm", 64, getattr(torch, settings["dtype"])), torch.arange(128).view(2, 64), device, 64, home)
+    return _timed(run, model, tokens_SL, device, settings["batch_tokens"], home)
+
+
+def one_after_the_other(settings: dict[str, Any], methods: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Times methods, each with the place of the hidden states, on copies of one model in this process.
+
+    Each goes through one block of that shape first, so that no kernel is compiled in its time. What memory the host
+    had at most is that of all methods so far.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, length = getattr(torch, settings["dtype"]), settings["length"]
+    seeded = torch.Generator().manual_seed(1)
+    tokens_SL = torch.randint(1, 4096, (settings["sequences"], length), generator=seeded)
+    model, warm = llama(settings["size"], length, dtype), llama(settings["warm"], length, dtype)
+    for method, home in methods:
+        run, batch_tokens = _way(method), settings["batch_tokens"]
+        run(copy.deepcopy(warm), tokens_SL[:16], device, batch_tokens, home)
+        fresh = copy.deepcopy(model)
+        yield {"method": method, "activations": home} | _timed(run, fresh, tokens_SL, device, batch_tokens, home)
+
+
+def _way(method: str) -> Callable[..., None]:
+    plain = {
+        "two forward passes": two_forward_passes,
+        "plain wanda": plain_wanda,
+        "plain sparsegpt": plain_sparsegpt,
+    }
+    return plain.get(method) or esparse_run(METHODS[method])
+
+
+def _timed(
+    run: Callable[..., None], model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, home: str
+) -> dict[str, Any]:
     before = _peak_host_mib()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    run(model, tokens_SL, device, settings["batch_tokens"], home)
+    run(model, tokens_SL, device, batch_tokens, home)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from esparse.reports.grid import Record, read_records
+from esparse.reports.reading import Record, read_records
 
 PAIRS = [
     ("wanda", "magnitude"),

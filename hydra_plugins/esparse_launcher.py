@@ -1,7 +1,7 @@
 """How Hydra hands the runs of a sweep to esparse: to a queue (hydra/launcher=a100, ...), or to this process.
 
 Hydra looks for sweepers and launchers here only. A run's settings are composed once, by the check of the whole sweep
-before its first run (session.Sweep); Hydra's own sweeper and launcher would do it twice more.
+before its first run (esparse/cli/sweep_check.py); Hydra's own sweeper and launcher would do it twice more.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Sweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Composes only what the check could not: Hydra says why."""
-        from esparse.cli import session
+        from esparse.cli.call import call
 
-        super().validate_batch_is_legal([overrides for overrides in batch if tuple(overrides) not in session.asked])
+        super().validate_batch_is_legal([overrides for overrides in batch if tuple(overrides) not in call.runs])
 
 
 class _Here(Launcher):
@@ -41,10 +41,11 @@ class _Here(Launcher):
         self._variables = config.hydra.job.env_set
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from esparse.cli import session
+        from esparse.cli.attempt import carry_out_all
+        from esparse.cli.call import call
 
         with env_override(self._variables):
-            session.carry_out_all([session.asked[tuple(overrides)] for overrides in job_overrides])
+            carry_out_all([call.runs[tuple(overrides)] for overrides in job_overrides])
         return []
 
 
@@ -59,11 +60,18 @@ class _Submitted(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """What is submitted are the settings that were composed and checked before, not the overrides."""
-        from esparse.cli import session
+        from esparse.cli.call import call
+        from esparse.cli.sweep_check import give_away
+        from esparse.parts import extras
         from esparse.sweeps import commands
 
-        asked = [session.asked[tuple(overrides)] for overrides in job_overrides]
-        session.give_away(lambda: commands.launch(self._sweep, self.executor, self._settings, asked), asked)
+        asked = [call.runs[tuple(overrides)] for overrides in job_overrides]
+
+        def submit() -> bool:
+            extras.need("submitit", f"a sweep in a queue ({self.executor})")
+            return commands.launch(self._sweep, self.executor, self._settings, asked)
+
+        give_away(submit, asked)
         return []
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from esparse.cli import registry, session
+from esparse.cli import attempt as one_run
+from esparse.cli import registry
+from esparse.cli.call import call
 from tests import forks
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -43,10 +45,10 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
     settings = registry.resolved(config, experiment, config.hydra.runtime.choices)
     logging.getLogger("esparse").setLevel(logging.INFO)
     sys.addaudithook(watch)
-    session.carry_out(experiment, settings)
+    one_run.carry_out(experiment, settings)
     if counted is not None:
         counted.write_text(str(events))
-    sys.exit(session._seen["code"])
+    sys.exit(call.code)
 
 
 def start(overrides: list[str], *, kill_at: int | None = None, counted: Path | None = None) -> BaseProcess:

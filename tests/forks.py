@@ -22,13 +22,14 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
-import esparse.cli.session
+import esparse.cli.attempt
+import esparse.cli.sweep_check
 
 # Imported once, for all children.
 import esparse.evaluate.perplexity
 import esparse.evaluate.zeros
 import esparse.pruning.prune
-import esparse.reports.formats
+import esparse.reports.command
 import esparse.run.experiment  # noqa: F401
 
 Plugins.instance()  # Hydra looks for them once

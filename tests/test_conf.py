@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -9,27 +10,19 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra.core.config_store import ConfigStore
 
 from esparse.cli import registry
+from esparse.cli.help_text import store_not_copied
+from esparse.records.groups import GROUPS, METHOD, title
 from esparse.records.report import run_id
-from esparse.run.experiment import Experiment
+from esparse.run.settings import Experiment
+from tests.workshop import launch
 
 CONF = Path(__file__).parent.parent / "conf"
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-# Options that give another class's numbers, or several classes in a row.
-MADE_FROM = {
-    ("metric", "regional"): "gradient",
-    ("update", "sparsegpt"): "obs",
-    ("update", "joint"): "then",
-    ("update", "refine"): "then",
-    ("recovery", "distill_lora"): "distill",
-    ("recovery", "block"): "window",
-    ("recovery", "matching"): "window",
-    ("recovery", "window_parent"): "window",
-    ("recovery", "variance_block"): "then",
-}
+FOLDERS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+OPTIONS = [(group, path.stem) for group in FOLDERS for path in sorted((CONF / group).glob("*.yaml"))]
+ROW = "then"  # the class of options that are several others in a row; no option by itself
 # What an option cannot know by itself.
 NEEDED = {"hf": ["model.path=somewhere"]}
 NEEDED_BY = {
@@ -86,9 +79,7 @@ def test_every_option_composes_into_its_class_and_its_settings_become_the_experi
     config = compose("config", [f"{group}={option}", *extra], return_hydra_config=True)
     asked = registry.build(config)
     component = getattr(asked, group)
-    known = registry.CHOICES[group]
-    expected = known.get("any") or known.get(option) or known[MADE_FROM[group, option]]
-    assert type(component) is expected
+    assert type(component) is GROUPS[group].component(option)
     assert is_dataclass(component)
     # What a node reads from sweep.json is what was composed where the sweep was submitted.
     settings = registry.resolved(config, asked, config.hydra.runtime.choices)
@@ -96,12 +87,10 @@ def test_every_option_composes_into_its_class_and_its_settings_become_the_experi
 
 
 def test_table_of_choices_and_folder_agree() -> None:
-    assert set(registry.CHOICES) == set(GROUPS)
+    assert set(registry.CHOICES) == set(GROUPS) == set(FOLDERS)
     for group, known in registry.CHOICES.items():
         if "any" not in known:
-            options = {option for of, option in OPTIONS if of == group}
-            made = {MADE_FROM.get((group, option), option) for option in options}
-            assert set(known) == made
+            assert set(known) - {ROW} == {option for of, option in OPTIONS if of == group}
 
 
 def test_sparsegpt_implies_its_update_and_can_do_without() -> None:
@@ -117,7 +106,9 @@ def test_updates_in_a_row_keep_their_classes_in_the_record() -> None:
 
 
 def test_help_names_every_option_and_value() -> None:
-    text = OmegaConf.load(CONF / "hydra" / "help" / "esparse.yaml")["template"]
+    done = launch("--help", cwd=CONF.parent)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    text, _, _ = done.stdout.partition("All settings of this command line")
     lines = text.splitlines()
     for group, option in OPTIONS:
         start = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{group}="))
@@ -166,9 +157,28 @@ def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
             assert run_id(settings("seed=5", asked)) != run_id(with_all)
 
 
+def test_hydras_store_is_as_it_was_outside_of_a_call() -> None:
+    """A process may have another Hydra app."""
+    store = ConfigStore.instance()
+    with store_not_copied():
+        assert copy.deepcopy(store) is store
+    assert copy.deepcopy(store) is not store
+
+
+def test_every_group_says_what_it_counts_for() -> None:
+    asked = settings()
+    for name, group in GROUPS.items():
+        assert group.neutral is None or (CONF / name / f"{group.neutral}.yaml").exists(), name
+        assert set(group.notes) <= {option for of, option in OPTIONS if of == name}, f"notes on no option of {name}"
+        if group.method and group.neutral:
+            choices = asked["choices"] | {name: group.neutral}
+            assert group.neutral not in title(asked | {"choices": choices}).split()
+    assert METHOD == ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
+
+
 def test_a_run_has_a_short_name() -> None:
-    assert registry.title(settings()) == "tiny 2:4 entropy esparse"
-    assert registry.title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
+    assert title(settings()) == "tiny 2:4 entropy esparse"
+    assert title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ MODULES = {
 # From the bottom to the top: a part imports only what stands on a lower line, or stands in the same part. Pruning
 # stands beside what counts bytes, measures quality and takes times: it is to know of none of them.
 LAYERS = [
+    {"errors"},
+    {"parts"},
     {"patterns", "linalg", "records", "parallel", "kernels"},
     {"models", "data", "stats", "jobs", "reports"},
     {"metrics", "shuffles", "updates", "prepare"},
@@ -31,13 +33,24 @@ LAYERS = [
     {"run"},
     {"cli"},
     {"sweeps"},
-    {"tables", "sweep", "published"},
+    {"tables", "sweep", "published", "__main__", "api"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 FENCES = {
     "hydra": {"cli"},
     "wandb": {"run.tracking"},
-    "transformers": {"models", "data", "evaluate", "packed", "export", "cli.session", "run.measure", "run.record"},
+    "transformers": {
+        "models",
+        "data",
+        "evaluate",
+        "packed",
+        "export",
+        "cli.main",
+        "run.inputs",
+        "run.record",
+        "run.measure",
+        "api",
+    },
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"sweeps"},

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from esparse.packed import memory
+from esparse.records.groups import METHOD
 from esparse.sweeps import commands as sweep
 from esparse.sweeps.folder import Folder
 from tests import test_docs
@@ -32,12 +33,12 @@ README = (ROOT / "README.md").read_text()
 # Carried out elsewhere: the file that does it, and the words in it by which it can be told.
 ELSEWHERE = {
     "python3 -m venv .venv": (".ci/run", "<!-- tests -->"),
-    ".venv/bin/pip install -q -e .": (".ci/run", "<!-- tests -->"),
+    ".venv/bin/pip install -q -e '.[all]'": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
-    "pip install -e '.[cpu]'": ("pyproject.toml", "cpu = ["),
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),
+    "python -m esparse": ("tests/test_install.py", '"-m", "esparse"'),
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }
@@ -164,7 +165,7 @@ def swept(words: list[str], at: At) -> None:
 def submitted(root: Path) -> Path:
     """The folder of a sweep on Slurm, whose only run has failed."""
     config = {"output_root": str(root / "out"), "pattern": "2:4", "outliers": None, "model": {"name": "tiny"}}
-    config["choices"] = {group: "none" for group in test_docs.registry.METHOD}
+    config["choices"] = {group: "none" for group in METHOD}
     settings: Any = OmegaConf.to_container(composed("hydra/launcher=site").hydra.launcher, resolve=True)
     settings.pop("_target_")
     folder = Folder.create(root / "out" / "sweeps" / "NAME", "slurm", settings, [config])

@@ -62,9 +62,7 @@ class ModelBench(Bench):
         from esparse.models import context
 
         if any(parameter.is_meta for parameter in subject.model.parameters()):
-            raise Mistake(
-                "bench=model times the whole model, whose weights are not in memory: use model.store=memory"
-            )
+            raise Mistake("bench=model times the whole model, whose weights are not in memory: use model.store=memory")
         how = Protocolled(self.warm_up, self.repeats, self.least_ms, self.graph_below_ms)
         model: Any = subject.model.to(subject.device)
         measured = Measured()
@@ -215,15 +213,16 @@ def _packed(layer: Any, name: str, subject: Subject, orders: dict[bytes, Any]) -
 def _search(layers: Mapping[str, Packed], subject: Subject, algorithms: Any, tokens: list[int]) -> None:
     """The fastest algorithm of each layer that cuSPARSELt computes, for each number of tokens."""
     from esparse.bench.products import Case
-    from esparse.kernels.linear import GEMV_TOKENS
+    from esparse.kernels.linear import few_tokens
 
     wanted: dict[Case, list[Packed]] = {}
     for packed in layers.values():
         if packed.blob is not None:
             rows, inputs = packed.values.shape[0], packed.values.shape[1] * 2
             name = str(packed.values.dtype).removeprefix("torch.")
+            few = few_tokens(packed.values.dtype, inputs, n=subject.nm.n, m=subject.nm.m)
             for count in tokens:
-                if count > GEMV_TOKENS:
+                if count > few:
                     wanted.setdefault(Case(count, rows, inputs, name, subject.nm), []).append(packed)
     if wanted:
         algorithms.search(list(wanted))
@@ -243,7 +242,8 @@ def _obeying(switch: Switch, packed: Packed, dense: Callable[[Any], Any], subjec
             return dense(x)
         tokens = x.numel() // x.shape[-1]
         there = {"on_gpu": x.is_cuda, "has_triton": kernels.has_triton(), "has_blob": packed.blob is not None}
-        way = kernels.kernel(tokens, n=nm.n, m=nm.m, **there)
+        few = kernels.few_tokens(x.dtype, x.shape[-1], n=nm.n, m=nm.m)
+        way = kernels.kernel(tokens, few, n=nm.n, m=nm.m, **there)
         switch.ways.add(way)
         order = packed.order
         if order is not None and way != "gemv":  # which gathers by itself

@@ -186,13 +186,14 @@ def _no_packed(case: Case) -> str | None:
 
 
 def _no_gemv(case: Case) -> str | None:
-    if case.tokens > packed.GEMV_TOKENS:
-        return f"the packed matrix-vector kernel is for at most {packed.GEMV_TOKENS} tokens"
+    few = packed.few_tokens(case.type, case.inputs, n=case.nm.n, m=case.nm.m)
+    if case.tokens > few:
+        return f"the packed matrix-vector kernel is for at most {few} tokens"
     return _no_packed(case)
 
 
 def _no_expanding(case: Case) -> str | None:
-    if case.tokens <= packed.GEMV_TOKENS:
+    if case.tokens <= packed.few_tokens(case.type, case.inputs, n=case.nm.n, m=case.nm.m):
         return "few tokens go through the packed matrix-vector kernel"
     return _no_packed(case)
 

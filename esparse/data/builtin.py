@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+
 from esparse.errors import Mistake
 
 HELD_OUT_ONE_IN = 10

@@ -44,11 +44,18 @@ class Calibration:
 
         `family`: the model's, which may expect a beginning token. Of a file of more than 8 million characters only
         what is needed is tokenised. Windows of a stream may overlap and, rarely, repeat. A stream of several documents
-        has them in random order and
-        ends once it holds 16 times the tokens asked, so that a small sample does not tokenise a large corpus. Raises
-        ValueError where the length asked is too long for the model or the corpus too short for it, and what
-        `corpora.read` raises.
+        has them in random order and ends once it holds 16 times the tokens asked, so that a small sample does not
+        tokenise a large corpus. Raises Mistake if the length asked is too long for the model or the corpus too short
+        for it, and what `corpora.read` raises.
         """
+        from esparse.data import tokens
+
+        render = tokens.chat_template(tokenizer, "calibration.chat") if self.chat else None
+        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column, render=render)
+        return self.sample_of(corpus, tokenizer, longest, family)
+
+    def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
+        """As `sample`, of a text that was read already."""
         import torch
 
         from esparse.data import tokens
@@ -57,8 +64,6 @@ class Calibration:
         begin = tokens.beginning(self.bos, tokenizer, family, "calibration.bos")
         if begin is not None and length < 2:
             raise Mistake(f"calibration.length={length} has room for the beginning token only: set it to 2 or more")
-        render = tokens.chat_template(tokenizer, "calibration.chat") if self.chat else None
-        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column, render=render)
         count, generator = self.sequences, torch.Generator().manual_seed(self.seed)
         how: tokens.Drawn = {"count": count, "length": length, "generator": generator, "begin": begin}
         if corpus.apart:

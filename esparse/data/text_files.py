@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")

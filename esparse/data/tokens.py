@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from esparse.data.corpora import Corpus
-from esparse.errors import Mistake
 from esparse.data.text_files import LongText
+from esparse.errors import Mistake
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -67,7 +67,7 @@ def stream(corpus: Corpus, tokenizer: Tokenizer, at_most: int | None = None) -> 
     tokens_T = tokens_T[:at_most].clone()
     if key is not None:
         while len(_streams) >= STREAMS_KEPT:
-            del _streams[next(iter(_streams))]
+            _streams.pop(next(iter(list(_streams))), None)  # another thread may have done so
         _streams[key] = tokens_T
     return tokens_T
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from esparse.data.corpora import Corpus
+
 
 @dataclass(kw_only=True, slots=True)
 class Perplexity:
@@ -50,11 +52,17 @@ class Perplexity:
         """
         from esparse.data import tokens
 
-        length = tokens.sequence_length(self.length, longest, "evaluate.length")
         path = self.path if corpus == "text" else None
-        begin = tokens.beginning(self.bos, tokenizer, family, "evaluate.bos")
         render = tokens.chat_template(tokenizer, "evaluate.chat") if self.chat else None
         text = corpora.read(corpus, "evaluation", path=path, column=self.column, render=render)
+        return self.windows_of(text, tokenizer, longest, family)
+
+    def windows_of(self, text: Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
+        """As `windows`, of a text that was read already."""
+        from esparse.data import tokens
+
+        length = tokens.sequence_length(self.length, longest, "evaluate.length")
+        begin = tokens.beginning(self.bos, tokenizer, family, "evaluate.bos")
         tokens_T = tokens.stream(text, tokenizer, at_most=self.max_tokens)
         windows_WL = tokens.windows(tokens_T, length, begin)[: text.most_windows]
         if self.max_tokens is not None:

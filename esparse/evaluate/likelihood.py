@@ -67,8 +67,8 @@ def _logits(
     with blocks.ends_resident():
         for bucket, tokens_BL, stream in zip(buckets, tokens, streams, strict=True):
             of_bucket = iter(bucket)
-            for ids_BL, hidden_BLH in zip(blocks.micro_batches(tokens_BL), stream.hidden, strict=True):
-                yield from ((next(of_bucket), logits_LV) for logits_LV in blocks.logits(ids_BL, hidden_BLH))
+            for batch, ids_BL in enumerate(blocks.micro_batches(tokens_BL)):
+                yield from ((next(of_bucket), logits_LV) for logits_LV in stream.logits(batch, ids_BL))
 
 
 def _log_likelihood(logits_LV: Tensor, inputs: Tokens, continuation: Tokens) -> tuple[float, bool]:

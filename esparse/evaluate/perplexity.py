@@ -34,8 +34,8 @@ def window_losses(
         on_block(index)
     losses = []
     with blocks.ends_resident():
-        for ids_BL, hidden_BLH in zip(blocks.micro_batches(windows_WL), activations.hidden, strict=True):
-            losses += [_mean_loss(*window) for window in zip(blocks.logits(ids_BL, hidden_BLH), ids_BL, strict=True)]
+        for batch, ids_BL in enumerate(blocks.micro_batches(windows_WL)):
+            losses += [mean_loss(*window) for window in zip(activations.logits(batch, ids_BL), ids_BL, strict=True)]
     losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
         raise Mistake("the perplexity is not a finite number: the model's logits hold NaN or Inf")
@@ -47,7 +47,7 @@ def perplexity(losses_W: Tensor) -> float:
     return math.exp(min(float(losses_W.mean()), 700.0))
 
 
-def _mean_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
+def mean_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
     # One window at a time: float32 logits of a large vocabulary are large.
     targets_L = ids_L[1:].to(logits_LV.device)
     return float(cross_entropy(logits_LV[:-1].float(), targets_L, reduction="none").double().mean())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from esparse.errors import Mistake
 
 if TYPE_CHECKING:

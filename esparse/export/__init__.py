@@ -28,7 +28,7 @@ class Finished:
     """A pruned model and what was measured of it."""
 
     blocks: BlockModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     pruned: Pruned
     tokens_SL: Tensor  # of the calibration
     record: dict[str, Any]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esparse.records.groups import METHOD, acts
+
 LOAD = """```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,6 +69,8 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"`{record['id']}`",
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
+        f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned"
+        f"{_left(sparsity['left_dense'])}",
         f"- {choices}",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",
@@ -91,9 +95,6 @@ def _public(path: str) -> str:
     return place.name if private else path
 
 
-METHOD = ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
-
-
 def _numbers(record: dict[str, Any]) -> list[str]:
     if not record["quality"]:
         return ["- no perplexity was measured"]
@@ -105,5 +106,12 @@ def _numbers(record: dict[str, Any]) -> list[str]:
     return [*head, *rows, ""]
 
 
+def _left(left_dense: dict[str, int]) -> str:
+    if not left_dense:
+        return ""
+    names = list(left_dense)
+    return f"; dense stay {', '.join(f'`{name}`' for name in names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
 def _shuffled(record: dict[str, Any]) -> bool:
-    return bool(record["config"]["choices"]["shuffle"] != "none")
+    return acts("shuffle", record["config"]["choices"]["shuffle"])

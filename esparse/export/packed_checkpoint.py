@@ -59,7 +59,7 @@ class Packed(ToFolder):
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts, precisions
-        from esparse.packed.format import METHOD, VERSION
+        from esparse.packed.format import FORMAT_NAME, VERSION
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
         precision = precisions(run.blocks.model, dtype)
@@ -92,7 +92,7 @@ class Packed(ToFolder):
                 "not_loaded": not_loaded,
             }
             entry = {
-                "quant_method": METHOD,
+                "quant_method": FORMAT_NAME,
                 "version": VERSION,
                 "order": self.order,
                 "layers": contents.layers,
@@ -176,7 +176,7 @@ def _experts(
     for name in (name for name in tensors if name in stacks):
         groupings = [grouping for _, grouping in stacks[name]]
         pattern, ordered = groupings[0].pattern, groupings[0].order_I is not None
-        why = _why_dense(groupings)
+        why = _why_dense(stacks[name])
         if why is not None:
             contents.dense_experts[name] = tensors[name].numel() * precision(name).itemsize
             contents.why_dense = why
@@ -192,8 +192,11 @@ def _experts(
     return packed
 
 
-def _why_dense(groupings: Sequence[Grouping]) -> str | None:
+def _why_dense(experts: Sequence[tuple[Matrix, Grouping]]) -> str | None:
     """Why the experts of one parameter cannot be packed; None where they can."""
+    first, groupings = experts[0][0], [grouping for _, grouping in experts]
+    if first.rows or first.together:
+        return "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
         return "the experts of a parameter are packed in one pattern only, and they have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:

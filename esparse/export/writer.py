@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from esparse.models import source
 from esparse.errors import Mistake
+from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
@@ -96,7 +96,8 @@ class Draft:
             config["quantization_config"] = quantization
         if model.can_generate():
             model.generation_config.save_pretrained(self.folder)
-        self.run.tokenizer.save_pretrained(self.folder)
+        if self.run.tokenizer is not None:  # whoever prunes in Python may have none
+            self.run.tokenizer.save_pretrained(self.folder)
         self._copy_beside(model)
         write_json(self.folder / "config.json", self._with_own_code(config))
         (self.folder / "README.md").write_text(card, encoding="utf-8")

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,17 +62,49 @@ def began(pid: int) -> int | None:
 
 
 def own_job() -> str | None:
-    """The job that this process belongs to."""
-    if "SLURM_JOB_ID" in os.environ:
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    """The job that this process belongs to, the innermost one: a local job may run inside an allocation of Slurm's."""
+    if (local := _own_local_job()) is not None:
+        return local
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task and _is_of_array(job, array, task) else job
+
+
+def _own_local_job() -> str | None:
+    """A job of Slurm's that was submitted from a local one has that one's variables too, but names its own kind."""
     local = os.environ.get("SUBMITIT_LOCAL_JOB_ID")
-    return f"{LOCAL}{local}" if local else None
+    return f"{LOCAL}{local}" if local and os.environ.get("SUBMITIT_EXECUTOR", "local") == "local" else None
+
+
+@functools.cache
+def _is_of_array(job: str, array: str, task: str) -> bool:
+    """Whether the job is that task; one that a task submits inherits the task's variables. Slurm itself knows."""
+    said = _answer(["scontrol", "show", "job", job]) or ""
+    if f"JobId={job}" not in said:
+        return True  # nobody to ask
+    return f"ArrayJobId={array} " in said and f"ArrayTaskId={task} " in said
 
 
 def restarts() -> int:
     """How often Slurm began this job anew."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return 0 if _own_local_job() else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+@contextlib.contextmanager
+def outside_of_jobs(*, keep_slurm: bool) -> Iterator[None]:
+    """Within it this process's variables say nothing of the job that it belongs to: what it submits has its own.
+
+    An allocation's limits (SLURM_MEM_PER_CPU, ...) would else be taken for the new job's. SLURM_CONF stays: it says
+    where Slurm is. `keep_slurm`: for processes that run inside the allocation.
+    """
+    prefixes = ("SUBMITIT_",) if keep_slurm or "SLURM_JOB_ID" not in os.environ else ("SUBMITIT_", "SLURM_")
+    taken = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(prefixes) and key != "SLURM_CONF"}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 @functools.cache

@@ -16,12 +16,13 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,6 +53,7 @@ class Owner:
     @classmethod
     def this_process(cls, state: str, sweep: str | None = None) -> Owner:
         job = cluster.own_job()
+        of_slurm = job is not None and not job.startswith(cluster.LOCAL)
         return cls(
             state=state,
             host=socket.gethostname(),
@@ -60,7 +62,7 @@ class Owner:
             began=cluster.began(os.getpid()),
             job=job,
             restarts=cluster.restarts(),
-            cluster=os.environ.get("SLURM_CLUSTER_NAME") if job else None,
+            cluster=os.environ.get("SLURM_CLUSTER_NAME") if of_slurm else None,
             sweep=sweep,
             token=uuid4().hex[:12],
         )
@@ -78,6 +80,10 @@ class Owner:
         return f"queued (job {self.job})" if self.job else f"being submitted on {self.host} (process {self.pid})"
 
 
+# Whose file has none of the fields that say who it is.
+UNREADABLE = Owner(state="running", host="a machine that its owner.json does not name", machine="", pid=0, began=None)
+
+
 class Busy(Exception):
     """Another process owns the run."""
 
@@ -85,22 +91,39 @@ class Busy(Exception):
         super().__init__(str(owner))
         self.owner = owner
 
+    def way_out(self, folder: Path) -> str:
+        """What to do if nobody has the run any more; nothing for an owner on this machine, which is known to live."""
+        if self.owner.state == "running" and self.owner.here():
+            return ""
+        return f"; if nobody has it any more: python -m esparse.sweep release {shlex.quote(str(folder))}"
+
 
 def read(folder: Path) -> Owner | None:
     """The owner that the folder names, dead or alive."""
+    return _read(_file(folder))
+
+
+def _read(file: Path) -> Owner | None:
+    """Fields that this version does not know, of a newer one, are left out."""
     try:
-        return Owner(**json.loads(_file(folder).read_text()))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+        said = json.loads(file.read_text())
+        return Owner(**{field.name: said[field.name] for field in fields(Owner) if field.name in said})
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
 
 
 def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
-    """Whether it works on the run, or will; where nobody can tell, it does."""
+    """Whether it works on the run, or will; if nobody can tell, it does."""
+    return known_alive(folder, owner, queue) is not False
+
+
+def known_alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool | None:
+    """Whether it works on the run, or will; None if nobody here can tell."""
     said = queue.state(owner.job, owner.cluster) if owner.job else None
     if owner.state == "queued":
         if owner.job and owner.job.startswith(cluster.LOCAL):
-            return not owner.here() or owner.process_is_there()
-        return said not in cluster.ENDED
+            return owner.process_is_there() if owner.here() else None
+        return None if said is None else said not in cluster.ENDED
     if owner.here():
         # A job that Slurm ends, or will begin again, is not over when its process is.
         return owner.process_is_there() or (owner.sweep is not None and said not in {None} | cluster.ENDED)
@@ -109,6 +132,21 @@ def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
     if _age_s(folder) <= PATIENCE_S:
         return True
     return said is not None  # suspended, or hung, or waiting for its next start
+
+
+def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
+    """Takes the run away from an owner that is dead or that nobody here can ask; returns it, None if there was none.
+
+    Raises Busy if the owner is known to be alive.
+    """
+    there = read(folder)
+    if there is None:
+        if _file(folder).exists() and _age_s(folder) <= PATIENCE_S:
+            raise Busy(UNREADABLE)
+    elif known_alive(folder, there, queue):
+        raise Busy(there)
+    _file(folder).unlink(missing_ok=True)
+    return there
 
 
 @contextmanager
@@ -135,12 +173,15 @@ def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bo
 
 def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
     """Makes `mine` the owner; raises Busy where a living one is there, and waits for one that must end first."""
+    until = time.monotonic() + 2 * PATIENCE_S
     while True:
         if (there := read(folder)) is None and _create(folder, mine, _file(folder)):
             break
         if there is None:
             if _age_s(folder) > PATIENCE_S:  # left half written by a file system without hard links
                 _file(folder).unlink(missing_ok=True)
+            elif time.monotonic() > until:  # somebody of another version touches it
+                raise Busy(UNREADABLE)
             time.sleep(0.05)
             continue
         heir, successor = _is_heir(mine, there), _is_next_start(mine, there)
@@ -229,10 +270,9 @@ def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
 
 def _drop_if_left(right: Path) -> None:
     """Removes the right to a run that a process took and died."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        heir = Owner(**json.loads(right.read_text()))
-        if heir.here() and not heir.process_is_there() or time.time() - right.stat().st_mtime > 2 * PATIENCE_S:
-            right.unlink(missing_ok=True)
+    heir = _read(right)
+    if (heir is not None and heir.here() and not heir.process_is_there()) or _age_s(right) > 2 * PATIENCE_S:
+        right.unlink(missing_ok=True)
 
 
 def _create(folder: Path, owner: Owner, file: Path) -> bool:
@@ -270,13 +310,14 @@ def _file(folder: Path) -> Path:
     return folder / "owner.json"
 
 
-def _age_s(folder: Path) -> float:
-    """Seconds since the owner last touched its file, by the clock of the file system."""
-    probe = folder / f"owner-{uuid4().hex[:12]}-probe.part"
+def _age_s(path: Path) -> float:
+    """Seconds since a file, or a run's owner.json, was last touched, by the clock of the file system."""
+    file = _file(path) if path.is_dir() else path
+    probe = file.parent / f"owner-{uuid4().hex[:12]}-probe.part"
     try:
         probe.touch()
         now = probe.stat().st_mtime
-        return now - _file(folder).stat().st_mtime
+        return now - file.stat().st_mtime
     except FileNotFoundError:
         return 0.0
     finally:

@@ -3,8 +3,8 @@
 The compute form of a matrix of R rows (outputs) and I columns (inputs): `values` (R x K), the survivors of each row in
 column order, K of them in every row; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
 
-What pruning itself does again and again on a CPU has loops that numba compiles, beside PyTorch's operations: maxima.py,
-columns.py, histogram.py.
+What pruning itself does again and again has, beside PyTorch's operations, loops that numba compiles for a CPU
+(maxima.py, histogram.py, columns.py) and Triton kernels for a GPU (exchange.py, tally.py, repair.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST = (8, 0)  # compute capability of the GPUs that the kernels are compiled for in the tests
 
 log = logging.getLogger("esparse")
 
@@ -35,3 +40,17 @@ def loops(name: str) -> Any:
             str(error).partition("\n")[0],
         )
         return None
+
+
+def triton(name: str, device: torch.device) -> Any:
+    """The module of Triton kernels of that name for what is on the device; None where that has no use for them."""
+    return _triton(name, device) if device.type == "cuda" else None
+
+
+@cache
+def _triton(name: str, device: torch.device) -> Any:
+    import torch
+
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST:
+        return None
+    return import_module(f"{__name__}.{name}")

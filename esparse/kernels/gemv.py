@@ -1,10 +1,10 @@
 """Products of a packed matrix with 1 to 16 tokens: bound by the bytes of the weights, of which 9/16 are left at 50 %.
 
-Three kernels here, for any pattern, and two faster ones for half precision in registers.py. `_gather_kernel` goes over
-survivors: values are read 16 bytes at a time, a table of all bytes turns 16 bits into eight column numbers, and the
-inputs are gathered from the cache: its work grows with the tokens. `_scan_kernel` does the same for runs of eight
-survivors, but takes the lowest set bit of the word away again and again, so that no table is read. `_expand_kernel` goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one
-token, hardly more for sixteen. Which one, with which tile, is tried once per shape on the device.
+Two kernels here take any pattern and dtype, and two in registers.py are faster and take half precision at 2:4, 4:8 and
+8:16. `_gather_kernel` goes over kept weights: values are read 16 bytes at a time, a table of all bytes turns 16 bits
+into eight column numbers, and the inputs are gathered from the cache: its work grows with the tokens. `_expand_kernel`
+goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one token, hardly more
+for sixteen. Which one, with which tile, is tried once per shape on the device.
 
 Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row (form.Units), S places of a run.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -32,7 +32,7 @@ MOST_TOKENS = 16
 class Tile:
     """What one program of a kernel takes at a time; `depth` runs of each of `rows` rows."""
 
-    kernel: str  # gather | scan | expand | select | spread (registers.py)
+    kernel: str  # gather | expand | select | spread (the last two: registers.py)
     rows: int
     depth: int
     warps: int
@@ -58,16 +58,18 @@ def matvec(
     tokens, inputs = x_TI.shape
     if cut is None:
         raise ValueError(f"no kernel for {n}:{m}: it takes n up to 16 and m up to 32")
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"the packed matrix-vector kernel takes 1 to {MOST_TOKENS} tokens, got {tokens}")
+    in_registers = registers.fits(values_RK, bits_RB, x_TI, n=n, m=m)
+    most = registers.MOST_SPREAD if in_registers else MOST_TOKENS
+    if not 1 <= tokens <= most:
+        raise ValueError(f"the packed matrix-vector kernel takes 1 to {most} tokens here, got {tokens}")
     if bits_RB.shape != (len(values_RK), -(-inputs // 8)):
         raise ValueError(f"bits have the shape {tuple(bits_RB.shape)}, which does not fit {inputs} inputs")
     x_TI = x_TI.contiguous()
     if tile is None:
         key = (x_TI.device, x_TI.dtype, *values_RK.shape, inputs, tokens, n, m)
-        in_registers = registers.fits(values_RK, bits_RB, x_TI, n=n, m=m)
         choices = candidates(len(values_RK), inputs, tokens, n=n, m=m, in_registers=in_registers)
-        tile = fastest(key, choices, lambda t: _launch(values_RK, bits_RB, x_TI, order_I, n, cut, t))
+        pairs = copies(values_RK, bits_RB) if key not in _fastest else []
+        tile = fastest(key, choices, lambda t: [partial(_launch, v, b, x_TI, order_I, n, cut, t) for v, b in pairs])
     return _launch(values_RK, bits_RB, x_TI, order_I, n, cut, tile)
 
 
@@ -78,22 +80,20 @@ def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_regist
     runs = -(-inputs // cut.columns)
     # Few rows make too few programs for a large chip: several then share a row.
     splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
-    tiles: list[Tile] = []
-    if in_registers and n == 2:
-        # A warp takes 8 rows of 4 runs at a time, so that of most of these each thread has one run in hand.
-        shapes = ((8, 16, 4), (8, 32, 8), (8, 64, 16), (16, 16, 4), (16, 32, 8), (8, 16, 2), (4, 32, 4))
-        tiles += [Tile("select", r, d, w, s) for s in splits for r, d, w in shapes if d * s <= max(runs, 16)]
-    if in_registers and tokens > 2:
-        shapes = ((64, 4, 4), (64, 8, 4), (32, 8, 4), (32, 4, 2), (16, 8, 4), (128, 4, 8))
-        spread = [Tile("spread", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in shapes]
-        return spread + tiles if tokens > 4 else tiles + spread
-    if not tiles:
-        shapes = ((8, 16, 4), (8, 32, 8), (8, 64, 16), (32, 16, 4), (8, 16, 2))
-        kernels = ["scan", "gather"] if cut == Units(columns=16, survivors=8) else ["gather"]
-        tiles += [Tile(k, r, d, w, s) for k in kernels for s in splits for r, d, w in shapes if d * s <= max(runs, 16)]
+    if in_registers:
+        # A thread has one or two runs in hand at a time, so that many threads fit into a multiprocessor.
+        few = ((4, 32, 4), (8, 32, 8), (2, 64, 4), (8, 64, 16), (1, 64, 2), (8, 16, 2), (4, 64, 8))
+        if tokens == 1 or (n == 2 and tokens == 2):
+            kernel = "select" if n == 2 else "gather"
+            return [Tile(kernel, r, d, w, s) for s in splits[:2] for r, d, w in few if d * s <= max(runs, 16)]
+        many = ((64, 8, 8), (64, 8, 4), (32, 16, 4), (32, 8, 4), (64, 4, 4), (128, 4, 8))
+        tiles = [Tile("spread", r, d, w, s) for s in (1, 2, 4, 8) for r, d, w in many if d * s * 2 <= max(runs, 16)]
+        return [*tiles, Tile("select", 8, 32, 8), Tile("select", 4, 32, 4)] if n == 2 and tokens <= 4 else tiles
+    some = ((8, 16, 4), (8, 32, 8), (32, 16, 4), (8, 16, 2), (8, 64, 4))
+    tiles = [Tile("gather", r, d, w, s) for s in splits for r, d, w in some if d * s <= max(runs, 16)]
     if tokens > 2:
-        shapes = ((16, 16, 4), (64, 8, 4), (64, 4, 4))
-        wide = [Tile("expand", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in shapes]
+        deep = ((16, 16, 4), (64, 8, 4), (64, 4, 4))
+        wide = [Tile("expand", r, d, w, s) for s in sorted({*splits, 2}) for r, d, w in deep]
         tiles = tiles + wide if tokens < 8 else wide + tiles[:4]
     return tiles
 
@@ -101,26 +101,53 @@ def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_regist
 _fastest: dict[Hashable, Tile] = {}
 
 
-def fastest(key: Hashable, tiles: Iterable[Tile], call: Callable[[Tile], Tensor]) -> Tile:
-    """The tile whose call takes the least time on this device, remembered; the first one where nothing can be timed."""
+def fastest(key: Hashable, tiles: Iterable[Tile], calls: Callable[[Tile], list[Callable[[], Tensor]]]) -> Tile:
+    """The tile whose calls take the least time on this device, remembered; the first one if nothing can be timed."""
     if key in _fastest:
         return _fastest[key]
     tiles = list(tiles)
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return tiles[0]
-    times = {tile: _milliseconds(tile, call) for tile in tiles}
+    times = {tile: _milliseconds(calls(tile)) for tile in tiles}
     _fastest[key] = min(times, key=lambda tile: times[tile])
     return _fastest[key]
 
 
-def _milliseconds(tile: Tile, call: Callable[[Tile], Tensor]) -> float:
-    from triton.testing import do_bench
+def copies(values_RK: Tensor, bits_RB: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """So many copies of the weights that none is still in the cache when its turn comes, as in a model's layers."""
+    if not values_RK.is_cuda:
+        return [(values_RK, bits_RB)]
+    cache = torch.cuda.get_device_properties(values_RK.device).L2_cache_size
+    count = min(32, 1 + 2 * cache // (values_RK.nbytes + bits_RB.nbytes))
+    return [(values_RK.clone(), bits_RB.clone()) for _ in range(count)]
+
+
+def _milliseconds(calls: list[Callable[[], Tensor]]) -> float:
+    """Of five times all calls, in a CUDA graph: of a call alone, what the host takes to launch it would be timed."""
+
+    def through() -> None:
+        for call in calls:
+            call()
 
     try:
-        # do_bench empties the L2 cache between calls, as the other layers of a model do.
-        return float(do_bench(lambda: call(tile), warmup=2, rep=6, return_mode="median"))
+        through()
     except triton.runtime.errors.OutOfResources:  # more registers or shared memory than this device has
         return float("inf")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        through()
+    graph.replay()
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return min(times)
 
 
 def _launch(
@@ -136,7 +163,7 @@ def _launch(
             out = registers.select(values_RK, bits_RB, x_TI, **shape)
         else:
             out = registers.spread(values_RK, bits_RB, x_TI, n=n, **shape)
-        return out[0] if tile.split == 1 else out.sum(0).to(x_TI.dtype)
+        return registers.folded(out, x_TI.dtype)
     run_bits, word = words(bits_RB, inputs, cut)
     splits = 1 if runs <= tile.depth else tile.split
     out_type = x_TI.dtype if splits == 1 else torch.float32
@@ -155,21 +182,7 @@ def _launch(
     order = x_TI if order_I is None else order_I
     blocks = triton.cdiv(rows, tile.rows)
     at_once = min(4, triton.next_power_of_2(tokens))
-    if tile.kernel == "scan":
-        _scan_kernel[(blocks, splits, triton.cdiv(tokens, at_once))](
-            values_RK,
-            run_bits,
-            x_TI,
-            order,
-            out,
-            *sizes,
-            TOKENS=at_once,
-            LANES=min(tile.depth, 4),
-            INTERPRETED=interpreted(),
-            **shared,
-        )
-    elif tile.kernel != "expand":
-        lanes = min(tile.depth, max(1, 32 // triton.next_power_of_2(cut.survivors)))
+    if tile.kernel == "gather":
         _gather_kernel[(blocks, splits, triton.cdiv(tokens, at_once))](
             values_RK,
             run_bits,
@@ -180,7 +193,6 @@ def _launch(
             *sizes,
             TOKENS=at_once,
             SLOTS=triton.next_power_of_2(cut.survivors),
-            LANES=lanes,
             **shared,
         )
     else:
@@ -198,7 +210,7 @@ def _launch(
             INTERPRETED=interpreted(),
             **shared,
         )
-    return out[0] if splits == 1 else out.sum(0).to(x_TI.dtype)
+    return registers.folded(out, x_TI.dtype)
 
 
 def words(bits_RB: Tensor, inputs: int, cut: Units) -> tuple[Tensor, int]:
@@ -269,184 +281,75 @@ def _gather_kernel(
     RUNS: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
-    LANES: tl.constexpr,
 ):
-    # Tiles are (C, ROWS, LANES, SLOTS): a thread holds the survivors of one run, neighbouring threads of a warp a few
-    # runs of several rows, so that they gather inputs from the same few cache lines; warps and repetitions go along C.
-    CHUNKS: tl.constexpr = RUNS // LANES
-    chunk = tl.arange(0, CHUNKS)[:, None, None]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    slot = tl.arange(0, SLOTS)[None, None, None, :]
+    # Values are loaded as one long row, so that the threads of a warp stand side by side in it; each holds whole runs.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.arange(0, RUNS * SLOTS)[None, :]
+    number = tl.arange(0, RUNS)[None, :]
+    slot = tl.arange(0, SLOTS)[None, None, :]
     token = tl.program_id(2) * TOKENS
-    first_step = tl.program_id(1) * steps
-    row_here = row < rows
-    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    own = values + row[:, :, :, None].to(tl.int64) * kept
-    run = first_step * RUNS + chunk * LANES + lane
-    end = (first_step + steps) * RUNS
-    at = run[:, :, :, None] * SURVIVORS + slot
-    here = row_here[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
-    loaded = tl.load(own + at, mask=here, other=0.0)
-    word = run_words(bits, row, run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
+    step = tl.program_id(1) * steps * RUNS  # the first run of a step
+    kept_end = tl.minimum(kept, (step + steps * RUNS) * SURVIVORS)
+    inputs_end = tl.minimum(inputs, (step + steps * RUNS) * COLUMNS)
+    row_here = (row < rows)[:, None]
+    sum0 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
+    sum1 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
+    sum2 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
+    sum3 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
+    own = values + row[:, None].to(tl.int64) * kept
+    # With as many places as survivors they stand side by side.
+    at = place if SLOTS == SURVIVORS else place // SLOTS * SURVIVORS + place % SLOTS
+    is_slot = (place % SLOTS < SURVIVORS) & row_here
+    here = is_slot & (step * SURVIVORS + at < kept_end)
+    loaded = tl.load(own + step * SURVIVORS + at, mask=here, other=0.0)
+    run = step + number
+    word = run_words(bits, row[:, None], run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
     for _ in range(steps):
         # The next weights are on their way while these are multiplied.
-        after = run + RUNS
-        at = after[:, :, :, None] * SURVIVORS + slot
-        there = row_here & (after < end) & (after * COLUMNS < inputs)
-        next_here = there[:, :, :, None] & (slot < SURVIVORS) & (at < kept)
-        next_loaded = tl.load(own + at, mask=next_here, other=0.0)
-        next_word = run_words(bits, row, after, there, bit_stride, COLUMNS, WORD)
-        value = loaded.to(tl.float32)
-        columns, count4 = _listed(table, word & 65535)
+        step += RUNS
+        next_here = is_slot & (step * SURVIVORS + at < kept_end)
+        next_loaded = tl.load(own + step * SURVIVORS + at, mask=next_here, other=0.0)
+        after = step + number
+        there = row_here & (after * COLUMNS < inputs_end)
+        next_word = run_words(bits, row[:, None], after, there, bit_stride, COLUMNS, WORD)
+        value = tl.reshape(loaded, (ROWS, RUNS, SLOTS)).to(tl.float32)
+        columns, count4 = _listed(table, word[:, :, None] & 65535)
         if COLUMNS > 16:
-            upper, _ = _listed(table, (word >> 16) & 65535)
+            upper, _ = _listed(table, (word[:, :, None] >> 16) & 65535)
             # 16 columns below leave none above, whose list is then empty: any shift will do.
             columns |= upper << tl.minimum(count4, 60)
         if SLOTS <= 8:
-            column = ((columns.to(tl.int32)[:, :, :, None] >> (4 * slot)) & 15).to(tl.int32)
+            column = ((columns.to(tl.int32) >> (4 * slot)) & 15).to(tl.int32)
         else:
-            column = ((columns[:, :, :, None] >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
+            column = ((columns >> (4 * slot).to(tl.int64)) & 15).to(tl.int32)
         if COLUMNS > 16:
-            column += tl.where(4 * slot >= count4.to(tl.int32)[:, :, :, None], 16, 0)
-        column += run[:, :, :, None] * COLUMNS
+            column += tl.where(4 * slot >= count4.to(tl.int32), 16, 0)
+        column += run[:, :, None] * COLUMNS
+        is_here = tl.reshape(here, (ROWS, RUNS, SLOTS))
         if ORDERED:
-            column = tl.load(order + column, mask=here, other=0).to(tl.int32)
+            column = tl.load(order + column, mask=is_here, other=0).to(tl.int32)
         # Beyond the last token the last one is taken again; what comes of it is not stored.
-        sum0 += tl.sum(value * tl.load(x + token * inputs + column, mask=here, other=0.0).to(tl.float32), 3)
+        sum0 += value * tl.load(x + token * inputs + column, mask=is_here, other=0.0).to(tl.float32)
         if TOKENS > 1:
             row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
-            sum1 += tl.sum(value * tl.load(row1 + column, mask=here, other=0.0).to(tl.float32), 3)
+            sum1 += value * tl.load(row1 + column, mask=is_here, other=0.0).to(tl.float32)
         if TOKENS > 2:
             row2 = x + tl.minimum(token + 2, tokens - 1) * inputs
             row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
-            sum2 += tl.sum(value * tl.load(row2 + column, mask=here, other=0.0).to(tl.float32), 3)
-            sum3 += tl.sum(value * tl.load(row3 + column, mask=here, other=0.0).to(tl.float32), 3)
+            sum2 += value * tl.load(row2 + column, mask=is_here, other=0.0).to(tl.float32)
+            sum3 += value * tl.load(row3 + column, mask=is_here, other=0.0).to(tl.float32)
         run, here, loaded, word = after, next_here, next_loaded, next_word
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = out + (tl.program_id(1) * tokens + token) * rows + out_row
+    place_out = out + (tl.program_id(1) * tokens + token) * rows + row
     kind = out.dtype.element_ty
-    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=out_row < rows)
+    tl.store(place_out, tl.sum(tl.sum(sum0, 2), 1).to(kind), mask=row < rows)
     if TOKENS > 1:
-        fits = out_row < tl.where(token + 1 < tokens, rows, 0)
-        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits)
+        fits = row < tl.where(token + 1 < tokens, rows, 0)
+        tl.store(place_out + rows, tl.sum(tl.sum(sum1, 2), 1).to(kind), mask=fits)
     if TOKENS > 2:
-        fits = out_row < tl.where(token + 2 < tokens, rows, 0)
-        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits)
-        fits = out_row < tl.where(token + 3 < tokens, rows, 0)
-        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits)
-
-
-@triton.jit
-def _lowest(word, INTERPRETED: tl.constexpr):
-    """The number of the lowest set bit of up to 16, and the word without it; 16 where none is set."""
-    bit = word & -word
-    if INTERPRETED:  # which has no population count
-        number = tl.zeros_like(word)
-        for k in tl.static_range(16):
-            number += tl.where(word & ((2 << k) - 1) == 0, 1, 0)
-    else:
-        number = libdevice.popc(tl.where(word == 0, 65536, bit) - 1)
-    return number, word ^ bit
-
-
-@triton.jit
-def _eighths(tile, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    """The eight parts of (A, B, C, 8) along its last axis."""
-    even, odd = tl.split(tl.reshape(tile, (A, B, C, 4, 2)))
-    even02, even13 = tl.split(tl.reshape(even, (A, B, C, 2, 2)))
-    odd02, odd13 = tl.split(tl.reshape(odd, (A, B, C, 2, 2)))
-    t0, t4 = tl.split(even02)
-    t2, t6 = tl.split(even13)
-    t1, t5 = tl.split(odd02)
-    t3, t7 = tl.split(odd13)
-    return t0, t1, t2, t3, t4, t5, t6, t7
-
-
-@triton.jit(do_not_specialize=["tokens", "steps"])
-def _scan_kernel(
-    values,
-    bits,
-    x,
-    order,
-    out,
-    rows,
-    inputs,
-    kept,
-    bit_stride,
-    tokens,
-    steps,
-    COLUMNS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
-    WORD: tl.constexpr,
-    ORDERED: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    # The same tiles as above; the eight survivors of a run are eight tensors.
-    CHUNKS: tl.constexpr = RUNS // LANES
-    chunk = tl.arange(0, CHUNKS)[:, None, None]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    slot = tl.arange(0, 8)[None, None, None, :]
-    token = tl.program_id(2) * TOKENS
-    first_step = tl.program_id(1) * steps
-    row_here = row < rows
-    # Beyond the last token the last one is taken again; what comes of it is not stored.
-    row0 = x + token * inputs
-    row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
-    row2 = x + tl.minimum(token + 2, tokens - 1) * inputs
-    row3 = x + tl.minimum(token + 3, tokens - 1) * inputs
-    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    own = values + row[:, :, :, None].to(tl.int64) * kept
-    run = first_step * RUNS + chunk * LANES + lane
-    end = (first_step + steps) * RUNS
-    at = run[:, :, :, None] * SURVIVORS + slot
-    loaded = tl.load(own + at, mask=row_here[:, :, :, None] & (at < kept), other=0.0)
-    next_word = run_words(bits, row, run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
-    for _ in range(steps):
-        value, word = _eighths(loaded, CHUNKS, ROWS, LANES), next_word.to(tl.int32)
-        # The next weights are on their way while these are multiplied.
-        after = run + RUNS
-        at = after[:, :, :, None] * SURVIVORS + slot
-        there = row_here & (after < end) & (after * COLUMNS < inputs)
-        loaded = tl.load(own + at, mask=there[:, :, :, None] & (at < kept), other=0.0)
-        next_word = run_words(bits, row, after, there, bit_stride, COLUMNS, WORD)
-        for k in tl.static_range(8):
-            there = word != 0
-            number, word = _lowest(word, INTERPRETED)
-            column = run * COLUMNS + number
-            if ORDERED:
-                column = tl.load(order + column, mask=there, other=0).to(tl.int32)
-            weight = value[k].to(tl.float32)
-            sum0 += weight * tl.load(row0 + column, mask=there, other=0.0).to(tl.float32)
-            if TOKENS > 1:
-                sum1 += weight * tl.load(row1 + column, mask=there, other=0.0).to(tl.float32)
-            if TOKENS > 2:
-                sum2 += weight * tl.load(row2 + column, mask=there, other=0.0).to(tl.float32)
-                sum3 += weight * tl.load(row3 + column, mask=there, other=0.0).to(tl.float32)
-        run = after
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = out + (tl.program_id(1) * tokens + token) * rows + out_row
-    kind = out.dtype.element_ty
-    tl.store(place, tl.sum(tl.sum(sum0, 2), 0).to(kind), mask=out_row < rows)
-    if TOKENS > 1:
-        fits = out_row < tl.where(token + 1 < tokens, rows, 0)
-        tl.store(place + rows, tl.sum(tl.sum(sum1, 2), 0).to(kind), mask=fits)
-    if TOKENS > 2:
-        fits = out_row < tl.where(token + 2 < tokens, rows, 0)
-        tl.store(place + 2 * rows, tl.sum(tl.sum(sum2, 2), 0).to(kind), mask=fits)
-        fits = out_row < tl.where(token + 3 < tokens, rows, 0)
-        tl.store(place + 3 * rows, tl.sum(tl.sum(sum3, 2), 0).to(kind), mask=fits)
+        fits = row < tl.where(token + 2 < tokens, rows, 0)
+        tl.store(place_out + 2 * rows, tl.sum(tl.sum(sum2, 2), 1).to(kind), mask=fits)
+        fits = row < tl.where(token + 3 < tokens, rows, 0)
+        tl.store(place_out + 3 * rows, tl.sum(tl.sum(sum3, 2), 1).to(kind), mask=fits)
 
 
 @triton.jit

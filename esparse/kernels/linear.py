@@ -23,7 +23,7 @@ from torch.nn.functional import linear, pad
 from esparse.kernels.form import to_dense, units
 
 HALVES = (torch.float16, torch.bfloat16)
-GEMV_TOKENS = 16  # up to so many tokens the matrix-vector kernel is taken
+GEMV_TOKENS, REGISTER_TOKENS = 16, 64  # up to so many tokens the matrix-vector kernels are taken (`few_tokens`)
 
 
 class Algorithm(NamedTuple):
@@ -52,7 +52,8 @@ def packed_linear(
     """
     x_TI = x.reshape(-1, x.shape[-1])
     inputs = x_TI.shape[1]
-    way = kernel(len(x_TI), n=n, m=m, on_gpu=x.is_cuda, has_triton=has_triton(), has_blob=blob is not None)
+    few = few_tokens(x.dtype, inputs, n=n, m=m)
+    way = kernel(len(x_TI), few, n=n, m=m, on_gpu=x.is_cuda, has_triton=has_triton(), has_blob=blob is not None)
     if way == "gemv":
         from esparse.kernels.gemv import matvec
 
@@ -72,10 +73,16 @@ def packed_linear(
     return y_TR.view(*x.shape[:-1], -1)
 
 
-def kernel(tokens: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:
-    """gemv, cusparselt, decode (to a dense copy, in Triton), or plain (likewise, in PyTorch)."""
+def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
+    """How many tokens the matrix-vector kernels take: more if they can permute bytes in registers (registers.py)."""
+    in_registers = dtype in HALVES and 2 * n == m and 16 % m == 0 and inputs % 16 == 0
+    return REGISTER_TOKENS if in_registers else GEMV_TOKENS
+
+
+def kernel(tokens: int, few: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:
+    """gemv (up to `few` tokens), cusparselt, decode (to a dense copy, in Triton), or plain (likewise, in PyTorch)."""
     ours = on_gpu and has_triton and units(n, m) is not None
-    if ours and tokens <= GEMV_TOKENS:
+    if ours and tokens <= few:
         return "gemv"
     if has_blob:
         return "cusparselt"

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_SELECTED = 8  # tokens for which `_select_kernel` has sums
+MOST_SPREAD = 64  # tokens that `_spread_kernel` takes at once
 
 
 def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
@@ -52,7 +53,6 @@ def select(
         triton.cdiv(runs, split * depth),
         ROWS=rows,
         RUNS=depth,
-        LANES=min(depth, 4),
         TOKENS=at_once,
         BFLOAT=x_TI.dtype == torch.bfloat16,
         INTERPRETED=interpreted(),
@@ -64,7 +64,7 @@ def select(
 def spread(
     values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, rows: int, depth: int, warps: int, split: int
 ) -> Tensor:
-    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 16 tokens."""
+    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 64 tokens."""
     tokens, inputs = x_TI.shape
     outputs, runs = len(values_RK), inputs // 16
     out = _out(values_RK, x_TI, split)
@@ -79,12 +79,23 @@ def spread(
         triton.cdiv(runs, split * depth),
         ROWS=rows,
         RUNS=depth,
-        TOKENS=16,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
         PAIRS=n == 2,
         INTERPRETED=interpreted(),
         num_warps=warps,
     )
     return out
+
+
+def folded(parts_STR: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the parts (T x R)."""
+    if len(parts_STR) == 1:
+        return parts_STR[0]
+    out_TR = torch.empty(parts_STR.shape[1:], dtype=dtype, device=parts_STR.device)
+    _fold_kernel[(triton.cdiv(out_TR.numel(), 256),)](
+        parts_STR, out_TR, out_TR.numel(), PARTS=len(parts_STR), BLOCK=256, num_warps=2
+    )
+    return out_TR
 
 
 def interpreted() -> bool:
@@ -107,7 +118,7 @@ def _table(entries: list[int]) -> tl.constexpr:
     return tl.constexpr(number - (number >> 31 << 32))
 
 
-# Two bits of four are known by the lower three of them: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
+# Two bits of four are known by the lower three: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
 # Which bytes of four inputs the first value meets, and the second one.
 FIRST_LOW, FIRST_HIGH = _table([0, 0x10, 0x32, 0x10]), _table([0x54, 0x10, 0x32, 0])
 SECOND_LOW, SECOND_HIGH = _table([0, 0x76, 0x76, 0x32]), _table([0x76, 0x54, 0x54, 0])
@@ -167,18 +178,19 @@ def _wide(pair, BFLOAT: tl.constexpr):
 
 @triton.jit
 def _met(x, at, inside, selector, value0, value1, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What the values of each run meet in one token, summed over the run."""
-    four = tl.load(x + at, mask=inside, other=0)
+    """The products of the values of each quad with what they meet in one token."""
+    four = tl.reshape(tl.load(x + at, mask=inside, other=0), selector.shape)
     pair = _permuted(four.to(tl.int32), (four >> 32).to(tl.int32), selector, INTERPRETED)
     x0, x1 = _wide(pair, BFLOAT)
-    return tl.sum(value0 * x0 + value1 * x1, 3)
+    return value0 * x0 + value1 * x1
 
 
 @triton.jit
 def _stored(out, total, token, tokens, rows, row):
-    """Stores a token's sums (C, ROWS, LANES), if there is such a token."""
+    """Stores a token's sums (ROWS, RUNS, 4), if there is such a token."""
     fits = row < tl.where(token < tokens, rows, 0)
-    tl.store(out + token * rows + row, tl.sum(tl.sum(total, 2), 0).to(out.dtype.element_ty), mask=fits)
+    total = tl.sum(tl.sum(total, 2), 1)
+    tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=fits)
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
@@ -193,50 +205,44 @@ def _select_kernel(
     steps,
     ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    LANES: tl.constexpr,
     TOKENS: tl.constexpr,
     BFLOAT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # Tiles are (C, ROWS, LANES, 4): a thread holds a run, neighbouring threads of a warp a few runs of several rows.
-    CHUNKS: tl.constexpr = RUNS // LANES
-    chunk = tl.arange(0, CHUNKS)[:, None, None]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    quad = tl.arange(0, 4)[None, None, None, :]
+    # Quads are loaded as one long row, so that the threads of a warp stand side by side in it; each holds whole runs.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    quad = tl.arange(0, RUNS * 4)[None, :]
+    number = tl.arange(0, 4)[None, None, :]
     token = tl.program_id(2) * TOKENS
-    row_here = row < rows
-    first = tl.program_id(1) * steps * RUNS + chunk * LANES + lane
-    end = tl.minimum(runs, (tl.program_id(1) + 1) * steps * RUNS)
-    sum0 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum1 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum2 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum3 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum4 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum5 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum6 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    sum7 = tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
-    last = tokens - 1  # beyond the last token it is taken again; what comes of it is not stored
-    own_values = values + row[:, :, :, None].to(tl.int64) * runs * 4 + quad
-    own_bits = bits + row.to(tl.int64) * runs
-    here = row_here & (first < runs)
-    value = tl.load(own_values + first[:, :, :, None] * 4, mask=here[:, :, :, None], other=0)
-    word = tl.load(own_bits + first, mask=here, other=0)
+    first = tl.program_id(1) * steps * RUNS
+    end = tl.minimum(runs, first + steps * RUNS)
+    sum0 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum1 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum2 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum3 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum4 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum5 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum6 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    sum7 = tl.zeros((ROWS, RUNS, 4), tl.float32)
+    stride, last = runs * 4, tokens - 1  # beyond the last token it is taken again; what comes of it is not stored
+    row_here = (row < rows)[:, None]
+    own_values = values + row[:, None].to(tl.int64) * stride + quad
+    own_bits = bits + row[:, None].to(tl.int64) * runs + tl.arange(0, RUNS)[None, :]
+    value = tl.load(own_values + first * 4, mask=row_here & (first * 4 + quad < end * 4), other=0)
+    word = tl.load(own_bits + first, mask=row_here & (first + tl.arange(0, RUNS)[None, :] < end), other=0)
     for index in range(steps):
         run = first + index * RUNS
         # The next weights are on their way while these are multiplied.
         after = run + RUNS
-        there = row_here & (after < end)
-        next_value = tl.load(own_values + after[:, :, :, None] * 4, mask=there[:, :, :, None], other=0)
-        next_word = tl.load(own_bits + after, mask=there, other=0)
-        three = word.to(tl.int32) & 0x7777
+        next_value = tl.load(own_values + after * 4, mask=row_here & (after * 4 + quad < end * 4), other=0)
+        next_word = tl.load(own_bits + after, mask=row_here & (after + tl.arange(0, RUNS)[None, :] < end), other=0)
+        three = word[:, :, None].to(tl.int32) & 0x7777
         first_four = _looked_up(FIRST_LOW, FIRST_HIGH, three, INTERPRETED)
         second_four = _looked_up(SECOND_LOW, SECOND_HIGH, three, INTERPRETED)
-        selector = _permuted(first_four[:, :, :, None], second_four[:, :, :, None], 0x40 + 0x11 * quad, INTERPRETED)
-        value0, value1 = _wide(value, BFLOAT)
-        at = run[:, :, :, None] * 4 + quad
-        inside = (run < runs)[:, :, :, None] & row_here[:, :, :, None]
-        stride = runs * 4
+        selector = _permuted(first_four, second_four, 0x40 + 0x11 * number, INTERPRETED)
+        value0, value1 = _wide(tl.reshape(value, (ROWS, RUNS, 4)), BFLOAT)
+        at = run * 4 + quad
+        inside = row_here & (at < stride)
         sum0 += _met(x + token * stride, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
         if TOKENS > 1:
             t1 = tl.minimum(token + 1, last) * stride
@@ -254,31 +260,38 @@ def _select_kernel(
             sum7 += _met(x + t7, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
         value, word = next_value, next_word
     part = out + tl.program_id(1) * tokens * rows
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _stored(part, sum0, token, tokens, rows, out_row)
+    _stored(part, sum0, token, tokens, rows, row)
     if TOKENS > 1:
-        _stored(part, sum1, token + 1, tokens, rows, out_row)
+        _stored(part, sum1, token + 1, tokens, rows, row)
     if TOKENS > 2:
-        _stored(part, sum2, token + 2, tokens, rows, out_row)
-        _stored(part, sum3, token + 3, tokens, rows, out_row)
+        _stored(part, sum2, token + 2, tokens, rows, row)
+        _stored(part, sum3, token + 3, tokens, rows, row)
     if TOKENS > 4:
-        _stored(part, sum4, token + 4, tokens, rows, out_row)
-        _stored(part, sum5, token + 5, tokens, rows, out_row)
-        _stored(part, sum6, token + 6, tokens, rows, out_row)
-        _stored(part, sum7, token + 7, tokens, rows, out_row)
+        _stored(part, sum4, token + 4, tokens, rows, row)
+        _stored(part, sum5, token + 5, tokens, rows, row)
+        _stored(part, sum6, token + 6, tokens, rows, row)
+        _stored(part, sum7, token + 7, tokens, rows, row)
 
 
 @triton.jit
-def _quads(value, word, quad, INTERPRETED: tl.constexpr):
+def _fold_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _quads(value, word, number, INTERPRETED: tl.constexpr):
     """Columns 0, 1 and 2, 3 of each quad at 2:4, as registers (ROWS, RUNS, 4)."""
     three = word & 0x7777
     c0 = _looked_up(COLUMN0_LOW, COLUMN0_HIGH, three, INTERPRETED)
     c1 = _looked_up(COLUMN1_LOW, COLUMN1_HIGH, three, INTERPRETED)
     c2 = _looked_up(COLUMN2_LOW, COLUMN2_HIGH, three, INTERPRETED)
     c3 = _looked_up(COLUMN3_LOW, COLUMN3_HIGH, three, INTERPRETED)
-    pick = 0x40 + 0x11 * quad
-    low = _permuted(c0[:, :, None], c1[:, :, None], pick, INTERPRETED)
-    high = _permuted(c2[:, :, None], c3[:, :, None], pick, INTERPRETED)
+    pick = 0x40 + 0x11 * number
+    low, high = _permuted(c0, c1, pick, INTERPRETED), _permuted(c2, c3, pick, INTERPRETED)
     zero = value ^ value
     return _permuted(value, zero, low, INTERPRETED), _permuted(value, zero, high, INTERPRETED)
 
@@ -352,19 +365,21 @@ def _spread_kernel(
     kind: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
-    quad = tl.arange(0, 4)[None, None, :]
+    number = tl.arange(0, 4)[None, None, :]
+    quad = tl.arange(0, RUNS * 4)[None, :]
     column = tl.arange(0, RUNS * 16)
     first = tl.program_id(1) * steps * RUNS
-    own_values = values + row[:, None, None].to(tl.int64) * runs * 4 + quad
-    own_bits = bits + row[:, None].to(tl.int64) * runs
+    own_values = values + row[:, None].to(tl.int64) * runs * 4 + quad
+    own_bits = bits + row[:, None].to(tl.int64) * runs + tl.arange(0, RUNS)[None, :]
+    row_here = (row < rows)[:, None]
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for index in range(steps):
-        run = first + index * RUNS + tl.arange(0, RUNS)
-        here = (row < rows)[:, None] & (run < runs)[None, :]
-        value = tl.load(own_values + run[None, :, None] * 4, mask=here[:, :, None], other=0)
-        word = tl.load(own_bits + run[None, :], mask=here, other=0).to(tl.int32)
+        run = first + index * RUNS
+        value = tl.load(own_values + run * 4, mask=row_here & (run * 4 + quad < runs * 4), other=0)
+        here = row_here & (run + tl.arange(0, RUNS)[None, :] < runs)
+        word = tl.load(own_bits + run, mask=here, other=0).to(tl.int32)
         if PAIRS:
-            low, high = _quads(value, word, quad, INTERPRETED)
+            low, high = _quads(tl.reshape(value, (ROWS, RUNS, 4)), word[:, :, None], number, INTERPRETED)
             w0, w1 = _halves(low, kind)
             w2, w3 = _halves(high, kind)
             weight = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -377,7 +392,7 @@ def _spread_kernel(
             near = tl.join(tl.join(tl.join(c0, c4), tl.join(c2, c6)), tl.join(tl.join(c1, c5), tl.join(c3, c7)))
             w0, w1 = _halves(near, kind)
             weight = tl.join(w0, w1)
-        at = (first + index * RUNS) * 16 + column
+        at = run * 16 + column
         x_here = (token < tokens)[:, None] & (at < runs * 16)[None, :]
         x_tile = tl.load(x + token[:, None] * runs * 16 + at[None, :], mask=x_here, other=0.0)
         weight = tl.reshape(weight, (ROWS, RUNS * 16))

@@ -1,109 +1,226 @@
-"""The hidden states of all sequences on their way through the blocks.
+"""What flows through the blocks, of all sequences: hidden states, and what blocks leave for others beside them.
 
-Shapes: S sequences, B sequences of a micro-batch, L tokens of a sequence, H hidden width.
+Shapes: S sequences, B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esparse.linalg import all_finite
-from esparse.models.blocks import BlockModel, Call
 from esparse.errors import Mistake
+from esparse.linalg import all_finite, finite
+from esparse.models.blocks import BlockModel
+from esparse.models.calls import Call, Carried, Returned, alike
+from esparse.models.walk_check import check
+
+Ahead = list[tuple[Tensor, Carried]]  # what flows behind a block, by micro-batch
 
 
 class Activations:
     """The hidden states of all sequences on their way; between blocks they are where the keeper has them.
 
-    A micro-batch holds at most `sequences_at_once` sequences, where that is given.
+    A micro-batch holds at most `sequences_at_once` sequences, where that is given. Raises Unwalkable if the walk over
+    the blocks does not compute what the model does.
     """
 
     def __init__(self, blocks: BlockModel, tokens_SL: Tensor, sequences_at_once: int | None = None) -> None:
+        check(blocks, tokens_SL)
         self.blocks = blocks
         self.hidden: list[Tensor] = []
-        self._calls: list[list[Call]] = []
+        self._carried: list[Carried] = []
+        self._calls: list[list[Call | None]] = []
+        # What a block was last given, on the device, by where it lies on the host: a copy from there has to wait for
+        # all that the device still has to do.
+        self._sent: tuple[int, dict[int, Tensor]] = (-1, {})
         self._keep: Callable[[Tensor], Tensor] | None = None
+        cpu = torch.device("cpu")
         with blocks.ends_resident():
             for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
-                hidden_BLH, calls = blocks.embed(tokens_BL)
+                entered = blocks.enter(tokens_BL)
                 if self._keep is None:
-                    size = hidden_BLH[0].nbytes * len(tokens_SL)
+                    size = entered.hidden[0].nbytes * len(tokens_SL)
                     self._keep = blocks.keeper.choose(size * blocks.ranks.size)  # which take as much of one host
-                self.hidden.append(self._keep(hidden_BLH))
-                host = [call.to(torch.device("cpu")) for call in calls]
+                self.hidden.append(self._keep(entered.hidden))
+                calls = [None if call is None else call.to(cpu) for call in entered.calls]
+                carried = entered.carried.mapped(lambda tensor: tensor.to(cpu))
                 # Masks and positions are the same for every full micro-batch: one copy is enough.
                 if self._calls:
-                    host = [_same(first, call) for first, call in zip(self._calls[0], host, strict=True)]
-                self._calls.append(host)
+                    calls = [
+                        call if call is None or first is None else call.like(first)
+                        for first, call in zip(self._calls[0], calls, strict=True)
+                    ]
+                    carried = Carried({}, alike(carried.shared, self._carried[0].shared))
+                self._calls.append(calls)
+                self._carried.append(carried)
+        self._first = list(self._carried)  # as the model makes it, before any block has run
 
     def observe(self, index: int) -> None:
-        """Runs a block over all micro-batches for those who watch; the hidden states stay as they are."""
+        """Runs a block over all micro-batches for those who watch; what flows stays as it is."""
         for batch in range(len(self.hidden)):
             self.run(index, batch)
 
     @torch.no_grad()
     def run(self, index: int, batch: int) -> Tensor:
-        """What a block makes of one micro-batch, on the device; the hidden states stay as they are."""
+        """What a block makes of one micro-batch, on the device; what flows stays as it is."""
         return self.forward(index, batch)
 
     def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
         """As `run`, but differentiable; for a block that was cast to `dtype`."""
-        return self.blocks.forward(index, self.hidden[batch], self._calls[batch][index], dtype)
+        return self._step(index, batch, dtype)[0]
 
     def advance(self, index: int) -> None:
-        """Replaces the hidden states by what the block makes of them; raises as `advanced` does."""
-        for batch, out in enumerate(self._outputs(index)):
-            self.hidden[batch] = out
+        """Replaces what flows by what the block makes of it; raises as `advanced` does."""
+        for batch, (hidden, carried) in enumerate(self._outputs(index)):
+            self.hidden[batch], self._carried[batch] = hidden, carried
 
-    def advanced(self, index: int) -> list[Tensor]:
-        """What the block makes of the hidden states, which stay as they are.
+    def advanced(self, index: int) -> Ahead:
+        """What the block makes of what flows, which stays as it is; `go_on` takes it.
 
         Raises ValueError where it is no longer finite.
         """
         return list(self._outputs(index))
 
-    def _outputs(self, index: int) -> Iterator[Tensor]:
+    def go_on(self, ahead: Ahead) -> None:
+        """Replaces what flows by what `advanced` returned."""
+        self.hidden, self._carried = [hidden for hidden, _ in ahead], [carried for _, carried in ahead]
+
+    @torch.no_grad()
+    def logits(self, batch: int, tokens_BL: Tensor) -> Tensor:
+        """The model's logits (B x L x V) behind the last block; needs `ends_resident`."""
+        return self.blocks.logits(tokens_BL, self.hidden[batch], self._carried[batch])
+
+    def _step(self, index: int, batch: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Carried]:
+        call = self._calls[batch][index]
+        if call is None:  # the model does not run this block
+            return self.hidden[batch].to(self.blocks.device, dtype), self._carried[batch]
+        if self._sent[0] != index:
+            self._sent = (index, {})
+        known = self._sent[1] if dtype is None else None
+        return self.blocks.step(index, self.hidden[batch], call, self._carried[batch], dtype, known)
+
+    @torch.no_grad()
+    def _outputs(self, index: int) -> Iterator[tuple[Tensor, Carried]]:
+        are_finite = []  # asked for at the end: a GPU would otherwise wait for the host after every micro-batch
         for batch in range(len(self.hidden)):
-            out = self.run(index, batch)
-            if not all_finite(out):
-                raise Mistake(
-                    f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
-                    "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
-                )
+            out, carried = self._step(index, batch)
+            if out.device.type == "cpu":
+                self._check(index, all_finite(out))
+            else:
+                are_finite.append(finite(out))
             assert self._keep is not None
-            yield self._keep(out)
+            yield self._keep(out), alike(carried.mapped(self._keep), self._carried[batch])
+        self._check(index, not are_finite or bool(torch.stack(are_finite).all()))
 
-    def fits(self, hidden: list[Tensor]) -> bool:
-        """Whether these could be the hidden states, by micro-batch."""
-        mine = [(h.shape, h.dtype) for h in self.hidden]
-        return mine == [(h.shape, h.dtype) for h in hidden]
+    def _check(self, index: int, is_finite: bool) -> None:
+        if not is_finite:
+            raise Mistake(
+                f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
+                "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
+            )
 
-    def put(self, hidden: list[Tensor]) -> None:
-        """Goes on with these hidden states."""
+    def saved(self) -> list[Tensor] | None:
+        """All that flows, as tensors that `restore` takes; None if some of it is no tensor in a known container."""
+        tensors = list(self.hidden)
+        notes = []
+        for first, carried in zip(self._first, self._carried, strict=True):
+            places = [[place.block, place.leaf, len(tensors) + i] for i, place in enumerate(carried.values)]
+            tensors += [value.contiguous().clone() for value in carried.values.values()]
+            try:
+                containers = [
+                    None if _same(now, before) else _noted(now, tensors)
+                    for now, before in zip(carried.shared, first.shared, strict=True)
+                ]
+            except TypeError:
+                return None
+            notes.append([places, containers])
+        note = torch.frombuffer(bytearray(json.dumps(notes), "utf-8"), dtype=torch.uint8)
+        return [note, *tensors]
+
+    def restore(self, saved: Sequence[Tensor]) -> bool:
+        """Goes on with what `saved` returned; False, and nothing is changed, if it is of other micro-batches."""
+        if not saved or saved[0].dtype != torch.uint8:
+            return False
+        notes = json.loads(bytes(saved[0].tolist()))
+        tensors = saved[1:]
+        hidden = tensors[: len(notes)]
+        if [len(h) for h in hidden] != [len(h) for h in self.hidden] or any(
+            h.shape[1] != mine.shape[1] for h, mine in zip(hidden, self.hidden, strict=True)
+        ):
+            return False
         assert self._keep is not None
-        self.hidden = [self._keep(h.to(self.blocks.device)) for h in hidden]
+        keep = self._keep
+        tensors = [keep(tensor.to(self.blocks.device)) for tensor in tensors]
+        self.hidden = tensors[: len(notes)]
+        self._carried = [
+            Carried(
+                {Returned(block, leaf): tensors[place] for block, leaf, place in places},
+                [
+                    first_one if note is None else _filled(first_one, _read(note, tensors))
+                    for note, first_one in zip(containers, first.shared, strict=True)
+                ],
+            )
+            for (places, containers), first in zip(notes, self._first, strict=True)
+        ]
+        return True
 
     def twin(self) -> Activations:
         """Another stream that begins with the same hidden states."""
         twin = copy.copy(self)
         twin.hidden = list(self.hidden)
+        twin._carried = list(self._carried)
         return twin
 
 
-def _same(first: Any, other: Any) -> Any:
-    """`first` where both hold the same values, else `other`."""
-    if isinstance(other, Call):
-        return Call(_same(first.args, other.args), _same(first.kwargs, other.kwargs))
-    if isinstance(other, Tensor):
-        equal = isinstance(first, Tensor) and first.shape == other.shape and torch.equal(first, other)
-        return first if equal else other
-    if isinstance(other, tuple | list) and len(first) == len(other):
-        return type(other)(_same(f, o) for f, o in zip(first, other, strict=True))
-    if isinstance(other, dict):
-        return {k: _same(first.get(k), v) for k, v in other.items()}
-    return other
+def _same(now: Any, before: Any) -> bool:
+    """Whether a container holds the very tensors and values that it held before any block ran."""
+    if isinstance(now, MutableMapping):
+        return now.keys() == before.keys() and all(_same(now[key], before[key]) for key in now)
+    if isinstance(now, list | tuple):
+        return len(now) == len(before) and all(map(_same, now, before))
+    if isinstance(now, Tensor) or not hasattr(now, "__dict__"):
+        return now is before or (not isinstance(now, Tensor) and now == before)
+    return vars(now).keys() == vars(before).keys() and all(_same(vars(now)[k], vars(before)[k]) for k in vars(now))
+
+
+def _noted(value: Any, tensors: list[Tensor]) -> list[Any]:
+    """A container as JSON; its tensors are added to the list. Raises TypeError for what JSON cannot hold."""
+    if isinstance(value, Tensor):
+        tensors.append(value.contiguous().clone())
+        return ["tensor", len(tensors) - 1]
+    if isinstance(value, MutableMapping):
+        if not all(isinstance(key, str | int) for key in value):
+            raise TypeError
+        return ["dict", [[key, _noted(part, tensors)] for key, part in value.items()]]
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, [_noted(part, tensors) for part in value]]
+    if value is None or isinstance(value, str | int | float | bool):
+        return ["value", value]
+    raise TypeError
+
+
+def _read(note: list[Any], tensors: Sequence[Tensor]) -> Any:
+    kind, content = note
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _read(part, tensors) for key, part in content}
+    if kind == "value":
+        return content
+    parts = [_read(part, tensors) for part in content]
+    return parts if kind == "list" else tuple(parts)
+
+
+def _filled(first: Any, content: Any) -> Any:
+    """A container of the first one's type with other content."""
+    if isinstance(first, MutableMapping):
+        new = copy.copy(first)
+        new.clear()
+        new.update(content)
+        return new
+    return content

@@ -31,4 +31,4 @@ class Block:
 
     def matrices(self) -> BlockMatrices:
         """The block's prunable matrices; its input groups are still to be observed."""
-        return BlockMatrices(self.module, self.name, self.skip)
+        return BlockMatrices(self.module, self.name, self.skip, self.activations.blocks.routers)

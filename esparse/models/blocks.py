@@ -2,8 +2,9 @@
 
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it. One block is on the device at a time; where the other blocks are is the
-store's business (models/store.py), and where the hidden states wait is the keeper's (models/offload.py).
+arguments that the model would give it (models/calls.py). That this is what the model computes is checked before
+anything flows (models/walk_check.py). One block is on the device at a time; where the other blocks are is the store's
+business (models/store.py), and where the hidden states wait is the keeper's (models/offload.py).
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -11,6 +12,9 @@ Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V 
 from __future__ import annotations
 
 import contextlib
+import enum
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,35 +25,44 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from esparse.errors import Mistake
+from esparse.models.calls import Call, Carried, Output, Recorder, Unwalkable, leaf_of, moved
 from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
-from esparse.errors import Mistake
+from esparse.parts import plugins
 
-# Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+log = logging.getLogger("esparse")
+
+StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class HandsOn(enum.IntEnum):
+    """What the model reads behind its last block."""
+
+    HIDDEN = 0  # the hidden states that it returns
+    REST = 1  # what else it returns
+    ALL = 2  # what blocks before it returned, and the model read between blocks
 
 
 class _Captured(Exception):
     """Ends the model's own forward once every block has been asked for."""
 
 
-@dataclass(slots=True)
-class Call:
-    """What the model passes to one block beside the hidden states."""
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What enters the first block, the calls of all (None for a block that does not run), and what flows beside."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
-        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
+    hidden: Tensor
+    calls: list[Call | None]
+    carried: Carried
 
 
 class BlockModel:
     """A model cut into its decoder blocks.
 
-    Raises ValueError where no list of decoder blocks can be found.
+    Raises Unwalkable if there is no list of decoder blocks, or none that runs for text.
     """
 
     def __init__(
@@ -72,10 +85,16 @@ class BlockModel:
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
-        self.prefix, self.blocks = find_blocks(model)
+        self.stay_dense = plugins.quirks(model)
+        self.hands_on = HandsOn.HIDDEN
+        self.checked = False  # whether the walk is known to compute what the model does (models/walk_check.py)
+        self.routers: set[str] = set()  # layers that were seen to decide which experts run
+        self._experts = _expert_configs(model)
+        self.prefix, self.blocks, first = self._found(candidates(model))
         if not self.store.whole:
             self._check_separate()
-        self._returns_tuple = self._probe()
+        self.outputs = [first] * len(self.blocks)  # what each block returns: as the first one, as far as is known
+        self.order = list(range(len(self.blocks)))  # the blocks that run, in their order
 
     def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
         """Cuts sequences into micro-batches of about `batch_tokens` tokens, one to `most` sequences each."""
@@ -84,46 +103,168 @@ class BlockModel:
         return [part for part in parts if len(part)]  # there is none where a rank has no sequence
 
     @torch.no_grad()
-    def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden states that enter the first block, and the call of every block; needs `ends_resident`."""
-        calls: list[Call] = []
+    def enter(self, tokens_BL: Tensor) -> Entered:
+        """What the model hands to its blocks; needs `ends_resident`.
+
+        Raises Unwalkable if it runs a block twice, or changes the hidden states between two blocks.
+        """
         entered: list[Tensor] = []
+        recorder = Recorder()
 
-        def record(index: int, hidden_BLH: Tensor, call: Call) -> Tensor:
-            if index == 0:
-                entered.append(hidden_BLH)
-            calls.append(call)
-            if index == len(self.blocks) - 1:
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            before = recorder.calls[-1][0] if recorder.calls else None
+            if before is not None and index <= before:
+                raise Unwalkable(f"{self.name(index)} runs behind {self.name(before)}: {_ORDER}")
+            name, hidden, args, kwargs = self.hidden_apart(index, args, kwargs)
+            if before is not None:
+                place = recorder.places.get(id(hidden))
+                if place is None:
+                    raise Unwalkable(
+                        f"the hidden states that {self.name(index)} is given do not come from {self.name(before)}, or "
+                        "not in a way that could be followed"
+                    )
+                if place.block >= 0 and place.block != before:
+                    raise Unwalkable(f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}")
+                if place.block == before and place.leaf != self.outputs[before].main:
+                    raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
+            entered.append(hidden)
+            recorder.calls.append((index, hidden, name, args, kwargs))
+            if index == self.order[-1]:
                 raise _Captured
-            return hidden_BLH
+            form = self.outputs[index]
+            with torch._C.DisableTorchFunction():
+                values = {
+                    i: torch.zeros_like(leaf, device=self.device) for i, leaf in enumerate(form.leaves) if _is(leaf)
+                }
+                values[form.main] = hidden.clone()
+            recorder.made(values, index)
+            return form.with_values(values)
 
-        with self._replaced(record):
+        with self._replaced(record), recorder:
             self._run_until_captured(tokens_BL.to(self.device))
-        return entered[0], calls
+        recorded, shared = recorder.templates()
+        last = recorder.calls[-1][0]
+        if self.hands_on >= HandsOn.REST:
+            recorded[last].keeps |= self.outputs[last].others(last)
+        if self.hands_on >= HandsOn.ALL:
+            for call in recorded.values():
+                call.keeps |= recorder.read_between()
+        return Entered(entered[0], [recorded.get(i) for i in range(len(self.blocks))], Carried({}, shared))
+
+    def embed(self, tokens_BL: Tensor) -> tuple[Tensor, list[Call | None]]:
+        """The hidden states that enter the first block, and the call of every block; needs `ends_resident`."""
+        entered = self.enter(tokens_BL)
+        return entered.hidden, entered.calls
+
+    def step(
+        self,
+        index: int,
+        hidden_BLH: Tensor,
+        call: Call,
+        carried: Carried,
+        dtype: torch.dtype | None = None,
+        known: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Carried]:
+        """One block's forward on the device where the block is: the hidden states, and what flows on beside them.
+
+        What the block is given is cast to `dtype`, as the block itself was. `carried` stays as it is. `known`: tensors
+        of calls that were sent to the device before (Call.to).
+        """
+        hidden, passed, own = self.passed(hidden_BLH, call, carried, dtype, known)
+        with self.experts_one_by_one():
+            if call.name is None:
+                out = self.blocks[index](hidden, *passed.args, **passed.kwargs)
+            else:
+                out = self.blocks[index](*passed.args, **{call.name: hidden}, **passed.kwargs)
+        given = {p: leaf_of(out, p.leaf, self.name(index)) for p in call.keeps if p.block == index}
+        values = {place: value for place, value in (own.values | given).items() if place in call.keeps}
+        return leaf_of(out, self.outputs[index].main, self.name(index)), Carried(values, own.shared)
+
+    def passed(
+        self,
+        hidden_BLH: Tensor,
+        call: Call,
+        carried: Carried,
+        dtype: torch.dtype | None = None,
+        known: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Call, Carried]:
+        """What a block is given: hidden states, a call without places, and its own copy of what flows beside."""
+        own = carried.mapped(lambda tensor: moved(tensor, self.device, dtype))
+        call = call.to(self.device, dtype, known)
+        for between in call.before:
+            own.values |= between.run(own)
+        hidden = hidden_BLH.to(self.device, dtype) if call.hidden is None else own.values[call.hidden]
+        return hidden, call.filled(own), own
 
     def forward(self, index: int, hidden_BLH: Tensor, call: Call, dtype: torch.dtype | None = None) -> Tensor:
-        """One block's forward on the device where the block is; the result is on that device too.
-
-        What the block is given is cast to `dtype`, where the block itself was.
-        """
-        call = call.to(self.device, dtype)
-        out = self.blocks[index](hidden_BLH.to(self.device, dtype), *call.args, **call.kwargs)
-        # transformers 5 returns the tensor itself for most families: out[0] would be the first sequence.
-        return out[0] if isinstance(out, tuple) else out
+        """The hidden states that one block returns; for blocks to which nothing flows beside them."""
+        return self.step(index, hidden_BLH, call, Carried(), dtype)[0]
 
     @torch.no_grad()
-    def logits(self, tokens_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+    def logits(self, tokens_BL: Tensor, hidden_BLH: Tensor, carried: Carried | None = None) -> Tensor:
         """The model's own final norm and head (B x L x V) on what the last block returned; needs `ends_resident`."""
-        with self._replaced(lambda index, hidden, call: hidden_BLH.to(hidden.device)):
+        values = {} if carried is None else carried.values
+
+        def last(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            rest = {p.leaf: value.to(self.device) for p, value in values.items() if p.block == index}
+            main = self.outputs[index].main
+            if index == self.order[-1] or main not in rest:
+                rest[main] = hidden_BLH.to(self.device)
+            return self.outputs[index].with_values(rest)
+
+        with self._replaced(last):
             return self.model(input_ids=tokens_BL.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, index: int, *, changed: str | None = None) -> Iterator[nn.Module]:
+    def experts_one_by_one(self) -> Iterator[None]:
+        """While open, transformers multiplies one expert after the other, so that each can be observed."""
+        before = [config._experts_implementation_internal for config in self._experts]
+        try:
+            for config in self._experts:
+                config._experts_implementation_internal = "eager"
+            yield
+        finally:
+            for config, implementation in zip(self._experts, before, strict=True):
+                config._experts_implementation_internal = implementation
+
+    @contextmanager
+    def wrapped(self, run: Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """While open, `run(index, forward, args, kwargs)` is called instead of each block's forward."""
+        forwards = [block.forward for block in self.blocks]
+        with self._replaced(lambda index, args, kwargs: run(index, forwards[index], args, kwargs)):
+            yield
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}.{index}"
+
+    def hidden_apart(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str | None, Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The hidden states among a block's arguments: their name, themselves, and the others.
+
+        The name is None if they are the first positional argument. Raises Unwalkable if there are none.
+        """
+        name = None
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            _, *names = inspect.signature(type(self.blocks[index]).forward).parameters
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(names), "")
+            hidden, kwargs = kwargs.get(name), {key: value for key, value in kwargs.items() if key != name}
+        if not isinstance(hidden, Tensor):
+            raise Unwalkable(
+                f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the "
+                "hidden states, as a tensor"
+            )
+        return name, hidden, args, kwargs
+
+    @contextmanager
+    def resident(self, index: int, *, changed: str | None = None, read_only: bool = False) -> Iterator[nn.Module]:
         """While open, the block is on the device; what is done to its weights lasts only where `changed` is said.
 
-        `changed` begins the name of the file that they are written to.
+        `changed` begins the name of the file that they are written to. With `read_only`, nothing is done to them.
         """
-        with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}"):
+        with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}", read_only):
             yield self.blocks[index]
 
     def adopt(self, index: int, file: Path) -> None:
@@ -143,7 +284,7 @@ class BlockModel:
     def ends_resident(self) -> Iterator[None]:
         """While open, all that is not a block (embeddings, final norm, head) is on the device."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
-        with self._lent({n: module for n, module in self.model.named_modules() if id(module) not in inside}, None):
+        with self._lent({n: m for n, m in self.model.named_modules() if id(m) not in inside}, None, read_only=True):
             yield
 
     def _check_separate(self) -> None:
@@ -158,7 +299,7 @@ class BlockModel:
             seen |= of_block
 
     @contextmanager
-    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None) -> Iterator[None]:
+    def _lent(self, modules: Mapping[str, nn.Module], changed: str | None, read_only: bool = False) -> Iterator[None]:
         """While open, the modules' own parameters and buffers are on the device."""
         home = next(iter(_parameters(modules).values())).device
         buffers = [(m, name, b.device) for m in modules.values() for name, b in m.named_buffers(recurse=False)]
@@ -175,64 +316,104 @@ class BlockModel:
             done = True
         finally:
             # Asked for again: a correction may have given a layer a bias.
-            self.store.take_back(_parameters(modules), home, changed=changed if done else None)
+            self.store.take_back(_parameters(modules), home, changed=changed if done else None, read_only=read_only)
             place_buffers(None)
 
     @contextmanager
-    def _replaced(self, stand_in: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
-        """While open, the blocks do not compute: `stand_in(index, hidden, call)` says what each returns."""
+    def _replaced(self, stand_in: StandIn) -> Iterator[None]:
+        """While open, `stand_in(index, args, kwargs)` computes what each block returns."""
 
         def replacement(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-                out = stand_in(index, hidden, _without_cache(args, kwargs))
-                return (out,) if self._returns_tuple else out
+            return lambda *args, **kwargs: stand_in(index, args, kwargs)
 
-            return forward
-
+        own = [block.__dict__.get("forward") for block in self.blocks]  # of those who wrapped it, such as accelerate
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = replacement(index)
             yield
         finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
-    def _probe(self) -> bool:
-        """Whether the blocks return a tuple (BLOOM, Falcon) or a tensor: found out by running the first one once."""
-        returned: list[Any] = []
+    def _found(self, candidates: Mapping[str, nn.ModuleList]) -> tuple[str, nn.ModuleList, Output]:
+        """The first list whose first block runs for text, and what that returns: found out by running it once."""
+        versions = {name: parameter._version for name, parameter in self.model.named_parameters()}
+        for prefix, blocks in candidates.items():
+            self.prefix, self.blocks = prefix, blocks
+            returned: list[Output] = []
 
-        def look(module: nn.Module, args: Any, out: Any) -> None:
-            returned.append(out)
-            raise _Captured
+            def look(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                _, hidden, *_ = self.hidden_apart(index, args, kwargs)
+                with self.experts_one_by_one():
+                    returned.append(Output.of(forward(*args, **kwargs), hidden, self.name(index)))  # noqa: B023
+                raise _Captured
 
-        hook = self.blocks[0].register_forward_hook(look)
-        try:
-            with self.ends_resident(), self.resident(0):
+            with self.ends_resident(), self.resident(0), self.wrapped(look):
                 self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
-        finally:
-            hook.remove()
-        return isinstance(returned[0], tuple)
+            if self.store.whole:  # otherwise they change as they come and go
+                self._check_untouched(versions)
+            if returned:
+                return prefix, blocks, returned[0]
+        raise Unwalkable(
+            f"{type(self.model).__name__} runs none of its lists of blocks for text alone ({', '.join(candidates)})"
+        )
+
+    def _check_untouched(self, versions: Mapping[str, int]) -> None:
+        """Raises Unwalkable if weights were written to since they had these versions."""
+        changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
+        if changed:
+            way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
+            raise Unwalkable(
+                f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is "
+                f"exported would not be what was measured{way}"
+            )
 
     def _run_until_captured(self, tokens_BL: Tensor) -> None:
         with contextlib.suppress(_Captured):
             self.model(input_ids=tokens_BL, use_cache=False)
 
 
+_ORDER = "esparse runs every block once, in the order of their list"
+
+
+class OtherLeaf(Exception):
+    """Another leaf of what a block returned is the hidden states for the next one."""
+
+    def __init__(self, block: int, leaf: int) -> None:
+        super().__init__(block, leaf)
+        self.block, self.leaf = block, leaf
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks: the outermost list with one entry per hidden layer of the config."""
-    expected = model.config.get_text_config().num_hidden_layers
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = [name for name, blocks in lists.items() if len(blocks) == expected]
-    if not fitting:
-        raise Mistake(
-            f"no list of {expected} decoder blocks in {type(model).__name__} (lists found: "
-            f"{', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
+    """The name and the list of the decoder blocks, as far as can be said without running the model."""
+    return next(iter(candidates(model).items()))
+
+
+def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists that may be the decoder blocks, by name, the likeliest first.
+
+    They are the lists with one entry per hidden layer of the config, the outermost first, then the list that holds
+    most of the weights. Raises Unwalkable if there is none.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    text = model.config.get_text_config
+    expected = {int(getattr(config, "num_hidden_layers", None) or 0) for config in (text(), text(decoder=True))}
+    fitting = [name for name, blocks in lists.items() if len(blocks) in expected]
+    found = sorted(fitting, key=lambda name: name.count("."))
+    sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    largest = [name for name, size in sizes.items() if size == max(sizes.values()) and size >= total / 2]
+    if not found + largest:
+        raise Unwalkable(
+            f"no list of {' or '.join(map(str, sorted(expected)))} decoder blocks in {type(model).__name__} "
+            f"(lists found: {', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
             "esparse prunes decoder-only language models"
         )
-    name = min(fitting, key=lambda name: name.count("."))
-    return name, lists[name]
+    return {name: lists[name] for name in dict.fromkeys(found + largest)}
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -245,19 +426,11 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in named.items()}
 
 
-def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    from transformers.cache_utils import Cache
-
-    args = tuple(None if isinstance(value, Cache) else value for value in args)
-    kwargs = {k: None if k in CACHES or isinstance(v, Cache) else v for k, v in kwargs.items()}
-    return Call(args, kwargs | ({"use_cache": False} if "use_cache" in kwargs else {}))
+def _expert_configs(model: PreTrainedModel) -> list[Any]:
+    """The configurations that say how experts are multiplied: of the model, of its parts, and of modules inside."""
+    configs = [model.config, *(getattr(module, "config", None) for module in model.modules())]
+    return list({id(c): c for c in configs if hasattr(c, "_experts_implementation_internal")}.values())
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device, dtype) for v in value)
-    if isinstance(value, dict):
-        return {k: _moved(v, device, dtype) for k, v in value.items()}
-    return value
+def _is(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)

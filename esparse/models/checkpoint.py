@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
 from esparse.errors import Mistake
 
 # In the order in which transformers looks for them.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from esparse.errors import Mistake
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Model:
 
     def tokens_at_once(self, device: torch.device) -> int:
         """About how many tokens a forward pass takes."""
-        return self.batch_tokens or (1024 if device.type == "cpu" else 8192)
+        return self.batch_tokens or usual_tokens_at_once(device)
 
     @property
     def title(self) -> str:
@@ -100,6 +101,11 @@ class Model:
                 f"{torch.cuda.device_count() or 'none'} here; use model.devices=auto or cpu"
             )
         return [device]
+
+
+def usual_tokens_at_once(device: torch.device) -> int:
+    """On a CPU more take memory and no less time."""
+    return 1024 if device.type == "cpu" else 8192
 
 
 def load(
@@ -349,15 +355,15 @@ def _explained(asked: str, is_local: bool, error: Exception, what: str = "model"
     needs_code = "trust_remote_code" in said
     said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."
     if needs_code:
-        return ValueError(
+        return Mistake(
             f"the {what} in {asked} has Python code of its own: read it, and allow it with model.trust_remote_code=true"
         )
     if isinstance(error, ImportError):
-        return ValueError(f"the {what} in {asked} needs a package that is not there: {said}")
+        return Mistake(f"the {what} in {asked} needs a package that is not there: {said}")
     if is_local:
-        return ValueError(f"the {what} in {asked} cannot be loaded: {said}")
+        return Mistake(f"the {what} in {asked} cannot be loaded: {said}")
     if not isinstance(error, OSError):
-        return ValueError(f"the {what} {asked} cannot be loaded: {said}")
+        return Mistake(f"the {what} {asked} cannot be loaded: {said}")
     return ConnectionError(
         f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({said}); without internet, copy "
         "the model here and name its directory: model=hf model.path=DIR"

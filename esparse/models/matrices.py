@@ -1,8 +1,9 @@
 """The weight matrices of a block, and which of them read the same tensor.
 
 Both are found by looking and observing, never listed per family: a Linear (or GPT-2's Conv1D) is known by its type, an
-expert's matrix by being used as one while its block runs. Two layers that receive the same tensor form one input
-group: they share statistics and a channel order.
+expert's matrix by being used as one while its block runs, however its siblings and it are stored. Two layers that
+receive the same tensor form one input group: they share statistics and a channel order. Routers (models/routers.py)
+are no matrices here.
 
 Shapes: O outputs, I inputs, T tokens.
 """
@@ -10,31 +11,36 @@ Shapes: O outputs, I inputs, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-# A router decides which expert a token sees: a few weights on which everything hangs, never pruned. The mixture
-# routers of transformers 5 are no Linear and are passed over anyway; these are the names of those that are.
-ROUTERS = {"gate", "router", "shared_expert_gate"}
+from esparse.models import routers
+
+_NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of their weights with what flows
+_EXPERTS = re.compile(r"expert")
 
 
 @dataclass(eq=False, slots=True)
 class Matrix:
-    """One weight matrix: a Linear's, a Conv1D's (stored inputs x outputs) or one expert's slice of a 3-D parameter."""
+    """One weight matrix: a Linear's, a Conv1D's (stored inputs x outputs) or one expert's part of a parameter.
+
+    A parameter holds its experts one behind the other: as a first dimension, or in 2 dimensions as runs of rows.
+    """
 
     entry: str  # name in the model's state dict
     parameter: nn.Parameter
     transposed: bool
     expert: int | None = None
     layer: nn.Module | None = None  # the Linear or Conv1D; an expert has none
+    rows: int = 0  # of each expert, if the parameter has 2 dimensions
+    together: bool = False  # whether an expert is multiplied with all its siblings at once
 
     @property
     def name(self) -> str:
@@ -48,8 +54,17 @@ class Matrix:
 
     def part_of(self, stored: Tensor) -> Tensor:
         """This matrix's part of a tensor that is stored as its parameter is, as outputs x inputs."""
-        stored = stored if self.expert is None else stored[self.expert]
+        stored = stored if self.expert is None else self.stack_of(stored)[self.expert]
         return stored.T if self.transposed else stored
+
+    def stack_of(self, stored: Tensor) -> Tensor:
+        """A tensor that is stored as the parameter is, with its experts as the first of three dimensions."""
+        return stored.unflatten(0, (-1, self.rows)) if self.rows else stored
+
+    @property
+    def experts(self) -> int:
+        """How many experts the parameter holds."""
+        return len(self.parameter) // (self.rows or 1)
 
     def add_to_bias(self, shift_O: Tensor) -> bool:
         """Adds to the layer's bias, which it gets where it had none; False for an expert, which has no place for it."""
@@ -71,39 +86,62 @@ class InputGroup:
 
 
 Reader = Callable[[InputGroup, Tensor], None]
-Member = tuple[str, bool, int | None, int]  # of a group: its matrix's entry, transposed, expert; the width of the input
+# Of a group: its matrix's entry, transposed, expert, rows, together; the width of the input.
+Member = tuple[str, bool, int | None, int, bool, int]
 
 
 class BlockMatrices:
     """The prunable matrices of one block; the input groups fill up while the block runs under `observed`."""
 
-    def __init__(self, block: nn.Module, prefix: str, skip: Sequence[str] = ()) -> None:
+    def __init__(
+        self, block: nn.Module, prefix: str, skip: Sequence[str] = (), routers_seen: Collection[str] = ()
+    ) -> None:
+        """`skip`: regular expressions of names that stay dense. `routers_seen`: layers known to route, by name."""
         self.block = block
+        self._prefix = prefix
         self._left_alone = [re.compile(pattern) for pattern in skip]
         self._layers: dict[nn.Module, Matrix] = {}
-        self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # 3-D parameters by identity
+        self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # parameters that may hold experts, by identity
+        self._flat: set[str] = set()  # those of 2 dimensions, of which only use shows whether they do
         self._group_of: dict[str, InputGroup] = {}
         self.groups: list[InputGroup] = []
         for path, module in block.named_modules():
             name = f"{prefix}.{path}"
-            if isinstance(module, nn.Linear | Conv1D) and not self._skipped(name):
+            if name in routers_seen or any(pattern.search(name) for pattern in self._left_alone):
+                continue
+            if isinstance(module, nn.Linear | Conv1D):
                 weight = module.get_parameter("weight")
-                self._layers[module] = Matrix(f"{name}.weight", weight, isinstance(module, Conv1D), layer=module)
+                outputs, inputs = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+                if not routers.named(block, path, outputs, inputs):
+                    self._layers[module] = Matrix(f"{name}.weight", weight, isinstance(module, Conv1D), layer=module)
+                continue
+            if isinstance(module, _NO_PRODUCTS):
+                continue
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and not self._skipped(f"{name}.{own}"):
-                    self._stacks[id(parameter)] = (f"{name}.{own}", parameter)
+                entry = f"{name}.{own}"
+                if parameter.ndim not in (2, 3) or any(pattern.search(entry) for pattern in self._left_alone):
+                    continue
+                if "router" not in f"{path}.{own}" and not own.endswith("bias"):
+                    self._stacks[id(parameter)] = (entry, parameter)
+                    if parameter.ndim == 2:
+                        self._flat.add(entry)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that hold the matrices, by their names in the state dict."""
-        of_layers = {matrix.entry: matrix.parameter for matrix in self._layers.values()}
-        return of_layers | dict(self._stacks.values())
+        """The parameters that hold the matrices, by their names in the state dict.
+
+        Of those of 2 dimensions that are no layer's, what is among experts, or was seen to hold some.
+        """
+        used = {matrix.entry for group in self.groups for matrix in group.matrices}
+        stacks = {
+            entry: parameter
+            for entry, parameter in self._stacks.values()
+            if entry not in self._flat or entry in used or _EXPERTS.search(entry)
+        }
+        return {matrix.entry: matrix.parameter for matrix in self._layers.values()} | stacks
 
     def layers(self) -> list[Matrix]:
         """The matrices that are layers of their own; experts, which are known by their use, are not among them."""
         return list(self._layers.values())
-
-    def _skipped(self, name: str) -> bool:
-        return name.rpartition(".")[2] in ROUTERS or any(p.search(name) for p in self._left_alone)
 
     @contextmanager
     def observed(self, read: Reader) -> Iterator[None]:
@@ -114,9 +152,10 @@ class BlockMatrices:
         """
         held: dict[tuple[int, int, int], tuple[Tensor, InputGroup]] = {}
 
-        def feed(matrix: Matrix, x: Tensor) -> None:
+        def feed(matrix: Matrix, x: Tensor, seen: Tensor | None = None) -> None:
+            """`seen`: the rows of x that are tokens, if they are not all."""
             group = self._group_of.get(matrix.name)
-            x_TI = x.flatten(0, -2)
+            x_TI = (x if seen is None else seen).flatten(0, -2)
             if group is None:
                 key = (x.data_ptr(), x.numel(), x.shape[-1])
                 if key not in held or x.numel() == 0:
@@ -138,7 +177,7 @@ class BlockMatrices:
         hooks.append(self.block.register_forward_hook(after_block))
         try:
             if self._stacks:
-                with _StackReads(self._stacks, feed):
+                with _StackReads(self._stacks.values(), feed):
                     yield
             else:
                 yield
@@ -148,7 +187,10 @@ class BlockMatrices:
 
     def members(self) -> list[list[Member]]:
         """The groups that were observed, as what can be told to another process."""
-        return [[(m.entry, m.transposed, m.expert, group.inputs) for m in group.matrices] for group in self.groups]
+        return [
+            [(m.entry, m.transposed, m.expert, m.rows, m.together, group.inputs) for m in group.matrices]
+            for group in self.groups
+        ]
 
     def unite(self, of_ranks: Sequence[list[list[Member]]]) -> list[list[InputGroup]]:
         """Replaces the groups by those that the ranks saw between them, in the same order wherever this is called.
@@ -168,56 +210,130 @@ class BlockMatrices:
         replaced = []
         self.groups = []
         for together in united:
-            matrices = [self._matrix(*member[:3]) for member in together]
-            group = InputGroup(next(iter(together))[3], [own.get(m.name, (m,))[0] for m in matrices])
+            matrices = [self._matrix(*member[:5]) for member in together]
+            group = InputGroup(next(iter(together))[5], [own.get(m.name, (m,))[0] for m in matrices])
             self.groups.append(group)
             self._group_of |= {matrix.name: group for matrix in matrices}
             replaced.append(list(dict.fromkeys(own[m.name][1] for m in matrices if m.name in own)))
         return replaced
 
-    def _matrix(self, entry: str, transposed: bool, expert: int | None) -> Matrix:
+    def _matrix(self, entry: str, transposed: bool, expert: int | None, rows: int, together: bool) -> Matrix:
         if expert is None:
             return next(matrix for matrix in self._layers.values() if matrix.entry == entry)
         parameter = next(parameter for name, parameter in self._stacks.values() if name == entry)
-        return Matrix(entry, parameter, transposed, expert)
+        return Matrix(entry, parameter, transposed, expert, rows=rows, together=together)
 
     def complete(self) -> list[str]:
         """Adds the experts that no token reached, each a group of its own; returns the names of layers never used.
 
-        An unseen expert is stored as its siblings are.
+        An unseen expert is stored as its siblings are. Of experts that are modules of a list, siblings are the layers
+        whose names differ in the number only.
         """
-        for entry, parameter in self._stacks.values():
+        for entry, _ in self._stacks.values():
             seen = [m for group in self.groups for m in group.matrices if m.entry == entry]
             if not seen:
                 continue
-            for expert in sorted(set(range(parameter.shape[0])) - {m.expert for m in seen}):
-                matrix = Matrix(entry, parameter, seen[0].transposed, expert)
+            first = seen[0]
+            for expert in sorted(set(range(first.experts)) - {m.expert for m in seen}):
+                matrix = replace(first, expert=expert)
                 self.groups.append(InputGroup(matrix.view().shape[1], [matrix]))
         used = {matrix.name for group in self.groups for matrix in group.matrices}
-        return [matrix.name for matrix in self._layers.values() if matrix.name not in used]
+        siblings = {_numbered(name) for name in used}
+        left = []
+        for matrix in self._layers.values():
+            if matrix.name in used:
+                continue
+            inside = matrix.name.removeprefix(self._prefix)
+            if _EXPERTS.search(inside) and _NUMBER.search(inside) and _numbered(matrix.name) in siblings:
+                self.groups.append(InputGroup(matrix.view().shape[1], [matrix]))
+            else:
+                left.append(matrix.name)
+        return left
 
 
-class _StackReads(TorchFunctionMode):
-    """Notices when a slice of a 3-D parameter multiplies something: that is an expert at work.
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
-    transformers keeps all experts of a layer in one parameter, so there is no module to hook. The eager experts
-    implementation (models/load.py asks for it) multiplies one expert after the other.
+
+def _numbered(name: str) -> str:
+    """A layer's name without the numbers of lists."""
+    return _NUMBER.sub(".*", name)
+
+
+class _StackReads(TorchDispatchMode):
+    """Notices when a part of a parameter multiplies something: that is an expert at work.
+
+    Where a family keeps all experts of a layer in one parameter, there is no module to hook. Whatever it calls, all
+    products arrive here as a few operations on two operands, of which one lies in the parameter's memory: one expert
+    after the other (mm, mv), or all at once (bmm, grouped_mm).
     """
 
-    def __init__(self, stacks: dict[int, tuple[str, nn.Parameter]], feed: Callable[[Matrix, Tensor], None]) -> None:
+    def __init__(self, stacks: Iterable[tuple[str, nn.Parameter]], feed: Callable[..., None]) -> None:
         super().__init__()
         self._feed = feed
-        self._slices = {
-            parameter.data_ptr() + e * parameter.stride(0) * parameter.element_size(): (entry, parameter, e)
-            for entry, parameter in stacks.values()
-            for e in range(parameter.shape[0])
-        }
+        self._stacks = [(p.data_ptr(), p.data_ptr() + p.nbytes, entry, p) for entry, p in stacks]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and len(args) > 1:
-            found = self._slices.get(args[1].data_ptr()) if args[1].ndim == 2 else None
-            if found is not None:
-                entry, parameter, expert = found
-                # linear() takes outputs x inputs, a product on the right takes inputs x outputs.
-                self._feed(Matrix(entry, parameter, func is not linear, expert), args[0])
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        operation = func.overloadpacket
+        if operation in (aten.mm, aten.addmm, aten.linear, aten.mv, aten.addmv):
+            left, right = args[1:3] if operation in (aten.addmm, aten.addmv) else args[:2]
+            if operation is aten.linear:
+                self._product(left.flatten(0, -2), right.T)
+            elif right.ndim == 1:
+                self._product(right[None], left.T)
+            elif not self._product(left, right):
+                self._product(right.T, left.T)
+        elif operation in (aten.bmm, aten.baddbmm):
+            left, right = args[1:3] if operation is aten.baddbmm else args[:2]
+            if self._at(right) is None and self._at(left) is not None:
+                left, right = right.mT, left.mT
+            if self._at(right) is not None:
+                for x_TI, weight_IO in zip(left, right, strict=True):
+                    # All experts get a row for every token, zeros if the router sends it elsewhere.
+                    self._product(x_TI, weight_IO, x_TI[x_TI.any(-1)])
+        elif operation is getattr(aten, "_grouped_mm", None) and args[1].ndim == 3 and args[0].ndim == 2:
+            x_TI, weight_EIO = args[:2]
+            ends = (args[2] if len(args) > 2 else kwargs["offs"]).tolist()
+            for weight_IO, begin, end in zip(weight_EIO, [0, *ends[:-1]], ends, strict=True):
+                if end > begin:
+                    self._product(x_TI[begin:end], weight_IO)
         return func(*args, **(kwargs or {}))
+
+    def _at(self, weight: Tensor) -> tuple[int, str, nn.Parameter] | None:
+        """The parameter in whose memory this begins, and how many elements behind its start."""
+        place = weight.data_ptr()
+        for begin, end, entry, parameter in self._stacks:
+            if begin <= place < end:
+                return (place - begin) // parameter.element_size(), entry, parameter
+        return None
+
+    def _product(self, x_TI: Tensor, weight_IO: Tensor, seen_TI: Tensor | None = None) -> bool:
+        """Feeds the expert that the weight belongs to, if it does; whether it does."""
+        found = self._at(weight_IO)
+        if found is None or weight_IO.ndim != 2:
+            return False
+        offset, entry, parameter = found
+        inputs, outputs = weight_IO.shape
+        across, along = parameter.stride()[-2:]
+        # As it is stored, a product on the right has the inputs as rows; a Linear's way is the other one.
+        if weight_IO.stride() == (across, along):
+            transposed, height, width = True, inputs, outputs
+        elif weight_IO.stride() == (along, across):
+            transposed, height, width = False, outputs, inputs
+        else:
+            return False
+        if parameter.ndim == 3:
+            rows, (high, wide) = 0, parameter.shape[1:]
+            # A part of an expert (its gate, its up) reads what the whole reads; the first one stands for all.
+            whole = (height == high) if transposed else (width == wide)
+            expert, rest = divmod(offset, parameter.stride(0))
+        else:
+            rows = height
+            whole = width == parameter.shape[1] and len(parameter) % rows == 0
+            whole &= rows < len(parameter) or (bool(_EXPERTS.search(entry)) and outputs > 1)
+            expert, rest = divmod(offset, rows * parameter.stride(0))
+        if not whole or rest:
+            return False
+        matrix = Matrix(entry, parameter, transposed, expert, rows=rows, together=seen_TI is not None)
+        self._feed(matrix, x_TI, seen_TI)
+        return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Producer:
     def of_expert(self, expert: int) -> Producer:
         """The same rows of another expert of the same parameter."""
         assert self.matrix is not None
-        sibling = Matrix(self.matrix.entry, self.matrix.parameter, self.matrix.transposed, expert)
+        sibling = replace(self.matrix, expert=expert)
         return Producer.of_matrix(sibling, self.row_of_I)
 
     def tied(self, value_I: Tensor) -> Tensor:

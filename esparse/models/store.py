@@ -61,8 +61,18 @@ class Store(ABC):
         """Fills the parameters, on the device."""
 
     @abstractmethod
-    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
-        """Clears the device; `changed` names what was changed and is to be kept, a file name without its ending."""
+    def take_back(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        home: torch.device,
+        *,
+        changed: str | None,
+        read_only: bool = False,
+    ) -> None:
+        """Clears the device; `changed` names what was changed and is to be kept, a file name without its ending.
+
+        `read_only`: the weights are still those that were lent.
+        """
 
     @abstractmethod
     def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
@@ -84,12 +94,31 @@ class MemoryStore(Store):
 
     whole = True
 
+    def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
+        super().__init__(folder, ranks)
+        # Where the weights of a block at work came from: memory that is new would be given page by page.
+        self._homes: dict[nn.Parameter, Tensor] = {}
+
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         for parameter in parameters.values():
-            parameter.data = parameter.data.to(device)
+            before, parameter.data = parameter.data, parameter.data.to(device)
+            if parameter.device != before.device:
+                self._homes[parameter] = before
 
-    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
-        self.lend(parameters, home)
+    def take_back(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        home: torch.device,
+        *,
+        changed: str | None,
+        read_only: bool = False,
+    ) -> None:
+        for parameter in parameters.values():
+            before = self._homes.pop(parameter, None)
+            if before is None or (before.shape, before.dtype) != (parameter.shape, parameter.dtype):
+                parameter.data = parameter.data.to(home)
+            else:
+                parameter.data = before if read_only else before.copy_(parameter.data)
         if changed is not None and self.folder is not None:
             self._save(parameters, changed)
 
@@ -142,7 +171,14 @@ class ShardStore(Store):
             value = value.to(device=device, dtype=parameter.dtype, copy=True)
             swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
-    def take_back(self, parameters: Mapping[str, nn.Parameter], home: torch.device, *, changed: str | None) -> None:
+    def take_back(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        home: torch.device,
+        *,
+        changed: str | None,
+        read_only: bool = False,
+    ) -> None:
         if changed is not None:
             self.adopt(parameters, self._save(parameters, changed))
         for parameter in parameters.values():

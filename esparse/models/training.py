@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")

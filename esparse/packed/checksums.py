@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
+
 from esparse.errors import Mistake
 
 

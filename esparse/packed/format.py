@@ -1,4 +1,4 @@
 """The name and the version of esparse's format, as config.json has them. Standard library only."""
 
-METHOD = "esparse"
+FORMAT_NAME = "esparse"
 VERSION = 1

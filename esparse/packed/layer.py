@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from esparse.kernels import linear as kernels
 from esparse.kernels import loops as compiled_loops
-from esparse.kernels.linear import GEMV_TOKENS, packed_linear
+from esparse.kernels.linear import few_tokens, packed_linear
 from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
@@ -127,7 +127,8 @@ class PackedLinear(nn.Module):
     def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product by the kernel for that many tokens (esparse/kernels/linear.py)."""
         (nm,) = self.pattern.parts()
-        blob = self.second_copy() if len(x_TI) > GEMV_TOKENS else None  # which may put the values elsewhere
+        few = few_tokens(x_TI.dtype, x_TI.shape[1], n=nm.n, m=nm.m)
+        blob = self.second_copy() if len(x_TI) > few else None  # which may put the values elsewhere
         return packed_linear(self.values, self.bits, x_TI, n=nm.n, m=nm.m, bias_R=bias_O, blob=blob)
 
     def tiles(self, element_bytes: int) -> Iterator[slice]:

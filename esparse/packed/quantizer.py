@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from esparse.errors import Mistake
 from esparse.packed.checksums import check_files
-from esparse.packed.format import METHOD, VERSION
+from esparse.packed.format import FORMAT_NAME, VERSION
 
 log = logging.getLogger("esparse")
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from esparse.patterns import Pattern
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(FORMAT_NAME)
 class EsparseConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed checkpoint's config.json."""
 
@@ -56,7 +56,7 @@ class EsparseConfig(QuantizationConfigMixin):
             raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
         _check_kinds({"layers": layers, "files": files, "experts": experts or {}}, dict)
         _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
-        self.quant_method = METHOD
+        self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
         self.layers, self.files = layers, files
         self.biases, self.ordered = list(biases), list(ordered)
@@ -101,7 +101,7 @@ def _pattern(name: str, text: str) -> Pattern:
         raise Mistake(f"config.json is damaged: {name} has the pattern {text!r}") from error
 
 
-@register_quantizer(METHOD)
+@register_quantizer(FORMAT_NAME)
 class EsparseQuantizer(HfQuantizer):
     """Puts packed layers into the skeleton of a model, and settles them once they are filled."""
 

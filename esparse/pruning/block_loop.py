@@ -52,6 +52,7 @@ class Walk:
     skip: Sequence[str]
     stages: Stages
     of_model: Mapping[str, Tensor] = field(default_factory=dict)  # gradients, where the metric wants the whole model's
+    _cannot_save: bool = False
 
     def __call__(
         self,
@@ -100,22 +101,31 @@ class Walk:
                     if not last:
                         activations.advance(index)
                     if dense is not None and ahead is not None:
-                        dense.hidden = ahead
+                        dense.go_on(ahead)
             if journal is not None and entry is not None:
                 journal.write(index, entry, stages)
                 if not last and ranks.size == 1:  # of several, each has its share only
-                    journal.snapshot(index + 1, {name: stream.hidden for name, stream in streams.items()})
+                    self._snapshot(index + 1, streams, journal)
+
+    def _snapshot(self, index: int, streams: Mapping[str, Activations], journal: Journal) -> None:
+        """Writes down what enters a block, if it is time to and it can be written."""
+        if not journal.snapshot_due():
+            return
+        saved = {name: stream.saved() for name, stream in streams.items()}
+        whole = {name: tensors for name, tensors in saved.items() if tensors is not None}
+        if len(whole) == len(saved):
+            journal.snapshot(index, whole)
+        elif not self._cannot_save:
+            self._cannot_save = True
+            log.warning("what flows between the blocks cannot be written down: a resumed run computes it anew")
 
     def _restored(self, streams: Mapping[str, Activations], journal: Journal | None) -> int:
         """Gives the streams the hidden states that an earlier attempt wrote down; the block that they enter."""
         first = 0 if journal is None else journal.snapshot_before()
         if journal is None or not first or self.blocks.ranks.size > 1:
             return 0
-        saved = {name: journal.hidden(name) for name in streams}
-        if not all(stream.fits(saved[name]) for name, stream in streams.items()):
+        if not all([stream.restore(journal.hidden(name)) for name, stream in streams.items()]):
             return 0  # another model.batch_tokens cuts other micro-batches
-        for name, stream in streams.items():
-            stream.put(saved[name])
         self._adopt(range(first), journal)
         return first
 
@@ -132,7 +142,7 @@ class Walk:
         with self.stages("calibrate"), self.blocks.resident(block.index):
             block.activations.advance(block.index)
         if block.dense is not None and ahead is not None:
-            block.dense.hidden = ahead
+            block.dense.go_on(ahead)
 
     def _adopt(self, indices: Iterable[int], journal: Journal | None) -> None:
         assert journal is not None

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esparse.patterns.order import check_order
 from esparse.errors import Mistake
+from esparse.patterns.order import check_order
 from esparse.records.audit import Masks
 from esparse.records.report import Stages, write_json, write_whole
 
@@ -54,8 +54,10 @@ class Dense:
 
 @dataclass(slots=True)
 class Journal:
-    """A folder with the state of one run. As a context it goes with a run that ends, and with a mistake (ValueError)
-    that would only come again; after anything else it stays for the next attempt.
+    """A folder with the state of one run.
+
+    As a context manager it is deleted when the run ends with success or with a Mistake, which another attempt would
+    end with as well; after any other exception it stays for the next attempt.
     """
 
     folder: Path
@@ -97,7 +99,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.writes and (kind is None or issubclass(kind, ValueError)):
+        if self.writes and (kind is None or issubclass(kind, Mistake)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def with_earlier(self, stages: Stages) -> dict[str, float]:
@@ -137,9 +139,12 @@ class Journal:
         channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
         return Entry(keeps, orders, written["facts"], channels)
 
+    def snapshot_due(self) -> bool:
+        return self.snapshot_seconds is not None and time.monotonic() - self._written >= self.snapshot_seconds
+
     def snapshot(self, index: int, streams: Mapping[str, list[Tensor]]) -> None:
-        """Writes the hidden states that enter this block, by stream and micro-batch, if it is time to."""
-        if self.snapshot_seconds is None or time.monotonic() - self._written < self.snapshot_seconds:
+        """Writes what enters this block, by stream, if it is time to."""
+        if not self.snapshot_due():
             return
         tensors = {f"{name}/{i:06}": t.cpu() for name, hidden in streams.items() for i, t in enumerate(hidden)}
         metadata = {"index": str(index)}
@@ -162,7 +167,7 @@ class Journal:
         return index
 
     def hidden(self, stream: str) -> list[Tensor]:
-        """The hidden states of one stream by micro-batch."""
+        """What was written of one stream."""
         with safe_open(self._hidden, framework="pt") as file:
             return [file.get_tensor(n) for n in sorted(file.keys()) if n.startswith(f"{stream}/")]
 

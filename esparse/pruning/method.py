@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from esparse.allocations import Allocation, Uniform
 from esparse.errors import Mistake
@@ -12,8 +13,10 @@ from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.recoveries import NoRecovery, Recovery
 from esparse.shuffles import Shuffle
-from esparse.stats import ColumnNorm, Factory, TokenSample
 from esparse.updates import NoUpdate, Update
+
+if TYPE_CHECKING:
+    from esparse.stats import Factory
 
 ERROR_TOKENS = 1024  # tokens on which a layer's relative error is measured
 
@@ -31,7 +34,21 @@ class Method:
     allocation: Allocation = field(default_factory=Uniform)
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises ValueError if the parts do not go together, or not with the pattern; loads no torch."""
+        for part in (self.allocation, self.shuffle, self.update, self.recovery):
+            part.check(self.pattern)
+        if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
+            raise Mistake(
+                "the gradients of the whole model are taken before any block is prepared and would not fit the "
+                "prepared weights: use metric.source=block or prepare=none"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
+
     def collects(self) -> dict[str, Factory]:
+        from esparse.stats import ColumnNorm, TokenSample
+
         asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
         parts = (self.metric, self.shuffle, self.update, self.recovery)
         return asked | {name: build for part in parts for name, build in part.collects().items()}

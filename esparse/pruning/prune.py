@@ -41,6 +41,7 @@ log = logging.getLogger("esparse")
 
 # Weights of several layers that are updated as one, at most: an update holds float32 copies of all of them at once.
 JOINED_WEIGHTS = 2**27
+MOST = 0.95  # of the blocks' weights: if fewer were pruned, a warning names what was left
 BINS = 100  # of a profile's entropies, where the metric has none of its own
 
 
@@ -62,6 +63,13 @@ class Pruned:
     weights: int = 0
     survivors: int = 0
     metadata_bits: float = 0.0
+    block_weights: int = 0  # of all parameters of the blocks that are matrices or stacks of them, pruned or not
+    left_dense: dict[str, int] = field(default_factory=dict)  # weights of those that are not, the largest first
+
+    @property
+    def share_of_blocks(self) -> float:
+        """How much of the blocks' weights were pruned."""
+        return 1 - sum(self.left_dense.values()) / self.block_weights
 
     def take(self, other: Pruned) -> None:
         """Adds what pruning another block left; its totals are counted at the end."""
@@ -78,7 +86,8 @@ class Pruned:
             "layers": as_dicts(self.layers),
             "recoveries": as_dicts(self.recoveries),
             "matrices": [
-                {"entry": m.entry, "transposed": m.transposed, "expert": m.expert, "ordered": g.order_I is not None}
+                {"entry": m.entry, "transposed": m.transposed, "expert": m.expert, "rows": m.rows}
+                | {"together": m.together, "ordered": g.order_I is not None}
                 for m, g in self.groupings
             ],
         }
@@ -104,6 +113,7 @@ def prune(
     ValueError for weights or activations that are not finite, naming the layer.
     """
     check_store(blocks, method)
+    skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(), method.recovery
     walk = Walk(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
@@ -140,6 +150,7 @@ def prune(
         model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
         pruned.recoveries += recovery.whole(model)
     _measure(pruned, blocks)
+    _count_dense(pruned, blocks)
     return pruned
 
 
@@ -153,7 +164,8 @@ def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Prun
     for fact, layer in zip(entry.facts["matrices"], pruned.layers, strict=True):
         path, expert = fact["entry"].removeprefix(f"{name}."), fact["expert"]
         owner = module.get_submodule(path.rpartition(".")[0]) if expert is None else None
-        matrix = Matrix(fact["entry"], module.get_parameter(path), fact["transposed"], expert, owner)
+        stored = {"expert": expert, "layer": owner, "rows": fact["rows"], "together": fact["together"]}
+        matrix = Matrix(fact["entry"], module.get_parameter(path), fact["transposed"], **stored)
         order_I = None
         if fact["ordered"]:
             order_I = entry.orders[matrix.entry] if expert is None else entry.orders[matrix.entry][expert]
@@ -316,7 +328,7 @@ def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Groupin
         if grouping.order_I is not None:
             pruned.orders[matrix.entry] = grouping.order_I.cpu()
         return
-    experts = len(matrix.parameter)
+    experts = matrix.experts
     pruned.keeps.put_expert(matrix.entry, keep_OI, matrix.expert, experts)
     if (order_I := grouping.order_I) is not None:
         stack = pruned.orders.setdefault(matrix.entry, order_I.new_zeros(experts, *order_I.shape, device="cpu"))
@@ -327,13 +339,42 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
     """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
     for index in range(len(blocks.blocks)):
         inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
-        with blocks.resident(index):
+        with blocks.resident(index, read_only=True):
             for matrix, grouping in inside:
                 survives_OI = matrix.view() != 0
                 pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
                 pruned.weights += survives_OI.numel()
                 pruned.survivors += int(survives_OI.sum())
                 pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+
+
+def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
+    """Notes which parameters of the blocks were not pruned, and says so if they are many."""
+    done = {id(matrix.parameter) for matrix, _ in pruned.groupings}  # by several names, if blocks share it
+    known: set[int] = set()
+    left: dict[str, int] = {}
+    for index, block in enumerate(blocks.blocks):
+        for path, parameter in block.named_parameters():
+            entry = f"{blocks.name(index)}.{path}"
+            if parameter.ndim < 2 or id(parameter) in known:
+                continue
+            known.add(id(parameter))
+            pruned.block_weights += parameter.numel()
+            if id(parameter) not in done:
+                left[entry] = parameter.numel()
+    pruned.left_dense = dict(sorted(left.items(), key=lambda item: -item[1]))
+    share = pruned.share_of_blocks
+    if share < MOST:
+        largest = ", ".join(f"{name} ({size:,})" for name, size in list(pruned.left_dense.items())[:3])
+        log.warning(
+            "only %.1f %% of the blocks' %s weights were pruned; %d parameters stay dense, the largest of them: %s",
+            100 * share,
+            f"{pruned.block_weights:,}",
+            len(left),
+            largest,
+        )
+    else:
+        log.info("%.1f %% of the blocks' weights were pruned", 100 * share)
 
 
 def _device(order_I: Tensor | None) -> torch.device | None:

@@ -27,8 +27,16 @@ from esparse.records.report import write_whole
 
 
 def pack(keep: Tensor) -> Tensor:
-    """A boolean mask as bytes, its last dimension shortened to ceil(columns / 8)."""
-    return torch.from_numpy(np.packbits(keep.numpy(), axis=-1))
+    """A boolean mask as bytes on the host, its last dimension shortened to ceil(columns / 8)."""
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=-1))
+    return _packed(keep).cpu()  # an eighth of what the mask would take on its way
+
+
+def _packed(keep: Tensor) -> Tensor:
+    eight = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = torch.tensor([128 >> bit for bit in range(8)], dtype=torch.uint8, device=keep.device)
+    return (eight * powers).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: list[int]) -> Tensor:
@@ -46,7 +54,7 @@ class Masks(Mapping[str, Tensor]):
             self.put(name, keep)
 
     def put(self, name: str, keep: Tensor) -> None:
-        self.packed[name], self.shapes[name] = pack(keep.cpu()), list(keep.shape)
+        self.packed[name], self.shapes[name] = pack(keep), list(keep.shape)
 
     def take(self, other: Masks) -> None:
         """Adds the masks of others, whose names are not among these."""
@@ -55,7 +63,7 @@ class Masks(Mapping[str, Tensor]):
 
     def put_expert(self, name: str, keep_OI: Tensor, expert: int, experts: int) -> None:
         """One of several masks that stand under one name, an expert's."""
-        packed = pack(keep_OI.cpu())
+        packed = pack(keep_OI)
         self.shapes[name] = [experts, *keep_OI.shape]
         self.packed.setdefault(name, packed.new_zeros(experts, *packed.shape))[expert] = packed
 

@@ -6,17 +6,19 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from esparse.records.groups import GROUPS
+
 # Where and how a run is carried out, not what it is: changing these asks for the same run.
-NOT_IDENTITY = {"output_root", "tracking", "rerun", "dry_run", "snapshot_seconds", "choices", "bench.cache"} | {
-    f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")
-}
+NOT_IDENTITY = {"output_root", "rerun", "dry_run", "snapshot_seconds", "choices", "bench.cache"}
+NOT_IDENTITY |= {f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")}
+NOT_IDENTITY |= {name for name, group in GROUPS.items() if not group.identity}
 
 
 @dataclass(slots=True)
@@ -75,32 +77,32 @@ class Stages:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def run_id(config: dict[str, Any]) -> str:
-    """Eight hex digits of what was asked (the resolved configuration without NOT_IDENTITY).
+def run_id(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of what was asked: a digest of `identity`."""
+    return sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 
-    Parts that only add to a record count where they ask for something: without them a run is what it was before esparse
-    had them.
+
+def identity(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """What was asked: the resolved configuration without NOT_IDENTITY and without parts that ask for nothing.
+
+    Such parts (bench, export, zeroshot, profile) enter only if enabled, so that ids from older versions stay valid.
     """
-    return sha256(json.dumps(_identity(config, ""), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _identity(config: dict[str, Any], path: str) -> dict[str, Any]:
     kept = {}
     for key, value in config.items():
         if path + key not in NOT_IDENTITY and not asks_for_nothing(path + key, value):
-            kept[key] = _identity(value, f"{path}{key}.") if isinstance(value, dict) else value
+            kept[key] = identity(value, f"{path}{key}.") if isinstance(value, dict) else value
     return kept
 
 
 def asks_for_nothing(path: str, value: Any) -> bool:
     """Whether a setting is as if there were none: a run is then what it was before esparse had the setting."""
-    if path in ("bench", "export"):
-        return set(value) <= {"_class"}  # only `none` has no settings
     if path in ("calibration.bos", "evaluate.bos"):  # settings that came later: as they are by themselves, a run is
         return bool(value == "auto")  # what it was without them
     if path in ("calibration.chat", "evaluate.chat"):
         return not value
-    return (path == "zeroshot" and not (value or {}).get("tasks")) or (path == "profile" and not value)
+    if path == "profile":
+        return not value
+    return path in GROUPS and GROUPS[path].idle(value)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,23 @@ class Held:
     keep: Tensor
     transposed: bool
     groupings: Sequence[Grouping]
+    rows: int = 0  # of each expert, if the parameter holds its experts in 2 dimensions
 
     def outputs_first(self, stored: Tensor) -> Tensor:
-        """* x O x I of what is as stored, and the other way round."""
+        """* x O x I of what is as stored."""
+        stored = stored.unflatten(0, (-1, self.rows)) if self.rows else stored
         return stored.mT if self.transposed else stored
+
+    def as_stored(self, outputs_first: Tensor) -> Tensor:
+        """As stored, of what is * x O x I."""
+        stored = outputs_first.mT if self.transposed else outputs_first
+        return stored.flatten(0, 1) if self.rows else stored
 
     def matrices(self, stored: Tensor) -> Iterator[tuple[Tensor, Grouping]]:
         """Each matrix (O x I) of a tensor as stored, with its grouping."""
         # unbind and not stored[expert]: the gradient of each such slice would be as large as all experts together.
-        for weight, grouping in zip(stored.unbind() if stored.ndim == 3 else [stored], self.groupings, strict=True):
-            yield weight.T if self.transposed else weight, grouping
+        matrices = self.outputs_first(stored)
+        return zip(matrices.unbind() if matrices.ndim == 3 else [matrices], self.groupings, strict=True)
 
     def settle(self) -> None:
         """Pruned weights become +0.0, and so do survivors that are zero, which half precision may have made -0.0."""
@@ -54,9 +61,9 @@ def held_weights(
     for entry, members in matrices.items():
         members.sort(key=lambda member: member[0].expert or 0)
         matrix, keep = members[0][0], keeps[entry].to(device)
-        keep = keep.mT.contiguous() if matrix.transposed else keep
         cuts = [Grouping(g.pattern, None if g.order_I is None else g.order_I.to(device)) for _, g in members]
-        held.append(Held(entry, matrix.parameter, keep, matrix.transposed, cuts))
+        one = Held(entry, matrix.parameter, keep, matrix.transposed, cuts, matrix.rows)
+        held.append(replace(one, keep=one.as_stored(keep).contiguous()))
     return held
 
 
@@ -106,7 +113,7 @@ class Lora:
             of.parameter.copy_(self._added(of, down, up))
 
     def _added(self, of: Held, down: Tensor, up: Tensor) -> Tensor:
-        addition = of.outputs_first(up @ down) * self._scale
+        addition = of.as_stored(up @ down) * self._scale
         return of.parameter + addition.masked_fill(~of.keep, 0.0)
 
 
@@ -131,12 +138,13 @@ def dropped(held: Sequence[Held], probability: float, generator: torch.Generator
     factors = {}
     for of in held:
         drawn = []
+        *experts, outputs, inputs = of.outputs_first(of.parameter.data).shape
         for grouping in of.groupings:
-            inputs = of.outputs_first(of.parameter.data).shape[-1]
             m = grouping.pattern.swap_width
             assert m is not None
             alive_G = torch.rand(-(-inputs // m), generator=generator) >= probability
             places_I = alive_G.repeat_interleave(m)[:inputs].to(of.parameter.device) / (1 - probability)
             drawn.append(grouping.restored(places_I[None]))
-        factors[of.entry] = of.outputs_first(torch.stack(drawn) if of.parameter.ndim == 3 else drawn[0])
+        factor = torch.stack(drawn) if experts else drawn[0]
+        factors[of.entry] = of.as_stored(factor.expand(-1, outputs, -1) if of.rows else factor)
     return factors

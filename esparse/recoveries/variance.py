@@ -32,9 +32,7 @@ class Variance(Recovery):
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
-            raise Mistake(
-                f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
-            )
+            raise Mistake(f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         rows = len(layer.dense_OI) if self.granularity == "row" else 1

@@ -47,9 +47,7 @@ class Window(Recovery):
     def __post_init__(self) -> None:
         for setting, known in KNOWN.items():
             if getattr(self, setting) not in known:
-                raise Mistake(
-                    f"recovery.{setting} must be one of {', '.join(known)}, got {getattr(self, setting)!r}"
-                )
+                raise Mistake(f"recovery.{setting} must be one of {', '.join(known)}, got {getattr(self, setting)!r}")
         if self.epochs < 1 or self.batch < 1:
             raise Mistake(f"recovery.epochs and recovery.batch must be positive, got {self.epochs} and {self.batch}")
         if self.learning_rate <= 0 or not 0 <= self.warm_up <= 1 or not 0 <= self.final_rate <= 1:

@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from esparse.reports.figures.catalogue import PICTURES, draw, svg
-from esparse.reports.grid import NUMBER, Grid, Record, Spread
+from esparse.reports.reading import NUMBER, Record
+from esparse.reports.table import Spread, Table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #f3f4f6; --line: #d0d7de; --mark: #0550ae; }
@@ -78,7 +79,7 @@ find.addEventListener("input", () => {
 """
 
 
-def page(table: Grid, records: Sequence[Record], *, title: str, corpus: str | None = None, best: bool = False) -> str:
+def page(table: Table, records: Sequence[Record], *, title: str, corpus: str | None = None, best: bool = False) -> str:
     """The page of these runs: `table` as it was asked for, and every picture that the records have data for.
 
     With `best`, the cells that are ahead are bold.
@@ -107,7 +108,7 @@ def page(table: Grid, records: Sequence[Record], *, title: str, corpus: str | No
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: Grid, columns: Sequence[str], ahead: set[tuple[int, str]]) -> str:
+def _table(table: Table, columns: Sequence[str], ahead: set[tuple[int, str]]) -> str:
     numbers = {c for c in columns if all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows)}
     heads = "".join(
         f'<th scope="col"{_class(c in numbers)}><button type="button">{escape(c)}</button></th>' for c in columns
@@ -119,7 +120,7 @@ def _table(table: Grid, columns: Sequence[str], ahead: set[tuple[int, str]]) -> 
     return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
 
-def _cell(table: Grid, column: str, value: Any, number: bool, ahead: bool) -> str:
+def _cell(table: Table, column: str, value: Any, number: bool, ahead: bool) -> str:
     shown = table.text(column, value)
     plain: Any = value.mean if isinstance(value, Spread) else value
     if isinstance(plain, float) and math.isinf(plain):

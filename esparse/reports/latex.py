@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from esparse.reports.grid import Grid, cells, text
+from esparse.reports.table import Table, cells, text
 
 SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 SPECIAL |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
 
 
-def latex_of(table: Grid, *, best: bool = False) -> str:
+def latex_of(table: Table, *, best: bool = False) -> str:
     """A tabular; what all runs share is a comment above it. With `best`, the cells that are ahead are bold.
 
     The columns of a table that is turned by several columns stand below the values of the first one.
@@ -29,7 +29,7 @@ def latex_of(table: Grid, *, best: bool = False) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _heads(table: Grid, columns: list[str]) -> list[str]:
+def _heads(table: Table, columns: list[str]) -> list[str]:
     """The header, in two lines where the columns stand for more than one value each."""
     first = next((next(iter(values)) for values in table.stands.values() if len(values) > 1), None)
     if first is None:

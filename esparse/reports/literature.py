@@ -9,19 +9,20 @@ published number is in no other table.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from csv import DictReader
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esparse.reports.formats import csv_of, markdown_of
-from esparse.reports.grid import Grid, Record, exact, leaves, natural, read_records, spread
 from esparse.errors import Mistake
+from esparse.records.groups import METHOD, acts
+from esparse.reports.reading import Record, read_records, stop
+from esparse.reports.table import Table, exact, natural, spread
+from esparse.reports.tabulate import leaves
+from esparse.reports.writing import csv_of, markdown_of
 
 NUMBERS = Path(__file__).parent.parent / "assets" / "published.csv"
-METHOD = ("prepare", "metric", "shuffle", "update", "recovery")
 DENSE = "dense"
 CONFIDENCE = ("read", "secondary", "recalled")
 
@@ -49,9 +50,12 @@ class Published:
             return False
         if self.pattern == DENSE:
             return True
-        return self.pattern == run.pattern and all(
-            getattr(self, group) in ("any", run.choices.get(group, "none").replace("none", "")) for group in METHOD
-        )
+        return self.pattern == run.pattern and run.whole and all(self._has(group, run) for group in METHOD)
+
+    def _has(self, group: str, run: _Run) -> bool:
+        """Whether the run's option of a group is the source's; what a source has no column for, it did not do."""
+        option = run.choices.get(group)
+        return getattr(self, group, "") in ("any", option if acts(group, option) else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class _Run:
     model: str
     pattern: str
     choices: dict[str, str]
+    whole: bool  # whether no layer was left dense by model.skip
     settings: str  # what has to be the same for two runs to differ by nothing but a seed
     lengths: dict[str, int]
     values: dict[tuple[str, bool], float]  # by measure, and whether of the dense model
@@ -80,7 +85,7 @@ def read(path: Path = NUMBERS) -> list[Published]:
     return numbers
 
 
-def beside(records: Sequence[Record], numbers: Sequence[Published]) -> Grid:
+def beside(records: Sequence[Record], numbers: Sequence[Published]) -> Table:
     """A row for each published number and each method that measured it, means over seeds; accuracies in per cent."""
     runs = [_run(record) for record in records]
     rows: list[dict[str, Any]] = []
@@ -111,7 +116,7 @@ def beside(records: Sequence[Record], numbers: Sequence[Published]) -> Grid:
             )
     rows.sort(key=lambda row: [natural(row[column]) for column in ("measure", "window", "run", "source")])
     columns = ["run", "measure", "window", "runs", "measured", "published", "difference", "sure", "source"]
-    return Grid([], columns, rows, like=dict.fromkeys(columns[4:7], "x ppl pruned"))  # two decimals
+    return Table([], columns, rows, like=dict.fromkeys(columns[4:7], "x ppl pruned"))  # two decimals
 
 
 def _run(record: Record) -> _Run:
@@ -129,6 +134,7 @@ def _run(record: Record) -> _Run:
         model=record["model"]["name"],
         pattern=pattern,
         choices=config.get("choices") or {},
+        whole=not config.get("model", {}).get("skip"),
         settings=exact([record["name"], settings]),
         lengths={corpus: value.get("sequence_length") for corpus, value in record["quality"].items()},
         values=values,
@@ -145,25 +151,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
-        return _stop(f"{options.folder} is not a folder", 2)
+        return stop(f"{options.folder} is not a folder", 2)
     try:
         numbers = read(options.numbers)
     except (OSError, ValueError) as error:
-        return _stop(str(error), 2)
+        return stop(str(error), 2)
     records = read_records(options.folder)
     if not records:
-        return _stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
+        return stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     table = beside(records, numbers)
     if not table.rows:
-        return _stop(
+        return stop(
             f"none of the {len(records)} runs in {options.folder} measured what one of the {len(numbers)} published "
             "numbers is of: the same model.name, pattern, method, corpus and window length",
             1,
         )
     print(markdown_of(table) if options.format == "markdown" else csv_of(table, spread={"measured"}), end="")
     return 0
-
-
-def _stop(sentence: str, code: int) -> int:
-    print(f"esparse: {sentence}", file=sys.stderr)
-    return code

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from esparse.reports.grid import Grid, exact, natural, spread, text
 from esparse.errors import Mistake
 from esparse.reports.pivot import known
+from esparse.reports.table import Table, exact, natural, spread, text
 
 
-def pairs(table: Grid, column: str, *, across: Sequence[str] = (), value: str | None = None) -> Grid:
+def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str | None = None) -> Table:
     """A row for every two values of a column: in how many pairs of runs the first has less of `value`, and by how much.
 
     The two runs of a pair have all other columns in common, the seed too; `across` gives rows to each value of those
@@ -58,4 +58,4 @@ def pairs(table: Grid, column: str, *, across: Sequence[str] = (), value: str | 
         raise Mistake(f"no two runs with a {value!r} differ in {column!r} alone")
     asked, measured = [*across, column, "against"], ["pairs", "lower", "higher", "difference", "least", "greatest"]
     # All are shown: what one line says of all runs would not be true of those of a pair.
-    return Grid(asked, measured, rows, like=dict.fromkeys(measured[3:], value), chosen=[*asked, *measured])
+    return Table(asked, measured, rows, like=dict.fromkeys(measured[3:], value), chosen=[*asked, *measured])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from esparse.reports.grid import Grid, exact, natural, text
 from esparse.errors import Mistake
+from esparse.reports.table import Table, exact, natural, text
 
 
-def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
+def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Table:
     """One row for what differs beside `across`, and the `value` of every combination of them as a column.
 
     `value` is the first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that
@@ -25,10 +25,10 @@ def pivot(table: Grid, across: Sequence[str], value: str | None = None) -> Grid:
         key = tuple(exact(row.get(c)) for c in down)
         rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
     columns = sorted(names, key=lambda name: [natural(names[name][c]) for c in across])
-    return Grid(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)
+    return Table(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)
 
 
-def known(table: Grid, columns: Sequence[str], value: str | None) -> str:
+def known(table: Table, columns: Sequence[str], value: str | None) -> str:
     """The measured column `value`, or the first pruned perplexity; ValueError where it or another column is missing."""
     value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
     for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:

@@ -11,96 +11,109 @@ from torch import Tensor
 
 from esparse.evaluate import zeros
 from esparse.evaluate.perplexity import perplexity, window_losses
-from esparse.evaluate.zeroshot import Scores, ZeroShot
-from esparse.models.blocks import BlockModel
+from esparse.evaluate.zeroshot import Scores
+from esparse.models.load import identity
 from esparse.pruning.journal import Dense, Journal
 from esparse.records.report import Stages
 from esparse.run.progress import Progress
+from esparse.run.settings import Experiment
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from esparse.run.inputs import Inputs
 
 # Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune
 # the same model then measure it once; the record says which run did.
 dense_known: dict[str, Dense] = {}
 
 
-@dataclass(kw_only=True, slots=True)
-class Measuring:
-    """One model with all that it is measured by; where there are several ranks, every one of them measures."""
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was measured of one model: losses (nats) of every window by corpus, accuracies, shares of zeros."""
 
-    blocks: BlockModel
-    tokenizer: Tokenizer
-    longest: int  # tokens that the model takes
-    windows: Mapping[str, Tensor]  # by corpus
-    zeroshot: ZeroShot
-    tasks: dict[str, Any]  # as `zeroshot.load` gave them
-    profile: bool  # whether shares of zeros are looked at
+    losses: dict[str, Tensor]
+    scores: Scores
+    shares: zeros.Shares
+
+
+@dataclass(slots=True)
+class Measuring:
+    """Measures a run's model before and after pruning; if there are several ranks, every one of them measures."""
+
+    experiment: Experiment
+    inputs: Inputs
     stages: Stages
     progress: Progress
+    dense_run: str = ""  # which run measured the dense model
 
-    def quality(self, which: str) -> tuple[dict[str, Tensor], Scores]:
-        """Losses by window of every corpus, and accuracies; `which`: what people are told, dense or pruned."""
-        evaluating = self.progress.evaluating
-        with self.stages("evaluate"):
-            losses = {
-                corpus: window_losses(self.blocks, windows_WL, evaluating(f"{which} on {corpus}"))
-                for corpus, windows_WL in self.windows.items()
-            }
-        with self.stages("zeroshot"):
-            on_block = evaluating(f"{which} on tasks")
-            return losses, self.zeroshot.measure(self.tasks, self.blocks, self.tokenizer, self.longest, on_block)
+    def dense(self, run_id: str, journal: Journal, *, anew: bool) -> Quality:
+        """The dense model's quality, measured now, by an earlier attempt, or by an earlier run of this process."""
+        shares, ranks = self._shares(), self.inputs.blocks.ranks
+        known = ranks.from_first(journal.dense)
+        if known is None:
+            zeroshot = self.experiment.zeroshot
+            model, windows = identity(self.experiment.model), digests(self.inputs.windows)
+            asked = f"{model} {windows} {zeroshot} {zeroshot.stamps()}"
+            if anew or asked not in dense_known:
+                measured = Dense(run_id, *self._quality("dense"))
+                dense_known.clear()
+                dense_known[asked] = measured
+            known = dense_known[asked]
+            journal.write_dense(known)
+        self.dense_run = known.run
+        return Quality(known.losses, known.zeroshot, shares)
 
-    def dense(self, model: str, run_id: str, journal: Journal, *, anew: bool) -> Dense:
-        """What was measured on the dense model, now or earlier; `model`: all that says which model it is."""
-        if (known := self.blocks.ranks.from_first(journal.dense)) is not None:
-            return known
-        asked = f"{model} {digests(self.windows)} {self.zeroshot} {self.zeroshot.stamps()}"
-        if anew or asked not in dense_known:
-            measured = Dense(run_id, *self.quality("dense"))
-            dense_known.clear()
-            dense_known[asked] = measured
-        journal.write_dense(dense_known[asked])
-        return dense_known[asked]
+    def pruned(self) -> Quality:
+        """The pruned model's quality."""
+        losses, scores = self._quality("pruned")
+        return Quality(losses, scores, self._shares())
 
-    def shares(self, tokens_SL: Tensor) -> zeros.Shares:
-        """Zeros and near zeros on some of the calibration sequences, where that is asked for."""
-        with self.stages("profile"):
-            return self.blocks.ranks.from_first(lambda: zeros.shares(self.blocks, tokens_SL)) if self.profile else {}
-
-    def report(
-        self,
-        dense: Dense,
-        losses: Mapping[str, Tensor],
-        scores: Scores,
-        shares: tuple[zeros.Shares, zeros.Shares],
-        tokens_SL: Tensor,
-    ) -> dict[str, Any]:
-        """What the record says of all that was measured; losses and scores are the pruned model's, shares of both."""
+    def report(self, dense: Quality, pruned: Quality) -> dict[str, Any]:
+        """The sections of the record that say what was measured."""
         report: dict[str, Any] = {
             "quality": {
                 corpus: {
                     "dense": perplexity(dense.losses[corpus]),
-                    "pruned": perplexity(losses[corpus]),
+                    "pruned": perplexity(pruned.losses[corpus]),
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
-                    "dense_run": dense.run,
+                    "dense_run": self.dense_run,
                     "bos": self._begins(windows_WL),
                 }
-                for corpus, windows_WL in self.windows.items()
+                for corpus, windows_WL in self.inputs.windows.items()
             },
-            "calibration": {"bos": self._begins(tokens_SL)},
+            "calibration": {"bos": self._begins(self.inputs.tokens_SL)},
         }
-        if scores:
-            report["zeroshot"] = self.zeroshot.report(dense.zeroshot, scores, dense.run)
-        if self.profile:
-            report["profile"] = zeros.report(*shares, tokens_SL)
+        if pruned.scores:
+            report["zeroshot"] = self.experiment.zeroshot.report(dense.scores, pruned.scores, self.dense_run)
+        if self.experiment.profile:
+            report["profile"] = zeros.report(dense.shares, pruned.shares, self.inputs.tokens_SL)
         return report
 
     def _begins(self, tokens_SL: Tensor) -> bool:
         """Whether the beginning token stands in front of every sequence."""
-        token = self.tokenizer.bos_token_id
+        token = self.inputs.tokenizer.bos_token_id
         return token is not None and bool((tokens_SL[:, 0] == token).all())
+
+    def _quality(self, which: str) -> tuple[dict[str, Tensor], Scores]:
+        """Losses and accuracies; `which`: what people are told, dense or pruned."""
+        evaluating, inputs = self.progress.evaluating, self.inputs
+        with self.stages("evaluate"):
+            losses = {
+                corpus: window_losses(inputs.blocks, windows_WL, evaluating(f"{which} on {corpus}"))
+                for corpus, windows_WL in inputs.windows.items()
+            }
+        with self.stages("zeroshot"):
+            on_block = evaluating(f"{which} on tasks")
+            zeroshot = self.experiment.zeroshot
+            return losses, zeroshot.measure(inputs.tasks, inputs.blocks, inputs.tokenizer, inputs.longest, on_block)
+
+    def _shares(self) -> zeros.Shares:
+        """Zeros and near zeros on some of the calibration sequences, if `profile` asks for them."""
+        blocks, tokens_SL = self.inputs.blocks, self.inputs.tokens_SL
+        with self.stages("profile"):
+            if not self.experiment.profile:
+                return {}
+            return blocks.ranks.from_first(lambda: zeros.shares(blocks, tokens_SL))
 
 
 def digests(tokens: Mapping[str, Tensor]) -> dict[str, str]:

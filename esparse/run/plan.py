@@ -20,6 +20,7 @@ from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
 from esparse.prepare import NoPreparation
 from esparse.pruning.method import Method
+from esparse.run.settings import Experiment
 
 USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
 
@@ -91,6 +92,20 @@ class Plan:
             lines.append(f"  peak, {stage:13} host about {_gib(host)}{on_device}")
         lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
         return "\n".join(lines)
+
+
+def dry_run(experiment: Experiment, *, name: str) -> str:
+    """What the run would take, in words; nothing is loaded but the model's configuration."""
+    calibration = experiment.calibration
+    return plan(
+        experiment.model,
+        experiment.method(),
+        title=name,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        window=experiment.evaluate.length,
+        ranks=len(experiment.devices()),
+    ).text()
 
 
 def plan(

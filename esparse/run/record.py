@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,20 @@ def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "lm_eval": version("lm_eval"),
+        "lm_eval": _version("lm_eval"),
         "esparse": __version__,
         "device": kind if devices == 1 else f"{devices} x {kind}",
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed: it comes with an extra."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 @functools.cache  # what a process runs is what it imported
@@ -113,11 +120,13 @@ class Size:
 
 
 def build(
-    *,
-    run: dict[str, Any],
+    asked: dict[str, Any],
+    sources: dict[str, Any],
+    model: str,
     size: Size,
-    pattern: Pattern,
     pruned: Pruned,
+    *,
+    pattern: Pattern,
     measured: dict[str, Any],
     clock: Clock,
     journal: Journal,
@@ -126,21 +135,22 @@ def build(
 ) -> dict[str, Any]:
     """The record of a run that is about to finish; what it has timed and exported comes on top.
 
-    `run`: id, name, config, environment, and the model's name. `measured`: the sections that measuring reports.
-    `peaks` as in `memory`.
+    `asked`: id, name, config and environment. `sources`: digests of what was read from the disk. `model`: its name.
+    `measured`: the sections that measuring reports. `peaks` as in `memory`.
     """
     seconds, layers = clock.read(journal), with_bytes(pruned)
     return {
-        "id": run["id"],
-        "name": run["name"],
+        "id": asked["id"],
+        "name": asked["name"],
         "status": "finished",
         "started": clock.started,
         "seconds": seconds["seconds"],
         "resumed": journal.resumed,
-        "config": run["config"],
-        "environment": run["environment"],
+        "config": asked["config"],
+        "environment": asked["environment"],
+        "sources": sources,
         "model": {
-            "name": run["model"],
+            "name": model,
             "family": size.family,
             "parameters": size.parameters,
             "pruned_parameters": pruned.weights,
@@ -149,6 +159,8 @@ def build(
             "pattern": str(pattern),
             "density": pruned.survivors / pruned.weights,
             "pattern_holds": pruned.pattern_holds,
+            "share_of_blocks": pruned.share_of_blocks,
+            "left_dense": dict(list(pruned.left_dense.items())[:20]),
         },
         **measured,
         "layers": as_dicts(layers),

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
 from esparse.errors import Mistake
 
 if TYPE_CHECKING:
@@ -24,14 +25,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("esparse")
 
-MODES = ("offline", "online")
+MODES = ("offline", "online", "disabled")
+ALSO = {"": "offline", "dryrun": "offline", "run": "online"}  # what WANDB_MODE may say, too
 ARTIFACTS = ("masks", "checkpoint")  # what may be uploaded
 MASKS = ("masks.safetensors", "orders.safetensors")
 NO_KEY = "there is no API key: run `wandb login` or set WANDB_API_KEY"
 
 
 class Sink:
-    """Receives the numbers of one run; this one keeps nothing."""
+    """Receives the numbers of one run; this one keeps nothing.
+
+    `logged`: steps of the run's earlier attempts that it has already.
+    """
+
+    logged = 0
 
     def log(self, values: dict[str, Any]) -> None:
         """Adds one step to the run's history, e.g. one pruned layer."""
@@ -77,7 +84,7 @@ class Wandb(Tracking):
     server or a key goes on offline. Raises ValueError for a setting that W&B would refuse.
     """
 
-    mode: str  # offline | online
+    mode: str  # offline | online | disabled
     project: str
     entity: str | None  # user or team; None: the account's default
     group: str | None  # null: in a sweep the sweep's folder
@@ -86,12 +93,13 @@ class Wandb(Tracking):
     timeout_s: float  # for the server: to answer at the start, to receive the rest at the end
 
     def __post_init__(self) -> None:
+        self.mode = ALSO.get(self.mode, self.mode)
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+            self.mode = "disabled"
         if self.mode not in MODES:
-            raise Mistake(f"tracking.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise Mistake(f"tracking.mode (or WANDB_MODE) must be one of {', '.join(MODES)}, got {self.mode!r}")
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
-            raise Mistake(
-                f"tracking.project must have 1 to 128 characters, none of / \\ # ? % :, got {self.project!r}"
-            )
+            raise Mistake(f"tracking.project must have 1 to 128 characters, none of / \\ # ? % :, got {self.project!r}")
         if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
             raise Mistake(f"each of tracking.tags must have 1 to 64 characters, got {wrong[0]!r}")
         if wrong := [kind for kind in self.artifacts if kind not in ARTIFACTS]:
@@ -107,7 +115,9 @@ class Wandb(Tracking):
 
     @contextmanager
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> Iterator[Sink]:
-        run = self._start(run_id, name, config, folder.resolve())
+        if self.mode == "disabled":
+            logger.info("W&B is disabled (tracking.mode, WANDB_MODE or WANDB_DISABLED)")
+        run = None if self.mode == "disabled" else self._start(run_id, name, config, folder.resolve())
         if run is None:
             yield Sink()
             return
@@ -125,14 +135,16 @@ class Wandb(Tracking):
     def _start(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> wandb.Run | None:
         # W&B's reports about its own errors hold up the exit for 20 s behind a firewall that drops packets.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        asked = {
+        if os.environ.get("WANDB_RUN_ID", run_id) != run_id:
+            logger.warning("WANDB_RUN_ID is not followed: the W&B run has the id of the esparse run, %s", run_id)
+        asked: dict[str, Any] = {
             "id": run_id,
-            "name": name,
+            "name": os.environ.get("WANDB_NAME") or name,
             "config": _flat(json.loads(json.dumps(config, default=str))),
-            "dir": str(folder),
+            "dir": str(wandb_folder(folder)),
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(asked["dir"]).mkdir(parents=True, exist_ok=True)
             return self._online(asked) if self.mode == "online" else self._init("offline", asked)
         except Exception as error:
             logger.warning("W&B could not be started (%s); the run goes on without it.", _sentence(error))
@@ -140,14 +152,14 @@ class Wandb(Tracking):
 
     def _online(self, asked: dict[str, Any]) -> wandb.Run:
         """The run on the server, or on disk when the server cannot be had."""
-        attempts = f"wandb/run-*-{asked['id']}"
-        before = set(Path(asked["dir"]).glob(attempts))
+        attempts = f"run-*-{asked['id']}"
+        before = set(_runs(asked["dir"], attempts))
         try:
             return self._init("online", asked)
         except Exception as error:
             why = _sentence(error)
         _teardown()  # wandb-core still holds the id of the attempt
-        for attempt in set(Path(asked["dir"]).glob(attempts)) - before:
+        for attempt in set(_runs(asked["dir"], attempts)) - before:
             shutil.rmtree(attempt, ignore_errors=True)  # holds nothing, and `wandb sync` would upload it
         run = self._init("offline", asked)
         logger.warning(
@@ -179,7 +191,7 @@ class Wandb(Tracking):
             project=self.project,
             entity=self.entity,
             group=self.group,
-            tags=list(self.tags),
+            tags=list(self.tags) or None,  # W&B then takes those of WANDB_TAGS
             **asked,
         )
 
@@ -190,6 +202,7 @@ class _WandbSink(Sink):
     def __init__(self, run: wandb.Run, settings: Wandb, folder: Path) -> None:
         self._run, self._settings, self._folder = run, settings, folder
         self._warned = False
+        self.logged = run.step  # of a run that goes on: what the server has
 
     def preempted(self) -> None:
         try:
@@ -209,7 +222,7 @@ class _WandbSink(Sink):
         The configuration is there already.
         """
         try:
-            scalars, tables = _split({key: value for key, value in record.items() if key != "config"})
+            scalars, tables = _split({k: v for k, v in record.items() if k not in ("config", "sources")})
             if tables:
                 with _staged_in(self._run.settings.sync_dir):
                     self._run.log({path: _table(rows) for path, rows in tables.items()})
@@ -248,6 +261,7 @@ class _WandbSink(Sink):
         try:
             run.finish(exit_code=exit_code)
             if run.offline:
+                self._drop_earlier()
                 in_sweep = self._settings.group is not None  # which says it once for all
                 level = logging.DEBUG if in_sweep else logging.INFO
                 logger.log(level, "to upload this run to W&B: %s", _sync_command(run))
@@ -261,10 +275,33 @@ class _WandbSink(Sink):
             self._warn(error)
             _teardown()  # the next run starts its own wandb-core
 
+    def _drop_earlier(self) -> None:
+        """Removes what earlier attempts left on disk: this one has their history too, and W&B would upload it twice."""
+        own = Path(self._run.settings.sync_dir).resolve()
+        for earlier in offline_runs(self._folder, self._run.id):
+            if earlier.resolve() != own:
+                shutil.rmtree(earlier, ignore_errors=True)
+
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             logger.warning("W&B failed (%s); the run and its record go on.", _sentence(error))
         self._warned = True
+
+
+def wandb_folder(folder: Path) -> Path:
+    """Where W&B puts a run's files: beside the record, unless WANDB_DIR says where."""
+    given = os.environ.get("WANDB_DIR")
+    return Path(given).expanduser().absolute() if given else folder
+
+
+def offline_runs(folder: Path, run_id: str) -> list[Path]:
+    """What `wandb sync` uploads of the run in this folder, oldest first."""
+    return _runs(str(wandb_folder(folder)), f"offline-run-*-{run_id}")
+
+
+def _runs(place: str, pattern: str) -> list[Path]:
+    """W&B hides its folder (.wandb) if that is there already."""
+    return sorted(path for hidden in ("wandb", ".wandb") for path in (Path(place) / hidden).glob(pattern))
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

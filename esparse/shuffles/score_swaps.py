@@ -13,7 +13,8 @@ of p the group keeps max(b_p, x) beside n - 1 others that do not depend on x. So
 exact for every n:m. All p of a group share two thresholds per row, v_n and v_{n+1}: two maxima per channel q, which a
 product with the group's keep mask sums for each p. On a CPU this takes half the time of one maximum per pair (p, q)
 at 2:4 and a third at 4:8; `torch.cdist` (max(a, b) = (a + b + |a - b|) / 2) takes four times as long. With numba a
-compiled loop does it (esparse/kernels/maxima.py), which leaves Python's lock to the other threads.
+compiled loop does it (esparse/kernels/maxima.py), which leaves Python's lock to the other threads; on a GPU a Triton
+kernel takes one maximum per pair, which are cheap where nothing is written (esparse/kernels/exchange.py).
 
 Shapes: O outputs, I inputs, R = O rows; B blocks of equal width, C channels of a block, G groups of a block,
 M channels of a group, K groups taken from any block, T thresholds of a group, N = T R, P swaps. A place is where a
@@ -26,6 +27,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,14 +105,16 @@ class _Cut:
     """How the pattern cuts some groups."""
 
     kept_K: Tensor  # total kept score, float64
-    thresholds_K2R: Tensor  # v_n and v_{n+1} of each row
-    which_KM2R: Tensor  # which of the two is b_p: the first where the channel was not kept, the second where it was
+    levels: Tensor  # K x 2 x R: v_n and v_{n+1} of each row; of the kernels K x R x M: b_p of each channel
+    which_KM2R: Tensor | None  # which of the two is b_p: the first where the channel was not kept, else the second
 
     def split(self, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.thresholds_K2R.split(sizes), self.which_KM2R.split(sizes), strict=True)
+        assert self.which_KM2R is not None
+        return zip(self.levels.split(sizes), self.which_KM2R.split(sizes), strict=True)
 
-    def only(self, keep_K: Tensor) -> _Cut:
-        return _Cut(self.kept_K[keep_K], self.thresholds_K2R[keep_K], self.which_KM2R[keep_K])
+    def only(self, index_K: Tensor) -> _Cut:
+        which_KM2R = None if self.which_KM2R is None else self.which_KM2R[index_K]
+        return _Cut(self.kept_K[index_K], self.levels[index_K], which_KM2R)
 
 
 @dataclass(slots=True)
@@ -124,6 +128,7 @@ class _Search:
     order_BC: Tensor  # the channel at each place
     kept_BG: Tensor  # what each group keeps, float64
     cross_BCC: Tensor  # by place, float64
+    exchange: Any  # the Triton kernels, where the scores are on a GPU
 
     @classmethod
     def begin(cls, rows_BRC: Tensor, n: int, m: int) -> _Search:
@@ -133,17 +138,21 @@ class _Search:
         order_BC = torch.arange(channels, device=device).repeat(blocks, 1)
         kept_BG = torch.zeros(blocks, groups, dtype=torch.float64, device=device)
         cross_BCC = torch.zeros(blocks, channels, channels, dtype=torch.float64, device=device)
-        search = cls(n, m, rows_BRC, rows_BRC.mT.contiguous(), order_BC, kept_BG, cross_BCC)
-        block_K = torch.arange(blocks, device=device).repeat_interleave(groups)
+        exchange = kernels.triton("exchange", device) if rows_BRC.dtype == torch.float32 else None
+        search = cls(n, m, rows_BRC, rows_BRC.mT.contiguous(), order_BC, kept_BG, cross_BCC, exchange)
+        block_K = torch.arange(blocks, device=device)[:, None].expand(-1, groups).flatten()
         group_K = torch.arange(groups, device=device).repeat(blocks)
-        search._renew(block_K, group_K, search._cut(block_K, order_BC.reshape(-1, m)))
+        together = 1 if exchange is None else math.gcd(groups, 2 ** (max(1, exchange.HELD // m).bit_length() - 1))
+        search._renew(block_K, group_K, search._cut(block_K, order_BC.reshape(-1, m)), together)
         return search
 
     def sweep(self) -> int:
         """Makes every proposed swap that truly raises the kept score; how many those were."""
         block_P, left_P, right_P = self._proposals()
+        if not len(block_P):
+            return 0
         trial_BC = self._swapped_order(block_P, left_P, right_P)
-        block_K = block_P.repeat_interleave(2)
+        block_K = block_P[:, None].expand(-1, 2).flatten()
         group_K = torch.stack([left_P, right_P], dim=1).flatten() // self.m
         cut = self._cut(block_K, trial_BC.unflatten(1, (-1, self.m))[block_K, group_K])
         # The recomputed kept score decides, not the gain from long float32 sums: so it never falls, and since it
@@ -151,15 +160,17 @@ class _Search:
         before_K = self.kept_BG[block_K, group_K]
         rise_P = (cut.kept_K - before_K).view(-1, 2).sum(1)
         true_P = rise_P > TOLERANCE * before_K.abs().view(-1, 2).sum(1)
-        block_P, left_P, right_P = block_P[true_P], left_P[true_P], right_P[true_P]
-        if len(block_P):
+        # As indices, since each use of a mask would let a GPU wait for its count.
+        index_P = true_P.nonzero()[:, 0]
+        if len(index_P):
+            block_P, left_P, right_P = block_P[index_P], left_P[index_P], right_P[index_P]
             self.order_BC = self._swapped_order(block_P, left_P, right_P)
             # Advanced indexing copies, so that the right side is read before the left side is written.
             places_2P = torch.stack([left_P, right_P])
             self.cross_BCC[block_P, :, places_2P] = self.cross_BCC[block_P, :, places_2P.flip(0)]
-            true_K = true_P.repeat_interleave(2)
-            self._renew(block_K[true_K], group_K[true_K], cut.only(true_K))
-        return len(block_P)
+            index_K = torch.stack([2 * index_P, 2 * index_P + 1], dim=1).flatten()
+            self._renew(block_K[index_K], group_K[index_K], cut.only(index_K), 2)
+        return len(index_P)
 
     def gains(self) -> Tensor:
         """The gain of each swap by place (B x C x C)."""
@@ -194,6 +205,9 @@ class _Search:
 
     def _cut(self, block_K: Tensor, channels_KM: Tensor) -> _Cut:
         """Cuts the groups that these channels would form."""
+        if self.exchange is not None:
+            kept_K, levels_KRM = self.exchange.cut(self.columns_BCR, block_K, channels_KM, n=self.n)
+            return _Cut(kept_K, levels_KRM, None)
         scores_KMR = self.columns_BCR[block_K[:, None], channels_KM]
         top = largest(scores_KMR, self.n + 1)
         kept_K = torch.stack([value_KR.sum(-1, dtype=torch.float64) for value_KR in top[: self.n]]).sum(0)
@@ -201,21 +215,29 @@ class _Search:
         keep_KMR = (scores_KMR >= top[self.n - 1][:, None]).to(scores_KMR.dtype)
         return _Cut(
             kept_K=kept_K,
-            thresholds_K2R=torch.stack(top[self.n - 1 :], dim=1),
+            levels=torch.stack(top[self.n - 1 :], dim=1),
             which_KM2R=torch.stack([1 - keep_KMR, keep_KMR], dim=2),
         )
 
-    def _renew(self, block_K: Tensor, group_K: Tensor, cut: _Cut) -> None:
-        """Writes what depends on these changed groups (blocks ascend): what they keep, and their rows of `cross`."""
+    def _renew(self, block_K: Tensor, group_K: Tensor, cut: _Cut, together: int) -> None:
+        """Writes what depends on these changed groups (blocks ascend): what they keep, and their rows of `cross`.
+
+        Every `together` of them are of one block.
+        """
         self.kept_BG[block_K, group_K] = cut.kept_K
-        sizes = block_K.bincount(minlength=len(self.order_BC)).tolist()
-        rows = [
-            summed_maxima(thresholds_K2R, which_KM2R, scores_RC)[:, :, order_C]
-            for (thresholds_K2R, which_KM2R), scores_RC, order_C in zip(
-                cut.split(sizes), self.rows_BRC, self.order_BC, strict=True
-            )
-        ]
-        self.cross_BCC.unflatten(1, (-1, self.m))[block_K, group_K] = torch.cat(rows)
+        if self.exchange is not None:
+            sums_KMC = self.exchange.summed_maxima(cut.levels, self.rows_BRC, block_K, together)
+            rows_KMC = sums_KMC.gather(2, self.order_BC[block_K, None].expand_as(sums_KMC))
+        else:
+            sizes = block_K.bincount(minlength=len(self.order_BC)).tolist()
+            rows = [
+                summed_maxima(thresholds_K2R, which_KM2R, scores_RC)[:, :, order_C]
+                for (thresholds_K2R, which_KM2R), scores_RC, order_C in zip(
+                    cut.split(sizes), self.rows_BRC, self.order_BC, strict=True
+                )
+            ]
+            rows_KMC = torch.cat(rows)
+        self.cross_BCC.unflatten(1, (-1, self.m))[block_K, group_K] = rows_KMC
 
 
 def largest(scores_KMR: Tensor, count: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from esparse import kernels
 from esparse.shuffles.score_swaps import TOLERANCE, largest, summed_maxima
 
 
@@ -34,10 +35,19 @@ def _assigned(scores_RI: Tensor, columns_IR: Tensor, channels_GM: Tensor, slot: 
     others = [k for k in range(channels_GM.shape[1]) if k != slot]
     threshold_GR = largest(columns_IR[channels_GM[:, others]], n)[-1]
     handed_RG = scores_RI[:, channels_GM[:, slot]]
-    worth_GG = summed_maxima(threshold_GR[:, None], torch.ones_like(threshold_GR)[:, None, None], handed_RG)[:, 0]
+    worth_GG = _worth(threshold_GR, handed_RG)
     groups, gets = linear_sum_assignment(worth_GG.cpu().numpy(), maximize=True)
     staying = float(worth_GG.diagonal().sum())
     moving = float(worth_GG[groups, gets].sum())
     if moving <= staying * (1 + TOLERANCE):  # equal assignments leave the channels where they are
         return channels_GM[:, slot]
     return channels_GM[torch.as_tensor(gets, device=channels_GM.device), slot]
+
+
+def _worth(threshold_GR: Tensor, handed_RG: Tensor) -> Tensor:
+    """sum_r max(b_g[r], x_c[r]) for each group g and each channel c that is handed in (G x G, float64)."""
+    exchange = kernels.triton("exchange", threshold_GR.device)
+    if exchange is None:
+        return summed_maxima(threshold_GR[:, None], torch.ones_like(threshold_GR)[:, None, None], handed_RG)[:, 0]
+    block_G = torch.zeros(len(threshold_GR), dtype=torch.int64, device=threshold_GR.device)
+    return exchange.summed_maxima(threshold_GR[..., None], handed_RG.contiguous()[None], block_G, exchange.HELD)[:, 0]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esparse import kernels
-from esparse.linalg import inverse_factor
+from esparse.linalg import inverse_factor, multiplies_into_float32
 from esparse.parallel.cores import each_core
 from esparse.parallel.ranks import Ranks
 
@@ -81,6 +81,10 @@ class ColumnNorm(Statistic):
     def add(self, x_TI: Tensor, look: int) -> None:
         if look == 0:
             self.tokens += x_TI.shape[0]
+            tally = kernels.triton("tally", x_TI.device)
+            if tally is not None:
+                self.sum_sq_I += tally.squares(x_TI).sum(0, dtype=torch.float64)
+                return
             for tile_TI in x_TI.split(TILE):
                 self.sum_sq_I += tile_TI.float().square().sum(0)
 
@@ -180,7 +184,12 @@ class ColumnEntropy(Statistic):
     def add(self, x_TI: Tensor, look: int) -> None:
         if x_TI.shape[0] == 0:
             return
-        if look == 0 and self.looks == 2:
+        tally = kernels.triton("tally", x_TI.device)
+        if look == 0 and self.looks == 2 and tally is not None:
+            least_PI, greatest_PI = tally.extremes(x_TI)
+            self.low_I = torch.minimum(self.low_I, least_PI.amin(0))
+            self.high_I = torch.maximum(self.high_I, greatest_PI.amax(0))
+        elif look == 0 and self.looks == 2:
             for tile_TI in x_TI.split(TILE):
                 self.low_I = torch.minimum(self.low_I, tile_TI.amin(dim=0).float())
                 self.high_I = torch.maximum(self.high_I, tile_TI.amax(dim=0).float())
@@ -216,6 +225,13 @@ class ColumnEntropy(Statistic):
             width_I = high_I - low_I
         # A channel that never changes has one bin and no entropy.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
+        tally = kernels.triton("tally", self.device)
+        if tally is not None:
+            counts_KI = torch.zeros(self.bins, self.inputs, dtype=torch.int32, device=self.device)
+            for x_TI in parts:
+                tally.count(x_TI, low_I.contiguous(), scale_I, counts_KI)
+            self.counts_IK += counts_KI.T
+            return
         on_cpu = self.device.type == "cpu"
         compiled = kernels.loops("histogram") if on_cpu and all(map(_is_plain, parts)) else None
         # Some million values at a time: the indices beside it would otherwise be as large as the input.
@@ -261,14 +277,18 @@ def _is_plain(x_TI: Tensor) -> bool:
 
 
 class Gram(Statistic):
-    """G = X^T X of the input in float32: I x I values, so 0.5 GB for 11008 channels."""
+    """G = X^T X of the input in float32: I x I values, so 0.5 GB for 11008 channels.
+
+    On a GPU the matrix units multiply inputs in half precision as they are: their products are exact in float32.
+    """
 
     PANELS = 8  # what lies below the panels on the diagonal is not computed: 7/16 of all products
+    WIDE = 2048  # channels of a panel on a GPU, at least: fewer would leave a part of it idle
 
     def __init__(self, **size: Any) -> None:
         super().__init__(**size)
         self._sum_II = torch.zeros(self.inputs, self.inputs, device=self.device)
-        step = max(1, -(-self.inputs // self.PANELS))
+        step = max(self.WIDE if self.device.type == "cuda" else 1, -(-self.inputs // self.PANELS))
         self._panels = [slice(first, min(first + step, self.inputs)) for first in range(0, self.inputs, step)]
         self._is_whole = True
         self._factors: dict[tuple[Any, ...], Tensor] = {}
@@ -276,9 +296,14 @@ class Gram(Statistic):
     def add(self, x_TI: Tensor, look: int) -> None:
         if look == 0:
             self.tokens += x_TI.shape[0]
-            x_TI = x_TI.float()
+            is_half = multiplies_into_float32(x_TI)
+            x_TI = x_TI if is_half else x_TI.float()
             for panel in self._panels:
-                self._sum_II[panel, panel.start :].addmm_(x_TI[:, panel].T, x_TI[:, panel.start :])
+                sum_PI, left_TP, right_TI = self._sum_II[panel, panel.start :], x_TI[:, panel], x_TI[:, panel.start :]
+                if is_half:
+                    sum_PI += torch.mm(left_TP.T, right_TI, out_dtype=torch.float32)
+                else:
+                    sum_PI.addmm_(left_TP.T, right_TI)
             self._is_whole = False
 
     @property
@@ -325,7 +350,10 @@ class TokenSample(Statistic):
 
     def _take(self, token_T: Tensor, x_TI: Tensor) -> None:
         """Puts the inputs of early tokens into the places of later ones."""
-        held = len(self._token_S)
+        held, near_T = len(self._token_S), torch.arange(len(token_T))
+        if held == self.most:  # so that a later turn than all of them comes too late
+            near_T = (_turn(token_T) < _turn(self._token_S).max()).nonzero()[:, 0]
+            token_T = token_T[near_T]
         turn_N = _turn(torch.cat([self._token_S, token_T]))
         is_early = turn_N <= turn_N.kthvalue(self.most).values if len(turn_N) > self.most else turn_N >= 0
         come_T = is_early[held:].nonzero()[:, 0]
@@ -341,7 +369,7 @@ class TokenSample(Statistic):
             place_T = torch.cat([place_T, torch.arange(held, size)])
             self._token_S = torch.cat([self._token_S, token_T.new_zeros(size - held)])
         self._token_S[place_T] = token_T[come_T]
-        there = [index.to(self.device, non_blocking=True) for index in (place_T, come_T)]
+        there = [index.to(self.device, non_blocking=True) for index in (place_T, near_T[come_T])]
         self._x_SI.index_copy_(0, there[0], x_TI.index_select(0, there[1]))
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:

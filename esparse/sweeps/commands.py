@@ -1,6 +1,7 @@
 """A sweep in a queue, from any terminal: `python -m esparse.sweep status|wait|cancel|resubmit DIR`.
 
-DIR is a sweep's folder, OUTPUT_ROOT/sweeps/<time>, and all that these commands need beside the queue itself.
+DIR is a sweep's folder, OUTPUT_ROOT/sweeps/<time>, and all that these commands need beside the queue itself. `release`
+takes a run's folder instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from esparse.cli import session
+from esparse.cli.call import FAILED, FINISHED, MISTAKE
+from esparse.cli.end_of_sweep import end_of_sweep
+from esparse.cli.main import log_to_terminal
 from esparse.errors import Mistake
 from esparse.jobs import cluster, lock, run_states
 from esparse.jobs.launchers import LAUNCHERS
@@ -87,11 +90,7 @@ def wait(sweep: Folder) -> dict[Path, run_states.State]:
 def _status(sweep: Folder, options: argparse.Namespace) -> int:
     states = run_states.looked(run.folder for run in sweep.runs)
     _print_states(sweep, states)
-    return (
-        session.FAILED
-        if any(s.kind not in ("finished", *run_states.OPEN) for s in states.values())
-        else session.FINISHED
-    )
+    return FAILED if any(s.kind not in ("finished", *run_states.OPEN) for s in states.values()) else FINISHED
 
 
 def _print_states(sweep: Folder, states: Mapping[Path, run_states.State]) -> None:
@@ -105,7 +104,7 @@ def _print_states(sweep: Folder, states: Mapping[Path, run_states.State]) -> Non
 
 def _wait(sweep: Folder, options: argparse.Namespace) -> int:
     states = wait(sweep)
-    return session.end_of_sweep(sweep.path, {run.folder: run.name for run in sweep.runs}, states)
+    return end_of_sweep(sweep.path, {run.folder: run.settings for run in sweep.runs}, states)
 
 
 def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
@@ -119,7 +118,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     refused = cluster.cancel(sorted({there.job for there in ours.values() if there.job}))
     if refused is not None:
         print(f"esparse: not cancelled: {refused}", file=sys.stderr)
-        return session.FAILED
+        return FAILED
     until = time.monotonic() + lock.PATIENCE_S
     queue = cluster.Queue()
     left = dict(ours)
@@ -133,7 +132,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     print(f"{len(cancelled)} runs cancelled")
     for folder, there in left.items():
         print(f"esparse: {folder} is still {there}", file=sys.stderr)
-    return session.FAILED if left else session.FINISHED
+    return FAILED if left else FINISHED
 
 
 def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
@@ -143,9 +142,9 @@ def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
     chosen = [run for run in sweep.runs if states[run.folder].kind in kinds]
     if not chosen:
         print(f"nothing to submit: {len(states)} runs, {run_states.counted(states.values())}")
-        return session.FINISHED
+        return FINISHED
     submit_and_say(_changed(sweep, options.settings), chosen)
-    return session.FINISHED
+    return FINISHED
 
 
 def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
@@ -160,12 +159,35 @@ def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
     return Folder(sweep.path, sweep.executor, launcher, sweep.cwd, sweep.runs)
 
 
+def _release(folder: Path) -> int:
+    """Gives up a run that nobody has any more: its owner is dead, or nobody here can ask about it."""
+    if not (folder / "status.json").exists() and not (folder / "owner.json").exists():
+        print(f"esparse: {folder} is no run's folder (OUTPUT_ROOT/<run id>)", file=sys.stderr)
+        return MISTAKE
+    try:
+        there = lock.give_up(folder, cluster.Queue())
+    except lock.Busy as busy:
+        print(f"esparse: {folder} is not given up: it is {busy.owner}", file=sys.stderr)
+        return FAILED
+    if there is None:
+        print(f"{folder} is nobody's")
+        return FINISHED
+    said = run_states.status(folder)
+    if said.get("status") in ("queued", "running"):
+        write_json(folder / "status.json", said | {"status": "interrupted"})
+    print(f"{folder} is given up: it was {there}; asked again, it goes on behind its last finished block")
+    return FINISHED
+
+
 COMMANDS: dict[str, tuple[Callable[[Folder, argparse.Namespace], int], str]] = {
     "status": (_status, "how each run stands"),
     "wait": (_wait, "until all runs have ended, then print their table"),
     "cancel": (_cancel, "take what this sweep has in the queue out of it"),
     "resubmit": (_resubmit, "submit what has ended without a record, to go on where it was"),
 }
+
+
+RELEASE = "give up one run that nobody has any more, so that it can be run again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,22 +202,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "resubmit":
             more = "settings of the launcher, e.g. timeout_min=240"
             command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=more)
+    released = commands.add_parser("release", help=RELEASE, description=RELEASE)
+    released.add_argument("folder", type=Path, metavar="RUN", help="OUTPUT_ROOT/<run id>")
     options = parser.parse_args(argv)
-    session.log_to_terminal()
+    log_to_terminal()
+    if options.command == "release":
+        return _release(options.folder)
     try:
         sweep = Folder.read(options.folder)
     except (FileNotFoundError, NotADirectoryError):
         there = sorted(str(path.parent) for path in options.folder.glob("sweeps/*/sweep.json"))
         hint = f"; there is {', '.join(there)}" if there else ""
         print(f"esparse: {options.folder} has no sweep.json{hint}", file=sys.stderr)
-        return session.MISTAKE
+        return MISTAKE
     try:
         return COMMANDS[options.command][0](sweep, options)
     except ValueError as error:
         print(f"esparse: {error}", file=sys.stderr)
-        return session.MISTAKE
+        return MISTAKE
     except OSError as error:
         print(f"esparse: {error}", file=sys.stderr)
-        return session.FAILED
+        return FAILED
     except KeyboardInterrupt:
         return 130

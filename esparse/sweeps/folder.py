@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from esparse.cli import registry
+from esparse.records.groups import title
 from esparse.records.report import run_id, write_json
-from esparse.run.experiment import Experiment
+from esparse.run.settings import Experiment
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class Folder:
         path = path.absolute()
         runs = {}
         for settings in map(dict, asked):
-            folder = Path(settings["output_root"]).expanduser().absolute() / run_id(settings)
-            runs[folder] = Run(run_id(settings), registry.title(settings), folder, settings)
+            folder = Path(settings["output_root"]).absolute() / run_id(settings)
+            runs[folder] = Run(run_id(settings), title(settings), folder, settings)
         sweep = cls(path, executor, launcher, Path.cwd(), list(runs.values()))
         path.mkdir(parents=True, exist_ok=True)
         rows = [

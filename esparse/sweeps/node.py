@@ -20,19 +20,20 @@ class Job:
     ids: tuple[str, ...]
 
     def __call__(self) -> None:
-        from esparse.cli import session
+        from esparse.cli.attempt import carry_out
+        from esparse.cli.main import log_to_terminal, mistakes
         from esparse.sweeps.folder import Folder
 
-        session.log_to_terminal()
+        log_to_terminal()
         sweep = Folder.read(Path(self.sweep))
         os.chdir(sweep.cwd)
         failed, runs = [], sweep.chosen(self.ids)
         for i, run in enumerate(runs):
-            with session.mistakes():
+            with mistakes():
                 experiment = sweep.experiment(run)
             # Its earlier record, if it was one to repeat, was removed when it was submitted.
             to_come = [(later.folder, later.settings | {"rerun": False}) for later in runs[i + 1 :]]
-            if session.carry_out(experiment, run.settings, sweep=sweep.path, to_come=to_come) is None:
+            if carry_out(experiment, run.settings, sweep=sweep.path, to_come=to_come) is None:
                 failed.append(f"{run.name} ({run.id})")
         if failed:  # so that Slurm, too, calls the job failed
             raise RuntimeError(f"{len(failed)} of {len(self.ids)} runs have no record: {', '.join(failed)}")
@@ -41,7 +42,7 @@ class Job:
         """Called in the signal's handler, before submitit puts the job back into the queue and ends this process."""
         from submitit.helpers import DelayedSubmission
 
-        from esparse.cli import session
+        from esparse.cli.call import call
 
-        session.preempted()
+        call.preempted = True
         return DelayedSubmission(self)

@@ -8,13 +8,14 @@ import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esparse.cli import session
+from esparse.cli.attempt import clear
+from esparse.cli.earlier import differs
 from esparse.errors import Mistake
 from esparse.jobs import cluster, lock
 from esparse.jobs.launchers import LAUNCHERS, Launcher, Slurm
+from esparse.parts.conf_folder import checkout
 from esparse.records.report import finished, write_json
 from esparse.sweeps.folder import Folder, Run
 from esparse.sweeps.node import Job
@@ -22,7 +23,6 @@ from esparse.sweeps.node import Job
 if TYPE_CHECKING:
     import submitit
 
-CHECKOUT = Path(__file__).parents[2]
 # Settings of Slurm's that submitit calls the same.
 PASSED_ON = ("partition", "account", "qos", "gres", "constraint", "exclude", "nodelist", "cpus_per_task")
 
@@ -49,8 +49,9 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
         for run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             claim = replace(lock.Owner.this_process("submitting", sweep.path.name), job=None, cluster=None)
-            if finished(run.folder) is not None and not run.settings["rerun"]:
-                left_out[run.id] = "finished before"
+            if (record := finished(run.folder)) is not None and not run.settings["rerun"]:
+                why = differs(record, run.settings)
+                left_out[run.id] = "finished before" if why is None else f"it was run before, {why}"
                 continue
             try:
                 lock.take(run.folder, claim, queue)
@@ -60,7 +61,7 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
             claims[run.id] = claim
             chosen.append(run)
             if run.settings["rerun"]:
-                session.clear(run.folder)
+                clear(run.folder)
             # Before the job can begin, and overwrite it.
             status = {"id": run.id, "name": run.name, "sweep": sweep.path.name, "status": "queued"}
             write_json(run.folder / "status.json", status)
@@ -87,7 +88,7 @@ def _to_queue(sweep: Folder, launcher: Launcher, runs: Sequence[Run]) -> dict[st
     chunks = [runs[i : i + size] for i in range(0, len(runs), size)]
     try:
         executor = _executor(sweep, launcher)
-        with executor.batch():
+        with cluster.outside_of_jobs(keep_slurm=sweep.executor == "local"), executor.batch():
             jobs = [executor.submit(Job(str(sweep.path), tuple(run.id for run in chunk))) for chunk in chunks]
     except (FailedJobError, FailedSubmissionError) as error:
         raise OSError(f"the queue refuses the sweep: {_refusal(error)}") from error
@@ -100,8 +101,9 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
 
     logs = sweep.path / "jobs"  # without a folder per job, which Slurm would want before submitit makes it
     logs.mkdir(exist_ok=True)
-    # The checkout that submits is the one that runs.
-    setup = [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", *launcher.setup]
+    setup = list(launcher.setup)
+    if (root := checkout()) is not None:  # the checkout that submits is the one that runs
+        setup.insert(0, f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}")
     how: dict[str, Any] = {"max_num_timeout": launcher.max_num_timeout, "python": launcher.python}
     given: dict[str, Any] = {"stderr_to_stdout": True, "signal_delay_s": launcher.signal_delay_s}
     given["gpus_per_node"] = launcher.gpus_per_node

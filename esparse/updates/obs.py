@@ -69,11 +69,17 @@ def sweep(
 
     from esparse import kernels
 
-    loops = kernels.loops("columns") if dense_OI.device.type == "cpu" and dense_OI.dtype == torch.float32 else None
+    is_single = dense_OI.dtype == torch.float32
+    loops = kernels.loops("columns") if is_single and dense_OI.device.type == "cpu" else None
+    repair = kernels.triton("repair", dense_OI.device) if is_single else None
     chosen = pattern.parts() if fixed_OI is None else ()
-    # The loop chooses n of m alone, and within a block.
-    if loops is not None and (fixed_OI is not None or (len(chosen) == 1 and chosen[0].m <= block)):
-        return _sweep_rows(loops, dense_OI, upper_II, chosen[0] if chosen else None, fixed_OI, block)
+    nm = chosen[0] if chosen else None
+    # Both choose n of m alone, and within a block.
+    if fixed_OI is not None or (nm is not None and len(chosen) == 1 and nm.m <= block):
+        if loops is not None:
+            return _sweep_rows(loops, dense_OI, upper_II, nm, fixed_OI, block)
+        if repair is not None and (nm is None or nm.m <= repair.WIDEST):
+            return _sweep_blocks(repair, dense_OI, upper_II, nm, fixed_OI, min(block, repair.WIDEST))
     return _sweep_columns(dense_OI, upper_II, pattern, fixed_OI, block)
 
 
@@ -120,6 +126,29 @@ def _sweep_columns(
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
+def _sweep_blocks(
+    repair: Any, dense_OI: Tensor, upper_II: Tensor, chosen: NM | None, fixed_OI: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Block after block of columns, all rows at once, on a GPU."""
+    import torch
+
+    inputs = dense_OI.shape[1]
+    weight_OI = dense_OI.clone(memory_format=torch.contiguous_format)
+    keep_OI = torch.empty_like(weight_OI, dtype=torch.bool) if fixed_OI is None else fixed_OI.contiguous()
+    cuts, sizes = _own_groups(chosen, inputs)
+    for start, end in _blocks(cuts, block):
+        errors_OB = repair.sweep_block(weight_OI, keep_OI, upper_II, start, end, *sizes)
+        weight_OI[:, end:].addmm_(errors_OB, upper_II[start:end, end:], alpha=-1)
+    return weight_OI, keep_OI
+
+
+def _own_groups(chosen: NM | None, inputs: int) -> tuple[list[slice], tuple[int, int, int]]:
+    """Where the groups to choose are, and their m, n and the n of a shorter last one; zeros if nothing is chosen."""
+    if chosen is None:
+        return [slice(0, inputs)], (0, 0, 0)
+    return chosen.cuts(inputs), (chosen.m, chosen.n, chosen.survivors(inputs % chosen.m))
+
+
 def _sweep_rows(
     loops: Any, dense_OI: Tensor, upper_II: Tensor, chosen: NM | None, fixed_OI: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
@@ -131,10 +160,9 @@ def _sweep_rows(
     outputs, inputs = dense_OI.shape
     weight_OI = dense_OI.clone(memory_format=torch.contiguous_format)
     keep_OI = torch.empty_like(weight_OI, dtype=torch.bool) if fixed_OI is None else fixed_OI.contiguous()
-    cuts = [slice(0, inputs)] if chosen is None else chosen.cuts(inputs)
+    cuts, sizes = _own_groups(chosen, inputs)
     blocks = _blocks(cuts, block)
     own = [upper_II[start:end, start:end].contiguous().numpy() for start, end in blocks]
-    sizes = (0, 0, 0) if chosen is None else (chosen.m, chosen.n, chosen.survivors(inputs % chosen.m))
 
     @torch.inference_mode()  # of each thread its own
     def rows(part: slice) -> None:

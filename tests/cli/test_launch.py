@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esparse.cli import session
+from esparse.cli import attempt
 from esparse.records import audit
 from esparse.records.report import write_json
 from tests.workshop import furnished, launch, launch_anew, small_run
@@ -154,12 +154,12 @@ def test_a_model_is_kept_only_where_the_next_run_wants_it(tmp_path: Path) -> Non
     (tmp_path / "done").mkdir()
     write_json(tmp_path / "done" / "result.json", {"status": "finished"})
     _, own = run("own")
-    assert not session._again(own, [])
-    assert session._again(own, [run("next")])
-    assert not session._again(own, [run("next", "b"), run("behind")])
-    assert not session._again(own, [run("done")])
-    assert session._again(own, [run("done", "b"), run("next")])
-    assert session._again(own, [run("done", rerun=True)])
+    assert not attempt._again(own, [])
+    assert attempt._again(own, [run("next")])
+    assert not attempt._again(own, [run("next", "b"), run("behind")])
+    assert not attempt._again(own, [run("done")])
+    assert attempt._again(own, [run("done", "b"), run("next")])
+    assert attempt._again(own, [run("done", rerun=True)])
 
 
 def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path: Path) -> None:
@@ -324,6 +324,10 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
     ("arguments", "parts"),
     [
         (["pattern=4:2"], ["0 < n < m", "'4:2'"]),
+        (["hydra.launcher=a100"], ["hydra/launcher=a100 chooses it"]),
+        (["model.path=/x/step=1000"], ["""'model.path="/x/step=1000"'"""]),
+        (["-m", "export=dense", "export.path=X", "seed=1,2"], ["is one folder for 2 runs of the sweep"]),
+        (["-m", "metric=wanda,magnitude", "export=packed", "export.path=X,./X"], ["one folder for 4 runs"]),
         (["pattern=124"], ["in YAML write it in quotes"]),
         (["metric=wandaa"], ["Could not find 'metric/wandaa'", "magnitude"]),
         (["zeroshot=piqa"], ["tasks are named by zeroshot.tasks=[piqa], not by zeroshot=piqa"]),
@@ -400,6 +404,23 @@ def test_a_wandb_server_that_is_not_there_does_not_stop_a_run(
     assert "wandb sync" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(records(tmp_path)) == 1
+
+
+def test_glob_in_a_sweep(small: list[str], tmp_path: Path) -> None:
+    words = ["metric=glob([w*,m*])", "update=glob(*,exclude=[a*,j*,o*,r*,s*])", "shuffle=none", "dry_run=true"]
+    done = launch("-m", *small, *words)
+    assert done.returncode == 0, done.stderr
+    plans = [line for line in done.stdout.splitlines() if line.startswith("plan of")]
+    assert [next(m for m in ("magnitude", "wanda") if m in plan) for plan in plans] == ["magnitude", "wanda"]
+
+
+def test_the_home_directory_in_output_root(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    done = launch("-m", *small[:-1], "seed=1,2", 'output_root="~/out"', cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "home" / "out").glob("*/result.json"))) == 2
+    assert list((tmp_path / "home" / "out" / "sweeps").iterdir()) and not list((tmp_path / "here").iterdir())
 
 
 def test_finished_runs_are_skipped_in_a_moment(small: list[str]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -40,7 +40,13 @@ NOBODY = Said(None)
 
 @pytest.fixture(autouse=True)
 def in_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "SUBMITIT_LOCAL_JOB_ID"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "SUBMITIT_LOCAL_JOB_ID",
+        "SUBMITIT_EXECUTOR",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -232,6 +238,83 @@ def test_a_file_that_is_no_owner_is_waited_for_and_then_replaced(
     (tmp_path / "owner.json").write_text('{"half')
     take(tmp_path, mine := Owner.this_process("running"), NOBODY)
     assert read(tmp_path) == mine
+
+
+def test_an_owner_of_a_newer_version_is_one(tmp_path: Path) -> None:
+    there = put(tmp_path)
+    newer = json.loads((tmp_path / "owner.json").read_text()) | {"field_of_later": 1}
+    (tmp_path / "owner.json").write_text(json.dumps(newer))
+    assert read(tmp_path) == there
+    with pytest.raises(Busy):
+        take(tmp_path, Owner.this_process("running"), NOBODY)
+
+
+def test_a_living_owner_that_cannot_be_read_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner.json").write_text('{"of": "another world"}')
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(lock, "_age_s", lambda path: 0.0)  # somebody touches it
+    with pytest.raises(Busy, match="does not name"):
+        take(tmp_path, Owner.this_process("running"), NOBODY)
+    with pytest.raises(Busy):
+        lock.give_up(tmp_path, NOBODY)
+
+
+def test_clocks_of_two_machines_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tmp_path / "owner-x-heir.part"
+    right.write_text(json.dumps(asdict(replace(Owner.this_process("running"), machine="another"))))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    lock._drop_if_left(right)
+    assert right.exists()
+    os.utime(right, (now - 1000, now - 1000))
+    lock._drop_if_left(right)
+    assert not right.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "5"}, "5"),
+        ({"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77_3"),
+        ({"SLURM_JOB_ID": "5", "SUBMITIT_LOCAL_JOB_ID": "9", "SUBMITIT_EXECUTOR": "local"}, "local-9"),
+        ({"SLURM_JOB_ID": "5", "SUBMITIT_LOCAL_JOB_ID": "9", "SUBMITIT_EXECUTOR": "slurm"}, "5"),
+    ],
+)
+def test_the_job_of_this_process(variables: dict[str, str], job: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", "/nowhere")
+    cluster._is_of_array.cache_clear()
+    assert cluster.own_job() == job
+    mine = Owner.this_process("running")
+    assert (mine.job, mine.cluster) == (job, None)
+
+
+@pytest.mark.parametrize("array", [True, False])
+def test_a_job_that_an_array_task_submitted_is_no_task(
+    array: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"JOB_ID": "90", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    said = "JobId=90 ArrayJobId=77 ArrayTaskId=3 JobName=x" if array else "JobId=90 JobName=x"
+    fake(tmp_path, "scontrol", f"echo '{said}'", monkeypatch)
+    cluster._is_of_array.cache_clear()
+    assert cluster.own_job() == ("77_3" if array else "90")
+
+
+def test_what_is_submitted_gets_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF", "SUBMITIT_LOCAL_JOB_ID", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "7")
+    with cluster.outside_of_jobs(keep_slurm=False):
+        assert {"SLURM_CONF", "SBATCH_ACCOUNT"} == {
+            key for key in os.environ if key.startswith(("SLURM", "SUB", "SBA"))
+        }
+    with cluster.outside_of_jobs(keep_slurm=True):
+        assert "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_JOB_ID" not in os.environ
+    assert os.environ["SUBMITIT_LOCAL_JOB_ID"] == "7"
 
 
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from esparse.kernels import exchange, tally
 from esparse.kernels.decode import decode
 from esparse.kernels.gemv import candidates, matvec
 from esparse.kernels.norm import norm
+from esparse.kernels.repair import sweep_block
 from tests.kernels.packed import matrix
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -66,7 +68,11 @@ def main() -> None:
             about = {"for": capability, "dtype": str(dtype), "pattern": f"{n}:{m}", "tokens": tokens}
             x_TI, order_I = torch.ones(tokens, inputs, dtype=dtype), torch.arange(inputs) if tokens > 1 else None
             half = dtype != F32 and inputs % 16 == 0
-            ways = [candidates(4096, inputs, 16, n=n, m=m, in_registers=way) for way in ({half, False})]
+            ways = [
+                candidates(4096, inputs, count, n=n, m=m, in_registers=way)
+                for way in sorted({half, False})
+                for count in sorted({tokens, 16})
+            ]
             first_of_each = {tile.kernel: tile for tiles in ways for tile in reversed(tiles)}
             for tile in first_of_each.values():
                 matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I, tile=tile)
@@ -75,6 +81,20 @@ def main() -> None:
         for dtype, hidden in ((BF16, 4096), (F32, 20000)):
             about = {"for": capability, "dtype": str(dtype), "hidden": hidden}
             norm(torch.ones(2, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), 1e-5, torch.arange(hidden))
+        for dtype in (BF16, F16, F32):
+            about = {"for": capability, "dtype": str(dtype)}
+            x_TI, of_channel_I = torch.ones(64, 4096, dtype=dtype), torch.ones(4096)
+            tally.squares(x_TI)
+            tally.extremes(x_TI)
+            tally.count(x_TI, of_channel_I, of_channel_I, torch.zeros(100, 4096, dtype=torch.int32))
+        for n, m in ((2, 4), (8, 16), (3, 5)):
+            about = {"for": capability, "pattern": f"{n}:{m}"}
+            columns_BCR, block_K = torch.ones(2, 240, 512), torch.arange(2)
+            _, levels_KRM = exchange.cut(columns_BCR, block_K, torch.arange(2 * m).view(2, m), n=n)
+            exchange.summed_maxima(levels_KRM, columns_BCR.mT.contiguous(), block_K, 2)
+            for own in (0, m):
+                upper_II, keep_OI = torch.ones(4096, 4096), torch.ones(64, 4096, dtype=torch.bool)
+                sweep_block(torch.ones(64, 4096), keep_OI, upper_II, 128, 256, own, n, n)
 
 
 if __name__ == "__main__":

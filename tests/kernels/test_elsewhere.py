@@ -27,8 +27,15 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     assert {name: names.count(name) for name in names} == {
         "gather_kernel": 6,
         "expand_kernel": 6,
+        "spread_kernel": 4,
+        "select_kernel": 2,
         "decode_kernel": 5,
         "norm_kernel": 2,
+        "reduce_kernel": 6,
+        "count_kernel": 3,
+        "cut_kernel": 3,
+        "maxima_kernel": 3,
+        "repair_kernel": 6,
     }
     assert {one["for"] for one in compiled} == {capability}
     gather = next(one for one in compiled if one["kernel"] == "gather_kernel")

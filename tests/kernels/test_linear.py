@@ -8,6 +8,7 @@ import torch
 from esparse.kernels import linear as packed
 from esparse.kernels.form import to_form
 from esparse.kernels.linear import (
+    few_tokens,
     kernel,
     packed_linear,
     resident_bytes,
@@ -43,8 +44,10 @@ def test_every_way_gives_the_masked_product(
 
 def test_the_choice() -> None:
     def chosen(tokens: int, n: int = 2, m: int = 4, **there: bool) -> str:
-        return kernel(tokens, n=n, m=m, **({"on_gpu": True, "has_triton": True, "has_blob": True} | there))
+        return kernel(tokens, 16, n=n, m=m, **({"on_gpu": True, "has_triton": True, "has_blob": True} | there))
 
+    assert few_tokens(torch.float32, 64, n=2, m=4) == few_tokens(torch.bfloat16, 72, n=2, m=4) == 16
+    assert few_tokens(torch.bfloat16, 64, n=8, m=16) == 64
     assert [chosen(tokens) for tokens in (1, 16, 17, 4096)] == ["gemv", "gemv", "cusparselt", "cusparselt"]
     assert [chosen(tokens, 8, 16, has_blob=False) for tokens in (16, 17)] == ["gemv", "decode"]
     assert chosen(1, has_triton=False) == "cusparselt"

@@ -63,19 +63,6 @@ def test_by_hand() -> None:
     assert matvec(values_RK, bits_RB, x_TI, n=2, m=4).tolist() == [[10 + 80.0, 60 + 120.0]]
 
 
-@pytest.mark.parametrize("tile", [Tile("scan", 8, 8, 4), Tile("scan", 4, 2, 4, 3)], ids=str)
-@pytest.mark.parametrize(("rows", "inputs"), [(16, 64), (9, 97), (9, 98), (9, 99)])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_the_lowest_bit_taken_away_again_and_again(tokens: int, rows: int, inputs: int, tile: Tile) -> None:
-    for n, m in ((2, 4), (4, 8), (8, 16), (1, 2)):
-        dense_RI, values_RK, bits_RB = matrix(n, m, rows, inputs)
-        x_TI = torch.randn(tokens, inputs, device=DEVICE)
-        order_I = torch.randperm(inputs).to(DEVICE)
-        assert off(matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile), x_TI, dense_RI) < 1e-6
-        ordered_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, tile=tile, order_I=order_I)
-        assert off(ordered_TR, x_TI[:, order_I], dense_RI) < 1e-6
-
-
 IN_REGISTERS = [
     *(("select", n, m, rows, depth, split) for n, m in [(2, 4)] for rows, depth, split in [(8, 4, 1), (4, 2, 3)]),
     *(
@@ -88,7 +75,7 @@ IN_REGISTERS = [
 
 @pytest.mark.parametrize(("kernel", "n", "m", "tile_rows", "depth", "split"), IN_REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 33])
 def test_bytes_permuted_in_registers(
     tokens: int, dtype: torch.dtype, kernel: str, n: int, m: int, tile_rows: int, depth: int, split: int
 ) -> None:
@@ -183,8 +170,8 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
     _, values_RK, bits_RB = matrix(2, 4, 4, 64)
     with pytest.raises(ValueError, match="no kernel for 2:64"):
         matvec(values_RK, bits_RB, torch.ones(1, 64, device=DEVICE), n=2, m=64)
-    with pytest.raises(ValueError, match="1 to 16 tokens, got 17"):
-        matvec(values_RK, bits_RB, torch.ones(17, 64, device=DEVICE), n=2, m=4)
+    with pytest.raises(ValueError, match="1 to 16 tokens here, got 17"):
+        matvec(values_RK, bits_RB, torch.ones(17, 64, device=DEVICE), n=2, m=4)  # float32
     with pytest.raises(ValueError, match="does not fit 72 inputs"):
         matvec(values_RK, bits_RB, torch.ones(1, 72, device=DEVICE), n=2, m=4)
     with pytest.raises(ValueError, match="no kernel for 24:32"):

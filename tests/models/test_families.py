@@ -8,7 +8,8 @@ from transformers import DynamicCache
 
 from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
-from esparse.models.blocks import BlockModel, _without_cache
+from esparse.models.blocks import BlockModel
+from esparse.models.calls import Recorder
 from esparse.patterns import NM
 from esparse.pruning.prune import Method, prune
 from esparse.records.report import Stages
@@ -77,9 +78,12 @@ def test_every_matrix_of_the_blocks_is_pruned_and_nothing_else(family: str) -> N
 
 def test_a_cache_is_never_replayed() -> None:
     cache = DynamicCache()
-    call = _without_cache((cache, 1), {"past_key_values": cache, "layer_past": None, "other": cache, "use_cache": True})
-    assert call.args == (None, 1)
-    assert call.kwargs == {"past_key_values": None, "layer_past": None, "other": None, "use_cache": False}
+    named = {"past_key_values": cache, "layer_past": None, "other": cache, "use_cache": True}
+    recorder = Recorder()
+    recorder.calls.append((0, torch.empty(0), None, (cache, 1), named))
+    recorded, _ = recorder.templates()
+    assert recorded[0].args == (None, 1)
+    assert recorded[0].kwargs == {"past_key_values": None, "layer_past": None, "other": None, "use_cache": False}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def test_the_second_look_takes_another_forward_pass_only_where_it_must(
         overwriting(model)
     forwards = Forwards(model)
     _, got = run(metric=ENTROPY, model=model)
-    assert forwards.count == 1 + 3 * (3 if case == "room" else 4)  # the first finds out what a block returns
+    # The first finds out what a block returns, four check the walk.
+    assert forwards.count == 1 + 4 + 3 * (3 if case == "room" else 4)
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda: 0)
     reference = tiny("llama")
     if case == "overwritten":
@@ -300,6 +301,7 @@ def test_audit_files_tell_what_was_done(tmp_path: Path) -> None:
 def test_packed_masks_come_back(rows: int, columns: int, seed: int) -> None:
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(audit.unpack(audit.pack(keep), [rows, columns]), keep)
+    assert torch.equal(audit._packed(keep), audit.pack(keep))  # as a GPU does it
 
 
 class Counting(Prepare):

@@ -20,7 +20,7 @@ from esparse.patterns import NM
 from esparse.pruning.prune import BINS, Method, Pruned, prune
 from esparse.records.report import Stages
 from esparse.reports.figures.channels import _side_by_side, channels, evenness
-from esparse.reports.grid import read_records
+from esparse.reports.reading import read_records
 from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
 from tests.models.families import tiny

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
+from esparse.reports.command import html
 from esparse.reports.figures import plots
 from esparse.reports.figures.catalogue import PICTURES, draw, plot, svg
-from esparse.reports.formats import html
-from esparse.reports.grid import grid, read_records
 from esparse.reports.html_page import page
+from esparse.reports.reading import read_records
+from esparse.reports.tabulate import table_of
 from tests.reports.test_channels import DEALT_I, SCALES, VALUES_I
 from tests.reports.test_tables import command, record, write
 
@@ -241,10 +242,10 @@ def test_pictures_without_data_are_named_with_what_they_need() -> None:
 
 
 def test_what_all_runs_share_stands_above_the_table() -> None:
-    text = page(grid(RUNS), RUNS, title="x")
+    text = page(table_of(RUNS), RUNS, title="x")
     assert "4 runs of esparse. All have model <b>tiny</b>" in text
     assert '<button type="button">model</button>' not in text and ">pattern</button>" in text
-    assert "1 run of esparse." in page(grid(RUNS[:1]), RUNS[:1], title="x")
+    assert "1 run of esparse." in page(table_of(RUNS[:1]), RUNS[:1], title="x")
 
 
 def test_means_and_turned_tables_make_pages_too(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from esparse.cli import registry
-from esparse.reports.literature import CONFIDENCE, DENSE, METHOD, NUMBERS, Published, beside, read
+from esparse.records.groups import METHOD
+from esparse.reports.literature import CONFIDENCE, DENSE, NUMBERS, Published, beside, read
 from tests import forks
 from tests.reports.test_tables import record, write
 
@@ -94,6 +94,27 @@ def test_salient_weights_belong_to_the_pattern() -> None:
     assert rows([one], like(WANDA, pattern="2:4+16:256")) and not rows([one], WANDA)
 
 
+@pytest.mark.parametrize(
+    ("part", "counts"),
+    [
+        ({"choices": {"metric": "wanda", "allocation": "uniform"}}, True),
+        ({"choices": {"metric": "wanda", "allocation": "owl"}}, False),
+        ({"model": {"skip": ["lm_head"]}}, False),
+    ],
+)
+def test_what_a_paper_did_not_do_is_not_beside_its_number(part: dict[str, Any], counts: bool) -> None:
+    run = record("a", pruned=15.0)
+    run["config"] = run["config"] | part
+    assert bool(rows([run], WANDA)) == counts
+
+
+@pytest.mark.parametrize("group", METHOD)
+def test_every_part_of_the_method_counts(group: str) -> None:
+    run = record("a", pruned=15.0)
+    run["config"] = run["config"] | {"choices": run["config"]["choices"] | {group: "another"}}
+    assert not rows([run], WANDA)
+
+
 def test_the_numbers_that_ship_can_be_read_and_asked_for() -> None:
     numbers = read()
     assert len(numbers) == sum(1 for _ in DictReader(NUMBERS.open())) > 100
@@ -102,9 +123,8 @@ def test_the_numbers_that_ship_can_be_read_and_asked_for() -> None:
         assert number.source and number.confidence in CONFIDENCE
         assert (conf / "model" / f"{number.model}.yaml").exists(), number.model
         for group in METHOD:
-            option = getattr(number, group)
+            option = getattr(number, group, "")
             assert option in ("", "any") or (conf / group / f"{option}.yaml").exists(), option
-    assert {"prepare", "metric", "shuffle", "update", "recovery"} == set(METHOD) <= set(registry.CHOICES)
 
 
 def test_as_a_process(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from esparse.reports.command import csv, latex, markdown
 from esparse.reports.figures.catalogue import plot
-from esparse.reports.formats import csv, latex, markdown, runs_table
-from esparse.reports.grid import grid, means, read_records
+from esparse.reports.reading import read_records
+from esparse.reports.tabulate import means, table_of
+from esparse.reports.writing import runs_table
 from tests import forks
 
 CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
@@ -126,7 +128,7 @@ def test_the_best_is_of_one_model_pattern_and_measurement():
     for run, accuracy in zip(runs, [0.5, 0.75, 0.25, 0.5, 0.25, None, 0.5], strict=True):
         run["zeroshot"] = {"arc": {"dense": 0.75, "pruned": accuracy, "stderr": 0.1, "n": 8}}
         run["layers"] = []
-    table = grid(runs)
+    table = table_of(runs)
     best = {(table.rows[i]["id"], column) for i, column in table.best()}
     # Alike as they are written: a and b. Alone in its pattern: f, d's perplexity. All alike: those of f and g.
     expected = {(run, f"builtin {what}") for run, what in [("a", "ppl pruned"), ("b", "ppl pruned")]}
@@ -164,7 +166,7 @@ def test_a_setting_that_differs_within_a_choice_becomes_a_column():
         record("b", metric="entropy", alpha=1.0),
         record("c", bins=3),
     ]
-    table = grid(swept)
+    table = table_of(swept)
     assert table.asked[-2:] == ["metric.alpha", "seed"]
     assert [(row["id"], row.get("metric.alpha")) for row in table.rows] == [
         ("a", 0.5),
@@ -184,12 +186,12 @@ def test_a_setting_that_differs_within_a_choice_becomes_a_column():
     ],
 )
 def test_what_follows_from_a_choice_or_changes_nothing_is_no_column(other):
-    columns = grid([record("a", alpha=0.5), other]).columns
+    columns = table_of([record("a", alpha=0.5), other]).columns
     assert [column for column in columns if "." in column] == []
 
 
 def test_a_setting_that_an_older_record_lacks_is_no_difference():
-    assert "metric.alpha" not in grid([record("a"), record("b", alpha=1.0)]).columns
+    assert "metric.alpha" not in table_of([record("a"), record("b", alpha=1.0)]).columns
 
 
 def test_a_column_of_another_group_appears_with_its_option():
@@ -216,12 +218,12 @@ def test_the_mean_over_tasks_is_over_those_that_all_runs_have():
         return record(run, metric=run) | {"zeroshot": tasks}
 
     runs = [with_tasks("a", arc=0.25, piqa=0.5, sciq=0.75), with_tasks("b", piqa=0.25, sciq=0.125), record("c")]
-    table = grid(runs)
+    table = table_of(runs)
     assert [row.get("mean of tasks pruned") for row in table.rows] == [0.625, 0.1875, None]
     assert table.columns.index("mean of tasks pruned") > table.columns.index("sciq pruned")
     assert "0.6250" in markdown(runs).splitlines()[4] and "mean of tasks pruned" in csv(runs).splitlines()[0]
     runs[0]["zeroshot"]["piqa"]["score"] = "word_perplexity"  # of which there is no mean
-    assert "mean of tasks pruned" not in grid(runs).columns
+    assert "mean of tasks pruned" not in table_of(runs).columns
 
 
 def test_rows_are_sorted_by_pattern_as_numbers_or_by_a_column():
@@ -230,24 +232,24 @@ def test_rows_are_sorted_by_pattern_as_numbers_or_by_a_column():
         record("b", pattern="2:4", pruned=2),
         record("c", pruned=1),
     ]
-    assert [row["id"] for row in grid(runs).rows] == ["b", "c", "a"]
-    assert [row["id"] for row in grid(runs, sort="builtin ppl pruned").rows] == ["c", "b", "a"]
+    assert [row["id"] for row in table_of(runs).rows] == ["b", "c", "a"]
+    assert [row["id"] for row in table_of(runs, sort="builtin ppl pruned").rows] == ["c", "b", "a"]
     with pytest.raises(ValueError, match=r"no column 'ppl' to sort by; there is id, model, .*builtin ppl pruned"):
-        grid(runs, sort="ppl")
+        table_of(runs, sort="ppl")
 
 
 def test_one_corpus_can_be_asked_for():
     both = record()
     both["quality"]["c4"] = {"dense": 1.0, "pruned": 2.0}
-    assert [c for c in grid([both], corpus="c4").columns if "ppl" in c] == ["c4 ppl dense", "c4 ppl pruned"]
+    assert [c for c in table_of([both], corpus="c4").columns if "ppl" in c] == ["c4 ppl dense", "c4 ppl pruned"]
     with pytest.raises(ValueError, match="no run was measured on 'x'; there is builtin, c4"):
-        grid([both], corpus="x")
+        table_of([both], corpus="x")
 
 
 def test_mean_over_seeds_by_hand():
     runs = [record(str(seed), seed=seed, pruned=pruned) for seed, pruned in enumerate([12.0, 14.0, 16.0])]
     runs.append(record("3", metric="entropy", alpha=1.0, pruned=11.0))
-    entropy, wanda = means(grid(runs)).rows
+    entropy, wanda = means(table_of(runs)).rows
     assert (wanda["runs"], wanda["builtin ppl pruned"].mean) == (3, 14.0)
     assert wanda["builtin ppl pruned"].deviation == pytest.approx(2.0)  # sqrt((4 + 0 + 4) / 2)
     assert (entropy["runs"], entropy["builtin ppl pruned"].deviation) == (1, None)

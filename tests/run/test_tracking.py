@@ -1,5 +1,6 @@
 """W&B runs as files tell them: real offline runs, read back with W&B's own reader."""
 
+import contextlib
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from esparse.run.tracking import NoTracking, Wandb
+from esparse.cli import registry
+from esparse.run.tracking import NoTracking, Wandb, offline_runs
 
 CONF = Path(__file__).parents[2] / "conf"
 PLACE = {"project": "esparse", "entity": None, "group": None, "tags": [], "artifacts": []}
@@ -295,7 +296,7 @@ def test_no_tracking_passes_exceptions_on(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"mode": "onlin"}, "offline, online, got 'onlin'"),
+        ({"mode": "onlin"}, "offline, online, disabled, got 'onlin'"),
         ({"project": "a:b"}, "tracking.project"),
         ({"tags": [""]}, "tracking.tags"),
         ({"timeout_s": 0}, "tracking.timeout_s"),
@@ -307,10 +308,69 @@ def test_a_setting_that_wandb_would_refuse_is_an_error(changed, named):
         tracking(**changed)
 
 
+def composed(*words):
+    registry.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return registry.build(compose("config", list(words))).tracking
+
+
+def test_wandbs_variables_stand_in_for_what_is_not_typed(tmp_path, monkeypatch):
+    values = {"MODE": "dryrun", "PROJECT": "mine", "ENTITY": "us", "RUN_GROUP": "tonight", "TAGS": "a,b"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    found = composed()
+    assert (found.mode, found.project, found.entity, found.group) == ("offline", "mine", "us", "tonight")
+    with start(found, tmp_path):
+        pass
+    assert json.loads(inspect(*files_of(tmp_path), "--summary"))["tags"] == ["a", "b"]
+    typed = composed("tracking.project=typed", "tracking.mode=online", "tracking.tags=[c]")
+    assert (typed.project, typed.mode, typed.tags) == ("typed", "online", ["c"])
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(ValueError, match="WANDB_MODE"):
+        composed()
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+def test_wandb_is_disabled(name, value, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO, "esparse"), start(composed(), tmp_path) as sink:
+        sink.log({"block": 0})
+        sink.finish(RECORD)
+    assert "W&B is disabled" in caplog.text and not list(tmp_path.glob("*wandb*"))
+
+
+def test_where_and_how_a_run_is_called(tmp_path, caplog, monkeypatch):
+    for name, value in {"DIR": str(tmp_path / "there"), "NAME": "my run", "RUN_ID": "other"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with start(tracking(), tmp_path / "run"):
+        pass
+    (run,) = offline_runs(tmp_path / "run", "1a2b3c4d")
+    assert run.is_relative_to(tmp_path / "there")
+    (file,) = run.glob("*.wandb")
+    assert json.loads(inspect(file, "--summary"))["name"] == "my run"
+    assert "WANDB_RUN_ID is not followed" in caplog.text
+
+
+def test_an_attempt_that_goes_on_takes_the_place_of_the_one_before(tmp_path):
+    """Else `wandb sync` of both would begin the history anew."""
+    for attempt in range(2):
+        with contextlib.suppress(KeyboardInterrupt), start(tracking(), tmp_path) as sink:
+            assert sink.logged == 0  # offline nobody knows what was before
+            sink.log({"block": attempt})
+            if attempt == 0:
+                raise KeyboardInterrupt
+            time.sleep(1.1)  # W&B names folders by the second
+    (file,) = files_of(tmp_path)
+    records = [json.loads(line) for line in inspect(file).splitlines()]
+    assert [r["history"]["item"]["block"] for r in records if r["type"] == "history"] == [1]
+    with start(tracking(), tmp_path, run_id="another"):
+        pass
+    assert len(files_of(tmp_path)) == 2  # of another run
+
+
 @pytest.mark.parametrize(("option", "expected"), [("wandb", Wandb), ("none", NoTracking)])
 def test_the_options_on_the_command_line_become_components(option, expected):
-    for name, node in [("wandb", Wandb), ("none", NoTracking)]:
-        ConfigStore.instance().store(name=name, group="schema/tracking", node=node)
+    registry.register()
     with initialize_config_dir(str(CONF), version_base=None):
         component = OmegaConf.to_object(compose(f"tracking/{option}").tracking)
     assert type(component) is expected

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,34 @@ def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> Non
     assert code == 0 and "2 runs submitted" in said
     code, said = asked("wait", str(folder))
     assert code == 0 and "2 runs: 2 finished" in said
+
+
+def test_inside_of_a_job_of_slurms(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an allocation (salloc, a notebook on a node), or in a task of an array."""
+    for name, value in {"JOB_ID": "4711", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    done = launch("-m", *small_run(workshop, tmp_path / "out"), "metric=wanda,magnitude", "hydra/launcher=local")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("out/*/result.json"))) == 2
+
+
+def test_a_run_that_nobody_has_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "1a2b3c4d"
+    assert commands.main(["release", str(run)]) == 2
+    run.mkdir()
+    (run / "status.json").write_text('{"status": "queued"}')
+    there = lock.Owner.this_process("queued")
+    lock.put(run, replace(there, job="8123_4", cluster="elsewhere", machine="another", pid=1))
+    with pytest.raises(lock.Busy) as busy, lock.owned(run):
+        pass
+    assert f"python -m esparse.sweep release {run}" in busy.value.way_out(run)
+    assert commands.main(["release", str(run)]) == 0
+    assert "it was queued (job 8123_4)" in capsys.readouterr().out
+    assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
+    with lock.owned(run):
+        assert commands.main(["release", str(run)]) == 1
+        assert "is not given up: it is running on" in capsys.readouterr().err
+    assert commands.main(["release", str(run)]) == 0
 
 
 def test_plans_are_made_here(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from esparse.errors import Mistake
 from esparse.reports.figures import channels, curves
 from esparse.reports.figures.plots import perplexities
-from esparse.reports.grid import Record
+from esparse.reports.reading import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.reports.figures.curves import Points, block_of, finished, grid_of, line
 from esparse.reports.figures.plots import COLORS, MARKERS
-from esparse.reports.grid import Record, exact, grid, leaves, text
+from esparse.reports.reading import Record
+from esparse.reports.table import exact, text
+from esparse.reports.tabulate import leaves, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +156,7 @@ def _side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     profiled = {r["id"]: r for r in records if "folder" in r and (r["folder"] / "channels.safetensors").is_file()}
     alike: dict[str, list[Record]] = {}
     if profiled:
-        for row in grid(list(profiled.values())).rows:
+        for row in table_of(list(profiled.values())).rows:
             record = profiled[row["id"]]
             of_run = leaves(record["config"])
             rest = {k: v for k, v in of_run.items() if not k.startswith("shuffle.") and k != "choices.shuffle"}
@@ -168,7 +170,7 @@ def _side_by_side(records: Sequence[Record]) -> dict[str, Record]:
 
 def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """The id of each run, and what its shuffle is called: the option, and the settings that differ."""
-    table = grid(records)
+    table = table_of(records)
     settings = [column for column in table.columns if column.startswith("shuffle.")]
     for row in table.rows:
         said = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in settings if row.get(c) is not None]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esparse.reports.figures.plots import COLORS, MARKERS, SIDE_BY_SIDE, legend, looks, method
-from esparse.reports.grid import Record, grid, keys, means
+from esparse.reports.reading import Record, keys
+from esparse.reports.tabulate import means, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,7 +218,7 @@ def _few(
 
 def _runs(records: Sequence[Record]) -> list[tuple[str, str, Record]]:
     """Every run with its panel (model and pattern) and its method's name; runs with other seeds have the same."""
-    table, by_id = grid(records), {record["id"]: record for record in records}
+    table, by_id = table_of(records), {record["id"]: record for record in records}
     merged = means(table)
     rows = table.rows
     return [(f"{row['model']}, {row['pattern']}", method(row, merged), by_id[row["id"]]) for row in rows]

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from esparse.reports.grid import METHOD, Grid, Record, grid, keys, means, text
+from esparse.records.groups import acting
+from esparse.reports.reading import Record, keys
+from esparse.reports.table import Table, text
+from esparse.reports.tabulate import FRONT, means, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +36,7 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
 
     if not keys(records, "quality"):
         return None
-    table = means(grid(records, corpus=corpus))
+    table = means(table_of(records, corpus=corpus))
     for row in table.rows:
         row["method"] = method(row, table)
     corpora = [corpus] if corpus is not None else keys(records, "quality")
@@ -67,7 +70,7 @@ def legend(figure: Figure, order: Sequence[str]) -> None:
     figure.legend([handles[label] for label in labels], labels, frameon=False, fontsize=9, **where)
 
 
-def _listed(table: Grid, corpora: Sequence[str], models: Sequence[str]) -> Figure:
+def _listed(table: Table, corpora: Sequence[str], models: Sequence[str]) -> Figure:
     """A line per method, a marker per pattern; a panel per model and corpus."""
     from matplotlib.figure import Figure
 
@@ -105,7 +108,7 @@ def _listed(table: Grid, corpora: Sequence[str], models: Sequence[str]) -> Figur
     return figure
 
 
-def _lines(table: Grid, model: str, corpus: str) -> dict[str, list[dict[str, Any]]]:
+def _lines(table: Table, model: str, corpus: str) -> dict[str, list[dict[str, Any]]]:
     """The rows of each method that were measured and are finite, the lowest perplexity first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in table.rows:
@@ -116,7 +119,7 @@ def _lines(table: Grid, model: str, corpus: str) -> dict[str, list[dict[str, Any
     return {name: found[name] for name in sorted(found, key=lambda name: lowest[name])}
 
 
-def _lost(table: Grid, model: str, corpus: str) -> list[str]:
+def _lost(table: Table, model: str, corpus: str) -> list[str]:
     """What was measured and is not finite."""
     rows = [row for row in table.rows if row["model"] == model and row[f"{corpus} ppl pruned"] is not None]
     return [f"{r['method']} {r['pattern']}" for r in rows if not math.isfinite(r[f"{corpus} ppl pruned"].mean)]
@@ -137,10 +140,10 @@ def _logarithmic(axis: Axis, set_scale: Callable[[str], Any]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def method(row: dict[str, Any], table: Grid) -> str:
+def method(row: dict[str, Any], table: Table) -> str:
     """How a legend calls a row: its choices that do something, and the settings that differ."""
-    chosen = [str(row[c]) for c in METHOD if row.get(c) not in (None, "none")]
-    known = {"model", "pattern", "runs", "method", *METHOD}
+    chosen = acting(row, FRONT)
+    known = {"model", "pattern", "runs", "method", *FRONT}
     varied = [c for c in table.columns if c in table.asked and c not in known and c not in table.shared()]
     settings = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in varied if row.get(c) is not None]
     return ", ".join([" + ".join(chosen), *settings])

@@ -1,0 +1,29 @@
+"""Prunes a language model and measures it: `esparse [-m] [group=option] [key=value] ...`.
+
+    esparse                                                the built-in model with E-Sparse at 2:4
+    esparse -m metric=entropy,wanda pattern=2:4,4:8        a sweep
+    esparse --help                                         every group and setting
+
+`python -m esparse` and, in a checkout, `python launch.py` are the same command.
+Exit code: 0 all runs finished (now or before), 1 a run failed, 2 a mistake on the command line.
+"""
+
+import sys
+
+from esparse.parts import extras
+
+
+def main() -> int:
+    """The console command `esparse`."""
+    return extras.explained(_launched, program="the command line")
+
+
+def _launched() -> int:
+    from esparse.cli.launch import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "esparse"  # what the usage calls it
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The parts of a method as a caller of esparse.prune names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any
+
+from esparse.errors import Mistake
+from esparse.parts import extras, numbers
+from esparse.parts.plugins import BASES, class_name
+from esparse.records.groups import GROUPS
+
+NEUTRAL = {"shuffle": "none", "update": "none", "recovery": "none", "prepare": "none", "allocation": "uniform"}
+IMPLIED = "implied"  # an update: what the metric wants (SparseGPT's its own), else none
+
+
+def option(group: str, name: str, /, **changes: Any) -> Any:
+    """A part by its name on the command line, with the numbers of conf/ and some of them changed.
+
+    `option("metric", "entropy", alpha=0.5)`. Raises ValueError, with what is nearest, for an unknown name or setting.
+    """
+    part, _ = numbers.option(group, name, class_of, changes, outside=numbers.usual())
+    return part
+
+
+def class_of(group: str, name: str) -> type:
+    """The class behind `/schema/GROUP/NAME` in conf/."""
+    return GROUPS[group].component(name)
+
+
+def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The objects of a method, and what each is called."""
+    outside = numbers.usual() | {"seed": seed}
+    parts, choices, implied = {}, {}, dict(NEUTRAL)
+    for group, part in asked.items():  # the metric comes first, as it may imply an update
+        if part is None and group in NEUTRAL:
+            part = NEUTRAL[group]
+        if part == IMPLIED:
+            part = implied[group]
+        if isinstance(part, str):
+            parts[group], implies = numbers.option(group, part, class_of, outside=outside)
+            implied |= implies
+            choices[group] = part
+            continue
+        module, _, base = BASES[group].partition(":")
+        if not isinstance(part, getattr(import_module(module), base)):
+            raise Mistake(f"{group} must be the name of an option or an object of a {module}.{base}, got {part!r}")
+        parts[group], choices[group] = part, class_name(type(part))
+    for part in parts.values():
+        extras.need_part(part)
+    return parts, choices
+
+
+def plain(value: Any) -> Any:
+    """A part as a record has it: its class and settings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        settings = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return settings | {"_class": class_name(type(value))}
+    try:
+        json.dumps(value)
+    except TypeError:
+        return {"_class": class_name(type(value))} if isinstance(value, object) else repr(value)
+    return value

@@ -1,0 +1,117 @@
+"""Which models in memory can be pruned as they lie there, and how they are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from esparse.errors import Mistake
+from esparse.packed.experts import PackedExperts
+from esparse.packed.layer import PackedLinear
+
+if TYPE_CHECKING:
+    from esparse.api.pruning_report import Report
+
+
+def check_kind(model: Any) -> None:
+    """Refuses what is no causal language model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        hints = {
+            "PeftModel": ": merge its adapter first, model = model.merge_and_unload()",
+            "OptimizedModule": ": give the model that was compiled, model._orig_mod",
+            "DistributedDataParallel": ": give the model inside, model.module",
+            "FullyShardedDataParallel": ": esparse brings one block at a time to the device by itself",
+        }
+        hint = next((hints[base.__name__] for base in type(model).__mro__ if base.__name__ in hints), "")
+        raise Mistake(f"a causal language model of transformers was expected, got a {type(model).__name__}{hint}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Mistake(f"{type(model).__name__} is an encoder with a decoder: esparse prunes decoder-only models")
+
+
+def check_model(model: Any) -> None:
+    """Refuses, in a sentence, what could not be pruned rightly as it lies in memory."""
+    check_kind(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        what = "packed by esparse" if _is_packed(model) else "quantised"
+        raise Mistake(f"the model is {what}: load it in full precision, and prune or save that")
+    if _is_packed(model):
+        raise Mistake("the model is packed already: prune and save it before")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise Mistake("the model has an adapter: merge it into the weights first")
+    devices = {parameter.device for parameter in model.parameters()}
+    spread = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if any(device.type == "meta" for device in devices) or "disk" in spread:
+        raise Mistake(
+            "weights of the model are not in memory: load it without device_map; a model larger than the memory "
+            "is pruned by the command line, with model.store=shards"
+        )
+    if len(spread) > 1 or len(devices) > 1:
+        places = ", ".join(sorted(spread if len(spread) > 1 else map(str, devices)))
+        raise Mistake(
+            f"the model is spread over several devices ({places}): load it without device_map, on the CPU if need be, "
+            "and name the device that computes (device=...); esparse brings it there block by block"
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise Mistake("the model is shared between processes (tensor parallel): load it without tp_plan")
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise Mistake(
+                f"{name} is in {str(parameter.dtype).removeprefix('torch.')}: load the model in full precision"
+            )
+    for name, module in model.named_modules():
+        if hasattr(module, "parametrizations"):
+            raise Mistake(f"{name} computes its weight from others (torch.nn.utils.parametrize): remove that first")
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear | PackedExperts) for module in model.modules())
+
+
+def check_same(model: nn.Module, report: Report) -> None:
+    """Refuses a model that the report is not of: another one, or one that has weights again where they were gone."""
+    parameters = dict(model.named_parameters())
+    for matrix, _ in report.pruned.groupings:
+        parameter = parameters.get(matrix.entry)
+        if parameter is None or parameter.shape != matrix.parameter.shape:
+            raise Mistake(f"the report is of another model: this one has no {matrix.entry} of its shape")
+        keep_OI = report.keeps[matrix.entry]
+        keep_OI = keep_OI if matrix.expert is None else keep_OI[matrix.expert]
+        if bool((matrix.part_of(parameter.data).ne(0).cpu() & ~keep_OI).any()):
+            raise Mistake(
+                f"{matrix.name} has weights that were pruned according to the report: the model was changed or pruned "
+                "again since, and a later report may fit"
+            )
+
+
+@contextmanager
+def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
+    """While open, the model is in evaluation mode and its experts work one by one; afterwards it is as before."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    switched = experts and _experts(model) is not None
+    before = _experts(model)
+    try:
+        model.eval()
+        if switched:
+            model.set_experts_implementation("eager")
+        with torch.inference_mode(False):
+            yield
+    finally:
+        if switched:
+            model.set_experts_implementation(before)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, required in wanted.items():
+            parameter.requires_grad_(required)
+
+
+def _experts(model: PreTrainedModel) -> Any:
+    """How the experts of the model are computed, by part of it; None if it has none that can be switched."""
+    if not model._can_set_experts_implementation() or not hasattr(model, "get_experts_implementation"):
+        return None
+    return model.get_experts_implementation()

@@ -1,0 +1,124 @@
+"""Tokens out of what a caller of esparse.prune names: a corpus, a file, texts, or tokens.
+
+Shapes: S sequences, W windows, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esparse.api.method_parts import option
+from esparse.data import corpora
+from esparse.data.calibration import Calibration
+from esparse.data.corpora import Corpus
+from esparse.data.windows import Perplexity
+from esparse.errors import Mistake
+from esparse.models.load import longest_sequence
+from esparse.parts import extras, numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def calibration_tokens(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+    asked: Any,
+    *,
+    sequences: int | None,
+    length: int | None,
+    seed: int,
+) -> Tensor:
+    if isinstance(asked, Tensor):
+        if sequences is not None or length is not None:
+            raise Mistake("sequences and length are of what is cut out of a text: calibration has tokens already")
+        return _checked_tokens(model, asked, "calibration", least=1)
+    changes = {k: v for k, v in {"sequences": sequences, "length": length, "seed": seed}.items() if v is not None}
+    text, part = _text("calibration", asked, changes)
+    if tokenizer is None:
+        raise Mistake("a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")
+    how = (tokenizer, longest_sequence(model), model.config.model_type)
+    tokens_SL = part.sample(*how) if text is None else part.sample_of(text, *how)
+    return _checked_tokens(model, tokens_SL, "calibration", least=1)
+
+
+def windows(
+    model: PreTrainedModel, tokenizer: Tokenizer | None, asked: Any, *, length: int | None, max_tokens: int | None
+) -> Tensor:
+    if isinstance(asked, Tensor):
+        return _checked_tokens(model, asked, "text", least=2)
+    changes = {k: v for k, v in {"length": length, "max_tokens": max_tokens}.items() if v is not None}
+    text, part = _text("evaluate", asked, changes)
+    if tokenizer is None:
+        raise Mistake("a text is measured through a tokenizer: give one, or windows of tokens (windows x length)")
+    how = (tokenizer, longest_sequence(model), model.config.model_type)
+    if text is not None:
+        windows_WL = part.windows_of(text, *how)
+    elif len(part.corpora) == 1:
+        windows_WL = part.windows(part.corpora[0], *how)
+    else:
+        raise Mistake(f"one text is measured at a time, and {asked!r} has {len(part.corpora)}")
+    return _checked_tokens(model, windows_WL, "text", least=2)
+
+
+def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | None, Any]:
+    """The part that cuts tokens out of a text, and the text itself if it is given; else the part knows it."""
+    if not isinstance(asked, str | Path | Sequence):
+        wanted = Calibration if group == "calibration" else Perplexity
+        if not isinstance(asked, wanted):  # a part with settings of its own
+            raise Mistake(
+                f"a corpus, a file, a list of texts, tokens or a {wanted.__name__} was expected, got {asked!r}"
+            )
+        return None, asked
+    if isinstance(asked, Path) or (isinstance(asked, str) and asked not in numbers.names(group)):
+        if not (isinstance(asked, Path) or Path(asked).expanduser().is_file() or "." in Path(asked).name):
+            near = numbers.near(asked, corpora.NAMES)
+            raise Mistake(f"{asked!r} is neither a corpus nor a file{near} A text itself comes in a list: [text]")
+        return None, option(group, "text", path=str(Path(asked).expanduser()), **changes)
+    if isinstance(asked, str):
+        if asked in extras.CORPORA:
+            extras.need(extras.CORPORA[asked], f"the corpus {asked}")
+        return None, option(group, asked, **changes)
+    texts = list(asked)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise Mistake(f"texts must be a list of strings, got {texts[:1]!r}")
+    # Their options cut a stream of documents, which is what these are.
+    return Corpus(name="given as texts", texts=texts), option(group, "builtin", **changes)
+
+
+def _checked_tokens(model: PreTrainedModel, tokens_SL: Tensor, what: str, *, least: int) -> Tensor:
+    if tokens_SL.ndim != 2 or tokens_SL.shape[1] < least or not len(tokens_SL) or _is_no_integer(tokens_SL):
+        raise Mistake(
+            f"tokens must be integers of sequences x length, got {tokens_SL.dtype} of shape {list(tokens_SL.shape)}"
+        )
+    known, tokens_SL = model.get_input_embeddings().num_embeddings, tokens_SL.detach().cpu().long()
+    lowest, highest = int(tokens_SL.min()), int(tokens_SL.max())
+    if lowest < 0 or highest >= known:
+        raise Mistake(f"{what} has the token {lowest if lowest < 0 else highest}, and the model knows 0 to {known - 1}")
+    if tokens_SL.shape[1] > longest_sequence(model):
+        raise Mistake(
+            f"{what} has sequences of {tokens_SL.shape[1]} tokens, and the model takes {longest_sequence(model)}"
+        )
+    return tokens_SL
+
+
+def _is_no_integer(tokens: Tensor) -> bool:
+    return tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+
+
+def in_words(asked: Any, tokens_SL: Tensor, seed: int) -> dict[str, Any]:
+    """What a record, and a model card, say of the calibration."""
+    is_text = isinstance(asked, str | Path)
+    corpus = str(asked) if is_text else getattr(asked, "corpus", None)
+    return {
+        "corpus": corpus or ("texts" if isinstance(asked, Sequence) else "tokens"),
+        "sequences": len(tokens_SL),
+        "length": tokens_SL.shape[1],
+        "seed": getattr(asked, "seed", seed),
+    }

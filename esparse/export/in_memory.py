@@ -1,0 +1,130 @@
+"""Packs a pruned model where it lies: its layers without zeros take the places of the dense ones.
+
+Every matrix takes the way over the form on disk (packed/matrix.py), so that there is one way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from esparse.export.packed_checkpoint import _why_dense
+from esparse.models.matrices import Matrix
+from esparse.models.reorder import gather_before
+from esparse.packed.experts import PackedExperts
+from esparse.packed.layer import PackedLinear
+from esparse.packed.matrix import PackedMatrix, pack, to_file
+from esparse.patterns import Grouping
+
+
+@torch.no_grad()
+def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) -> dict[str, str]:
+    """Puts packed layers into the model; returns the weights that stay dense, each with the reason.
+
+    Raises ValueError for a pattern without groups of n:m, and if a weight is not the model's or does not hold its
+    pattern; what was packed before that stays packed.
+    """
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
+    left = {}
+    for matrix, grouping in groupings:
+        parameter = _parameter(model, matrix)
+        if len(names[id(parameter)]) > 1:
+            left[matrix.entry] = f"it is one weight with {', '.join(sorted(names[id(parameter)] - {matrix.entry}))}"
+        elif matrix.expert is None:
+            _pack_layer(model, matrix, grouping)
+        else:
+            stacks.setdefault(matrix.entry, []).append((matrix, grouping))
+    for entry, experts in stacks.items():
+        experts.sort(key=lambda pair: pair[0].expert or 0)
+        if (why := _why_dense(experts)) is not None:
+            left[entry] = why
+        else:
+            _pack_experts(model, entry, experts)
+    return left
+
+
+def _parameter(model: nn.Module, matrix: Matrix) -> nn.Parameter:
+    try:
+        return model.get_parameter(matrix.entry)
+    except AttributeError:
+        raise ValueError(f"the model has no weight {matrix.entry}: it is packed already, or another one") from None
+
+
+def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
+    name = matrix.entry.removesuffix(".weight")
+    old = model.get_submodule(name)
+    parameter = model.get_parameter(matrix.entry)
+    weight_OI = matrix.part_of(parameter.data).cpu()
+    order_I = None if grouping.order_I is None else grouping.order_I.cpu()
+    gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # salient weights are bound to their runs
+    tensors = to_file(_packed(matrix, Grouping(grouping.pattern, order_I), weight_OI))
+    if order_I is not None and not gathered:
+        tensors["order"] = order_I.int()
+    outputs, inputs = weight_OI.shape
+    layer = PackedLinear(
+        inputs,
+        outputs,
+        grouping.pattern,
+        bias=False,
+        dtype=parameter.dtype,
+        device=torch.device("cpu"),
+        ordered="order" in tensors,
+    )
+    _fill(layer, tensors)
+    layer.settle()
+    layer.to(parameter.device)
+    layer.bias = old.bias  # type: ignore[assignment]
+    if gathered:
+        assert order_I is not None
+        gather_before(layer, order_I.int().to(parameter.device))
+    _succeed(layer, old)
+    model.set_submodule(name, layer)
+
+
+def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, Grouping]]) -> None:
+    path, _, own = entry.rpartition(".")
+    owner, parameter = model.get_submodule(path), model.get_parameter(entry)
+    first, ordered = experts[0][0], experts[0][1].order_I is not None
+    of_each = []
+    for matrix, grouping in experts:
+        order_I = None if grouping.order_I is None else grouping.order_I.cpu()
+        packed = _packed(matrix, Grouping(grouping.pattern, order_I), matrix.part_of(parameter.data).cpu())
+        of_each.append(to_file(packed) | ({} if order_I is None else {"order": order_I.int()}))
+    layer = PackedExperts(
+        (parameter.shape[0], parameter.shape[1], parameter.shape[2]),
+        experts[0][1].pattern,
+        transposed=first.transposed,
+        ordered=ordered,
+        dtype=parameter.dtype,
+        device=torch.device("cpu"),
+    )
+    _fill(layer, {name: torch.stack([one[name] for one in of_each]) for name in of_each[0]})
+    layer.settle()
+    del owner._parameters[own]
+    owner.register_module(own, layer.to(parameter.device).train(owner.training))
+
+
+def _packed(matrix: Matrix, grouping: Grouping, weight_OI: Tensor) -> PackedMatrix:
+    try:
+        return pack(grouping.ordered(weight_OI).contiguous(), grouping.pattern)
+    except ValueError as error:
+        raise ValueError(f"{matrix.name} cannot be packed: {error}; was it changed since it was pruned?") from error
+
+
+def _fill(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    there = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    for name, value in tensors.items():
+        there[name].data.copy_(value)
+
+
+def _succeed(layer: nn.Module, old: nn.Module) -> None:
+    """The mode and the hooks of the layer whose place is taken."""
+    layer.train(old.training)
+    for kind, own in vars(old).items():
+        if kind.startswith("_forward") and "hook" in kind:
+            getattr(layer, kind).update(own)

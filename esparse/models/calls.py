@@ -1,0 +1,374 @@
+"""What a model passes to its blocks beside the hidden states, as values that can be kept, moved, copied and saved.
+
+A call is recorded while no block computes. What will only be known once earlier blocks have run stands in it as a
+place: a value that a block returned (Returned), or a container that several blocks are given (Shared), into which one
+may write what another reads: Gemma's dictionary of keys. Such values belong to a stream, one `Carried` for each
+micro-batch: two streams over the same blocks have their own. What the model itself computes between two blocks is
+recorded, too, operation by operation (Between): RWKV halves the hidden states now and then.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import types
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+from esparse.errors import Mistake
+
+# Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params")
+
+_PLAIN = (
+    *(Tensor, nn.Module, PretrainedConfig, enum.Enum, str, bytes, int, float, complex, type(None), slice, range),
+    *(
+        Cache,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        type,
+        types.FunctionType,
+        types.MethodType,
+        types.BuiltinFunctionType,
+    ),
+)
+
+
+class Unwalkable(Mistake):
+    """The model's blocks cannot be run one after the other as esparse does; one sentence says which, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The place of a value that is known once a block has run: one of the leaves of its output.
+
+    A negative block is a step that the model itself computes between two blocks (Between).
+    """
+
+    block: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The place of a container that several blocks are given."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class Carried:
+    """What flows from block to block beside the hidden states, of one micro-batch."""
+
+    values: dict[Returned, Tensor] = field(default_factory=dict)
+    shared: list[Any] = field(default_factory=list)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Carried:
+        """A copy, its containers included, with changed tensors."""
+        memo: dict[int, Any] = {}
+        values = {place: change(value) for place, value in self.values.items()}
+        return Carried(values, [mapped(container, change, memo) for container in self.shared])
+
+
+@dataclass(slots=True)
+class Between:
+    """One operation that the model computes between two blocks, on what blocks have returned."""
+
+    number: int  # negative, as the block of the places of its results
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_place: bool  # whether its result is its first argument, changed
+
+    def run(self, carried: Carried) -> dict[Returned, Tensor]:
+        """Its results, by their places."""
+        args, kwargs = filled((self.args, self.kwargs), carried)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])  # what flows stays as it is
+        out = self.function(*args, **kwargs)
+        leaves = pytree.tree_leaves(args[0] if self.in_place else out)
+        return {Returned(self.number, i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+@dataclass(slots=True)
+class Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None = None  # by which the hidden states are passed; None: they are the first positional argument
+    before: list[Between] = field(default_factory=list)  # what the model computes before it
+    hidden: Returned | None = None  # the hidden states, if they are not what the block before returned
+    keeps: frozenset[Returned] = frozenset()  # what is read behind this block
+
+    def to(
+        self, device: torch.device, dtype: torch.dtype | None = None, known: dict[int, Tensor] | None = None
+    ) -> Call:
+        """A copy whose tensors are on the device; those of floating point are cast to `dtype`.
+
+        `known`: tensors that were sent there before, by their identity here; those that come with it are added.
+        """
+
+        def sent(tensor: Tensor) -> Tensor:
+            if known is None:
+                return moved(tensor, device, dtype)
+            if id(tensor) not in known:
+                known[id(tensor)] = moved(tensor, device, dtype)
+            return known[id(tensor)]
+
+        return self._with(lambda parts: mapped(parts, sent, {}))
+
+    def filled(self, carried: Carried) -> Call:
+        """The call with the values that belong into its places."""
+        args, kwargs = filled((self.args, self.kwargs), carried)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def like(self, first: Call) -> Call:
+        """This call, with the first one's tensors if they hold the same values."""
+        return self._with(lambda parts: alike(parts, first._parts()))
+
+    def _parts(self) -> list[Any]:
+        return [self.args, self.kwargs, *([one.args, one.kwargs] for one in self.before)]
+
+    def _with(self, change: Callable[[list[Any]], list[Any]]) -> Call:
+        args, kwargs, *of_before = change(self._parts())
+        before = [
+            replace(one, args=args, kwargs=kwargs) for one, (args, kwargs) in zip(self.before, of_before, strict=True)
+        ]
+        return replace(self, args=args, kwargs=kwargs, before=before)
+
+
+@dataclass(slots=True)
+class Output:
+    """What a block returns: a tensor, tuple, list ..., of which one leaf is the hidden states."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
+    main: int
+
+    @classmethod
+    def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
+        """The output's form; raises Unwalkable if it holds no hidden states."""
+        leaves, spec = pytree.tree_flatten(out)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
+        if not tensors:
+            raise Unwalkable(
+                f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
+                "tensors, and tuples, lists and dictionaries of them"
+            )
+        kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(spec, kinds, (fitting or tensors)[0])
+
+    def same_form(self, other: Output) -> bool:
+        kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
+        return self.spec == other.spec and kinds == others
+
+    def others(self, block: int) -> frozenset[Returned]:
+        """The places of the tensors that a block returns beside the hidden states."""
+        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return frozenset(Returned(block, place) for place in tensors if place != self.main)
+
+    def with_values(self, values: dict[int, Tensor]) -> Any:
+        """An output of this form; `values`: leaves by their place, for the others stand zeros."""
+        return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
+
+
+def leaf_of(out: Any, place: int, block: str) -> Tensor:
+    """One leaf of what a block returned; raises Unwalkable if it is no tensor."""
+    leaves = pytree.tree_leaves(out)
+    if place >= len(leaves) or not isinstance(leaves[place], Tensor):
+        raise Unwalkable(f"{block} returned another number of values than when it was first run")
+    return leaves[place]
+
+
+class Recorder(TorchFunctionMode):
+    """While open, follows what the model computes from the tensors that stand in for what blocks return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, Tensor, str | None, tuple[Any, ...], dict[str, Any]]] = []
+        self.places: dict[int, Returned] = {}  # by identity
+        self._kept: list[Any] = []  # so that no identity is used twice
+        self._between: list[tuple[int, Between]] = []  # behind how many calls, and what
+
+    def made(self, values: dict[int, Tensor], maker: int) -> None:
+        """Tensors, by leaf, that stand for what a block or a step returns."""
+        self._kept += values.values()
+        self.places |= {id(value): Returned(maker, leaf) for leaf, value in values.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = self.calls and any(id(tensor) in self.places for tensor in tensors((args, kwargs)))
+        if not known:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        in_place |= name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__")
+        noted_args, noted_kwargs = self._noted((args, kwargs))
+        out = func(*args, **kwargs)
+        number = -1 - len(self._between)
+        leaves = pytree.tree_leaves(args[0] if in_place else out)
+        values = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        if values:
+            self._between.append((len(self.calls), Between(number, func, noted_args, noted_kwargs, in_place)))
+            self.made(values, number)
+        return out
+
+    def _noted(self, value: Any, memo: dict[int, Any] | None = None) -> Any:
+        # A weight of the model is copied: it may be on the meta device when the step is computed.
+        def note(tensor: Tensor) -> Any:
+            constant = tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor
+            return self.places.get(id(tensor), constant)
+
+        return mapped(value, note, {} if memo is None else memo)
+
+    def templates(self) -> tuple[dict[int, Call], list[Any]]:
+        """The calls by block, with places for what was not known when they were recorded; the shared containers."""
+        seen_in: dict[int, set[int]] = {}
+        found: dict[int, Any] = {}
+        for block, _, _, args, kwargs in self.calls:
+            for container in _containers((args, list(kwargs.values()))):
+                seen_in.setdefault(id(container), set()).add(block)
+                found[id(container)] = container
+        shared = [container for key, container in found.items() if len(seen_in[key]) > 1]
+        # A container inside a shared one comes with it.
+        inside = {id(c) for outer in shared for c in _containers([outer]) if c is not outer}
+        shared = [container for container in shared if id(container) not in inside]
+        memo: dict[int, Any] = {id(container): Shared(number) for number, container in enumerate(shared)}
+        recorded: dict[int, Call] = {}
+        for block, hidden, name, args, kwargs in self.calls:
+            of_call = dict(memo)
+            args = tuple(None if isinstance(value, Cache) else self._noted(value, of_call) for value in args)
+            kwargs = {
+                key: None if key in CACHES or isinstance(value, Cache) else self._noted(value, of_call)
+                for key, value in kwargs.items()
+            }
+            kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
+            place = self.places.get(id(hidden))
+            recorded[block] = Call(args, kwargs, name, hidden=place if place and place.block < 0 else None)
+        self._link(recorded)
+        return recorded, shared
+
+    def _link(self, recorded: dict[int, Call]) -> None:
+        """Gives each call the steps that it needs, and what is to be kept behind it; from the last one backwards."""
+        read: set[Returned] = set()  # further down
+        for place in range(len(self.calls) - 1, -1, -1):
+            call = recorded[self.calls[place][0]]
+            call.keeps = frozenset(read)
+            read |= places_in((call.args, call.kwargs)) | ({call.hidden} if call.hidden else set())
+            for behind, between in reversed(self._between):
+                if behind == place and any(read_place.block == between.number for read_place in read):
+                    call.before.insert(0, between)
+                    read |= places_in((between.args, between.kwargs))
+
+    def read_between(self) -> frozenset[Returned]:
+        """What blocks return and the model reads between blocks."""
+        places = set().union(*(places_in((between.args, between.kwargs)) for _, between in self._between))
+        return frozenset(place for place in places if place.block >= 0)
+
+
+def filled(value: Any, carried: Carried) -> Any:
+    """A copy of nested containers with the values that belong into their places."""
+
+    def of(place: Any) -> Any:
+        return carried.values[place] if isinstance(place, Returned) else carried.shared[place.number]
+
+    return mapped(value, of, {}, of=Returned | Shared)
+
+
+def places_in(value: Any) -> set[Returned]:
+    found: set[Returned] = set()
+    mapped(value, lambda place: found.add(place) or place, {}, of=Returned)  # type: ignore[func-returns-value]
+    return found
+
+
+def mapped(value: Any, change: Callable[[Any], Any], memo: dict[int, Any], of: Any = Tensor) -> Any:
+    """A copy of nested containers in which what is an instance of `of` is changed; the rest is the same objects.
+
+    `memo`: by identity, what was copied before, or what is to stand for an object.
+    """
+    if isinstance(value, of):
+        return change(value)
+    if id(value) in memo:
+        return memo[id(value)]
+    if not _is_container(value):
+        return value
+    if isinstance(value, tuple):
+        parts = [mapped(part, change, memo, of) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, list):
+        memo[id(value)] = new_list = type(value)()
+        new_list.extend(mapped(part, change, memo, of) for part in value)
+        return new_list
+    if isinstance(value, MutableMapping):
+        memo[id(value)] = new = copy.copy(value)
+        for key, part in list(value.items()):
+            new[key] = mapped(part, change, memo, of)
+        return new
+    memo[id(value)] = new = copy.copy(value)
+    vars(new).update({name: mapped(part, change, memo, of) for name, part in vars(value).items()})
+    return new
+
+
+def alike(value: Any, first: Any) -> Any:
+    """`value` with the tensors of `first`, nested as it is, if both hold the same values."""
+    others = iter(tensors(first))
+
+    def choose(tensor: Tensor) -> Tensor:
+        other = next(others, None)
+        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
+            return tensor
+        return other if torch.equal(other, tensor) else tensor
+
+    return mapped(value, choose, {})
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested containers, each container looked into once."""
+    found: list[Tensor] = []
+    mapped(value, lambda tensor: found.append(tensor) or tensor, {})  # type: ignore[func-returns-value]
+    return found
+
+
+def _is_container(value: Any) -> bool:
+    """Whether a block may write into it, or find tensors in it: collections, and objects with attributes."""
+    if isinstance(value, _PLAIN):
+        return False
+    return isinstance(value, tuple | list | MutableMapping) or (hasattr(value, "__dict__") and not callable(value))
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """All that a block could write into, however deep it lies."""
+    found: dict[int, Any] = {}
+
+    def look(value: Any) -> None:
+        if id(value) in found or not _is_container(value):
+            return
+        if isinstance(value, tuple):
+            parts: Iterable[Any] = value
+        else:
+            found[id(value)] = value
+            if isinstance(value, list):
+                parts = value
+            else:
+                parts = value.values() if isinstance(value, MutableMapping) else vars(value).values()
+        for part in list(parts):
+            look(part)
+
+    for value in values:
+        look(value)
+    return list(found.values())

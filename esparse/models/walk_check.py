@@ -1,0 +1,303 @@
+"""Whether the walk over a model's blocks computes what the model does: tried on a few tokens before anything flows.
+
+The model's own forward runs once. At each block, which is on the device only for its turn, the walk takes the same
+step on what it has itself carried so far, and both results are compared; so are the logits. So every weight is fetched
+once, also where a store reads it from files. The same forward shows which layers decide which experts run, and whether
+a token sees what comes behind it.
+
+Shapes: B sequences, L tokens of a sequence, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esparse.linalg import all_finite
+from esparse.models.blocks import BlockModel, Entered, HandsOn, OtherLeaf
+from esparse.models.calls import Carried, Output, Unwalkable, leaf_of, tensors
+from esparse.models.routers import Watch
+
+log = logging.getLogger("esparse")
+
+TOKENS = 32  # of two sequences: a 10,000th of a usual calibration
+NOISE = 0.05  # of the largest logit: more is no rounding
+TRIES = 4  # each knows more of what the blocks return
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one forward pass of the model showed."""
+
+    order: list[int] = field(default_factory=list)
+    outputs: dict[int, Output] = field(default_factory=dict)
+    differs: int | None = None  # the first block whose output the walk misses
+    argument: str | None = None  # of that block, the first that is not what the model passes
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    walked: tuple[Tensor, Carried] | None = None
+
+
+@torch.no_grad()
+def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
+    """Raises Unwalkable, naming the first block that differs, unless the walk gives the model's logits.
+
+    Also if the model sees later tokens: it is no causal language model then. The blocks are checked once.
+    """
+    if blocks.checked or not len(tokens_SL):
+        return
+    tokens_BL = _tokens(tokens_SL).to(blocks.device)
+    seen = _Seen()
+    entered: Entered | None = None
+    failed: Exception | None = None
+    with blocks.ends_resident():
+        for _ in range(TRIES):
+            entered, failed = None, None
+            try:
+                entered = blocks.enter(tokens_BL)
+            except OtherLeaf as other:
+                form = blocks.outputs[other.block]
+                blocks.outputs = [replace(o, main=other.leaf) if o.same_form(form) else o for o in blocks.outputs]
+                seen = _Seen()
+                continue
+            except Exception as error:  # the model, with outputs that are not of the form that it wants
+                failed = error
+            seen = _forward(blocks, tokens_BL, entered)
+            if not _learned(blocks, seen):
+                break
+        _check_order(blocks, seen)
+        if entered is None:
+            raise _said(blocks, failed)
+        _check_logits(blocks, tokens_BL, seen)
+        if blocks.store.whole:  # from files it would take twice as long
+            _check_side_by_side(blocks, tokens_BL, seen.logits)
+    _check_causal(blocks, tokens_BL, seen.logits)
+    left_out = sorted(set(range(len(blocks.blocks))) - set(seen.order))
+    if left_out:
+        names = ", ".join(map(blocks.name, left_out))
+        log.warning("%s: the model does not run it for text alone, so it stays dense", names)
+    blocks.checked = True
+
+
+def _tokens(tokens_SL: Tensor) -> Tensor:
+    """Two sequences that differ in their last quarter only: what stands before it shows who looks ahead."""
+    first_L = tokens_SL[0, :TOKENS]
+    length = len(first_L)
+    quarter = max(1, length // 4)
+    other_L = tokens_SL[-1, :length] if len(tokens_SL) > 1 else first_L.flip(0)
+    second_L = first_L.clone()
+    second_L[length - quarter :] = other_L[length - quarter :]
+    return torch.stack([first_L, second_L])
+
+
+def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> _Seen:
+    """The model's own forward, with the walk's step beside every block for as long as the two go together."""
+    seen = _Seen()
+    if entered is not None:
+        seen.walked = (entered.hidden, entered.carried)
+
+    def run(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, hidden, others, named = blocks.hidden_apart(index, args, kwargs)
+        call = None if entered is None or index in seen.order else entered.calls[index]
+        seen.order.append(index)
+        step = None
+        with blocks.resident(index) as module:
+            if seen.walked is not None and call is not None:
+                if index == blocks.order[-1]:
+                    call = replace(call, keeps=call.keeps | blocks.outputs[index].others(index))
+                # As in a run: a pass that only looks, which must leave no trace, then the one that counts. The model's
+                # own comes last, since it may write into what it was given.
+                module.forward, wrapper = forward, module.forward
+                try:
+                    if seen.differs is None:
+                        entering, passed, _ = blocks.passed(seen.walked[0], call, seen.walked[1])
+                        seen.argument = _other_argument(
+                            (entering, *passed.args), passed.kwargs, (hidden, *others), named
+                        )
+                    blocks.step(index, seen.walked[0], call, seen.walked[1])
+                    step = blocks.step(index, seen.walked[0], call, seen.walked[1])
+                finally:
+                    module.forward = wrapper
+            with blocks.experts_one_by_one(), Watch(module, blocks.name(index), blocks.routers):
+                out = forward(*args, **kwargs)
+        seen.outputs.setdefault(index, Output.of(out, hidden, blocks.name(index)))
+        seen.walked = step
+        if step is not None and seen.differs is None:
+            plain = leaf_of(out, blocks.outputs[index].main, blocks.name(index))
+            if _apart(step[0], plain) > _rounding(plain):
+                seen.differs = index
+        return out
+
+    with blocks.wrapped(run):
+        seen.logits = blocks.model(input_ids=tokens_BL, use_cache=False).logits
+    return seen
+
+
+def _learned(blocks: BlockModel, seen: _Seen) -> bool:
+    """Keeps what is now known of the blocks' order and outputs; whether it is news."""
+    news = False
+    for index, output in seen.outputs.items():
+        if not output.same_form(blocks.outputs[index]):
+            blocks.outputs[index], news = output, True
+    if seen.order != blocks.order and seen.order == sorted(set(seen.order)):
+        blocks.order, news = seen.order, True
+    return news
+
+
+def _check_order(blocks: BlockModel, seen: _Seen) -> None:
+    if not seen.order:
+        raise Unwalkable(f"the model runs none of {blocks.prefix} for text alone")
+    for index in seen.order:
+        if (times := seen.order.count(index)) > 1:
+            raise Unwalkable(
+                f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: a "
+                "block that is used again (a looped model) sees other inputs each time, and esparse prunes it for one "
+                "pass only"
+            )
+    if seen.order != blocks.order:
+        raise Unwalkable(
+            f"the blocks of {type(blocks.model).__name__} do not run in the order of their list, but as "
+            f"{', '.join(map(str, seen.order))}"
+        )
+
+
+def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
+    """Raises Unwalkable if the walk ends in other logits than the model's."""
+    plain = seen.logits
+    if not all_finite(plain):
+        return  # the run itself will say which weights or activations are damaged
+    assert seen.walked is not None
+    hidden, rest = seen.walked
+    apart = float("inf")
+    for hands_on in HandsOn:  # as little as is enough: all of it is kept for every sequence
+        blocks.hands_on = hands_on
+        kept = Carried() if hands_on == HandsOn.HIDDEN else rest
+        if hands_on == HandsOn.ALL:
+            again = _forward(blocks, tokens_BL, blocks.enter(tokens_BL)).walked
+            if again is None or again[1].values.keys() == rest.values.keys():
+                break
+            hidden, kept = again
+        apart = min(apart, _apart(blocks.logits(tokens_BL, hidden, kept), plain))
+        if apart <= _rounding(plain):
+            return
+    blocks.hands_on = HandsOn.HIDDEN
+    # Kernels that add in no fixed order (atomics of a mixture of experts on a GPU) give other logits each time.
+    noise = _noise(blocks, tokens_BL, plain)
+    if apart <= 4 * noise:
+        return
+    if seen.differs is None:
+        first = "every block returns what it should, so the model reads something else of them behind the last one"
+    else:
+        first = f"the first block that differs is {blocks.name(seen.differs)}, which "
+        first += (
+            f"is given another {seen.argument} than was recorded while no block computed"
+            if seen.argument
+            else "reads or writes something that is not among its arguments"
+        )
+    raise Unwalkable(
+        f"the blocks of {type(blocks.model).__name__}, run one after the other, give other logits than the model "
+        f"(they differ by {apart / float(plain.abs().max()):.2g} of the largest): {first}; esparse would prune and "
+        "measure another network"
+    )
+
+
+def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
+    """How far the model's own logits are apart from pass to pass; raises Unwalkable if that is far."""
+    noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
+    if noise > NOISE * float(plain.abs().max()):
+        raise Unwalkable(
+            f"{type(blocks.model).__name__} gives other logits each time for the same tokens (they differ by "
+            f"{noise / float(plain.abs().max()):.2g} of the largest): is it in training mode, or does it draw at "
+            "random?"
+        )
+    return noise
+
+
+def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> None:
+    """Raises Unwalkable if a block leaves something in itself, or in the model, that the next one reads.
+
+    As in a run, each block sees two micro-batches before the next one does. What it left is the second one's then.
+    """
+    if not all_finite(plain):
+        return
+    flows = []
+    for ids_BL in (tokens_BL, tokens_BL.flip(0, 1)):
+        entered = blocks.enter(ids_BL)
+        flows.append((entered.hidden, entered.carried, entered.calls))
+    for index in blocks.order:
+        with blocks.resident(index):
+            for place, (hidden, carried, calls) in enumerate(flows):
+                call = calls[index]
+                assert call is not None
+                flows[place] = (*blocks.step(index, hidden, call, carried), calls)
+    hidden, carried, _ = flows[0]
+    apart = _apart(blocks.logits(tokens_BL, hidden, carried), plain)
+    if apart > _rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
+        raise Unwalkable(
+            f"the blocks of {type(blocks.model).__name__} leave something in themselves or in the model that later "
+            "blocks read: run on one micro-batch after the other, they give other logits than the model (they "
+            f"differ by {apart / float(plain.abs().max()):.2g} of the largest)"
+        )
+
+
+def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
+    """Raises Unwalkable if tokens that come later change what is said of those before them."""
+    same_L = (tokens_BL[0] == tokens_BL[1]).long().cumprod(0).bool()
+    if not all_finite(logits_BLV) or logits_BLV.shape[1] != len(same_L) or not same_L.any():
+        return
+    first, second = logits_BLV[0, same_L].float(), logits_BLV[1, same_L].float()
+    # Equal rows are computed alike up to the order of sums; what a later token changes is far more than that, so the
+    # root mean square is compared, on which the rounding of single logits has little weight.
+    if (first - second).square().mean().sqrt() > max(1e-4, 2 * _eps(logits_BLV)) * first.square().mean().sqrt():
+        raise Unwalkable(
+            f"{type(blocks.model).__name__} sees the tokens behind the one it predicts: it is an encoder, no causal "
+            "language model (a BERT becomes one by is_decoder=true in its config.json), and its perplexity means "
+            "nothing"
+        )
+
+
+def _other_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], of_model: tuple[Any, ...], named: dict[str, Any]
+) -> str | None:
+    """The first argument whose tensors are not those that the model passes."""
+    pairs = [(f"argument {place}", *pair) for place, pair in enumerate(zip(args, of_model, strict=False))]
+    pairs += [(name, kwargs.get(name), value) for name, value in named.items()]
+    for name, mine, models in pairs:
+        for one, other in zip(tensors(mine), tensors(models), strict=False):
+            if _apart(one, other) > _rounding(other):
+                return name
+    return None
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    wide = torch.promote_types(one.dtype, torch.float32)  # or complex: some rotary embeddings are
+    return float((one.to(wide) - other.to(one.device, wide)).abs().max()) if one.numel() else 0.0
+
+
+def _rounding(plain: Tensor) -> float:
+    # Both ways call the same kernels on tensors of the same shapes, so they nearly always agree to the last bit. What
+    # may differ is where tensors lie in memory, on which a matrix product's order of sums can depend: less than two
+    # steps of the largest value in the model's own precision. What is wrong is off by far more.
+    return 2 * _eps(plain) * float(plain.abs().max()) if plain.numel() and _eps(plain) else 0.0
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() or tensor.is_complex() else 0.0
+
+
+def _said(blocks: BlockModel, failed: Exception | None) -> Exception:
+    if failed is None or isinstance(failed, Unwalkable):
+        return failed or Unwalkable(
+            f"what the blocks of {type(blocks.model).__name__} return changes from pass to pass"
+        )
+    said = str(failed).strip().partition("\n")[0]
+    return Unwalkable(
+        f"{type(blocks.model).__name__} does not run while its blocks only hand on what they are given, so they cannot "
+        f"be run one by one ({type(failed).__name__}: {said})"
+    )

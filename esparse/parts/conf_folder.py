@@ -1,0 +1,22 @@
+"""Where the configuration lies: in the package, as a wheel has it, and as a link to conf/ in a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def conf_folder() -> Path:
+    """The folder with config.yaml and one folder of options per group.
+
+    A checkout whose link was lost, as on a file system without links, still has the folder itself beside the package.
+    """
+    inside = PACKAGE / "conf"
+    return inside.resolve() if (inside / "config.yaml").is_file() else PACKAGE.parent / "conf"
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this code runs from; None if it was installed."""
+    root = PACKAGE.parent
+    return root if (root / "launch.py").is_file() and (root / "pyproject.toml").is_file() else None

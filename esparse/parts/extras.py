@@ -1,0 +1,87 @@
+"""Libraries that come with extras, as pip calls them, and the one sentence for each that is missing.
+
+Pruning from Python and loading what was packed need none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from esparse.errors import Mistake
+
+# By the name with which it is imported: the package, and the extra of pyproject.toml that installs it.
+EXTRAS = {
+    "hydra": ("hydra-core", "run"),
+    "omegaconf": ("omegaconf", "run"),
+    "rich": ("rich", "run"),
+    "accelerate": ("accelerate", "run"),
+    "scipy": ("scipy", "run"),
+    "wandb": ("wandb", "track"),
+    "datasets": ("datasets", "data"),
+    "pyarrow": ("pyarrow", "data"),
+    "lm_eval": ("lm-eval", "eval"),
+    "submitit": ("submitit", "slurm"),
+    "matplotlib": ("matplotlib", "plot"),
+    "numba": ("numba", "cpu"),
+}
+
+# What needs one, by the name of esparse's own class.
+PARTS = {
+    "Wandb": ("wandb", "tracking=wandb (the other choice: tracking=none)"),
+    "Lsa": ("scipy", "shuffle=lsa"),
+    "Best": ("scipy", "shuffle=best"),
+}
+CORPORA = {"c4": "datasets", "wikitext2": "pyarrow", "ptb": "pyarrow"}
+
+
+def sentence(module: str, what: str = "this") -> str | None:
+    """What to say if that module is missing; None for a module of no extra."""
+    known = EXTRAS.get(module.partition(".")[0])
+    if known is None:
+        return None
+    package, extra = known
+    return f"{what} needs {package}, which is not installed: pip install 'esparse[{extra}]'"
+
+
+def need(module: str, what: str) -> None:
+    """Raises Mistake if the module of an extra is not installed; imports nothing."""
+    if find_spec(module) is None:
+        raise Mistake(sentence(module, what) or f"{what} needs {module}, which is not installed")
+
+
+def need_part(part: object) -> None:
+    """Raises Mistake if a library is missing that a part of a method, or a run, will need."""
+    if type(part).__module__.startswith("esparse.") and type(part).__name__ in PARTS:
+        need(*PARTS[type(part).__name__])
+
+
+def check(experiment: Any) -> None:
+    """Raises Mistake if a library is missing that the run of an `Experiment` will need, before there is any work."""
+    for part in (experiment.tracking, experiment.shuffle):
+        need_part(part)
+    if experiment.model.store == "shards":
+        need("accelerate", "model.store=shards")
+    if experiment.zeroshot.tasks:
+        need("lm_eval", "zeroshot")
+    for group, names in (("calibration", [experiment.calibration.corpus]), ("evaluate", experiment.evaluate.corpora)):
+        for corpus in names:
+            if corpus in CORPORA:
+                need(CORPORA[corpus], f"{group}={corpus}")
+    for path in (experiment.calibration.path, experiment.evaluate.path):
+        if path is not None and path.lower().endswith(".parquet"):
+            need("pyarrow", path)
+
+
+def explained(main: Callable[[], int], *, program: str) -> int:
+    """What `main` returns; 2, and one sentence, if a library of an extra is missing."""
+    try:
+        return main()
+    except ModuleNotFoundError as error:
+        said = sentence(error.name or "", program)
+        if said is None:
+            raise
+        print(f"esparse: {said}", file=sys.stderr)
+        return 2

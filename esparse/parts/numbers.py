@@ -1,0 +1,178 @@
+"""Parts by name, with the numbers of conf/, for those who call esparse from Python: no Hydra is needed.
+
+An option's YAML file begins with a `defaults` list, as Hydra reads it. Of its forms those are known here that the
+options of esparse use: the class (`/schema/metric/entropy@_here_`), another option of the same group (`gradient`), an
+option at one of the settings (`/update@first: swap`), and one that another group then takes
+(`override /update@_global_.update: sparsegpt`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from esparse.errors import Mistake
+from esparse.parts import plugins
+from esparse.parts.conf_folder import conf_folder
+
+Classes = Callable[[str, str], type]  # the class of a group that stands behind `/schema/GROUP/NAME`
+
+
+@dataclass(slots=True)
+class Settings:
+    """What an option's files say: the class, its settings, and the options that it implies of other groups."""
+
+    component: type | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    implied: dict[str, str] = field(default_factory=dict)
+
+
+def names(group: str) -> list[str]:
+    """All options of a group, those that plug-ins bring included. Raises Mistake for a group that there is not."""
+    folder = conf_folder() / group
+    if not folder.is_dir() or group == "hydra":
+        known = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
+        raise Mistake(f"there is no group {group!r}{near(group, known)}")
+    return sorted({path.stem for path in folder.glob("*.yaml")} | set(plugins.of(group)))
+
+
+def option(
+    group: str, name: str, classes: Classes, changes: Mapping[str, Any] | None = None, *, outside: Mapping[str, Any]
+) -> tuple[Any, dict[str, str]]:
+    """The part that an option stands for, with some settings changed, and the options that it implies by group.
+
+    `outside`: the values that its files may refer to, as ${seed}. Raises Mistake for an unknown option or setting, a
+    value of the wrong type, or a setting without a value.
+    """
+    found = _settings(group, name, classes)
+    return _built(group, name, found, dict(changes or {}), outside), found.implied
+
+
+def usual() -> dict[str, Any]:
+    """What conf/config.yaml takes where nothing is said: the option of each group, and the plain values."""
+    content = _read(conf_folder() / "config.yaml")
+    chosen = {k: v for entry in content.pop("defaults") if isinstance(entry, dict) for k, v in entry.items()}
+    return {k: v for k, v in chosen.items() if " " not in k} | {k: v for k, v in content.items() if k != "hydra"}
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """How a sentence about an unknown word ends: the likely ones, or all."""
+    known = sorted(known)
+    likely = get_close_matches(word, known, n=3, cutoff=0.6)
+    return f": did you mean {' or '.join(likely)}?" if likely else f"; there is {', '.join(known) or 'none'}"
+
+
+def _settings(group: str, name: str, classes: Classes) -> Settings:
+    if name not in names(group):
+        raise Mistake(f"there is no {group} {name!r}{near(name, names(group))}")
+    if (plugin := plugins.of(group).get(name)) is not None:
+        return Settings(plugin, plugins.numbers(plugin, name))
+    content = _read(conf_folder() / group / f"{name}.yaml")
+    found = Settings()
+    for entry in content.pop("defaults", []):
+        if entry == "_self_":
+            _merge(found.values, content)
+        elif isinstance(entry, str) and (schema := re.fullmatch(r"/schema/(\w+)/(\w+)@_here_", entry)):
+            found.component = classes(schema[1], schema[2])
+        elif isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry):
+            base = _settings(group, entry, classes)
+            found.component = base.component
+            found.implied |= base.implied
+            _merge(found.values, base.values)
+        elif isinstance(entry, dict):
+            (where, other), *_ = entry.items()
+            if inside := re.fullmatch(r"/(\w+)@(\w+)", where):
+                found.values[inside[2]] = _Nested(inside[1], other, _settings(inside[1], other, classes))
+            elif implied := re.fullmatch(r"override /(\w+)@_global_\.\1", where):
+                found.implied[implied[1]] = other
+            else:
+                raise Mistake(f"conf/{group}/{name}.yaml has an entry that only Hydra reads: {entry}")
+        else:
+            raise Mistake(f"conf/{group}/{name}.yaml has an entry that only Hydra reads: {entry}")
+    return found
+
+
+@dataclass(slots=True)
+class _Nested:
+    """An option that stands at a setting of another part."""
+
+    group: str
+    name: str
+    settings: Settings
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(into.get(key), _Nested) and isinstance(value, Mapping):
+            _merge(into[key].settings.values, value)
+        else:
+            into[key] = value
+
+
+def _built(group: str, name: str, found: Settings, changes: dict[str, Any], outside: Mapping[str, Any]) -> Any:
+    component = found.component
+    assert component is not None, f"conf/{group}/{name}.yaml names no class"
+    known = {field.name: field for field in dataclasses.fields(component) if field.init}
+    values = dict(found.values)
+    _merge(values, changes)
+    for setting in values:
+        if setting not in known:
+            raise Mistake(f"{group}={name} has no setting {setting!r}{near(setting, known)}")
+    hints = _hints(component)
+    given = {}
+    for setting, value in values.items():
+        if isinstance(value, _Nested):
+            given[setting] = _built(value.group, value.name, value.settings, {}, outside)
+            continue
+        if isinstance(value, str) and (refers := re.fullmatch(r"\$\{(\w+)\}", value)):
+            value = outside[refers[1]]
+        given[setting] = _fitting(f"{group}.{setting}", value, hints.get(setting, Any))
+    needed = [
+        setting
+        for setting, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for setting in needed:
+        if given.get(setting, "???") == "???":
+            raise Mistake(f"{group}={name} needs a value for {setting}")
+    return component(**given)
+
+
+@cache
+def _hints(component: type) -> dict[str, Any]:
+    """The types of its fields, as far as they can be told without type checking."""
+    try:
+        return typing.get_type_hints(component)
+    except NameError:
+        return {}
+
+
+def _fitting(setting: str, value: Any, hint: Any) -> Any:
+    """The value as its field wants it: YAML takes 1e-5 for a text, and an integer is a number, too."""
+    wanted = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+    kinds = {kind for kind in wanted if kind in (int, float, str, bool, types.NoneType)}
+    if kinds != wanted or (value is None and types.NoneType in kinds) or type(value) in kinds:
+        return value
+    if float in kinds and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    words = {float: "a number", int: "an integer", str: "a text", bool: "true or false", types.NoneType: "None"}
+    expected = " or ".join(words[kind] for kind in (float, int, str, bool, types.NoneType) if kind in kinds)
+    raise Mistake(f"{setting} must be {expected}, got {value!r}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return content

@@ -1,0 +1,219 @@
+"""The groups of the command line, each described once: its options and their classes, and what a choice counts for.
+
+Help, run ids, names, tables, model cards and tests read this table. A class stands here by name only: asking what a
+group is loads neither torch nor Hydra, and a package of others adds an option in the same words, as an entry point.
+A new metric, shuffle or update is one line here, and one YAML file with its numbers in conf/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+ANY = "any"  # stands for every YAML file of a group with one class
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One group of the command line, metric=... for instance.
+
+    `options`: the class behind each option, as `module:Class`. `method`: whether it belongs to the pruning method, and
+    so to a run's name, to model cards, and to what has to agree with a published number. `neutral`: the option that
+    does nothing. `identity`: whether the choice changes what is measured, and so the run's id; `idle` says of settings
+    whether they ask for nothing, and leave the id as it was before esparse had the group. `column`: a table shows the
+    option in front, behind, or not at all, as other columns tell it. `notes`: what --help says beside an option.
+    """
+
+    options: dict[str, str]
+    method: bool = False
+    neutral: str | None = None
+    identity: bool = True
+    idle: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    column: Literal["front", "behind", "none"] = "none"
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def component(self, option: str) -> type:
+        """The class behind an option. Raises KeyError for an option that the group lacks."""
+        module, _, name = (self.options.get(ANY) or self.options[option]).partition(":")
+        component: type = getattr(import_module(module), name)
+        return component
+
+
+def _no_settings(settings: Mapping[str, Any]) -> bool:
+    return set(settings) <= {"_class"}  # only `none` has no settings
+
+
+GROUPS: dict[str, Group] = {
+    "model": Group(
+        options={ANY: "esparse.models.load:Model"}, notes={"tiny": "built in", "hf": "any: model.path=NAME_OR_DIR"}
+    ),
+    "calibration": Group(
+        options={ANY: "esparse.data.calibration:Calibration"},
+        column="behind",
+        notes={
+            **dict.fromkeys(("builtin", "wikitext2", "c4", "ptb"), ""),
+            "text": "calibration.path=FILE: .txt, .jsonl, .parquet",
+        },
+    ),
+    "prepare": Group(
+        options={"none": "esparse.prepare:NoPreparation", "equalise": "esparse.prepare.equalise:Equalise"},
+        method=True,
+        neutral="none",
+        column="behind",
+        notes={"equalise": "SmoothQuant's scales"},
+    ),
+    "metric": Group(
+        options={
+            "magnitude": "esparse.metrics.magnitude:Magnitude",
+            "random": "esparse.metrics.random:Random",
+            "wanda": "esparse.metrics.wanda:Wanda",
+            "entropy": "esparse.metrics.entropy:Entropy",
+            "ria": "esparse.metrics.ria:Ria",
+            "nowag": "esparse.metrics.nowag:NoWag",
+            "gradient": "esparse.metrics.gradient:Gradient",
+            "regional": "esparse.metrics.gradient:Gradient",
+            "fisher": "esparse.metrics.fisher:Fisher",
+            "sparsegpt": "esparse.metrics.sparsegpt:SparseGpt",
+        },
+        method=True,
+        column="front",
+        notes={"sparsegpt": "implies update=sparsegpt"},
+    ),
+    "allocation": Group(
+        options={
+            "uniform": "esparse.allocations:Uniform",
+            "owl": "esparse.allocations.owl:Owl",
+            "error": "esparse.allocations.error:LayerError",
+        },
+        method=True,
+        neutral="uniform",
+        column="behind",
+        notes={"owl": "by outliers", "error": "by measured error; 2:4 needs allocation.spread=0.25"},
+    ),
+    "shuffle": Group(
+        options={
+            "none": "esparse.shuffles:NoShuffle",
+            "gns": "esparse.shuffles.gns:Gns",
+            "lbs": "esparse.shuffles.lbs:Lbs",
+            "esparse": "esparse.shuffles.lbs:Esparse",
+            "lsa": "esparse.shuffles.lsa:Lsa",
+            "best": "esparse.shuffles.lsa:Best",
+        },
+        method=True,
+        neutral="none",
+        column="front",
+        notes={"esparse": "gns, lbs"},
+    ),
+    "update": Group(
+        options={
+            "none": "esparse.updates:NoUpdate",
+            "obs": "esparse.updates.obs:Obs",
+            "sparsegpt": "esparse.updates.obs:Obs",
+            "support": "esparse.updates.support:Support",
+            "swap": "esparse.updates.swap:Swap",
+            "refine": "esparse.updates:Then",
+            "admm": "esparse.updates.admm:Admm",
+            "alps": "esparse.updates.alps:Alps",
+            "joint": "esparse.updates:Then",
+            "then": "esparse.updates:Then",
+        },
+        method=True,
+        neutral="none",
+        column="front",
+        notes={"refine": "swap, support", "joint": "alps, swap, support"},
+    ),
+    "recovery": Group(
+        options={
+            "none": "esparse.recoveries:NoRecovery",
+            "variance": "esparse.recoveries.variance:Variance",
+            "bias": "esparse.recoveries.bias:Bias",
+            "dsnot": "esparse.recoveries.dsnot:Dsnot",
+            "window": "esparse.recoveries.window:Window",
+            "window_parent": "esparse.recoveries.window:Window",
+            "block": "esparse.recoveries.window:Window",
+            "matching": "esparse.recoveries.window:Window",
+            "variance_block": "esparse.recoveries:Then",
+            "distill": "esparse.recoveries.distill:Distill",
+            "distill_lora": "esparse.recoveries.distill:Distill",
+            "then": "esparse.recoveries:Then",
+        },
+        method=True,
+        neutral="none",
+        column="front",
+        notes={
+            "window": "attention and MLP trained apart",
+            "window_parent": "towards the dense model",
+            "block": "EBFT",
+            "matching": "3BASiL",
+            "distill": "whole model, from its dense parent",
+        },
+    ),
+    "evaluate": Group(
+        options={ANY: "esparse.data.windows:Perplexity"},
+        neutral="none",
+        notes={
+            **dict.fromkeys(("builtin", "wikitext2", "c4", "ptb"), ""),
+            "paper": "the last three",
+            "text": "evaluate.path=FILE",
+            "none": "",
+        },
+    ),
+    "zeroshot": Group(
+        options={ANY: "esparse.evaluate.zeroshot:ZeroShot"},
+        neutral="none",
+        idle=lambda settings: not settings["tasks"],
+        notes={
+            "none": "",
+            "builtin": "",
+            "esparse": "its paper's tasks",
+            "wanda": "its paper's tasks; any of lm-eval: zeroshot.tasks=[piqa,sciq]",
+        },
+    ),
+    "export": Group(
+        options={
+            "none": "esparse.export:NoExport",
+            "dense": "esparse.export.dense_checkpoint:Dense",
+            "packed": "esparse.export.packed_checkpoint:Packed",
+        },
+        neutral="none",
+        idle=_no_settings,
+        notes={"dense": "a Hugging Face checkpoint with zeros", "packed": "without them, in esparse's format"},
+    ),
+    "bench": Group(
+        options={
+            "none": "esparse.bench:NoBench",
+            "gemm": "esparse.bench.gemm:Gemm",
+            "model": "esparse.bench.model:ModelBench",
+        },
+        neutral="none",
+        idle=_no_settings,
+        notes={"gemm": "matrix products", "model": "prefill and decode; dense against sparse, on a GPU"},
+    ),
+    "tracking": Group(
+        options={"wandb": "esparse.run.tracking:Wandb", "none": "esparse.run.tracking:NoTracking"},
+        neutral="none",
+        identity=False,
+    ),
+}
+
+# The groups that make up a method, in the order in which they act.
+METHOD = tuple(name for name, group in GROUPS.items() if group.method)
+
+
+def acts(group: str, option: str | None) -> bool:
+    """Whether this option of the group does something; None: a record from before esparse had the group."""
+    return option not in (None, "", GROUPS[group].neutral)
+
+
+def acting(choices: Mapping[str, Any], groups: Iterable[str] = METHOD) -> list[str]:
+    """The options that do something, in the order in which they act."""
+    return [str(choices[group]) for group in groups if acts(group, choices.get(group))]
+
+
+def title(settings: Mapping[str, Any]) -> str:
+    """A short name of a run for people: model, pattern, and every part of the method that does something."""
+    model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
+    pattern = "+".join(text for text in (settings["pattern"], settings["outliers"]) if text)
+    return " ".join([model, pattern, *acting(settings["choices"])])

@@ -1,0 +1,108 @@
+"""What one run is asked for: the settings of the command line as one object. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esparse import patterns
+from esparse.allocations import Allocation
+from esparse.bench import Bench
+from esparse.data.calibration import Calibration
+from esparse.data.windows import Perplexity
+from esparse.errors import Mistake
+from esparse.evaluate.zeroshot import ZeroShot
+from esparse.export import Export, NoExport
+from esparse.metrics import Metric
+from esparse.models.load import Model
+from esparse.patterns import Pattern
+from esparse.prepare import Prepare
+from esparse.pruning.method import Method
+from esparse.recoveries import Recovery
+from esparse.run.tracking import Tracking
+from esparse.shuffles import NoShuffle, Shuffle
+from esparse.updates import Update
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("esparse")
+
+
+def expanded(path: str) -> str:
+    """The path with the home directory in place of ~. Raises Mistake for a user that there is not."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise Mistake(f"{path} names the home of a user that this machine does not know") from None
+
+
+@dataclass(kw_only=True, slots=True)
+class Experiment:
+    """What one run is asked for; every field is a group or a value of the command line."""
+
+    model: Model
+    calibration: Calibration
+    prepare: Prepare
+    metric: Metric
+    allocation: Allocation
+    shuffle: Shuffle
+    update: Update
+    recovery: Recovery
+    evaluate: Perplexity
+    zeroshot: ZeroShot
+    bench: Bench
+    export: Export
+    tracking: Tracking
+    pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
+    outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
+    seed: int  # of the calibration sample and of random scores
+    output_root: str  # folder of all records
+    profile: bool  # report zeros and near zeros in weights, activations and attention, and keep the channels' values
+    rerun: bool  # repeat a finished run
+    snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
+    dry_run: bool  # only say what the run would take
+
+    def __post_init__(self) -> None:
+        self.output_root = expanded(self.output_root)
+        pattern, method = self.parsed_pattern(), self.method()
+        method.check()
+        self.bench.check(pattern)
+        self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
+        if self.model.store == "shards" and (why := method.needs_whole_model()) is not None:
+            raise Mistake(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
+        if self.model.processes > 1 and (why := method.needs_all_sequences()) is not None:
+            raise Mistake(f"{why}, and model.devices={self.model.devices} deals them out: use model.devices=cpu")
+        if self.tracking.needs_export() and isinstance(self.export, NoExport):
+            raise Mistake(
+                "tracking.artifacts=[checkpoint] uploads what export writes, and export=none writes nothing: use "
+                "export=dense or export=packed"
+            )
+        if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
+            raise Mistake(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
+
+    def devices(self) -> list[torch.device]:
+        """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""
+        devices = self.model.all_devices()
+        if len(devices) > 1 and (why := self.method().needs_all_sequences()) is not None:
+            log.info("%s: of %d devices only %s is used", why, len(devices), devices[0])
+            return devices[:1]
+        return devices
+
+    def parsed_pattern(self) -> Pattern:
+        return patterns.parse(self.pattern, self.outliers)
+
+    def method(self) -> Method:
+        """What decides which weights survive and what becomes of them."""
+        return Method(
+            metric=self.metric,
+            pattern=self.parsed_pattern(),
+            shuffle=self.shuffle,
+            update=self.update,
+            recovery=self.recovery,
+            prepare=self.prepare,
+            allocation=self.allocation,
+            seed=self.seed,
+        )

@@ -1,0 +1,96 @@
+"""esparse.pack and esparse.save: the model without its zeros computes what it did, in memory and from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import esparse
+from esparse.packed.experts import PackedExperts
+from esparse.packed.layer import PackedLinear
+from tests.models.families import tiny
+
+TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
+HOW = [
+    ("llama", {"shuffle": None}),
+    ("llama", {"shuffle": "esparse"}),
+    ("llama-eager-bias", {"shuffle": "gns", "recovery": "bias"}),
+    ("llama", {"shuffle": "gns", "pattern": "4:8", "outliers": "4:16"}),
+    ("gpt2", {"shuffle": "esparse"}),
+    ("mixtral", {"shuffle": "gns"}),
+    ("gpt-oss", {"shuffle": None, "pattern": "2:8"}),
+]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(TOKENS_SL).logits
+
+
+@pytest.mark.parametrize(("family", "how"), HOW, ids=str)
+def test_a_packed_model_computes_what_it_did(family: str, how: dict) -> None:
+    model = tiny(family).train()
+    if "moe" in family or family in ("mixtral", "gpt-oss"):
+        model.set_experts_implementation("grouped_mm")
+    report = esparse.prune(model, None, calibration=TOKENS_SL, **how)
+    seen: list[int] = []
+    of_layer = next(n for n, m in model.named_modules() if f"{n}.weight" in report.keeps)
+    model.get_submodule(of_layer).register_forward_hook(lambda *_: seen.append(1))
+    dense, dense_bytes = logits(model), sum(p.nbytes for p in model.parameters())
+    assert seen
+    model.train()
+    assert esparse.pack(model, report) == {}
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    stacks = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    assert len(layers) + len(stacks) == len(report.keeps)
+    assert all(m.training for m in (*layers, *stacks))
+    seen.clear()
+    torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-5)
+    assert seen
+    assert sum(p.nbytes for p in (*model.parameters(), *model.buffers())) < dense_bytes
+    for again in (lambda: esparse.pack(model, report), lambda: esparse.prune(model, None, calibration=TOKENS_SL)):
+        with pytest.raises(ValueError, match="packed already"):
+            again()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_saved_model_is_loaded_as_it_was(family: str, packed: bool, tmp_path: Path) -> None:
+    model = tiny(family).train()
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    written = esparse.save(model, None, report, tmp_path / "model", packed=packed)
+    assert model.training
+    assert written["bytes"] == sum(
+        f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little")
+        for f in (tmp_path / "model").glob("*.safetensors")
+    )
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert all(part in card for part in ("metric=entropy", "shuffle=esparse", "update=none", "pattern 2:4"))
+    assert "4 sequences of tokens" in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", experts_implementation="eager")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    if packed:
+        with pytest.raises(ValueError, match="packed by esparse"):
+            esparse.prune(again, None, calibration=TOKENS_SL)
+    else:
+        assert esparse.pack(again, report) == {}  # the report is of these weights
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama")
+    report = esparse.prune(model, None, "50%", calibration=TOKENS_SL, shuffle=None)
+    with pytest.raises(ValueError, match="50% is none"):
+        esparse.pack(model, report)
+    with pytest.raises(ValueError, match="use export=dense"):
+        esparse.save(model, None, report, tmp_path / "model", packed=True)
+    report = esparse.prune(model, None, "2:4", calibration=TOKENS_SL)
+    with pytest.raises(ValueError, match="the report is of another model"):
+        esparse.pack(tiny("gpt2"), report)
+    for use in (esparse.pack, lambda model, report: esparse.save(model, None, report, tmp_path / "model")):
+        with pytest.raises(ValueError, match="q_proj has weights that were pruned according to the report"):
+            use(tiny("llama"), report)  # the dense one
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,365 @@
+"""esparse.prune on models in memory: the masks of a run, a model left as it was, and refusals of one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+
+import esparse
+from esparse.metrics import Metric
+from esparse.metrics.wanda import Wanda
+from esparse.parts import numbers
+from esparse.records import audit
+from tests.models.families import FAMILIES, tiny
+from tests.workshop import ROOT, furnished, launch, small_run
+
+# By its name in later versions of transformers, and in earlier ones.
+CHECKPOINTING = getattr(
+    PreTrainedModel, "activation_checkpointing_enable", getattr(PreTrainedModel, "gradient_checkpointing_enable", None)
+)
+TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
+
+
+@dataclass(kw_only=True, slots=True)
+class Squares(Metric):
+    """A metric of a user's own; it fails at the layer of this name."""
+
+    fails_at: str = "nowhere"
+
+    def score(self, weight_OI: torch.Tensor, stats: Any) -> torch.Tensor:
+        if self.fails_at in stats.name:
+            raise RuntimeError("made for a test")
+        return weight_OI.square()
+
+
+def pruned(model: PreTrainedModel, **how: Any) -> esparse.Report:
+    return esparse.prune(model, None, "2:4", calibration=TOKENS_SL, **how)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnished(tmp_path_factory.mktemp("workshop"), blocks=2)
+
+
+@pytest.fixture
+def loaded(workshop: Path) -> tuple[PreTrainedModel, Any]:
+    folder = workshop / "model"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
+
+
+def test_importing_esparse_is_quick_and_loads_no_torch() -> None:
+    code = "import time; t = time.process_time(); import esparse, sys; print(time.process_time() - t); "
+    code += "assert not {'torch', 'transformers', 'hydra', 'yaml'} & set(sys.modules); esparse.__dir__()"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.1
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        esparse.prunes  # noqa: B018
+    assert set(esparse.__all__) <= set(dir(esparse))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "how"),
+    [
+        ([], {}),
+        (["metric=wanda", "update=alps", "pattern=8:16"], {"metric": "wanda", "update": "alps", "pattern": "8:16"}),
+        (["metric=sparsegpt"], {"metric": "sparsegpt"}),
+        (["metric=random", "seed=4"], {"metric": "random", "seed": 4}),
+    ],
+    ids=str,
+)
+def test_the_masks_and_numbers_are_those_of_a_run(
+    overrides: list[str], how: dict[str, Any], loaded: Any, workshop: Path, tmp_path: Path
+) -> None:
+    done = launch(*small_run(workshop, tmp_path / "out"), *overrides)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path.parent for path in tmp_path.glob("out/*/result.json"))
+    record = json.loads((folder / "result.json").read_text())
+    report = esparse.prune(*loaded, calibration=workshop / "text.txt", sequences=4, length=16, **how)
+    masks = audit.read_masks(folder)
+    assert set(report.keeps) == set(masks)
+    assert all(torch.equal(report.keeps[name], keep) for name, keep in masks.items())
+    made = json.loads(json.dumps(report.to_dict()))
+    assert set(made) <= set(record)
+    for key in ("sparsity", "recovery"):
+        assert made[key] == record[key]
+    for ours, theirs in zip(made["layers"], record["layers"], strict=True):
+        for number in ("kept_score", "relative_error"):
+            assert ours.pop(number) == pytest.approx(theirs.pop(number), rel=1e-5)
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    for group in ("metric", "shuffle", "update", "recovery", "prepare", "allocation"):
+        assert made["config"][group] == record["config"][group]
+        assert made["config"]["choices"][group] == record["config"]["choices"][group]
+
+
+def test_the_defaults_are_those_of_the_command_line() -> None:
+    usual = numbers.usual()
+    defaults = {k: p.default for k, p in inspect.signature(esparse.prune).parameters.items()}
+    for name in (
+        "metric",
+        "shuffle",
+        "recovery",
+        "prepare",
+        "allocation",
+        "pattern",
+        "outliers",
+        "seed",
+        "calibration",
+    ):
+        assert defaults[name] == usual[name], name
+    assert (defaults["update"], usual["update"]) == ("implied", "none")
+
+
+def test_a_report_has_all_and_prints_as_a_table() -> None:
+    model = tiny("llama")
+    report = pruned(model, shuffle="gns")
+    assert report.density == 0.5
+    assert report.pattern_holds
+    for name, keep_OI in report.keeps.items():
+        assert torch.equal(model.get_parameter(name) != 0, keep_OI)
+    assert sorted(report.orders) == sorted(report.keeps)
+    lines = str(report).splitlines()
+    assert len(lines) == len(report.layers) + 3
+    assert lines[0].split() == ["layer", "shape", "kept", "weights", "kept", "score", "error", "seconds"]
+    assert "model.layers.2.mlp.down_proj" in lines[-2]
+    weights = sum(keep.numel() for keep in report.keeps.values())
+    assert lines[-1].startswith(f"2:4 entropy gns: 50.00% of {weights:,} weights in 21 layers survive, the pattern ho")
+    assert report.name in repr(report)
+
+
+def as_it_is(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "forward": [module.__dict__.get("forward") for module in model.modules()],
+        "hooks": [
+            {kind: dict(own) for kind, own in vars(module).items() if "hook" in kind and isinstance(own, dict)}
+            for module in model.modules()
+        ],
+        "experts": model.get_experts_implementation(),
+        "checkpointing": [getattr(module, "gradient_checkpointing", None) for module in model.modules()],
+        "config": model.config.to_dict(),
+    }
+
+
+@pytest.mark.parametrize("fails_at", ["nowhere", "layers.1.mlp"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "bloom"])
+def test_a_model_is_left_as_it_was(family: str, fails_at: str) -> None:
+    """In training, with a frozen part, checkpointing, hooks and wrapped forwards, and experts by grouped_mm."""
+    model, plain = tiny(family), tiny(family)
+    if family == "mixtral":
+        model.set_experts_implementation("grouped_mm")
+    model.train()
+    CHECKPOINTING(model)
+    model.get_input_embeddings().requires_grad_(False)
+    model.base_model.get_submodule("h" if family == "bloom" else "layers")[1].eval()
+    seen: list[int] = []
+    block = model.base_model.get_submodule("h" if family == "bloom" else "layers")[0]
+    block.register_forward_hook(lambda *_: seen.append(1))
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    before, environment, handlers = as_it_is(model), dict(os.environ), list(logging.getLogger("esparse").handlers)
+    if fails_at == "nowhere":
+        report = pruned(model, metric=Squares())
+        other = pruned(plain, metric=Squares())
+        assert all(torch.equal(report.keeps[name], keep) for name, keep in other.keeps.items())
+        assert set(report.keeps) == set(other.keeps)
+        assert seen
+    else:
+        with pytest.raises(RuntimeError, match="made for a test"):
+            pruned(model, metric=Squares(fails_at="h.1." if family == "bloom" else fails_at.partition(".mlp")[0]))
+    assert as_it_is(model) == before
+    assert (dict(os.environ), logging.getLogger("esparse").handlers) == (environment, handlers)
+    esparse.perplexity(model, None, TOKENS_SL)
+    assert as_it_is(model) == before
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_experts_are_pruned_however_they_are_computed(family: str) -> None:
+    model_type, settings = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
+    assert set(model.get_experts_implementation().values()) != {"eager"}
+    report = pruned(model)
+    stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    assert stacks
+    for name in stacks:
+        assert report.keeps[name].float().mean() == 0.5
+    assert (torch.cat([model.get_parameter(name).flatten() for name in stacks]) == 0).float().mean() == 0.5
+
+
+def test_parts_of_ones_own_and_none() -> None:
+    model, other = tiny("llama"), tiny("llama")
+    report = pruned(model, metric=esparse.option("metric", "entropy", alpha=0.5), shuffle=None, update=None)
+    assert report.config["metric"]["alpha"] == 0.5
+    assert report.config["choices"]["metric"] == "Entropy"
+    assert not report.orders
+    assert pruned(other, metric=Wanda(), recovery=None, prepare=None, allocation=None).config["metric"] == {
+        "_class": "Wanda"
+    }
+    own = pruned(tiny("llama"), metric=Squares())
+    assert own.config["metric"] == {"_class": f"{__name__}:Squares", "fails_at": "nowhere"}
+
+
+def test_texts_and_files_and_tokens_calibrate(loaded: Any, tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    texts = ["The quick brown fox jumps over the lazy dog. " * 40, "A second text. " * 100]
+    report = esparse.prune(model, tokenizer, calibration=texts, sequences=3, length=16)
+    assert report.tokens_SL.shape == (3, 16)
+    assert report.config["calibration"] == {"corpus": "texts", "sequences": 3, "length": 16, "seed": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": texts[0]}) + "\n")
+    part = esparse.option("calibration", "text", path=str(tmp_path / "a.jsonl"), column="body", sequences=2, length=8)
+    assert esparse.prune(model, tokenizer, calibration=part).tokens_SL.shape == (2, 8)
+    again = esparse.prune(model, None, calibration=report.tokens_SL.int())
+    assert torch.equal(again.tokens_SL, report.tokens_SL)
+
+
+def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path) -> None:
+    assert launch(*small_run(workshop, tmp_path / "out")).returncode == 0
+    (path,) = tmp_path.glob("out/*/result.json")
+    quality = json.loads(path.read_text())["quality"]["text.txt"]
+    text = workshop / "text.txt"
+    measured = esparse.perplexity(*loaded, text, length=32, max_tokens=128)
+    assert measured == pytest.approx(quality["dense"], rel=1e-5)
+    esparse.prune(*loaded, calibration=str(text), sequences=4, length=16)
+    measured = esparse.perplexity(*loaded, [text.read_text()], length=32, max_tokens=128)
+    assert measured == pytest.approx(quality["pruned"], rel=1e-5)
+
+
+def test_two_threads_prune_two_models() -> None:
+    families = ["llama", "mixtral", "gpt2", "qwen3"]
+    expected = {family: pruned(tiny(family)) for family in families}
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            models = [tiny(family) for family in families]
+            for family, report in zip(families, pool.map(pruned, models), strict=True):
+                assert set(report.keeps) == set(expected[family].keeps)
+                for name, keep in expected[family].keeps.items():
+                    assert torch.equal(report.keeps[name], keep), name
+    assert torch.get_num_threads() == threads
+
+
+def test_progress_is_shown_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    pruned(tiny("llama"))  # pytest's output is no terminal
+    pruned(tiny("llama"), progress=False)
+    assert capsys.readouterr() == ("", "")
+    pruned(tiny("llama"), progress=True)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "2/3" in said.err
+
+
+def test_a_model_with_accelerates_hooks_is_pruned_as_any_other() -> None:
+    from accelerate import dispatch_model
+
+    model = tiny("llama")
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert model.hf_device_map == {"": "cpu"}
+    before = as_it_is(model)
+    report, expected = pruned(model), pruned(tiny("llama"))
+    assert all(torch.equal(report.keeps[name], keep) for name, keep in expected.keeps.items())
+    assert as_it_is(model) == before
+
+
+def offloaded(folder: Path) -> PreTrainedModel:
+    from accelerate import disk_offload
+
+    model = tiny("llama")
+    disk_offload(model, str(folder))
+    return model
+
+
+def spread() -> PreTrainedModel:
+    model = tiny("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    return model
+
+
+def in_8_bits() -> PreTrainedModel:
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def parametrised() -> PreTrainedModel:
+    model = tiny("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def encoder_decoder() -> PreTrainedModel:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: torch.nn.Linear(4, 4), "a causal language model of transformers was expected, got a Linear"),
+        (lambda folder: torch.compile(tiny("llama")), "model._orig_mod"),
+        (lambda folder: encoder_decoder(), "esparse prunes decoder-only models"),
+        (offloaded, "weights of the model are not in memory"),
+        (lambda folder: spread(), "spread over several devices"),
+        (lambda folder: in_8_bits(), "model.layers.0.mlp.up_proj.weight is in float8_e4m3fn"),
+        (lambda folder: parametrised(), "parametrize"),
+        (lambda folder: LlamaForCausalLM.from_pretrained.__self__, "expected, got a type"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_in_a_sentence(
+    make: Callable[[Path], Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        pruned(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"metric": "wandaa"}, "no metric 'wandaa': did you mean wanda"),
+        ({"metric": None}, "metric must be the name"),
+        ({"metric": Wanda}, "metric must be the name of an option or an object of a esparse.metrics.Metric"),
+        ({"shuffle": Wanda()}, "shuffle must be the name"),
+        ({"pattern": "4:2"}, "pattern"),
+        ({"metric": "gradient", "prepare": "equalise"}, "use metric.source=block or prepare=none"),
+        ({"allocation": "owl"}, "cannot change 2:4"),
+        ({"outliers": "16:250"}, "not a multiple of 4"),
+        ({"seed": -1}, "seed must be between"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"calibration": "builtin"}, "give one, or tokens"),
+        ({"calibration": "bultin"}, "did you mean builtin"),
+        ({"calibration": TOKENS_SL[0]}, "sequences x length"),
+        ({"calibration": TOKENS_SL.float()}, "tokens must be integers"),
+        ({"calibration": TOKENS_SL + 96}, "the model knows 0 to 95"),
+        ({"calibration": TOKENS_SL.repeat(1, 5)}, "has sequences of 80 tokens, and the model takes 64"),
+        ({"calibration": TOKENS_SL, "sequences": 3}, "calibration has tokens already"),
+        ({"calibration": []}, "a list of strings"),
+        ({"calibration": {"corpus": "c4"}}, "a corpus, a file, a list of texts, tokens or a Calibration was expected"),
+        ({"device": "cuda:99"}, "GPU"),
+        ({"batch_tokens": 0}, "batch_tokens must be positive"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_change_nothing(how: dict[str, Any], words: str) -> None:
+    model, dense = tiny("llama"), tiny("llama")
+    with pytest.raises(ValueError, match=words) as caught:
+        esparse.prune(model, None, **{"calibration": TOKENS_SL} | how)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))

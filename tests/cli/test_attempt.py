@@ -1,0 +1,148 @@
+"""One run in this process, with a stand-in for the pruning: what is refused, what is said, what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from esparse.cli import attempt, registry
+from esparse.cli.call import FINISHED, Call, call
+from esparse.cli.earlier import differs
+from esparse.errors import Mistake
+from esparse.jobs import lock
+from esparse.pruning.journal import Journal
+from esparse.records.report import run_id, write_json
+from esparse.records.sources import Sources
+from esparse.run import experiment as one_run
+from tests.workshop import ROOT
+
+
+@pytest.fixture(autouse=True)
+def fresh_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in Call.__dataclass_fields__:
+        monkeypatch.setattr(call, name, getattr(Call(), name))
+    yield
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """Of a run whose text lies in tmp_path."""
+    (tmp_path / "text.txt").write_text("one text")
+    registry.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["calibration=text", f"calibration.path={tmp_path / 'text.txt'}", "model.devices=cpu", "tracking=none"]
+        config = compose("config", [*words, f"output_root={tmp_path / 'out'}"], return_hydra_config=True)
+    return registry.resolved(config, registry.build(config), config.hydra.runtime.choices)
+
+
+def folder_of(settings: dict[str, Any]) -> Path:
+    return Path(settings["output_root"]) / run_id(settings)
+
+
+def record_of(settings: dict[str, Any]) -> dict[str, Any]:
+    record = {"id": run_id(settings), "name": "x", "status": "finished", "seconds": 1.0, "config": settings}
+    record |= {"model": {"name": "tiny"}, "sparsity": {"pattern": "2:4", "density": 0.5}, "quality": {}}
+    return record | {"sources": Sources.begin(settings).record()}
+
+
+def carried_out(settings: dict[str, Any]) -> dict[str, Any] | None:
+    return attempt.carry_out(registry.rebuilt(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "(JSONDecodeError; the traceback is in "),
+        (ValueError("zip() argument 2 is shorter"), "(ValueError; the traceback is in "),
+        (Mistake("the text is too short"), "failed: the text is too short\n"),
+    ],
+)
+def test_only_what_esparse_foresaw_goes_without_a_traceback(
+    error: Exception,
+    said: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(one_run, "run", fail)
+    assert carried_out(settings) is None
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "stays"), [(json.JSONDecodeError("x", "<html>", 0), True), (Mistake("x"), False)])
+def test_finished_blocks_outlive_what_others_raise(error: Exception, stays: bool, tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "blocks", {"id": "x"}, snapshot_seconds=None)
+    (tmp_path / "blocks" / "pruned-00000.safetensors").write_bytes(b"hours of work")
+    with pytest.raises(ValueError), journal:
+        raise error
+    assert (tmp_path / "blocks").exists() == stays
+
+
+def test_a_text_that_changed_is_another_run(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    record = record_of(settings)
+    assert set(record["sources"]) == {"calibration.path", "model.path"}
+    folder_of(settings).mkdir(parents=True)
+    write_json(folder_of(settings) / "result.json", record)
+    text = tmp_path / "text.txt"
+    text.write_text("one text")  # written anew, and the same
+    assert carried_out(settings) == json.loads((folder_of(settings) / "result.json").read_text())
+    before = text.stat()
+    text.write_text("one tent")  # as long as before
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))  # and as old
+    assert carried_out(settings) is None
+    said = capsys.readouterr().err
+    assert "holds something else" in said and "rerun=true replaces its record" in said
+    assert call.code == 1 and (folder_of(settings) / "result.json").exists()
+    text.unlink()
+    assert carried_out(settings) is not None  # nobody can say
+
+
+def test_a_model_that_changed_is_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "README.md").write_text("no part of it")
+    settings["model"] |= {"path": str(model)}
+    record = record_of(settings)
+    (model / "README.md").write_text("another text")
+    assert differs(record, settings) is None
+    (model / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert "model.safetensors holds something else" in str(differs(record, settings))
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is new" in str(differs(record, settings))
+
+
+def test_a_file_that_changed_while_it_was_read_has_no_digest(settings: dict[str, Any], tmp_path: Path) -> None:
+    read = Sources.begin(settings)
+    (tmp_path / "text.txt").write_text("another text")
+    assert read.record()["calibration.path"]["text.txt"]["sha256"] is None
+
+
+def test_two_runs_of_one_id_are_told_apart(settings: dict[str, Any]) -> None:
+    other = settings | {"seed": 7}
+    assert "whose id is the same by chance" in str(differs(record_of(other), settings))
+    assert differs(record_of(settings | {"rerun": True, "output_root": "x"}), settings) is None
+    assert differs({"status": "finished"}, settings) is None  # of an old version
+
+
+def test_a_run_that_still_writes_is_left_alone(settings: dict[str, Any]) -> None:
+    """Between its record and its status another call comes by."""
+    folder = folder_of(settings)
+    folder.mkdir(parents=True)
+    write_json(folder / "result.json", record_of(settings))
+    with lock.owned(folder):
+        (folder / "status.json.part").write_text("{}")
+        assert carried_out(settings) is not None
+        assert (folder / "status.json.part").exists() and lock.read(folder) is not None
+    assert carried_out(settings) is not None
+    assert not list(folder.glob("*.part")) and call.code == FINISHED
