@@ -150,6 +150,11 @@ def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
     without = {key: value for key, value in with_all.items() if key not in ("bench", "export", "zeroshot", "profile")}
     assert run_id(without) == run_id(with_all)
     assert run_id(settings("seed=5", "zeroshot.tasks=[piqa]")) != run_id(with_all)
+    for group in ("calibration", "evaluate"):  # which came later
+        older = {key: value for key, value in with_all[group].items() if key not in ("bos", "chat")}
+        assert run_id(with_all | {group: older}) == run_id(with_all)
+        for asked in (f"{group}.bos=true", f"{group}.bos=false"):
+            assert run_id(settings("seed=5", asked)) != run_id(with_all)
 
 
 def test_hydras_store_is_as_it_was_outside_of_a_call() -> None:

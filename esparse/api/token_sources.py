@@ -43,8 +43,8 @@ def calibration_tokens(
     text, part = _text("calibration", asked, changes)
     if tokenizer is None:
         raise Mistake("a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")
-    longest = longest_sequence(model)
-    tokens_SL = part.sample(tokenizer, longest) if text is None else part.sample_of(text, tokenizer, longest)
+    how = (tokenizer, longest_sequence(model), model.config.model_type)
+    tokens_SL = part.sample(*how) if text is None else part.sample_of(text, *how)
     return _checked_tokens(model, tokens_SL, "calibration", least=1)
 
 
@@ -57,11 +57,11 @@ def windows(
     text, part = _text("evaluate", asked, changes)
     if tokenizer is None:
         raise Mistake("a text is measured through a tokenizer: give one, or windows of tokens (windows x length)")
-    longest = longest_sequence(model)
+    how = (tokenizer, longest_sequence(model), model.config.model_type)
     if text is not None:
-        windows_WL = part.windows_of(text, tokenizer, longest)
+        windows_WL = part.windows_of(text, *how)
     elif len(part.corpora) == 1:
-        windows_WL = part.windows(part.corpora[0], tokenizer, longest)
+        windows_WL = part.windows(part.corpora[0], *how)
     else:
         raise Mistake(f"one text is measured at a time, and {asked!r} has {len(part.corpora)}")
     return _checked_tokens(model, windows_WL, "text", least=2)

@@ -65,7 +65,7 @@ class Gemm(Bench):
         from esparse.bench.search import Algorithms
         from esparse.bench.timing import CudaClock
 
-        algorithms = Algorithms.of(subject.device, Path(self.cache))
+        algorithms = Algorithms.of(subject.device, Path(self.cache).expanduser())
         return self.measure(subject.layers, subject.nm, subject.device, CudaClock(subject.device), algorithms)
 
     def measure(

@@ -47,7 +47,9 @@ class ModelBench(Bench):
         from esparse.bench.search import Algorithms
         from esparse.bench.timing import CudaClock
 
-        return self.measure(subject, CudaClock(subject.device), Algorithms.of(subject.device, Path(self.cache)))
+        return self.measure(
+            subject, CudaClock(subject.device), Algorithms.of(subject.device, Path(self.cache).expanduser())
+        )
 
     def measure(self, subject: Subject, clock: Any, algorithms: Any) -> Measured:
         """A row each for prefill and decode of each number of sequences.

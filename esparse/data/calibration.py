@@ -6,7 +6,7 @@ Shapes: S sequences, L tokens of each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
 from esparse.errors import Mistake
@@ -24,39 +24,52 @@ class Calibration:
 
     corpus: str  # one of corpora.NAMES
     path: str | None = None  # the file of the corpus `text`
-    column: str = "text"  # its column that holds the text, in .jsonl and .parquet
+    column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
+    chat: bool = False  # whether its rows are chats, which the tokenizer's chat template renders
+    bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each sequence
     sequences: int  # how many
     length: int | None  # tokens of each; null: 2048, or what the model takes if that is less
     seed: int
 
     def __post_init__(self) -> None:
         corpora.check([self.corpus], "calibration", self.path)
+        corpora.check_settings("calibration", bos=self.bos, chat=self.chat, path=self.path)
         if self.sequences < 1:
             raise Mistake(f"calibration.sequences must be at least 1, got {self.sequences}")
         if self.length is not None and self.length < 1:
             raise Mistake(f"calibration.length must be at least 1 or null, got {self.length}")
 
-    def sample(self, tokenizer: Tokenizer, longest: int) -> Tensor:
+    def sample(self, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
 
-        Windows of a stream may overlap and, rarely, repeat. A stream of several documents has them in random order and
-        ends once it holds 16 times the tokens asked, so that a small sample does not tokenise a large corpus. Raises
-        ValueError where the length asked is too long for the model or the corpus too short for it, and what
-        `corpora.read` raises.
+        `family`: the model's, which may expect a beginning token. Of a file of more than 8 million characters only
+        what is needed is tokenised. Windows of a stream may overlap and, rarely, repeat. A stream of several documents
+        has them in random order and ends once it holds 16 times the tokens asked, so that a small sample does not
+        tokenise a large corpus. Raises Mistake if the length asked is too long for the model or the corpus too short
+        for it, and what `corpora.read` raises.
         """
-        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column)
-        return self.sample_of(corpus, tokenizer, longest)
+        from esparse.data import tokens
 
-    def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int) -> Tensor:
+        render = tokens.chat_template(tokenizer, "calibration.chat") if self.chat else None
+        corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column, render=render)
+        return self.sample_of(corpus, tokenizer, longest, family)
+
+    def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """As `sample`, of a text that was read already."""
         import torch
 
         from esparse.data import tokens
 
         length = tokens.sequence_length(self.length, longest, "calibration.length")
+        begin = tokens.beginning(self.bos, tokenizer, family, "calibration.bos")
+        if begin is not None and length < 2:
+            raise Mistake(f"calibration.length={length} has room for the beginning token only: set it to 2 or more")
         count, generator = self.sequences, torch.Generator().manual_seed(self.seed)
+        how: tokens.Drawn = {"count": count, "length": length, "generator": generator, "begin": begin}
         if corpus.apart:
-            return tokens.random_crops(corpus, tokenizer, count=count, length=length, generator=generator)
+            return tokens.random_crops(corpus, tokenizer, **how)
+        if corpus.long is not None:
+            return tokens.random_excerpts(corpus.long, tokenizer, **how)
         enough = None
         if len(corpus.texts) > 1:
             corpus, enough = tokens.in_random_order(corpus, generator), SPARE * count * length
@@ -66,4 +79,4 @@ class Calibration:
                 f"the calibration corpus {corpus.name} has {len(tokens_T)} tokens, too few for one sequence of "
                 f"{length}: use a longer text or set calibration.length lower"
             )
-        return tokens.random_windows(tokens_T, count=count, length=length, generator=generator)
+        return tokens.random_windows(tokens_T, **how)

@@ -7,18 +7,19 @@ WikiText-2's test rows joined by blank lines and tokenised once; of C4 the first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from esparse.data import builtin
 from esparse.data.hub import HubFile
-from esparse.data.text_files import texts_of
+from esparse.data.text_files import LongText, Rows, texts_of
 from esparse.errors import Mistake
 
 Purpose = Literal["calibration", "evaluation"]
 GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose
+LONG = 2**23  # characters of a file of one's own; of a longer one only parts are held, and tokenised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +27,12 @@ class Corpus:
     """Text for one purpose, before any tokenizer.
 
     The texts follow one another in one stream of tokens, or, where they stand `apart`, a sequence is cut out of a
-    single one.
+    single one. Of a `long` text there are no texts, but parts that are read from its file.
     """
 
     name: str
     texts: Sequence[str]
+    long: LongText | None = None
     apart: bool = False
     most_windows: int | None = None  # evaluation stops after so many
 
@@ -103,19 +105,46 @@ def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
         raise Mistake(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")
 
 
-def read(name: str, purpose: Purpose, *, path: str | None = None, column: str = "text") -> Corpus:
-    """The text of one corpus for one purpose; `path` and `column` matter to the corpus `text` alone.
+def check_settings(group: str, *, bos: object, chat: bool, path: str | None) -> None:
+    """Raises ValueError for a setting of the beginning token that is none, and for chats of no file."""
+    if not (bos == "auto" or isinstance(bos, bool)):
+        raise Mistake(f"{group}.bos must be auto, true or false, got {bos!r}")
+    if chat and path is None:
+        raise Mistake(f"{group}.chat=true renders the chats of a file: {group}=text {group}.path=FILE")
 
-    Raises ConnectionError where a data set can not be had, and FileNotFoundError or ValueError as `texts_of` does.
+
+def read(
+    name: str,
+    purpose: Purpose,
+    *,
+    path: str | None = None,
+    column: str = "text",
+    render: Callable[[list[dict[str, Any]]], str] | None = None,
+) -> Corpus:
+    """The text of one corpus for one purpose; `path`, `column` and `render` matter to the corpus `text` alone.
+
+    `render` makes the text of a chat, if chats are asked for. Raises ConnectionError if a data set can not be had, and
+    FileNotFoundError or ValueError as `texts_of` does.
     """
     check([name], purpose, path)
     if path is not None:
-        return Corpus(name=Path(path).name, texts=["\n\n".join(texts_of(Path(path), column))])
+        return _from_file(Rows(Path(path), column, GROUP[purpose], render))
     if name == "builtin":
         split = {"calibration": "train", "evaluation": "held-out"}[purpose]
         return Corpus(name=name, texts=builtin.documents(split))
     group = GROUP[purpose]
     return _from_hub(name, HUB[name][purpose], instead=f"a local file: {group}=text {group}.path=FILE")
+
+
+def _from_file(rows: Rows) -> Corpus:
+    held: list[str] = []
+    size = 0
+    for piece in rows.pieces():
+        held.append(piece)
+        size += len(piece)
+        if size > LONG:
+            return Corpus(name=rows.path.name, texts=[], long=LongText(rows))
+    return Corpus(name=rows.path.name, texts=["".join(held)])
 
 
 def _from_hub(name: str, asked: HubText, *, instead: str) -> Corpus:

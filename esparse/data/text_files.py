@@ -1,102 +1,294 @@
-"""Texts in files (.txt, .jsonl, .parquet), with one clear sentence for each way that a file can be wrong."""
+"""Texts in files (.txt, .jsonl, .json, .parquet), with one clear sentence for each way that a file can be wrong."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 from esparse.errors import Mistake
+
+log = logging.getLogger("esparse")
+
+CHATS = ("messages", "conversations")  # what data sets call the columns that hold chats
+PIECE = 2**20  # characters that are read at one time
+LONGEST_ROW = 2**28  # characters
 
 
 def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
     """The texts of a file in their order: one for .txt, one a row (of field `column`) for the others.
 
-    With `first` only so many rows are read. Raises FileNotFoundError where there is no such file and ValueError where
-    it is of another kind, is damaged, is not UTF-8 or lacks the column.
+    With `first` only so many rows are read. Raises FileNotFoundError if there is no such file and ValueError if it is
+    of another kind, is damaged, is not UTF-8, lacks the column or has a row without text.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"expected a text file at {path.absolute()}, found nothing there: check the path")
-    if path.is_dir():
-        raise Mistake(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
-    kind = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
-    if kind is None:
-        known = ", ".join(_READERS)
-        raise Mistake(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
-    try:
-        return list(islice(_READERS[kind](path, column), first))
-    except UnicodeDecodeError as cause:
+    rows = Rows(path, column)
+    values = rows.values() if rows.by_row else iter([(1, "".join(rows.pieces()))])
+    with rows.explained():
+        return [rows.text(number, value) for number, value in islice(values, first)]
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of a text file, as often as they are asked for; never all of them at once.
+
+    `render` makes the text of a chat (a list of messages), where chats are asked for. `group` is what the command line
+    calls the settings, for its errors.
+    """
+
+    path: Path
+    column: str
+    group: str = "calibration"
+    render: Callable[[list[dict[str, Any]]], str] | None = None
+    _said: int = field(default=0, init=False)  # rows without text that the log has told of
+    _read: Callable[[Rows], Iterator[tuple[int, Any]]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        path = self.path = self.path.expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"expected a text file at {path.absolute()}, found nothing there: check the path")
+        if path.is_dir():
+            raise Mistake(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
+        kind = next((suffix for suffix in (".txt", *_READERS) if path.name.lower().endswith(suffix)), None)
+        if kind is None:
+            known = ", ".join((".txt", *_READERS))
+            raise Mistake(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
+        self._read = _READERS.get(kind)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the file has rows; a .txt has none."""
+        return self._read is not None
+
+    def values(self) -> Iterator[tuple[int, Any]]:
+        """Number and value of every row, whatever it is."""
+        assert self._read is not None
+        return self._read(self)
+
+    def pieces(self) -> Iterator[str]:
+        """The text of the file piece by piece, about PIECE characters each; rows are joined by blank lines.
+
+        Rows without text are left out, and the log says how many. Raises as `texts_of` does.
+        """
+        with self.explained():
+            if not self.by_row:
+                with self.path.open(encoding="utf-8-sig") as file:
+                    while piece := file.read(PIECE):
+                        yield piece
+                return
+            skipped, held, size, is_first = 0, [], 0, True
+            try:
+                for number, value in self.values():
+                    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+                        skipped += 1
+                        continue
+                    text = self.text(number, value)
+                    held.append(text if is_first else f"\n\n{text}")
+                    is_first = False
+                    size += len(held[-1])
+                    if size >= PIECE:
+                        yield "".join(held)
+                        held, size = [], 0
+                if held:
+                    yield "".join(held)
+            finally:
+                if skipped > self._said:
+                    self._said = skipped
+                    log.warning("%s: %d rows without text are skipped", self.path, skipped)
+
+    def text(self, number: int, value: Any) -> str:
+        """The text of one row; ValueError if it is none."""
+        if self.render is not None and isinstance(value, list):
+            try:
+                value = self.render([_message(one) for one in value])
+            except Exception as cause:  # templates fail in many types
+                raise Mistake(
+                    f"{self.path}, row {number}: the tokenizer's chat template does not take this chat ({cause})"
+                ) from cause
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            hint = f": set {self.group}.chat=true to render chats" if isinstance(value, list) else ""
+            raise Mistake(
+                f"{self.path}, row {number}: expected text in column {self.column!r}, got a value of type {kind}{hint}"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as cause:  # JSON can spell half a character: "\\ud800"
+            raise Mistake(
+                f"{self.path}, row {number}: the text holds half a surrogate pair: repair or drop the row"
+            ) from cause
+        return value
+
+    def cell(self, where: str, row: dict[str, Any]) -> Any:
+        """The value of the column that was asked for; `where`: the row, for the error."""
+        return row[self.name(where, list(row))]
+
+    def name(self, where: str, there: list[str]) -> str:
+        """The column that is read, of those that are there; ValueError without it."""
+        if self.column in there:
+            return self.column
+        chats = [name for name in CHATS if name in there]
+        if self.render is not None and chats and self.column == "text":
+            return chats[0]
+        hint = f", or {self.group}.chat=true to render chats" if chats and self.render is None else ""
         raise Mistake(
-            f"{path} is not UTF-8 text (byte {cause.start} of what was being read): convert it, for instance with iconv"
-        ) from cause
-    except (gzip.BadGzipFile, EOFError, zlib.error) as cause:
-        raise Mistake(f"{path} can not be unpacked ({cause}): it is damaged or not whole, copy it again") from cause
+            f"{where}: expected a column {self.column!r}, found {', '.join(map(repr, there)) or 'none'}; set "
+            f"{self.group}.column=NAME{hint}"
+        )
+
+    def explained(self) -> _Explained:
+        return _Explained(self.path)
 
 
-def _whole(path: Path, column: str) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8-sig")
+@dataclass(frozen=True)
+class LongText:
+    """A text that is too long to be held: its beginning, and pieces from anywhere in it."""
+
+    rows: Rows
+
+    @cached_property
+    def characters(self) -> int:
+        return sum(map(len, self.rows.pieces()))
+
+    def start(self, characters: int) -> str:
+        """At least so many characters from the beginning, if there are as many."""
+        held, size = [], 0
+        for piece in self.rows.pieces():
+            held.append(piece)
+            size += len(piece)
+            if size >= characters:
+                break
+        return "".join(held)
+
+    def excerpts(self, starts: list[int], characters: int) -> list[str]:
+        """So many characters from each of these places on."""
+        found: list[list[str]] = [[] for _ in starts]
+        begin, last = 0, max(starts, default=0) + characters
+        for piece in self.rows.pieces():
+            end = begin + len(piece)
+            for parts, start in zip(found, starts, strict=True):
+                if start < end and start + characters > begin:
+                    parts.append(piece[max(0, start - begin) : start + characters - begin])
+            begin = end
+            if begin >= last:
+                break
+        return ["".join(parts) for parts in found]
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+class _Explained:
+    """As a context, turns what readers raise into a sentence that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
+        if isinstance(error, UnicodeDecodeError):
+            raise Mistake(
+                f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
+                "with iconv"
+            ) from error
+        if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
+            raise Mistake(
+                f"{self.path} can not be unpacked ({error}): it is damaged or not whole, copy it again"
+            ) from error
+
+
+def _message(one: Any) -> dict[str, Any]:
+    """A message as chat templates take it, also one of ShareGPT's, which has `from` and `value`."""
+    if isinstance(one, dict) and "from" in one and "role" not in one:
+        roles = {"human": "user", "gpt": "assistant"}
+        return {"role": roles.get(one["from"], one["from"]), "content": one.get("value")}
+    if not isinstance(one, dict):
+        raise Mistake(f"expected messages with role and content, got a {type(one).__name__}")
+    return {key: value for key, value in one.items() if value is not None}  # parquet fills up with nulls
+
+
+def _json(rows: Rows) -> Iterator[tuple[int, Any]]:
+    """JSON lines, or one array of rows."""
+    path = rows.path
+    opened: Callable[..., IO[str]] = gzip.open if path.name.lower().endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        begin = file.read(PIECE)
+        if begin.lstrip().startswith("["):
+            yield from _array(rows, file, begin)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
             if line.strip():
-                yield _field(path, column, number, line)
+                yield number, _field(rows, number, line.removeprefix("\ufeff"))
 
 
-def _field(path: Path, column: str, number: int, line: str) -> str:
+def _field(rows: Rows, number: int, line: str) -> Any:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
-        raise Mistake(f"{path}, line {number}: expected one JSON object a line, but {cause}") from cause
+        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, but {cause}") from cause
     if not isinstance(row, dict):
-        raise Mistake(f"{path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
-    if column not in row:
-        raise Mistake(_no_column(f"{path}, line {number}", column, list(row)))
-    return _text(row[column], path, column, number)
+        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
+    return rows.cell(f"{rows.path}, line {number}", row)
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
+    """The rows of one JSON array: objects, or the texts themselves; a row at a time is in memory."""
+    decoder, number, place = json.JSONDecoder(), 0, held.index("[") + 1
+    while True:
+        while place < len(held) and held[place] in " \t\r\n,":
+            place += 1
+        try:
+            if held[place : place + 1] == "]":
+                if (held[place + 1 :] + file.read(PIECE)).strip():
+                    raise Mistake(f"{rows.path}: expected one JSON array, or one JSON object a line, and found more")
+                return
+            row, end = decoder.raw_decode(held, place)
+        except json.JSONDecodeError as cause:
+            more = file.read(max(PIECE, len(held) - place))
+            if not more or len(held) - place > LONGEST_ROW:
+                raise Mistake(
+                    f"{rows.path}, row {number + 1}: expected a JSON array of rows, but {cause.msg}"
+                ) from cause
+            held, place = held[place:] + more, 0
+            continue
+        number, place = number + 1, end
+        if place > PIECE:
+            held, place = held[place:], 0
+        if isinstance(row, dict):
+            yield number, rows.cell(f"{rows.path}, row {number}", row)
+        elif isinstance(row, str) or row is None:
+            yield number, row
+        else:
+            raise Mistake(f"{rows.path}, row {number}: expected an object or a text, got a {type(row).__name__}")
+
+
+def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise Mistake(_no_column(str(path), column, file.schema_arrow.names))
+        with parquet.ParquetFile(rows.path) as file:
+            name = rows.name(str(rows.path), file.schema_arrow.names)
             number = 0
-            for batch in file.iter_batches(columns=[column]):
+            for batch in file.iter_batches(batch_size=1024, columns=[name]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield _text(value, path, column, number)
+                    yield number, value
     except pyarrow.ArrowException as cause:
-        raise Mistake(f"{path} can not be read as parquet ({str(cause).strip().splitlines()[0]})") from cause
+        said = str(cause).strip().splitlines()[0]
+        raise Mistake(f"{rows.path} can not be read as parquet ({said})") from cause
 
 
-def _text(value: object, path: Path, column: str, number: int) -> str:
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise Mistake(f"{path}, row {number}: expected text in column {column!r}, got a value of type {kind}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:  # JSON can spell half a character: "\\ud800"
-        raise Mistake(f"{path}, row {number}: the text holds half a surrogate pair: repair or drop the row") from cause
-    return value
-
-
-def _no_column(where: str, column: str, there: list[str]) -> str:
-    return f"{where}: expected a column {column!r}, found {', '.join(map(repr, there)) or 'none'}; set column=NAME"
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _whole,
-    ".jsonl": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".json": _json_lines,  # as C4 calls its JSON lines
-    ".json.gz": _json_lines,
+_READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _json,
+    ".jsonl.gz": _json,
+    ".json": _json,  # as C4 calls its JSON lines
+    ".json.gz": _json,
     ".parquet": _parquet,
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
 from esparse.errors import Mistake
@@ -25,12 +25,15 @@ class Perplexity:
 
     corpora: list[str]  # of corpora.NAMES
     path: str | None = None  # the file of the corpus `text`
-    column: str = "text"  # its column that holds the text, in .jsonl and .parquet
+    column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
+    chat: bool = False  # whether its rows are chats, which the tokenizer's chat template renders
+    bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each window
     length: int | None  # tokens of a window; null: 2048, or what the model takes if that is less
     max_tokens: int | None  # of each corpus, from its start; null: all
 
     def __post_init__(self) -> None:
         corpora.check(self.corpora, "evaluation", self.path)
+        corpora.check_settings("evaluate", bos=self.bos, chat=self.chat, path=self.path)
         if self.length is not None and self.length < 2:
             raise Mistake(f"evaluate.length must be at least 2 (a token and its next) or null, got {self.length}")
         if self.max_tokens is not None and self.max_tokens < (self.length or 2):
@@ -40,22 +43,30 @@ class Perplexity:
         """What the record calls a corpus: its own name, for `text` the file's."""
         return Path(self.path).name if corpus == "text" and self.path else corpus
 
-    def windows(self, corpus: str, tokenizer: Tokenizer, longest: int) -> Tensor:
+    def windows(self, corpus: str, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """The consecutive windows_WL (int64, no overlap, no padding, tail dropped) of one of the corpora.
 
-        `longest` is what the model takes. Raises ValueError where the length asked is too long for the model or the
-        text too short for one window, and what `corpora.read` raises.
+        `longest` is what the model takes, `family` the model's, which may expect a beginning token. Raises ValueError
+        if the length asked is too long for the model or the text too short for one window, and what `corpora.read`
+        raises.
         """
-        path = self.path if corpus == "text" else None
-        return self.windows_of(corpora.read(corpus, "evaluation", path=path, column=self.column), tokenizer, longest)
+        from esparse.data import tokens
 
-    def windows_of(self, text: Corpus, tokenizer: Tokenizer, longest: int) -> Tensor:
+        path = self.path if corpus == "text" else None
+        render = tokens.chat_template(tokenizer, "evaluate.chat") if self.chat else None
+        text = corpora.read(corpus, "evaluation", path=path, column=self.column, render=render)
+        return self.windows_of(text, tokenizer, longest, family)
+
+    def windows_of(self, text: Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """As `windows`, of a text that was read already."""
         from esparse.data import tokens
 
         length = tokens.sequence_length(self.length, longest, "evaluate.length")
+        begin = tokens.beginning(self.bos, tokenizer, family, "evaluate.bos")
         tokens_T = tokens.stream(text, tokenizer, at_most=self.max_tokens)
-        windows_WL = tokens.windows(tokens_T, length)[: text.most_windows]
+        windows_WL = tokens.windows(tokens_T, length, begin)[: text.most_windows]
+        if self.max_tokens is not None:
+            windows_WL = windows_WL[: self.max_tokens // length]
         if not len(windows_WL):
             limit = "" if self.max_tokens is None else f" (evaluate.max_tokens={self.max_tokens})"
             raise Mistake(

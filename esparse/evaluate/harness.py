@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,15 @@ class BlockLM(TemplateLM):
     def __init__(self, blocks: BlockModel, tokenizer: Tokenizer, longest: int, on_block: Callable[[int], None]) -> None:
         super().__init__()
         self.blocks, self.tokenizer, self.longest, self.on_block = blocks, tokenizer, longest, on_block
+        self.cut: Counter[str] = Counter()  # requests by task whose context lost its beginning
+        self._of_task: list[str] = []
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._of_task = [request.task_name or "" for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._of_task = []
 
     @property
     def eot_token_id(self) -> int:
@@ -44,11 +54,13 @@ class BlockLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = []
-        for _, context, continuation in requests:
+        for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.longest:
                 raise Mistake(
                     f"an answer of {len(continuation)} tokens does not fit into the {self.longest} that the model takes"
                 )
+            if len(context) + len(continuation) > self.longest + 1 and index < len(self._of_task):
+                self.cut[self._of_task[index]] += 1
             # What is too long loses its beginning.
             pairs.append((tuple((context + continuation)[-(self.longest + 1) :][:-1]), tuple(continuation)))
         return log_likelihoods(self.blocks, pairs, self.on_block)

@@ -178,7 +178,15 @@ class ZeroShot:
             measures = _measures(results["results"][name])
             members = [name] if name in counts else loaded["groups"][name].get_all_tasks()
             n = sum(counts[getattr(m, "task_name", m)]["effective"] for m in members)
-            scores[name] = {"n": n, "measures": measures}
+            cut = sum(model.cut[getattr(m, "task_name", m)] for m in members)
+            scores[name] = {"n": n, "measures": measures, "cut": cut}
+            if cut:
+                log.warning(
+                    "%s: %d contexts are longer than the %d tokens that the model takes and lost their beginning",
+                    name,
+                    cut,
+                    longest,
+                )
         return scores
 
     def _names(self, asked: str, loaded: dict[str, Any], results: dict[str, Any]) -> list[str]:
@@ -204,6 +212,7 @@ class ZeroShot:
                 for measure, (value, stderr) in after["measures"].items()
             }
             reports[task] = both[score] | {"n": after["n"], "score": score, "dense_run": dense_run, "measures": both}
+            reports[task]["cut"] = after.get("cut", 0)  # contexts that lost their beginning
         return reports
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from esparse.records.groups import METHOD, acts
@@ -64,7 +65,8 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         "",
         "## Recipe",
         "",
-        f"- made by esparse {record['environment']['esparse']} from `{config['model']['path']}`, run `{record['id']}`",
+        f"- made by esparse {record['environment']['esparse']} from `{_public(config['model']['path'])}`, run "
+        f"`{record['id']}`",
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
         f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned"
@@ -84,6 +86,13 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _public(path: str) -> str:
+    """A model's name on the hub, or the last part of a folder: others are not told where it lies."""
+    place = Path(path).expanduser()
+    private = place.is_absolute() or place.exists() or path.startswith((".", "~")) or path.count("/") > 1
+    return place.name if private else path
 
 
 def _numbers(record: dict[str, Any]) -> list[str]:

@@ -42,15 +42,17 @@ class Dense(ToFolder):
 
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import dense_card
-        from esparse.export.writer import Draft, on_disk, parts
+        from esparse.export.writer import Draft, on_disk, parts, precisions
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
+        precision = precisions(run.blocks.model, dtype)
         absorbed, left = 0, []
         with Draft(self.place(run.folder), run) as draft:
             for tensors, plan in parts(run, physical=physical, gathers=False):
-                draft.add(on_disk(run, {name: plan.stored(name, value) for name, value in tensors.items()}, dtype))
+                draft.add(on_disk(run, {name: plan.stored(name, value) for name, value in tensors.items()}, precision))
                 absorbed += plan.absorbed
                 left += plan.left
+            not_loaded = draft.add_not_loaded()
             facts = {
                 "path": str(draft.place),
                 "format": "dense",
@@ -58,6 +60,7 @@ class Dense(ToFolder):
                 "dtype": str(dtype).removeprefix("torch."),
                 "order": self.order,
                 "absorbed": absorbed,
+                "not_loaded": not_loaded,
             }
             draft.finish(dtype, dense_card(run.record, facts), {"id": run.record["id"], "format": "dense"}, None)
         if left:

@@ -12,9 +12,9 @@ from esparse.export import Finished, ToFolder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
+    from esparse.export.writer import Precision
     from esparse.models.matrices import Matrix
     from esparse.models.reorder import Reordered
     from esparse.patterns import Grouping, Pattern
@@ -58,10 +58,11 @@ class Packed(ToFolder):
 
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card
-        from esparse.export.writer import Draft, parts
+        from esparse.export.writer import Draft, parts, precisions
         from esparse.packed.format import FORMAT_NAME, VERSION
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
+        precision = precisions(run.blocks.model, dtype)
         matrices = {m.entry: (m, g.pattern) for m, g in run.pruned.groupings if m.expert is None}
         stacks = _stacks(run)
         contents = _Contents()
@@ -71,9 +72,10 @@ class Packed(ToFolder):
                     plan.columns = {name: order.long() for name, order in run.pruned.orders.items() if name in tensors}
                     plan.columns = {name: order for name, order in plan.columns.items() if name in matrices}
                     plan.transposed = {name for name in plan.columns if matrices[name][0].transposed}
-                packed = _experts(tensors, stacks, contents, dtype)
+                packed = _experts(tensors, stacks, contents, precision)
                 rest = {name: value for name, value in tensors.items() if name not in contents.experts}
-                draft.add(packed | self._packed(run, rest, plan, matrices, contents, dtype))
+                draft.add(packed | self._packed(run, rest, plan, matrices, contents, precision))
+            not_loaded = draft.add_not_loaded()
             facts = {
                 "path": str(draft.place),
                 "format": "packed",
@@ -87,6 +89,7 @@ class Packed(ToFolder):
                 "why_dense": contents.why_dense,
                 "absorbed": contents.absorbed,
                 "gathers": len(contents.behind) + len(contents.before),
+                "not_loaded": not_loaded,
             }
             entry = {
                 "quant_method": FORMAT_NAME,
@@ -119,7 +122,7 @@ class Packed(ToFolder):
         plan: Reordered,
         matrices: dict[str, tuple[Matrix, Pattern]],
         contents: _Contents,
-        dtype: torch.dtype,
+        precision: Precision,
     ) -> dict[str, Tensor]:
         """One file's tensors; what is packed of them is noted in `contents`."""
         from esparse.export.writer import cast, on_disk
@@ -129,7 +132,7 @@ class Packed(ToFolder):
         for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
-            stored = cast(plan.stored(name, tensors[name]), dtype)
+            stored = cast(plan.stored(name, tensors[name]), precision(name))
             of_layer = to_file(pack(stored.T.contiguous() if matrix.transposed else stored, pattern))
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
             contents.layers[layer] = str(pattern)
@@ -145,7 +148,7 @@ class Packed(ToFolder):
             contents.before += plan.before
             contents.absorbed += plan.absorbed
         rest = {name: plan.stored(name, value) for name, value in tensors.items() if name not in matrices}
-        return packed | on_disk(run, rest, dtype)
+        return packed | on_disk(run, rest, precision)
 
 
 def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
@@ -161,7 +164,7 @@ def _experts(
     tensors: dict[str, Tensor],
     stacks: dict[str, list[tuple[Matrix, Grouping]]],
     contents: _Contents,
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> dict[str, Tensor]:
     """The experts among one file's tensors, packed one by one; noted in `contents`."""
     import torch
@@ -175,12 +178,12 @@ def _experts(
         pattern, ordered = groupings[0].pattern, groupings[0].order_I is not None
         why = _why_dense(stacks[name])
         if why is not None:
-            contents.dense_experts[name] = tensors[name].numel() * dtype.itemsize
+            contents.dense_experts[name] = tensors[name].numel() * precision(name).itemsize
             contents.why_dense = why
             continue
         of_each = []
         for matrix, grouping in stacks[name]:
-            stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), dtype).contiguous()
+            stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), precision(name)).contiguous()
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
             of_each.append(to_file(pack(stored_OI, pattern)) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}

@@ -6,10 +6,12 @@ that looks finished. The model never has to be in memory as a whole.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,17 +22,26 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from esparse.errors import Mistake
+from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
+from esparse.models.store import stays_wide
 from esparse.packed.checksums import checksum
 from esparse.records.report import write_json, write_whole
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from esparse.export import Finished
+
+log = logging.getLogger("esparse")
 
 INDEX = "model.safetensors.index.json"
 MARK = "esparse.json"  # what tells our checkpoints from other folders; written last
+EXTRA_BYTES = 2**31  # of a file of tensors that the model did not load
+
+Precision = Callable[[str], torch.dtype]  # of a tensor, by its name in the state dict
 
 
 def check_place(place: Path) -> None:
@@ -59,7 +70,9 @@ class Draft:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes the next file of weights."""
         number = len(self.files) + 1
-        name = f"model-{number:05}-of-{self._shards:05}.safetensors"
+        self._add(f"model-{number:05}-of-{self._shards:05}.safetensors", tensors)
+
+    def _add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         on_disk = {key: value.contiguous() for key, value in tensors.items()}
         write_whole(self.folder / name, lambda draft: save_file(on_disk, draft, metadata={"format": "pt"}))
         self.files[name] = checksum(self.folder / name)
@@ -67,7 +80,10 @@ class Draft:
         self.bytes += sum(value.nbytes for value in on_disk.values())
 
     def finish(self, dtype: torch.dtype, card: str, mark: dict[str, Any], quantization: dict[str, Any] | None) -> None:
-        """Writes what stands beside the weights: their index, configuration, tokenizer and the model card."""
+        """Writes what stands beside the weights: their index, configuration, tokenizer and the model card.
+
+        What else lay beside the original is copied.
+        """
         model = self.run.blocks.model
         write_json(
             self.folder / INDEX,
@@ -78,13 +94,58 @@ class Draft:
         config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
         if quantization is not None:
             config["quantization_config"] = quantization
-        write_json(self.folder / "config.json", config)
         if model.can_generate():
             model.generation_config.save_pretrained(self.folder)
         if self.run.tokenizer is not None:  # whoever prunes in Python may have none
             self.run.tokenizer.save_pretrained(self.folder)
+        self._copy_beside(model)
+        write_json(self.folder / "config.json", self._with_own_code(config))
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         write_json(self.folder / MARK, mark | {"files": self.files})
+
+    def add_not_loaded(self) -> int:
+        """Writes the tensors of the original that the model has no place for, as they are; returns how many."""
+        checkpoint, names = source.not_loaded(self.run.blocks.model)
+        if checkpoint is None or not names:
+            return 0
+        held: dict[str, Tensor] = {}
+        files = 0
+
+        def write() -> None:
+            nonlocal files
+            files += 1
+            self._add(f"model-not-loaded-{files:05}.safetensors", held)
+            held.clear()
+
+        for name, value in source.tensors(checkpoint, [name for name in names if name not in self._where]):
+            if held and sum(v.nbytes for v in held.values()) + value.nbytes > EXTRA_BYTES:
+                write()
+            held[name] = value.clone()
+        if held:
+            write()
+        return len(names)
+
+    def _copy_beside(self, model: PreTrainedModel) -> None:
+        folder = source.folder_of(model)
+        for file in [] if folder is None else source.files_beside(folder):
+            assert folder is not None
+            copied = self.folder / file.relative_to(folder)
+            if not copied.exists():
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
+
+    def _with_own_code(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration whose code is looked for here, if it lies here, and not in a repository."""
+
+        def here(value: Any) -> Any:
+            if isinstance(value, list):
+                return [here(one) for one in value]
+            own = str(value).rpartition("--")[2]
+            return own if value and (self.folder / f"{own.partition('.')[0]}.py").is_file() else value
+
+        if "auto_map" in config:
+            config["auto_map"] = {kind: here(value) for kind, value in config["auto_map"].items()}
+        return config
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
@@ -122,9 +183,33 @@ def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dic
             yield _tensors(blocks.model, lambda name, prefix=prefix: name.startswith(prefix)), plan
 
 
-def on_disk(run: Finished, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors in this precision under the names that the family's checkpoints have; no -0.0 among them."""
-    return revert_weight_conversion(run.blocks.model, {name: cast(value, dtype) for name, value in tensors.items()})
+def on_disk(run: Finished, tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+    """Tensors in their precision under the names that the family's checkpoints have; no -0.0 among them."""
+    stored = {name: cast(value, precision(name)) for name, value in tensors.items()}
+    return revert_weight_conversion(run.blocks.model, stored)
+
+
+def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
+    """In which precision each tensor of an export in `dtype` is: float32 if the family keeps it so."""
+    kept: set[str] = set()
+    is_wide = stays_wide(model, dtype)
+    if dtype.itemsize < 4:
+        if model.dtype == dtype:
+            there = [*model.named_parameters(), *model.named_buffers()]
+        else:  # which of them are more than half precision only by what the run computed in?
+            try:
+                with torch.device("meta"):
+                    again = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+                there = [*again.named_parameters(), *again.named_buffers()]
+            except Exception as error:  # code of the model's own may not take this way
+                log.debug("which tensors stay in float32 is known by their names only: %s", error)
+                there = []
+        kept = {name for name, value in there if value.is_floating_point() and value.dtype.itemsize >= 4}
+
+    def of(name: str) -> torch.dtype:
+        return torch.float32 if name in kept or is_wide(name) else dtype
+
+    return of
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:

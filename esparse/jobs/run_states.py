@@ -27,7 +27,7 @@ class State:
 
 
 def folder_of(settings: dict[str, Any]) -> Path:
-    return Path(settings["output_root"]) / run_id(settings)
+    return Path(settings["output_root"]).expanduser() / run_id(settings)
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ What pruning itself does again and again has, beside PyTorch's operations, loops
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,11 +20,26 @@ if TYPE_CHECKING:
 
 OLDEST = (8, 0)  # compute capability of the GPUs that the kernels are compiled for in the tests
 
+log = logging.getLogger("esparse")
+
 
 @cache
 def loops(name: str) -> Any:
-    """The module of loops that numba compiles (esparse/kernels/NAME.py); None without numba (an extra, `cpu`)."""
-    return import_module(f"{__name__}.{name}") if find_spec("numba") is not None else None
+    """The module of loops that numba compiles (esparse/kernels/NAME.py); None without numba (an extra, `cpu`).
+
+    A numba that is there and does not work (another NumPy, no place for its cache) is said, and done without.
+    """
+    if find_spec("numba") is None:
+        return None
+    try:
+        return import_module(f"{__name__}.{name}")
+    except Exception as error:  # of many types
+        log.warning(
+            "numba is installed and does not work here (%s: %s): the CPU computes without compiled loops, more slowly",
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
+        return None
 
 
 def triton(name: str, device: torch.device) -> Any:

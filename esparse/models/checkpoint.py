@@ -28,17 +28,12 @@ class Checkpoint:
 
     def __init__(self, entry: Path) -> None:
         """`entry`: the one file that holds all weights, or the index of several."""
+        self.paths = paths(entry)
         if entry.name.endswith(".index.json"):
             parts = json.loads(entry.read_text())["weight_map"]
             self.files = {name: entry.parent / part for name, part in parts.items()}
-            self.paths = sorted(set(self.files.values()))
         else:
-            self.paths = [entry]
             self.files = dict.fromkeys(shapes(entry), entry)
-
-    @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor, without reading one."""
@@ -51,6 +46,13 @@ class Checkpoint:
                 if (tensor := read(name)).is_floating_point():
                     return tensor.dtype
         raise Mistake(f"{self.paths[0]} holds no floating-point weights")
+
+
+def paths(entry: Path) -> list[Path]:
+    """The files of weights of a checkpoint that begins with this one, none of which is read."""
+    if not entry.name.endswith(".index.json"):
+        return [entry]
+    return sorted({entry.parent / part for part in json.loads(entry.read_text())["weight_map"].values()})
 
 
 def find(path: str, **where: Any) -> Path | None:

@@ -26,6 +26,15 @@ BUILTIN = ASSETS / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+FEW_TOKENS = 8  # a vocabulary of so many is a few special tokens
+LONGEST_SAID = 400  # characters of a library's sentence
+# What configurations call the number of positions, the usual names first.
+LENGTHS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length"),
+    *("seq_len", "n_ctx", "context_length", "max_context_length", "max_target_positions", "model_max_length"),
+    "block_size",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,10 +118,11 @@ def load(
     Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
     asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
     """
-    from transformers import AutoTokenizer
+    from transformers import PretrainedConfig
 
     from esparse.models import cache
     from esparse.models.checkpoint import find
+    from esparse.models.inputs import check_config, check_files, check_hub
     from esparse.models.store import MemoryStore
     from esparse.parallel.ranks import Ranks
 
@@ -122,23 +132,77 @@ def load(
     if local.is_dir():
         check_files(local)
         path = str(local)
+    elif local.is_file():
+        raise Mistake(f"model.path: {path} is a file, and a model is a directory with a config.json")
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model.path: there is no directory {path}")
+    if not local.is_dir():
+        check_hub(path, model.revision)
     try:
+        config, _ = PretrainedConfig.get_config_dict(path, revision=model.revision)
         name = identity(model)
-        if (loaded := cache.take(name)) is not None:
-            log.debug("%s is as it was loaded for an earlier run of this process", model.title)
-            return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
-        tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
+    except (OSError, ValueError) as error:
+        raise _explained(model.path, local.is_dir(), error) from error
+    check_config(model.path, config)
+    if (loaded := cache.take(name)) is not None:
+        log.debug("%s is as it was loaded for an earlier run of this process", model.title)
+        return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
+    tokenizer = _tokenizer(model, path, local.is_dir())
+    try:
         entry = None if model.store == "memory" else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
     if entry is not None and ranks.from_first(lambda: model.store == "shards" or _too_large(entry, copies=ranks.size)):
         log.info("the weights of %s are read block by block from the checkpoint", model.title)
         skeleton, store = _streamed(model, path, entry, folder, ranks)
+        _say(model, skeleton, tokenizer, ranks)
         return skeleton, tokenizer, store
     loaded = _loaded(model, path, local.is_dir()), tokenizer
+    _say(model, *loaded, ranks)
     return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
+
+
+def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer; raises ValueError if it has next to no vocabulary, as that of a folder without its files has."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path, **_where(model))
+    except Exception as error:  # of many types, as below
+        raise _explained(model.path, is_local, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
+    except Exception as error:  # of many types: readers of vocabularies, packages that are not there, remote code
+        if is_local and not any((Path(path) / name).is_file() for name in VOCABULARIES):
+            raise Mistake(
+                f"{model.path} has no tokenizer: none of {', '.join(VOCABULARIES)} lies there; copy the model's own"
+            ) from error
+        raise _explained(model.path, is_local, error, "tokenizer") from error
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
+    tokens = len(tokenizer)
+    if tokens <= FEW_TOKENS < (embedded or FEW_TOKENS):
+        raise Mistake(
+            f"the tokenizer of {model.path} has a vocabulary of {tokens} tokens, and the model one of {embedded:,}: "
+            "its files (tokenizer.json, tokenizer.model or vocab.json) are missing, copy them beside config.json"
+        )
+    return tokenizer
+
+
+def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+    """Warns of what a run can do without, and its user should know."""
+    from esparse.models.source import say_not_loaded
+
+    if not ranks.leads:
+        return
+    say_not_loaded(loaded)
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        log.warning(
+            "the tokenizer of %s has %d tokens and the model embeds %d: a text with one of the others is refused",
+            model.path,
+            len(tokenizer),
+            rows,
+        )
 
 
 def _where(model: Model) -> dict[str, Any]:
@@ -146,23 +210,36 @@ def _where(model: Model) -> dict[str, Any]:
 
 
 def _too_large(entry: Path, *, copies: int) -> bool:
-    from esparse.models.checkpoint import Checkpoint
+    from esparse.models.checkpoint import paths
     from esparse.models.host_memory import free_host_bytes
 
-    return Checkpoint(entry).bytes * copies > free_host_bytes() / 2
+    return sum(path.stat().st_size for path in paths(entry)) * copies > free_host_bytes() / 2
 
 
 def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from esparse.models.store import mismatch
+
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, experts_implementation="eager", output_loading_info=True, **_where(model)
+            path,
+            dtype=dtype,
+            experts_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by their names
+            **_where(model),
         )
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of many types, see `_tokenizer`
+        if "memory" in str(error):
+            raise
         raise _explained(model.path, is_local, error) from error
+    if info["mismatched_keys"]:
+        raise Mistake(mismatch(model.path, *max(info["mismatched_keys"])))
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise Mistake(
@@ -179,12 +256,10 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from esparse.models.checkpoint import Checkpoint
-    from esparse.models.store import INSTEAD, ShardStore
+    from esparse.models.store import ShardStore, stays_wide
 
     checkpoint = Checkpoint(entry)
     config = AutoConfig.from_pretrained(path, **_where(model))
-    if getattr(config, "quantization_config", None) is not None:
-        raise Mistake(f"the checkpoint {model.path} is quantised; {INSTEAD}")
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or checkpoint.dtype()
     # Not the meta device for everything: buffers (rotary frequencies) are computed while the model is made.
     with init_empty_weights(include_buffers=False):
@@ -192,8 +267,11 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
         )
     skeleton.tie_weights()
-    if skeleton._get_dtype_plan(dtype):
-        raise Mistake(f"{type(skeleton).__name__} keeps some weights in float32; {INSTEAD} or model.dtype=float32")
+    is_wide = stays_wide(skeleton, dtype)
+    for owner_name, owner in skeleton.named_modules():
+        for own, weight in list(owner.named_parameters(recurse=False)):
+            if is_wide(f"{owner_name}.{own}") and weight.is_floating_point():
+                owner._parameters[own] = torch.nn.Parameter(weight.float(), requires_grad=False)
     skeleton = _computable(model, skeleton).eval()
     return skeleton, ShardStore(skeleton, checkpoint, dtype=dtype, folder=folder, ranks=ranks)
 
@@ -265,45 +343,28 @@ def _is_slow(model: Model, dtype: torch.dtype) -> bool:
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """The number of positions the model was made for (2048 where its config names none, as BLOOM's does)."""
+    """The number of positions the model was made for (2048 if its config names none, as BLOOM's does)."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    named = (getattr(config, name, None) for name in LENGTHS)
+    return next((int(length) for length in named if isinstance(length, int | float) and length > 0), 2048)
 
 
-def check_files(folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError where a local checkpoint lacks a file or a shard is cut short."""
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model directory: it has no config.json")
-    shards = {file.name for file in folder.glob("*.safetensors")}
-    for index in folder.glob("*.index.json"):
-        try:
-            shards |= set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError) as error:
-            raise Mistake(f"{index} is damaged: it is not the index of a checkpoint ({error!r})") from error
-    if not shards and not any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin")
-    missing = sorted(name for name in shards if not (folder / name).is_file())
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:3])}")
-    for name in sorted(shards):
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                size = (folder / name).stat().st_size
-                raise Mistake(
-                    f"{folder / name} is damaged or cut short ({size:,} bytes; {error}): copy it again"
-                ) from error
-
-
-def _explained(asked: str, is_local: bool, error: Exception) -> Exception:
-    first = str(error).strip().partition("\n")[0]
+def _explained(asked: str, is_local: bool, error: Exception, what: str = "model") -> Exception:
+    """The library's sentences, whole enough to understand, with what was asked for and what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    needs_code = "trust_remote_code" in said
+    said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."
+    if needs_code:
+        return Mistake(
+            f"the {what} in {asked} has Python code of its own: read it, and allow it with model.trust_remote_code=true"
+        )
+    if isinstance(error, ImportError):
+        return Mistake(f"the {what} in {asked} needs a package that is not there: {said}")
     if is_local:
-        return Mistake(f"the model in {asked} cannot be loaded: {first}")
+        return Mistake(f"the {what} in {asked} cannot be loaded: {said}")
+    if not isinstance(error, OSError):
+        return Mistake(f"the {what} {asked} cannot be loaded: {said}")
     return ConnectionError(
-        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({first}); without internet, copy "
+        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({said}); without internet, copy "
         "the model here and name its directory: model=hf model.path=DIR"
     )

@@ -7,8 +7,9 @@ What a run changed is written to files in any case: a run that is stopped goes o
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from esparse.errors import Mistake
 from esparse.models import host_memory
@@ -24,6 +27,23 @@ from esparse.parallel.ranks import Ranks
 from esparse.records.report import write_whole
 
 INSTEAD = "it cannot be read block by block: use model.store=memory"
+
+
+def stays_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor of this name in float32 while it loads the family in `dtype`.
+
+    Such as the biases by which DeepSeek chooses experts.
+    """
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def mismatch(asked: str, name: str, there: Iterable[int], here: Iterable[int]) -> str:
+    """The sentence for a weight that has other shapes in the checkpoint and in the model."""
+    return (
+        f"{name} is {list(there)} in the checkpoint {asked}, and {list(here)} by its config.json: one of the two files "
+        "is another model's, or config.json was edited (vocab_size, hidden_size, ...); copy both again"
+    )
 
 
 class Store(ABC):
@@ -130,6 +150,7 @@ class ShardStore(Store):
         super().__init__(folder, ranks)
         host_memory.keep_large_tensors_apart()
         self._dtype = dtype
+        self._stays_wide = stays_wide(skeleton, dtype)
         self._places: dict[str, tuple[Path, str]] = {}
         names_in_file = _names(skeleton, checkpoint)
         for name, in_file in names_in_file.items():
@@ -138,13 +159,15 @@ class ShardStore(Store):
             for own, buffer in module.named_buffers(recurse=False):
                 if (name := f"{module_name}.{own}".lstrip(".")) in self._places:
                     [(_, value)] = self._read([name])
-                    module._buffers[own] = value.to(dtype=buffer.dtype, copy=True)
+                    is_wide = buffer.is_floating_point() and self._stays_wide(name)
+                    module._buffers[own] = value.to(dtype=torch.float32 if is_wide else buffer.dtype, copy=True)
 
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         for name, value in self._read(parameters):
             parameter = parameters[name]
-            # Through the checkpoint's precision, as a whole model takes that way too.
-            value = value.to(self._dtype) if parameter.dtype != self._dtype else value
+            # Through the checkpoint's precision, as a whole model takes that way too; but for what stays in float32.
+            through = parameter.dtype != self._dtype and not self._stays_wide(name)
+            value = value.to(self._dtype) if through else value
             value = value.to(device=device, dtype=parameter.dtype, copy=True)
             swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
@@ -195,9 +218,10 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
             raise Mistake(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
         shape = skeleton.get_parameter(names[0]).shape
         if any(shapes[file_name] != shape for file_name in there):
-            raise Mistake(
-                f"{names[0]} is {list(shapes[there[0]])} in the checkpoint, {list(shape)} in the model; {INSTEAD}"
-            )
+            said = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[there[0]], shape)
+            # What transformers converts while it loads may have other shapes on disk.
+            converts = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(skeleton))
+            raise Mistake(f"{said}; {INSTEAD}" if converts else said)
         if not _all_equal(checkpoint, there):
             raise Mistake(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
         found |= dict.fromkeys(names, there[0])

@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+log = logging.getLogger("esparse")
 
 WATCHED = "transformers.quantizers.auto"  # holds the table of formats; every from_pretrained imports it
 REGISTERS = "esparse.packed.quantizer"
@@ -28,7 +32,10 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._own.exec_module(module)
-        importlib.import_module(REGISTERS)
+        _register()
+
+    def __getattr__(self, name: str) -> Any:  # such as get_source, by which tracebacks find a module's lines
+        return getattr(self._own, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -42,9 +49,22 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _register() -> None:
+    """Whatever fails: `import transformers` works without esparse's format, and must not break for its sake."""
+    try:
+        importlib.import_module(REGISTERS)
+    except Exception as error:
+        log.warning(
+            "transformers cannot load checkpoints that esparse packed, as esparse does not fit this version of it "
+            "(%s: %s): install the version that esparse asks for",
+            type(error).__name__,
+            error,
+        )
+
+
 def install() -> None:
     """Registers the format now if transformers is there already, else once it comes."""
     if WATCHED in sys.modules:
-        importlib.import_module(REGISTERS)
+        _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -106,7 +106,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y_TO: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
-        return y_TO.view(*x.shape[:-1], self.out_features)
+        # As a Linear's: contiguous, which complex numbers are made of; and no view, which may not be changed in place.
+        return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*x.shape[:-1], self.out_features))
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x @ W^T + bias (T x O), by the way for that many tokens on that device; without gradients."""

@@ -26,6 +26,7 @@ from esparse.kernels.form import packed_bits, unpacked_bits
 from esparse.packed import codes
 from esparse.parallel.cores import each_core
 from esparse.patterns import NM, Pattern
+from esparse.patterns.order import check_order
 
 TILE = 2**18  # weights that are packed or unpacked at one time: what they need in between stays in a core's cache
 
@@ -50,8 +51,9 @@ class PackedMatrix:
         """The same with its columns in another order: column k becomes column `order_I[k]`.
 
         Groups then no longer stand side by side, but every row has as many survivors as before. ValueError for salient
-        weights, whose places are those within a run of columns.
+        weights, whose places are those within a run of columns, and for an order that is none.
         """
+        check_order(order_I, self.inputs)
         if self.salient_values_OS is not None:
             raise ValueError("salient weights are found by their runs of columns, which cannot be reordered")
         back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))

@@ -7,7 +7,7 @@ imported while transformers itself still is: what needs the whole of that is imp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ log = logging.getLogger("esparse")
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from esparse.patterns import Pattern
+
 
 @register_quantization_config(FORMAT_NAME)
 class EsparseConfig(QuantizationConfigMixin):
@@ -32,8 +34,8 @@ class EsparseConfig(QuantizationConfigMixin):
     def __init__(
         self,
         *,
-        layers: dict[str, str],
-        files: dict[str, str],
+        layers: dict[str, str] | None = None,
+        files: dict[str, str] | None = None,
         version: int = VERSION,
         order: str = "physical",
         biases: Sequence[str] = (),
@@ -52,12 +54,51 @@ class EsparseConfig(QuantizationConfigMixin):
         """
         if version != VERSION:
             raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+        _check_kinds({"layers": layers, "files": files, "experts": experts or {}}, dict)
+        _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
         self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
         self.layers, self.files = layers, files
         self.biases, self.ordered = list(biases), list(ordered)
         self.behind, self.before = list(behind), list(before)
         self.experts = experts or {}
+
+
+def _check_kinds(entries: dict[str, Any], kind: type) -> None:
+    """Raises ValueError if the entries of `quantization_config` are not what esparse writes."""
+    for name, value in entries.items():
+        if not isinstance(value, kind):
+            what = "an object" if kind is dict else "a list"
+            raise Mistake(
+                f"config.json is damaged: {name} in its quantization_config should be {what}, and is {value!r:.40}"
+            )
+
+
+def _found(model: PreTrainedModel, name: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    """The module that config.json names; ValueError if the model has none of this name and kind."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if module is None or not fits(module):
+        raise Mistake(_unfit(model, f"{what} {name}"))
+    return module
+
+
+def _unfit(model: PreTrainedModel, what: str) -> str:
+    return (
+        f"config.json names the {what}, and {type(model).__name__} has none: the file was edited, or this version of "
+        "transformers builds the model otherwise than the one that packed it"
+    )
+
+
+def _pattern(name: str, text: str) -> Pattern:
+    from esparse import patterns
+
+    try:
+        return patterns.from_str(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Mistake(f"config.json is damaged: {name} has the pattern {text!r}") from error
 
 
 @register_quantizer(FORMAT_NAME)
@@ -73,7 +114,6 @@ class EsparseQuantizer(HfQuantizer):
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        from esparse import patterns
         from esparse.models.reorder import gather_before, gather_behind
         from esparse.packed.experts import PackedExperts
         from esparse.packed.layer import PackedLinear
@@ -81,13 +121,12 @@ class EsparseQuantizer(HfQuantizer):
         config = self.quantization_config
         check_files([Path(file) for file in checkpoint_files or ()], config.files)
         for name, pattern in config.layers.items():
-            old = model.get_submodule(name)
-            assert isinstance(old, nn.Linear | Conv1D)
+            old = _found(model, name, "packed layer", lambda found: isinstance(found, nn.Linear | Conv1D))
             outputs, inputs = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
             layer = PackedLinear(
                 inputs,
                 outputs,
-                patterns.from_str(pattern),
+                _pattern(name, pattern),
                 bias=old.bias is not None or name in config.biases,
                 ordered=name in config.ordered,
                 dtype=old.weight.dtype,
@@ -96,13 +135,16 @@ class EsparseQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         for name, how in config.experts.items():
             path, _, own = name.rpartition(".")
-            owner, old = model.get_submodule(path), model.get_parameter(name)
+            owner = _found(model, path, "owner of packed experts", lambda found: own in found._parameters)  # noqa: B023
+            old = owner.get_parameter(own)
+            if old.ndim != 3 or not {"pattern", "transposed", "ordered"} <= set(how):
+                raise Mistake(_unfit(model, f"packed experts {name}"))
             del owner._parameters[own]
             owner.register_module(
                 own,
                 PackedExperts(
                     old.shape,
-                    patterns.from_str(how["pattern"]),
+                    _pattern(name, how["pattern"]),
                     transposed=how["transposed"],
                     ordered=how["ordered"],
                     dtype=old.dtype,
@@ -112,17 +154,26 @@ class EsparseQuantizer(HfQuantizer):
         if config.experts:
             model.set_experts_implementation("eager")  # the others multiply all experts of a parameter at once
         for name in config.behind:
-            weight = model.get_submodule(name).get_parameter("weight")
-            gather_behind(model.get_submodule(name), torch.empty(len(weight), dtype=torch.int32, device=weight.device))
+            norm = _found(model, name, "norm", lambda found: "weight" in found._parameters)
+            weight = norm.get_parameter("weight")
+            gather_behind(norm, torch.empty(len(weight), dtype=torch.int32, device=weight.device))
         for name in config.before:
-            layer = model.get_submodule(name)
+            layer = _found(model, name, "packed layer", lambda found: isinstance(found, PackedLinear))
             inputs, device = layer.in_features, next(layer.parameters()).device
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from esparse.models.host_memory import trim
         from esparse.packed.layer import loops
+        from esparse.patterns.order import check_order
 
+        for names, kind in ((self.quantization_config.behind, "output"), (self.quantization_config.before, "input")):
+            for name in names:
+                order_I = model.get_submodule(name).get_buffer(f"{kind}_order")
+                try:
+                    check_order(order_I, len(order_I))
+                except ValueError as error:
+                    raise Mistake(f"the gather of {name} cannot be read: {error}") from error
         for name in (*self.quantization_config.layers, *self.quantization_config.experts):
             try:
                 model.get_submodule(name).settle()

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_order(order_I: Tensor, inputs: int) -> None:
+    """Raises ValueError if this is no order of so many channels; one from a file may be anything."""
+    import torch
+
+    if order_I.ndim != 1 or not torch.equal(order_I.long().sort().values, torch.arange(inputs, device=order_I.device)):
+        raise ValueError(
+            f"the order of its {inputs} channels does not name each of them once: the file that holds it is damaged"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouping:
     """A pattern whose groups are cut in an order of the channels; masks and scores stay in the channels' own order.

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esparse.errors import Mistake
+from esparse.patterns.order import check_order
 from esparse.records.audit import Masks
 from esparse.records.report import Stages, write_json, write_whole
 
@@ -129,6 +130,12 @@ class Journal:
         keeps.packed = {name.removeprefix("keep/"): t for name, t in tensors.items() if name.startswith("keep/")}
         keeps.shapes = written["shapes"]
         orders = {name.removeprefix("order/"): t for name, t in tensors.items() if name.startswith("order/")}
+        for name, order in orders.items():
+            try:
+                for order_I in order.flatten(0, -2) if order.ndim > 1 else [order]:
+                    check_order(order_I, order.shape[-1])
+            except ValueError as error:
+                raise Mistake(f"{self._done(index)}, {name}: {error}; rerun=true begins anew") from error
         channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
         return Entry(keeps, orders, written["facts"], channels)
 
@@ -145,12 +152,19 @@ class Journal:
         self._written = time.monotonic()
 
     def snapshot_before(self) -> int:
-        """The block whose hidden states are on disk; 0 where none are."""
+        """The block whose hidden states are on disk; 0 if there are none, or if they entered a block too far ahead.
+
+        That block lies ahead if a crash of the machine, or somebody, removed files of finished blocks.
+        """
         try:
             with safe_open(self._hidden, framework="pt") as file:
-                return min(int(file.metadata()["index"]), self.finished)
+                index = int(file.metadata()["index"])
         except (FileNotFoundError, SafetensorError):
             return 0
+        if index > self.finished:
+            log.info("the hidden states on disk entered block %d, but %d blocks are whole", index, self.finished)
+            return 0
+        return index
 
     def hidden(self, stream: str) -> list[Tensor]:
         """What was written of one stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -88,12 +89,17 @@ def identity(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """
     kept = {}
     for key, value in config.items():
-        if path + key not in NOT_IDENTITY and not _asks_for_nothing(path + key, value):
+        if path + key not in NOT_IDENTITY and not asks_for_nothing(path + key, value):
             kept[key] = identity(value, f"{path}{key}.") if isinstance(value, dict) else value
     return kept
 
 
-def _asks_for_nothing(path: str, value: Any) -> bool:
+def asks_for_nothing(path: str, value: Any) -> bool:
+    """Whether a setting is as if there were none: a run is then what it was before esparse had the setting."""
+    if path in ("calibration.bos", "evaluate.bos"):  # settings that came later: as they are by themselves, a run is
+        return bool(value == "auto")  # what it was without them
+    if path in ("calibration.chat", "evaluate.chat"):
+        return not value
     if path == "profile":
         return not value
     return path in GROUPS and GROUPS[path].idle(value)
@@ -118,10 +124,21 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)
+        _sync_folder(path.parent)
     except Exception as error:  # safetensors reports a full disk with an exception of its own
         raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on disk: after a power loss, a later file is never there without the earlier ones."""
+    with contextlib.suppress(OSError):  # some file systems do not let folders be opened, or synced
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from esparse.errors import Mistake
 from esparse.records.groups import GROUPS
-from esparse.records.report import NOT_IDENTITY
+from esparse.records.report import NOT_IDENTITY, asks_for_nothing
 from esparse.reports.reading import Record, at, keys
 from esparse.reports.table import Table, exact, mean, natural, spread
 
@@ -138,7 +138,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
-        if path in HIDDEN or key.startswith("_"):
+        if path in HIDDEN or key.startswith("_") or asks_for_nothing(path, value):
             continue
         found |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return found

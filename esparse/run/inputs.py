@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from esparse.data.tokens import check_ids
 from esparse.models.blocks import BlockModel
 from esparse.models.load import load, longest_sequence, weight_files
 from esparse.models.offload import Keeper
@@ -76,13 +77,20 @@ def load_inputs(
     experiment.export.ready(blocks, experiment.recovery, folder)
     experiment.bench.ready(model)
     longest, texts = longest_sequence(model), experiment.evaluate
+    family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
+    tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))
+    windows = ranks.from_first(
+        lambda: {texts.name(c): texts.windows(c, tokenizer, longest, family) for c in texts.corpora}
+    )
+    for text, ids in {"the calibration text": tokens_SL, **windows}.items():
+        check_ids(text, ids, embedded)
     return Inputs(
         blocks=blocks,
         tokenizer=tokenizer,
         size=Size.of(model),
         longest=longest,
-        tokens_SL=ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest)),
-        windows=ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora}),
+        tokens_SL=tokens_SL,
+        windows=windows,
         tasks=experiment.zeroshot.load(),
         sources=sources,
     )

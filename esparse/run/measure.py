@@ -77,15 +77,22 @@ class Measuring:
                     "tokens": windows_WL.numel(),
                     "sequence_length": windows_WL.shape[1],
                     "dense_run": self.dense_run,
+                    "bos": self._begins(windows_WL),
                 }
                 for corpus, windows_WL in self.inputs.windows.items()
-            }
+            },
+            "calibration": {"bos": self._begins(self.inputs.tokens_SL)},
         }
         if pruned.scores:
             report["zeroshot"] = self.experiment.zeroshot.report(dense.scores, pruned.scores, self.dense_run)
         if self.experiment.profile:
             report["profile"] = zeros.report(dense.shares, pruned.shares, self.inputs.tokens_SL)
         return report
+
+    def _begins(self, tokens_SL: Tensor) -> bool:
+        """Whether the beginning token stands in front of every sequence."""
+        token = self.inputs.tokenizer.bos_token_id
+        return token is not None and bool((tokens_SL[:, 0] == token).all())
 
     def _quality(self, which: str) -> tuple[dict[str, Tensor], Scores]:
         """Losses and accuracies; `which`: what people are told, dense or pruned."""

@@ -1,10 +1,11 @@
 """Streaming statistics of one layer's input: a metric names what it needs, the block loop feeds it.
 
 Shapes: T tokens of one micro-batch, I input channels, K histogram bins, S sampled tokens.
-Every statistic gives the same value however the tokens are cut into micro-batches, but for rounding: sums are kept in
-float64 (in float32 over the rows of one tile), counts in integers, and what needs the whole range first asks for a
-second look at the same tokens. Where several ranks each see a share of the tokens, `unite` makes of their statistics
-that of all tokens: what is counted or compared is the same as in one process, sums but for their rounding.
+Every statistic gives the same value however the tokens are cut into micro-batches, but for rounding: sums of a channel
+are kept in float64 (in float32 over the rows of one tile), the Gram matrix in float32, counts in integers, and what
+needs the whole range first asks for a second look at the same tokens. Where several ranks each see a share of the
+tokens, `unite` makes of their statistics that of all tokens: what is counted or compared is the same as in one process,
+sums but for their rounding.
 """
 
 from __future__ import annotations
@@ -216,6 +217,12 @@ class ColumnEntropy(Statistic):
         if self.range == "layer":
             low_I, high_I = low_I.min().expand_as(low_I), high_I.max().expand_as(high_I)
         width_I = high_I - low_I
+        # Of a range near the ends of float32 the width or its reciprocal overflows: powers of two move it, exactly.
+        lift_I = torch.where((width_I > 0) & (width_I < 2.0**-100), 2.0**100, 1.0)
+        lift_I = torch.where(high_I / 2 - low_I / 2 > 2.0**126, 2.0**-10, lift_I)
+        if bool((lift_I != 1).any()):
+            parts, low_I, high_I = [x_TI * lift_I for x_TI in parts], low_I * lift_I, high_I * lift_I
+            width_I = high_I - low_I
         # A channel that never changes has one bin and no entropy.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
         tally = kernels.triton("tally", self.device)

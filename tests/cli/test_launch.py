@@ -69,7 +69,7 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert record["status"] == "finished"
     assert record["sparsity"] == {"pattern": "2:4", "density": 0.5, "pattern_holds": True}
     assert set(record["quality"]) == {"text.txt"}
-    assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length", "dense_run"}
+    assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length", "dense_run", "bos"}
     assert record["quality"]["text.txt"]["tokens"] == 128
     assert len(record["layers"]) == 14
     assert {"name", "shape", "density", "kept_score", "relative_error", "seconds"} <= set(record["layers"][0])
@@ -432,3 +432,22 @@ def test_finished_runs_are_skipped_in_a_moment(small: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "TORCH False" in done.stdout
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_home_folder_is_meant_by_every_path(
+    sweep: bool, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    shutil.copy(workshop / "text.txt", tmp_path / "text.txt")
+    (tmp_path / "here").mkdir()
+    words = [word.replace(str(workshop), "~") for word in small_run(workshop, tmp_path)]
+    words = [f"{key}='{value}'" if "~" in value else word for word in words for key, _, value in [word.partition("=")]]
+    words = [word for word in words if not word.startswith("output_root")] + ["output_root='~/out'", "export=dense"]
+    words = ["-m", *words, "metric=wanda,magnitude"] if sweep else [*words, "export.path='~/exported'"]
+    done = launch(*words, cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*/result.json"))) == (2 if sweep else 1)
+    assert not list((tmp_path / "here").iterdir())
+    assert sweep or (tmp_path / "exported" / "config.json").is_file()

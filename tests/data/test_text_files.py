@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from esparse.data.text_files import texts_of
+from esparse.data import text_files
+from esparse.data.text_files import Rows, texts_of
 
 
 def test_a_txt_file_is_one_text(tmp_path):
@@ -36,12 +39,16 @@ WRONG = {
     "not UTF-8 text": ("a.txt", b"gr\xfc\xdfe"),
     "not UTF-8": ("b.jsonl", b'{"text": "gr\xfc\xdfe"}'),
     "ends in one of .txt, .jsonl, .*parquet, got a.docx: convert": ("a.docx", b""),
-    "line 2: expected a column 'text', found 'body', 'n'; set column=": (
+    "line 2: expected a column 'text', found 'body', 'n'; set calibration.column=": (
         "c.jsonl",
         b'{"text": "x"}\n{"body": "x", "n": 1}',
     ),
     "line 2: expected one JSON object a line, but Expecting": ("d.jsonl", b'{"text": "x"}\n{"text": '),
-    "line 1: expected one JSON object a line, got a list": ("e.json", b'[{"text": "x"}]'),
+    "line 1: expected one JSON object a line, got a str": ("e.json", b'"x"'),
+    "row 2: expected a JSON array of rows, but Expecting": ("k.json", b'[{"text": "x"}, {"text": '),
+    "row 2: expected an object or a text, got a int": ("l.json", b'[{"text": "x"}, 7]'),
+    "row 1: expected a column 'text', found 'body'": ("m.json", b'[{"body": "x"}]'),
+    "expected one JSON array, or one JSON object a line, and found more": ("n.jsonl", b'["a"]\n["b"]'),
     "row 1: expected text in column 'text', got a value of type NoneType": ("f.jsonl", b'{"text": null}'),
     "row 1: the text holds half a surrogate pair": ("g.jsonl", b'{"text": "\\ud800"}'),
     "can not be read as parquet": ("h.parquet", b"not parquet at all"),
@@ -72,3 +79,75 @@ def test_what_is_not_there(tmp_path):
         texts_of(tmp_path / "nowhere.txt", "text")
     with pytest.raises(ValueError, match="found a folder"):
         texts_of(tmp_path, "text")
+
+
+ROWS = [{"text": "one"}, {"text": None}, {"text": "two\n"}, {"text": "  "}, {"text": ""}, {"text": "three"}]
+
+
+def written(folder, kind):
+    file = folder / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"text": [row["text"] for row in ROWS]}), file)
+    elif kind == "jsonl.gz":
+        file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        file.write_text(json.dumps([row["text"] for row in ROWS] if kind == "texts.json" else ROWS, indent=1))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "json", "array.jsonl", "texts.json"])
+def test_rows_without_text_are_skipped_with_a_count(tmp_path, kind, caplog):
+    rows = Rows(written(tmp_path, kind), "text")
+    for _ in range(2):  # the log tells it once
+        assert "".join(rows.pieces()) == "one\n\ntwo\n\n\nthree"
+    assert caplog.text.count("3 rows without text are skipped") == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+def test_an_array_is_read_whatever_ends_at_the_end_of_a_piece(tmp_path, size, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", size)
+    texts = ["a, ]", 'b"[{', "\\", "\u00e9", "d" * 9]
+    (tmp_path / "a.json").write_text(json.dumps([{"n": [1, {"x": None}], "text": text} for text in texts], indent=2))
+    assert "".join(Rows(tmp_path / "a.json", "text").pieces()) == "\n\n".join(texts)
+    (tmp_path / "b.txt").write_text("\ufeff".join(["", "Gr\u00fc\u00dfe\n\n"]) * 1 + "zwei", encoding="utf-8")
+    assert "".join(Rows(tmp_path / "b.txt", "text").pieces()) == "Gr\u00fc\u00dfe\n\nzwei"
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+
+
+@pytest.mark.parametrize(("column", "chat"), [("messages", CHAT), ("conversations", SHARED), ("text", CHAT)])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "json"])
+def test_chats_are_rendered_if_that_is_asked_for(tmp_path, kind, column, chat):
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({column: [chat, None, chat]}), file)
+    else:
+        rows = [{column: chat}, {column: []}, {column: chat}]
+        file.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+
+    def render(messages):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+    assert "".join(Rows(file, "text", render=render).pieces()) == "<user>Hi<assistant>Ho\n\n<user>Hi<assistant>Ho"
+    with pytest.raises(ValueError, match=r"evaluate\.chat=true to render chats"):
+        list(Rows(file, "text", "evaluate").pieces())
+
+
+def test_a_template_that_fails_names_the_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+
+    def render(messages):
+        raise RuntimeError("roles must alternate")
+
+    with pytest.raises(ValueError, match=r"row 1: the tokenizer's chat template does not take this chat \(roles must"):
+        list(Rows(tmp_path / "a.jsonl", "text", render=render).pieces())
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("here")
+    assert texts_of(Path("~/a.txt"), "text") == ["here"]

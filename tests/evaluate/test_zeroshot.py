@@ -58,6 +58,12 @@ def test_equals_lm_evals_own_model(data: Path, longest: int) -> None:
             if measure in ("acc", "acc_norm"):
                 assert stderr == pytest.approx(expected[task][f"{measure}_stderr,none"])
     assert {"acc", "acc_norm"} <= got["hellaswag"]["measures"].keys()
+    # Contexts that were cut are counted, by task.
+    cut = {task: scores["cut"] for task, scores in got.items()}
+    if longest == 256:
+        assert set(cut.values()) == {0}
+    else:
+        assert cut["hellaswag"] > 0 and sum(cut.values()) <= sum(24 * 12 for _ in cut)
     assert got["wikitext"]["measures"]["word_perplexity"][0] > 100
 
 
@@ -186,3 +192,16 @@ def test_the_builtin_model_knows_how_a_text_goes_on() -> None:
     zeroshot = asked(["builtin"], limit=100)
     scores = zeroshot.measure(zeroshot.load(), blocks, tokenizer, 512)
     assert scores["builtin"]["measures"]["acc"][0] > 0.4  # chance is 0.25
+
+
+def test_contexts_that_are_cut_are_counted_said_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    blocks, tokenizer = tiny_model()
+    zeroshot = asked(["builtin"], limit=5)
+    loaded = zeroshot.load()
+    assert zeroshot.measure(loaded, blocks, tokenizer, 2048)["builtin"]["cut"] == 0
+    assert "lost their beginning" not in caplog.text
+    scores = zeroshot.measure(loaded, blocks, tokenizer, 72)
+    assert 0 < scores["builtin"]["cut"] <= 20  # four answers to each of five questions
+    said = f"builtin: {scores['builtin']['cut']} contexts are longer than the 72 tokens that the model takes"
+    assert said in caplog.text
+    assert zeroshot.report(scores, scores, "run")["builtin"]["cut"] == scores["builtin"]["cut"]

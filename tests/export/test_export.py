@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import esparse  # noqa: F401  transformers then knows the format
 from esparse import patterns
-from esparse.export import Export, Finished, writer
+from esparse.evaluate.perplexity import window_losses
+from esparse.export import Export, Finished, card, writer
 from esparse.export.dense_checkpoint import Dense
 from esparse.export.packed_checkpoint import Packed, _why_dense
 from esparse.metrics.wanda import Wanda
@@ -37,7 +40,7 @@ from esparse.recoveries.bias import Bias
 from esparse.run.record import with_bytes
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.shuffles.gns import Gns
-from tests.models.families import tiny
+from tests.models.families import FAMILIES, MORE, tiny
 from tests.models.test_store import opened, saved
 
 CPU = torch.device("cpu")
@@ -159,8 +162,8 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
     assert facts["dense_expert_bytes"] == sum(4 * m.view().numel() for m in experts)
     said = f"{len(experts)} experts stay dense, 0.2 MB with their zeros (model.layers.0.mlp.experts.gate_up_proj, ...)"
     assert said in caplog.text and "which a shuffle reorders" in caplog.text
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert f"{len(experts)} experts are dense, {facts['dense_expert_bytes']:,} bytes" in card
+    text = (tmp_path / "export" / "README.md").read_text()
+    assert f"{len(experts)} experts are dense, {facts['dense_expert_bytes']:,} bytes" in text
     # The record says the same of each layer.
     assert {layer.name for layer in with_bytes(of) if layer.packed_bytes is None} == {m.name for m in experts}
 
@@ -298,6 +301,54 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
         loaded(tmp_path / "export")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("layers", {"model.layers.0.nowhere": "2:4"}, "names the packed layer model.layers.0.nowhere, and LlamaForC"),
+        ("layers", {"model.norm": "2:4"}, "names the packed layer model.norm, and LlamaForCausalLM has none"),
+        ("layers", {"model.layers.0.mlp.up_proj": "two"}, "up_proj has the pattern 'two'"),
+        ("layers", {"model.layers.0.mlp.up_proj": 124}, "up_proj has the pattern 124"),
+        ("layers", ["model.norm"], "layers in its quantization_config should be an object"),
+        ("files", None, "files in its quantization_config should be an object, and is None"),
+        ("before", ["model.norm"], "names the packed layer model.norm"),
+        ("behind", "model.norm", "behind in its quantization_config should be a list"),
+        ("behind", ["model.embed"], "names the norm model.embed"),
+        ("experts", {"model.layers.0.experts": {}}, "names the owner of packed experts model.layers.0"),
+        ("experts", {"model.layers.0.mlp.up_proj.weight": {}}, "names the"),
+    ],
+)
+def test_a_configuration_that_was_edited_is_one_sentence(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        loaded(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("order", "ending"), [("original", ".order"), ("physical", "output_order"), ("physical", "input_order")]
+)
+@pytest.mark.parametrize("family", ["opt", "mixtral"])
+def test_an_order_in_a_checkpoint_that_is_none_is_damage(family: str, order: str, ending: str, tmp_path: Path) -> None:
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    written(packed(order=order), blocks, pruned(blocks), tmp_path)
+    for shard in sorted((tmp_path / "export").glob("*.safetensors")):
+        tensors = load_file(shard)
+        if found := [name for name in tensors if name.endswith(ending)]:
+            break
+    assert found
+    tensors[found[0]].fill_(10**6)
+    save_file(tensors, shard, {"format": "pt"})
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["quantization_config"]["files"][shard.name] = checksum(shard)
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot be read: the order of its \d+ channels does not name each"):
+        loaded(tmp_path / "export")
+
+
 def test_only_a_run_packs_a_model(tmp_path: Path) -> None:
     """transformers neither writes a packed model again nor packs one that it loads."""
     _, model, _, _ = exported("llama", packed(), tmp_path)
@@ -366,6 +417,147 @@ def test_a_folder_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     facts = written(packed(), blocks, pruned(blocks), tmp_path)
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert "# small, pruned to 2:4" in card and "| text | 64, 16 | 2.00 | 3.00 |" in card
-    assert "import esparse" in card and f"{facts['bytes']:,} bytes" in card
+    text = (tmp_path / "export" / "README.md").read_text()
+    assert "# small, pruned to 2:4" in text and "| text | 64, 16 | 2.00 | 3.00 |" in text
+    assert "import esparse" in text and f"{facts['bytes']:,} bytes" in text
+
+
+@pytest.mark.parametrize("make", [packed, dense])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_every_family_is_loaded_as_it_was_pruned(family: str, make: Any, tmp_path: Path) -> None:
+    """Window by window, as transformers alone computes it."""
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    assert of.weights > 0 and of.pattern_holds
+    # What flows between blocks may be shared by them, so that each walk has its own.
+    expected = window_losses(blocks, TOKENS_SL)
+    facts = written(make(), blocks, of, tmp_path)
+    model = loaded(tmp_path / "export")
+    losses = [float(model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.detach()) for ids in TOKENS_SL]
+    assert losses == pytest.approx(expected.tolist(), rel=1e-5)
+    assert facts["not_loaded"] == 0
+
+
+def original(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> BlockModel:
+    """A model that was loaded from a folder in which other files lie, too."""
+    tiny(family).to(dtype).save_pretrained(folder)
+    for name in KEPT + LEFT:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith(".json") else "stand-in")
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    return BlockModel(model, device=CPU, batch_tokens=24)
+
+
+KEPT = ["tokenizer.model", "merges.txt", "vocab.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"]
+KEPT += [
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+]
+KEPT += ["video_preprocessor_config.json", "qwen.tiktoken", "modeling_own.py", "additional_chat_templates/tools.jinja"]
+LEFT = ["notes.txt", ".env", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json", "optimizer.pt"]
+LEFT += ["original/params.json", "README.md", "esparse.json", "model.gguf"]
+
+
+@pytest.mark.parametrize("make", [packed, dense])
+def test_files_beside_the_model_come_along(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocks = original(tmp_path / "original")
+    with caplog.at_level(logging.INFO, "esparse"):
+        written(make(), blocks, pruned(blocks), tmp_path)
+    there = {str(file.relative_to(tmp_path / "export")) for file in (tmp_path / "export").rglob("*") if file.is_file()}
+    assert set(KEPT) <= there
+    assert not there & (set(LEFT) - {"README.md", "esparse.json"})
+    assert (tmp_path / "export" / "README.md").read_text() != "stand-in"
+    assert "the export is without: notes.txt" in caplog.text
+    loaded(tmp_path / "export")
+
+
+@pytest.mark.parametrize("make", [packed, dense])
+def test_no_file_of_an_export_names_a_private_folder(make: Any, tmp_path: Path) -> None:
+    blocks = original(tmp_path / "secret-project")
+    record = RECORD | {"config": RECORD["config"] | {"model": {"path": str(tmp_path / "secret-project")}}}
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+    make().write(Finished(blocks, tokenizer, pruned(blocks), TOKENS_SL, record, tmp_path))
+    for file in (file for file in (tmp_path / "export").rglob("*") if file.is_file()):
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    assert "from `secret-project`, run" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("gpt2", "gpt2"),
+        ("/data/me/x", "x"),
+        ("~/models/x/", "x"),
+        ("./x", "x"),
+        ("a/b/c", "c"),
+        ("builtin", "builtin"),
+    ],
+)
+def test_the_card_names_what_others_can_find(path: str, said: str) -> None:
+    assert card._public(path) == said
+
+
+@pytest.mark.parametrize("make", [packed, dense])
+def test_tensors_that_the_model_does_not_load_come_along(make: Any, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "original")
+    file = tmp_path / "original" / "model.safetensors"
+    extra = {"model.layers.3.eh_proj.weight": torch.randn(32, 64).bfloat16(), "mtp.norm.weight": torch.ones(32)}
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # which a model computes itself
+    save_file(load_file(file) | extra | old, file, {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original").eval()
+    blocks = BlockModel(model, device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    expected = logits(blocks.model)
+    facts = written(make(), blocks, of, tmp_path)
+    assert facts["not_loaded"] == 2
+    files = [load_file(file) for file in sorted((tmp_path / "export").glob("*.safetensors"))]
+    there = {name: value for file in files for name, value in file.items()}
+    for name, value in extra.items():
+        assert torch.equal(there[name], value) and there[name].dtype == value.dtype
+    assert not set(old) & set(there)
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(there)
+    torch.testing.assert_close(logits(loaded(tmp_path / "export")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("computed_in", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("make", [packed, dense])
+def test_what_a_family_keeps_in_float32_stays_so(make: Any, computed_in: torch.dtype, tmp_path: Path) -> None:
+    tiny("deepseek-v3").to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    file, bias = tmp_path / "original" / "model.safetensors", "model.layers.1.mlp.gate.e_score_correction_bias"
+    exact = torch.tensor([8.00001, 8.00003, 7.9999, 8.0])
+    save_file(load_file(file) | {bias: exact}, file, {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "original", dtype=computed_in, experts_implementation="eager"
+    ).eval()
+    blocks = BlockModel(model, device=CPU, batch_tokens=24)
+    written(make(dtype="bfloat16"), blocks, pruned(blocks), tmp_path)
+    again = loaded(tmp_path / "export")
+    assert again.dtype == torch.bfloat16 and torch.equal(again.get_buffer(bias), exact)
+    usual = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.bfloat16)
+    for name, value in (*usual.named_parameters(), *usual.named_buffers()):
+        if name in again.state_dict():
+            assert again.state_dict()[name].dtype == value.dtype, name
+
+
+@pytest.mark.parametrize("prefix", ["", "someone/model--"])
+@pytest.mark.parametrize("make", [packed, dense])
+def test_code_of_the_models_own_comes_along(make: Any, prefix: str, tmp_path: Path) -> None:
+    """A model from the hub names the repository of its code: here it lies in the export itself."""
+    blocks = original(tmp_path / "original")
+    (tmp_path / "original" / "modeling_own.py").write_text("from transformers import LlamaForCausalLM as Own\n")
+    own, elsewhere = f"{prefix}modeling_own.Own", "other/repo--configuration_other.Other"
+    blocks.model.config.auto_map = {"AutoModelForCausalLM": own, "AutoTokenizer": [own, None], "AutoConfig": elsewhere}
+    written(make(), blocks, pruned(blocks), tmp_path)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    here = "modeling_own.Own"
+    assert config["auto_map"] == {
+        "AutoModelForCausalLM": here,
+        "AutoTokenizer": [here, None],
+        "AutoConfig": elsewhere,
+    }
+    assert "LlamaForCausalLM as Own" in (tmp_path / "export" / "modeling_own.py").read_text()

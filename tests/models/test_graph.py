@@ -326,3 +326,55 @@ def test_an_expert_is_tried_on_tokens_that_reach_it() -> None:
     links, unlinked = watched(block).links()
     assert unlinked == []
     assert "mlp.rare.w1" in {short(block, together[0].producer.name) for together in links}
+
+
+def shuffled_columns(block: Block, *names: str) -> None:
+    for name in names:
+        weight_OI = block.module.get_parameter(f"{name}.weight").data
+        order_I = torch.randperm(weight_OI.shape[1], generator=torch.Generator().manual_seed(4))
+        weight_OI.copy_(weight_OI[:, order_I])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("massive", [0.0, 1000.0])
+def test_a_wrong_block_is_told_from_rounding_in_every_precision(massive: float, dtype: torch.dtype) -> None:
+    """What a block adds is small beside the stream, all the more beside one massive activation (attention sinks)."""
+    model = tiny("llama").to(dtype)
+    ids = tokens()
+    ids[:, 0] = 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(100)
+        model.model.embed_tokens.weight[1, 3] = massive
+    block = block_of(model, ids)
+    wiring = watched(block)
+    before = {name: value.clone() for name, value in block.module.state_dict().items()}
+    assert wiring.same()
+    for names in (["mlp.down_proj"], ["self_attn.o_proj"]):
+        shuffled_columns(block, *names)
+        assert not wiring.same(), names
+        block.module.load_state_dict(before)
+    assert wiring.same()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3", "gpt2", "mixtral"])
+def test_in_half_precision_a_right_change_passes_and_a_wrong_one_does_not(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family).to(dtype)
+    wiring = watched(block_of(model))
+    for together in wiring.links()[0]:
+        before = [stored.clone() for stored in together[0].stored()]
+
+        def odd(link: Link) -> None:  # no power of two: weights are rounded
+            link.move(torch.full((link.groups[0].inputs,), 1.37))
+
+        def half_of_it(link: Link) -> None:
+            factor_I = torch.rand(link.groups[0].inputs, generator=torch.Generator().manual_seed(0)) + 0.5
+            link.producer.scale(link.producer.tied(factor_I))
+
+        assert wiring.changed(together, odd)
+        for value, stored in zip(before, together[0].stored(), strict=True):
+            stored.copy_(value)
+        if together[0].producer.matrix is None or together[0].producer.matrix.expert is None:
+            assert not wiring.changed(together, half_of_it)
+        for value, stored in zip(before, together[0].stored(), strict=True):
+            stored.copy_(value)

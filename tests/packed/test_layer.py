@@ -94,3 +94,17 @@ def test_gradients(asked: tuple[str, str | None], tokens: int, monkeypatch: pyte
     grad_TI, grad_O = torch.autograd.grad(packed(x_TI), (x_TI, packed.bias), asked_TO)
     torch.testing.assert_close(grad_TI, asked_TO @ weight_OI, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_O, asked_TO.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+def test_what_it_returns_is_a_linears(tokens: int) -> None:
+    """Contiguous, and to be changed in place: Falcon adds to it, DeepSeek makes complex numbers of it."""
+    packed = PackedLinear(36, 16, patterns.parse("2:4"), bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    weight_OI = pruned(patterns.parse("2:4"), 16, 36, torch.float32)
+    packed.load_state_dict({**to_file(pack(weight_OI, patterns.parse("2:4"))), "bias": torch.zeros(16)})
+    packed.settle()
+    y = packed(torch.randn(1, tokens, 36, requires_grad=True))
+    assert y.is_contiguous()
+    torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+    y += 1
+    y.sum().backward()

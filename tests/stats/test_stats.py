@@ -192,3 +192,17 @@ def test_the_gram_matrix_is_whole_whenever_it_is_read(inputs: int) -> None:
         seen = torch.cat([first, second])[: gram.tokens]
         torch.testing.assert_close(gram.gram_II, seen.T @ seen)
         torch.testing.assert_close(gram.gram_II, gram.gram_II.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("range_", ["channel", "layer", "fixed"])
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-36, 1e38, 1.7e38])
+def test_ranges_at_the_ends_of_float32_have_their_entropy(size: float, range_: str, dtype: torch.dtype) -> None:
+    """A dead unit of GELU or SiLU returns -1e-38; the reciprocal of such a width is no float32."""
+    x = (torch.linspace(-1, 1, 64)[:, None] * size * torch.ones(5)).to(dtype)
+    x[:, 0] = torch.linspace(0, 1, 64).to(dtype) if range_ == "channel" else x[:, 0]
+    got = fed(ColumnEntropy(bins=20, range=range_, limit=size, **SIZE), x, [9, 30]).entropy_I()
+    for channel, column in enumerate(x.double().T.tolist()):
+        low, high = (-size, size) if range_ == "fixed" else (min(column), max(column))
+        expected = entropy_by_hand(column, low, high, 20)
+        assert got[channel].item() == pytest.approx(expected, abs=0.15), channel  # on edges of bins rounding decides

@@ -208,6 +208,8 @@ def _input(record: Record, name: str) -> Input:
             key = entry if expert else f"{name}.weight"
             if key in file.keys():  # noqa: SIM118
                 order_I = file.get_tensor(key)[int(expert[:-1])] if expert else file.get_tensor(key)
+                if sorted(order_I.tolist()) != list(range(len(values["norm"]))):
+                    raise Mistake(f"{folder / 'orders.safetensors'}, {key}: not an order of the channels, damaged")
     pattern = next(layer.get("pattern", "") for layer in record["layers"] if layer["name"] == name)
     groups = re.match(r"\d+:(\d+)", pattern)
     return Input(name, values, order_I, int(groups[1]) if groups else None)
