@@ -148,6 +148,7 @@ def run(
     from esparse.models.blocks import BlockModel
     from esparse.models.load import identity, load, longest_sequence
     from esparse.models.offload import Keeper
+    from esparse.models.walk_check import check
     from esparse.parallel.ranks import Ranks
     from esparse.pruning.journal import Journal
     from esparse.pruning.prune import check_store, prune
@@ -181,6 +182,7 @@ def run(
         texts = experiment.evaluate
         # Read by one rank, so that all have the same.
         tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest))
+        check(blocks, tokens_SL)
         windows = ranks.from_first(lambda: {texts.name(c): texts.windows(c, tokenizer, longest) for c in texts.corpora})
         tasks = experiment.zeroshot.load()
         state = {  # what has to be the same for a later attempt to go on where an earlier one stopped
