@@ -130,8 +130,10 @@ GENERIC: dict[str, Any] = {
 }
 
 # What one family needs beside it (None: its own default). `text` is for the text part of a composite configuration,
-# `text_type` its kind if the family leaves it open.
+# `text_type` its kind if the family leaves it open; `part` is the part of a composite one that the class takes.
 MLA = {"num_key_value_heads": 4}
+DOTS = MLA | {"swa_q_lora_rank": 16, "swa_kv_lora_rank": 8, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 8}
+DOTS |= {"swa_v_head_dim": 8, "swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 28, "patch_size": 14}
 SHARED_KEYS = {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "sliding_window": 16, "global_head_dim": 8}
@@ -153,8 +155,14 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v32": MLA,
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"text": MLA},
-    "dots3_note_text": MLA,
+    "dots3_note": {
+        "text": DOTS,
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        | {"moe_intermediate_size": 24, "num_local_experts": 2, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"downsample_hidden_size": 16, "adapter_input_size": 40, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": DOTS,
     "fuyu": {"text_type": "persimmon"},
     "gemma3": {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 127},
     "gemma4": {"text": SHARED_KEYS},
@@ -196,8 +204,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         "audio_config": {"hidden_size": 32, "intermediate_size": 48}
         | {"num_hidden_layers": 2, "num_attention_heads": 4},
     },
-    "musicgen": {"decoder": MUSIC},
-    "musicgen_melody": {"decoder": MUSIC},
+    "musicgen": {"part": "decoder"} | MUSIC,
+    "musicgen_melody": {"part": "decoder"} | MUSIC,
     "phi4_multimodal": {
         "vision_config": VISION,
         "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
@@ -210,7 +218,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
     | {"indexer_compress_ratio": 2},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8}
-    | {"attn_layers": ["local", "lsh"] * 2, "feed_forward_size": 48, "local_attn_chunk_length": 8}
+    | {"attn_layers": ["local"] * 4, "feed_forward_size": 48, "local_attn_chunk_length": 8}
     | {"lsh_attn_chunk_length": 8, "num_hashes": 1, "num_buckets": 4},
     "rwkv": {"rescale_every": 0},
     "sarvam_mla": MLA,
@@ -228,11 +236,15 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 def build(family: str) -> Any:
     """The family's tiny model with seeded random weights, in float32 and evaluation mode."""
     import torch
+    import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     kind = CONFIG_MAPPING[family]
     torch.manual_seed(0)
-    corrections = CORRECTIONS.get(family, {})
+    corrections = dict(CORRECTIONS.get(family, {}))
+    if "part" in corrections:
+        kind = kind.sub_configs[corrections.pop("part")]
     fields = set(getattr(kind, "__dataclass_fields__", {}) or kind().to_dict()) | set(kind.attribute_map)
     if "text_config" in fields:
         text_type = corrections.get("text_type")
@@ -244,23 +256,19 @@ def build(family: str) -> Any:
     else:
         settings = {key: value for key, value in GENERIC.items() if key in fields} | corrections
     config = kind(**{key: value for key, value in settings.items() if value is not None})
-    size = parameters_of(config)
+    make = AutoModelForCausalLM.from_config
+    if "part" in CORRECTIONS.get(family, {}):
+        make = getattr(transformers, CAUSAL[family])._from_config
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make(config).parameters())
     if size > 20_000_000:
         raise ValueError(f"{size:,} parameters: the settings do not make it tiny")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = make(config, dtype=torch.float32).eval()
     # Freshly made models have equal norms and zero biases: stir them, so that leaving one out would show.
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def parameters_of(config: Any) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def tried(family: str) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"`{record['id']}`",
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
-        f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned"
-        f"{_left(sparsity['left_dense'])}",
+        *_share(sparsity),
         f"- {choices}",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",
@@ -106,11 +105,13 @@ def _numbers(record: dict[str, Any]) -> list[str]:
     return [*head, *rows, ""]
 
 
-def _left(left_dense: dict[str, int]) -> str:
-    if not left_dense:
-        return ""
-    names = list(left_dense)
-    return f"; dense stay {', '.join(f'`{name}`' for name in names[:3])}{', ...' if len(names) > 3 else ''}"
+def _share(sparsity: dict[str, Any]) -> list[str]:
+    """How much of the blocks was pruned, and what is left; nothing if the record is of an older version."""
+    if "share_of_blocks" not in sparsity:
+        return []
+    names = [f"`{name}`" for name in sparsity["left_dense"]]
+    left = f"; dense stay {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    return [f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned{left}"]
 
 
 def _shuffled(record: dict[str, Any]) -> bool:

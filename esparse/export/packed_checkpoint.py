@@ -176,7 +176,9 @@ def _experts(
     for name in (name for name in tensors if name in stacks):
         groupings = [grouping for _, grouping in stacks[name]]
         pattern, ordered = groupings[0].pattern, groupings[0].order_I is not None
-        why = _why_dense(stacks[name])
+        why = _why_dense(groupings)
+        if stacks[name][0][0].rows or stacks[name][0][0].together:
+            why = "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
         if why is not None:
             contents.dense_experts[name] = tensors[name].numel() * precision(name).itemsize
             contents.why_dense = why
@@ -192,11 +194,8 @@ def _experts(
     return packed
 
 
-def _why_dense(experts: Sequence[tuple[Matrix, Grouping]]) -> str | None:
+def _why_dense(groupings: Sequence[Grouping]) -> str | None:
     """Why the experts of one parameter cannot be packed; None where they can."""
-    first, groupings = experts[0][0], [grouping for _, grouping in experts]
-    if first.rows or first.together:
-        return "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
         return "the experts of a parameter are packed in one pattern only, and they have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:

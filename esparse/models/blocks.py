@@ -25,8 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+<<<<<<< HEAD
 from esparse.errors import Mistake
 from esparse.models.calls import Call, Carried, Output, Recorder, Unwalkable, leaf_of, moved
+=======
+from esparse.models.calls import Call, Carried, Output, Recorder, Returned, Unwalkable, leaf_of, moved
+>>>>>>> walkcheck
 from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store
@@ -133,10 +137,7 @@ class BlockModel:
                 raise _Captured
             form = self.outputs[index]
             with torch._C.DisableTorchFunction():
-                values = {
-                    i: torch.zeros_like(leaf, device=self.device) for i, leaf in enumerate(form.leaves) if _is(leaf)
-                }
-                values[form.main] = hidden.clone()
+                values = form.stand_ins(hidden) | {form.main: hidden.clone()}
             recorder.made(values, index)
             return form.with_values(values)
 
@@ -206,9 +207,10 @@ class BlockModel:
         values = {} if carried is None else carried.values
 
         def last(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            rest = {p.leaf: value.to(self.device) for p, value in values.items() if p.block == index}
+            rest = self.outputs[index].stand_ins(hidden_BLH.to(self.device))
+            rest |= {p.leaf: value.to(self.device) for p, value in values.items() if p.block == index}
             main = self.outputs[index].main
-            if index == self.order[-1] or main not in rest:
+            if index == self.order[-1] or all(p != Returned(index, main) for p in values):
                 rest[main] = hidden_BLH.to(self.device)
             return self.outputs[index].with_values(rest)
 
@@ -430,7 +432,3 @@ def _expert_configs(model: PreTrainedModel) -> list[Any]:
     """The configurations that say how experts are multiplied: of the model, of its parts, and of modules inside."""
     configs = [model.config, *(getattr(module, "config", None) for module in model.modules())]
     return list({id(c): c for c in configs if hasattr(c, "_experts_implementation_internal")}.values())
-
-
-def _is(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)

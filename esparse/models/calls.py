@@ -154,6 +154,7 @@ class Output:
     spec: pytree.TreeSpec
     leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
     main: int
+    twins: frozenset[int] = frozenset()  # the leaves that have the hidden states' shape
 
     @classmethod
     def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
@@ -167,7 +168,7 @@ class Output:
                 "tensors, and tuples, lists and dictionaries of them"
             )
         kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(spec, kinds, (fitting or tensors)[0])
+        return cls(spec, kinds, (fitting or tensors)[0], frozenset(fitting))
 
     def same_form(self, other: Output) -> bool:
         kinds, others = ([isinstance(leaf, Tensor) for leaf in one.leaves] for one in (self, other))
@@ -178,8 +179,16 @@ class Output:
         tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         return frozenset(Returned(block, place) for place in tensors if place != self.main)
 
+    def stand_ins(self, hidden: Tensor) -> dict[int, Tensor]:
+        """Zeros for all leaves that are tensors, as large as these hidden states if they were as large before."""
+        return {
+            place: torch.zeros_like(hidden if place in self.twins else leaf, device=hidden.device)
+            for place, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor)
+        }
+
     def with_values(self, values: dict[int, Tensor]) -> Any:
-        """An output of this form; `values`: leaves by their place, for the others stand zeros."""
+        """An output of this form; `values`: leaves by their place."""
         return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
 
 

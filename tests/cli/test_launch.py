@@ -67,7 +67,8 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     (record,) = records(tmp_path)
     assert {key: type(record[key]) for key in CONTRACT} == CONTRACT
     assert record["status"] == "finished"
-    assert record["sparsity"] == {"pattern": "2:4", "density": 0.5, "pattern_holds": True}
+    whole = {"pattern_holds": True, "share_of_blocks": 1.0, "left_dense": {}}
+    assert record["sparsity"] == {"pattern": "2:4", "density": 0.5} | whole
     assert set(record["quality"]) == {"text.txt"}
     assert set(record["quality"]["text.txt"]) == {"dense", "pruned", "tokens", "sequence_length", "dense_run", "bos"}
     assert record["quality"]["text.txt"]["tokens"] == 128
@@ -108,7 +109,8 @@ def test_all_of_the_816_paper_in_one_run(small: list[str], tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path)
     assert record["name"] == "model 8:16+8:32 equalise ria variance_block"
-    assert record["sparsity"] == {"pattern": "8:16+8:32", "density": 0.75, "pattern_holds": True}
+    whole = {"pattern_holds": True, "share_of_blocks": 1.0, "left_dense": {}}
+    assert record["sparsity"] == {"pattern": "8:16+8:32", "density": 0.75} | whole
     # ceil(log2 C(16, 8)) / 16 and ceil(log2 C(32, 8)) / 32 bits; three quarters of float32 weights.
     assert record["memory"]["metadata_bits"] == 14 / 16 + 24 / 32
     assert record["memory"]["bits_per_weight"] == 24 + 14 / 16 + 24 / 32

@@ -84,9 +84,9 @@ class Experts(nn.Module):
         super().__init__()
         self.way = way
         generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(2, 8, 12, generator=generator))
+        self.weight = nn.Parameter(torch.randn(2, 8, 16, generator=generator))
         self.experts = nn.Module()
-        self.experts.flat = nn.Parameter(torch.randn(2 * 12, 8, generator=generator))
+        self.experts.flat = nn.Parameter(torch.randn(2 * 16, 8, generator=generator))
 
     def forward(self, x_TI: Tensor) -> Tensor:
         x_ETI = torch.stack([x_TI, 2 * x_TI])
@@ -100,12 +100,12 @@ class Experts(nn.Module):
             return torch.stack([nn.functional.linear(x, w) for x, w in zip(x_ETI, self.weight.mT, strict=True)])
         if self.way == "halves":
             return torch.stack(
-                [torch.cat([x @ w[:, :6], x @ w[:, 6:]], -1) for x, w in zip(x_ETI, self.weight, strict=True)]
+                [torch.cat([x @ w[:, :8], x @ w[:, 8:]], -1) for x, w in zip(x_ETI, self.weight, strict=True)]
             )
         if self.way == "grouped":
             ends = torch.tensor([len(x_TI), 2 * len(x_TI)], dtype=torch.int32)
             return torch._grouped_mm(x_ETI.flatten(0, 1), self.weight, offs=ends)
-        return torch.stack([x @ w.T for x, w in zip(x_ETI, self.experts.flat.view(2, 12, 8), strict=True)])
+        return torch.stack([x @ w.T for x, w in zip(x_ETI, self.experts.flat.view(2, 16, 8), strict=True)])
 
 
 @pytest.mark.parametrize("way", ["einsum", "matmul", "on the left", "linear", "halves", "flat"])
@@ -121,7 +121,7 @@ def test_an_expert_is_seen_whatever_multiplies_it(way: str) -> None:
         assert name.endswith(f"[{place}]")
         torch.testing.assert_close(x, (1 + place) * x_TI)
     for group in matrices.groups:
-        assert group.matrices[0].view().shape == (12, 8)
+        assert group.matrices[0].view().shape == (16, 8)
 
 
 def test_all_experts_in_one_grouped_product_are_seen() -> None:
@@ -132,8 +132,8 @@ def test_all_experts_in_one_grouped_product_are_seen() -> None:
     with matrices.observed(lambda group, x_TI: seen.append(x_TI)), torch.no_grad():
         experts(x_TI)
     assert [matrix.name for group in matrices.groups for matrix in group.matrices] == [
-        "block..weight[0]",
-        "block..weight[1]",
+        "block.[0]",
+        "block.[1]",
     ]
     torch.testing.assert_close(torch.stack(seen), torch.stack([x_TI, 2 * x_TI]))
 
