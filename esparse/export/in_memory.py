@@ -41,7 +41,7 @@ def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) 
             stacks.setdefault(matrix.entry, []).append((matrix, grouping))
     for entry, experts in stacks.items():
         experts.sort(key=lambda pair: pair[0].expert or 0)
-        if (why := _why_dense(experts)) is not None:
+        if (why := _why_dense([grouping for _, grouping in experts])) is not None:
             left[entry] = why
         else:
             _pack_experts(model, entry, experts)

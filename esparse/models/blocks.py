@@ -25,12 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-<<<<<<< HEAD
 from esparse.errors import Mistake
-from esparse.models.calls import Call, Carried, Output, Recorder, Unwalkable, leaf_of, moved
-=======
 from esparse.models.calls import Call, Carried, Output, Recorder, Returned, Unwalkable, leaf_of, moved
->>>>>>> walkcheck
 from esparse.models.checkpoint import shapes
 from esparse.models.offload import Keeper
 from esparse.models.store import INSTEAD, MemoryStore, Store

@@ -17,6 +17,7 @@ from esparse.data.tokens import check_ids
 from esparse.models.blocks import BlockModel
 from esparse.models.load import load, longest_sequence, weight_files
 from esparse.models.offload import Keeper
+from esparse.models.walk_check import check
 from esparse.parallel.ranks import Ranks
 from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
@@ -84,6 +85,7 @@ def load_inputs(
     )
     for text, ids in {"the calibration text": tokens_SL, **windows}.items():
         check_ids(text, ids, embedded)
+    check(blocks, tokens_SL)
     return Inputs(
         blocks=blocks,
         tokenizer=tokenizer,
