@@ -25,7 +25,7 @@ from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
-from tests.models.test_wiring import NOT_LINKED
+from tests.models.test_graph import NOT_LINKED
 
 IDS = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(4))
