@@ -10,6 +10,7 @@ import torch
 from esparse.evaluate import likelihood
 from esparse.evaluate.likelihood import log_likelihoods
 from esparse.models.blocks import BlockModel
+from esparse.models.walk_check import check
 from tests.models.families import tiny
 
 
@@ -78,8 +79,9 @@ def test_depends_neither_on_micro_batches_nor_on_room(
 
 def test_equal_inputs_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, seen = blocks_of("llama"), []
-    embed = blocks.embed
-    monkeypatch.setattr(blocks, "embed", lambda tokens_BL: (seen.append(len(tokens_BL)), embed(tokens_BL))[1])
+    check(blocks, torch.arange(1, 17).view(2, 8))
+    enter = blocks.enter
+    monkeypatch.setattr(blocks, "enter", lambda tokens_BL: (seen.append(len(tokens_BL)), enter(tokens_BL))[1])
     log_likelihoods(blocks, [((1, 2, 3), (answer,)) for answer in range(50)])
     assert seen == [1]
 

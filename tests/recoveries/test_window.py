@@ -108,8 +108,8 @@ def test_the_reported_loss_is_the_mean_squared_error_to_the_right_target(setting
     def attention(weights_of: torch.nn.Module, stream: Activations) -> torch.Tensor:
         seen = []
         blocks = BlockModel(weights_of, device=torch.device("cpu"), batch_tokens=40)
-        hook = weights_of.model.layers[2].self_attn.register_forward_hook(lambda *call: seen.append(call[-1][0]))
         other = Activations(blocks, TOKENS_SL, 2)
+        hook = weights_of.model.layers[2].self_attn.register_forward_hook(lambda *call: seen.append(call[-1][0]))
         other.hidden = stream.hidden
         other.observe(2)
         hook.remove()
