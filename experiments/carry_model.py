@@ -1,11 +1,11 @@
-"""A small GGUF model as a few plain files, for a machine that nothing can be downloaded to and that has no gguf package.
+"""A small GGUF model as a few plain files, for a machine without internet and without the gguf package.
 
 Its blocks are kept exactly as the file has them (4 or 8 bits, and the scales in half precision), under the names and in
 the order of rows that transformers gives them, so that reading them back takes numpy alone and is exact.
 
-    python experiments/carry_model.py pack MODEL.gguf HF_FOLDER OUT --parts 2   # needs gguf; OUT/part0, OUT/part1, ...
-    python experiments/carry_model.py unpack OUT HF_FOLDER                      # config.json, model.safetensors (float32)
-    python experiments/carry_model.py same HF_FOLDER OTHER_FOLDER               # whether all weights are equal bit by bit
+    python experiments/carry_model.py pack MODEL.gguf HF_FOLDER OUT --parts 2   # needs gguf; OUT/part0, ...
+    python experiments/carry_model.py unpack OUT HF_FOLDER   # a float32 checkpoint
+    python experiments/carry_model.py same HF_FOLDER OTHER   # whether all weights are equal bit by bit
 
 Shapes: B blocks of 32 weights, O outputs, I inputs.
 """
@@ -54,9 +54,9 @@ def unpack(source: Path, folder: Path) -> None:
     print(f"{folder}: {len(tensors)} tensors, {len(data):,} bytes unpacked")
 
 
-def pack(file: Path, hf: Path, out: Path, parts: int) -> None:
-    """Finds each tensor of the checkpoint in the file, rows in the checkpoint's order, and cuts the bytes into parts."""
-    from gguf import GGUFReader  # type: ignore[import-untyped]
+def pack(file: Path, hf: Path, out: Path, *, parts: int) -> None:
+    """Finds each tensor of the checkpoint in the file, rows in its order, and cuts the bytes into parts."""
+    from gguf import GGUFReader  # type: ignore[import-not-found]
     from safetensors.numpy import load_file
 
     config = json.loads((hf / "config.json").read_text())
@@ -113,6 +113,6 @@ def same(one: Path, other: Path) -> None:
 if __name__ == "__main__":
     command, *paths = sys.argv[1:]
     if command == "pack":
-        pack(*map(Path, paths[:3]), parts=int(paths[4]))
+        pack(Path(paths[0]), Path(paths[1]), Path(paths[2]), parts=int(paths[4]))
     else:
         {"unpack": unpack, "same": same}[command](*map(Path, paths))

@@ -145,16 +145,16 @@ class Spec:
     # wanda | magnitude | ria | sum (entropy + alpha norm) | scaled (both divided by their means over the channels, then
     # the sum) | product (norm * (entropy / mean entropy)^gamma)
     kind: str
-    alpha: float | None = None
-    gamma: float | None = None
+    alpha: float = 0.0
+    gamma: float = 0.0
     norm: str = "sequence"
     range: str = "channel"
     first: bool = True  # whether the first token of each sequence counts
 
     def label(self) -> str:
         parts = [self.kind]
-        parts += [f"alpha={self.alpha:g}"] if self.alpha is not None else []
-        parts += [f"gamma={self.gamma:g}"] if self.gamma is not None else []
+        parts += [f"alpha={self.alpha:g}"] if self.alpha else []
+        parts += [f"gamma={self.gamma:g}"] if self.gamma else []
         parts += [f"norm={self.norm}"] if self.norm != "sequence" else []
         parts += [f"range={self.range}"] if self.range != "channel" else []
         parts += [] if self.first else ["without first token"]
@@ -176,9 +176,7 @@ class Convention(Metric):
         first: Factory = ColumnNorm if self.spec.first else partial(LaterNorm, length=self.length)
         asked = {"norm": first}
         if self.spec.has_entropy:
-            asked["entropy"] = partial(
-                RangedEntropy, range=self.spec.range, length=self.length, first=self.spec.first
-            )
+            asked["entropy"] = partial(RangedEntropy, range=self.spec.range, length=self.length, first=self.spec.first)
         return asked
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
@@ -372,7 +370,7 @@ class Queue:
 
     def __init__(self, out: Path, only: str, limit: int | None) -> None:
         self.out, self.records, self.running = out, list(read([out])) if out.exists() else [], 0
-        done = {named(record) for record in self.records}
+        done = {named(record) for record in self.records if "losses" in record}  # what failed is tried again
         asked = {job.name() for jobs_ in jobs() for job in jobs_ if re.search(only, " ".join(job.name()))}
         self.left = [[job for job in jobs_ if job.name() in asked - done] for jobs_ in jobs()]
         self.limit = limit
@@ -387,6 +385,10 @@ class Queue:
                 if self._usual_s(job) > seconds_left or (resolved := self._resolved(job)) is None:
                     continue
                 queue.remove(job)
+                if job.spec is None:  # one and the same metric for all seeds
+                    queue[:] = [
+                        replace(j, spec=resolved.spec) if replace(j, seed=job.seed) == job else j for j in queue
+                    ]
                 if resolved.name() in self.started:  # the best one may have had its own turn
                     return self.next(searching, seconds_left)
                 self.started.add(resolved.name())
@@ -452,11 +454,12 @@ def run(asked: argparse.Namespace) -> int:
             pipe.send(job)
 
     while workers and left() > 0 and len(idle) < len(workers):
-        for pipe in wait([pipe for pipe in workers if pipe not in idle], timeout=max(0.0, left())):
+        ready = wait([pipe for pipe in workers if pipe not in idle], timeout=max(0.0, left()))
+        for pipe in (pipe for pipe in list(workers) if pipe in ready):
             try:
-                record = pipe.recv()  # type: ignore[union-attr]
+                record = pipe.recv()
             except EOFError:
-                print(f"a worker ended with exit code {workers.pop(pipe)[0].exitcode}", flush=True)  # type: ignore[index]
+                print(f"worker {workers.pop(pipe)[0].name} ended", flush=True)
                 continue
             if record is not None:
                 queue.put(record)
@@ -467,9 +470,9 @@ def run(asked: argparse.Namespace) -> int:
                 for waiting in list(idle):  # one that waited for the best metric to be known
                     idle.discard(waiting)
                     give(waiting)
-            give(pipe)  # type: ignore[arg-type]
-    for process, _ in workers.values():
-        process.terminate()
+            give(pipe)
+    for process_, _ in workers.values():
+        process_.terminate()
     unfinished = sum(map(len, queue.left))
     print(f"{finished} jobs done in {time.monotonic() - start:.0f} s, {unfinished} not begun", flush=True)
     return 0 if finished else 1
@@ -497,7 +500,7 @@ def write_tokens(asked: argparse.Namespace) -> int:
             arrays[f"{name}/{seed}"] = calibration.sample(tokenizer, longest).numpy().astype(np.uint16)
     texts = Perplexity(corpora=["text"], path=str(asked.wikitext / "test.txt"), length=2048, max_tokens=16384)
     arrays["test"] = texts.windows("text", tokenizer, longest).numpy().astype(np.uint16)
-    np.savez_compressed(asked.tokens, **arrays)
+    np.savez_compressed(asked.tokens, **arrays)  # type: ignore[arg-type]
     print(f"{asked.tokens}: {len(arrays)} arrays, {asked.tokens.stat().st_size:,} bytes")
     return 0
 
@@ -606,15 +609,15 @@ def _overall(cases: dict[tuple[str, str, str], dict[str, Losses]]) -> list[str]:
     found: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for metrics in cases.values():
         for metric, losses in metrics.items():
-            if metric != "wanda" and (common := metrics.get("wanda", {}).keys() & losses.keys()):
-                assert common
+            if metric != "wanda" and metrics.get("wanda", {}).keys() & losses.keys():
                 middle, low, high, *_ = compare(losses, metrics["wanda"])
                 found[metric].append((middle, verdict(low, high)))
     rows = []
     for metric, results in sorted(found.items(), key=lambda item: (-len(item[1]), np.mean([m for m, _ in item[1]]))):
         middles, verdicts = [m for m, _ in results], [v for _, v in results]
         counts = " / ".join(str(verdicts.count(v)) for v in ("better", "not told apart", "worse"))
-        rows.append(f"| {metric} | {len(results)} | {_percent(np.mean(middles))} | {_percent(max(middles))} | {counts} |")
+        spread = f"{_percent(float(np.mean(middles)))} | {_percent(max(middles))}"
+        rows.append(f"| {metric} | {len(results)} | {spread} | {counts} |")
     head = "| metric | cases | mean against wanda | worst case | better / not told apart / worse |"
     return ["## Over all cases (pattern, calibration, shuffle) with Wanda beside", "", head, "|" + " --- |" * 5, *rows]
 
