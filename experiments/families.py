@@ -1,6 +1,6 @@
 """Tries every causal family of the installed transformers: does the walk over its blocks compute what the model does?
 
-    python experiments/families.py                       # all, a table; about four minutes
+    python experiments/families.py                       # all, a table; half an hour on two busy cores
     python experiments/families.py bamba gemma3n_text    # some
     python experiments/families.py --json families.json  # and all that was found, as JSON
 

@@ -86,8 +86,8 @@ class InputGroup:
 
 
 Reader = Callable[[InputGroup, Tensor], None]
-# Of a group: its matrix's entry, transposed, expert, rows, together; the width of the input.
-Member = tuple[str, bool, int | None, int, bool, int]
+# Of a group: its matrix's entry, transposed, expert; the width of the input; the matrix's rows, together.
+Member = tuple[str, bool, int | None, int, int, bool]
 
 
 class BlockMatrices:
@@ -188,7 +188,7 @@ class BlockMatrices:
     def members(self) -> list[list[Member]]:
         """The groups that were observed, as what can be told to another process."""
         return [
-            [(m.entry, m.transposed, m.expert, m.rows, m.together, group.inputs) for m in group.matrices]
+            [(m.entry, m.transposed, m.expert, group.inputs, m.rows, m.together) for m in group.matrices]
             for group in self.groups
         ]
 
@@ -210,14 +210,16 @@ class BlockMatrices:
         replaced = []
         self.groups = []
         for together in united:
-            matrices = [self._matrix(*member[:5]) for member in together]
-            group = InputGroup(next(iter(together))[5], [own.get(m.name, (m,))[0] for m in matrices])
+            matrices = [self._matrix(*member[:3], *member[4:]) for member in together]
+            group = InputGroup(next(iter(together))[3], [own.get(m.name, (m,))[0] for m in matrices])
             self.groups.append(group)
             self._group_of |= {matrix.name: group for matrix in matrices}
             replaced.append(list(dict.fromkeys(own[m.name][1] for m in matrices if m.name in own)))
         return replaced
 
-    def _matrix(self, entry: str, transposed: bool, expert: int | None, rows: int, together: bool) -> Matrix:
+    def _matrix(
+        self, entry: str, transposed: bool, expert: int | None, rows: int = 0, together: bool = False
+    ) -> Matrix:
         if expert is None:
             return next(matrix for matrix in self._layers.values() if matrix.entry == entry)
         parameter = next(parameter for name, parameter in self._stacks.values() if name == entry)
