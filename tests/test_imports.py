@@ -46,7 +46,7 @@ FENCES = {
         "packed",
         "export",
         "cli.main",
-        "run.inputs",
+        "run.loading",
         "run.record",
         "run.measure",
         "api",

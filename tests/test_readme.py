@@ -9,7 +9,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from esparse.jobs import lock
 from esparse.packed import memory
 from esparse.records.groups import METHOD
 from esparse.sweeps import commands as sweep
@@ -157,6 +158,11 @@ def swept(words: list[str], at: At) -> None:
     at.monkeypatch.setattr(sweep, "submit_and_say", lambda changed, chosen: seen.append(changed))
     if len(arguments) == 1:
         arguments.append(str(folder))
+    if arguments[0] == "release":  # a run that waits in a queue which is not this machine's
+        run = at.tmp / "1a2b3c4d"
+        run.mkdir()
+        lock.put(run, replace(lock.Owner.this_process("queued"), job="8123_4", cluster="elsewhere", machine="another"))
+        arguments[1] = str(run)
     assert sweep.main(arguments) == (1 if arguments[0] == "status" else 0)  # one run has failed
     if "mem_gb=200" in arguments:
         assert [changed.launcher["mem_gb"] for changed in seen] == [200]

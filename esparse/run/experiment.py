@@ -8,7 +8,7 @@ from typing import Any
 from esparse.parallel.ranks import Ranks
 from esparse.records import audit
 from esparse.records.report import write_json
-from esparse.run.inputs import load_inputs, open_journal
+from esparse.run.loading import load_inputs, open_journal
 from esparse.run.measure import Measuring
 from esparse.run.progress import Progress
 from esparse.run.record import Clock, build, environment, peak_mib

@@ -19,7 +19,7 @@ from esparse.run.progress import Progress
 from esparse.run.settings import Experiment
 
 if TYPE_CHECKING:
-    from esparse.run.inputs import Inputs
+    from esparse.run.loading import Inputs
 
 # Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune
 # the same model then measure it once; the record says which run did.

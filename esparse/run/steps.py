@@ -13,7 +13,7 @@ from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
 from esparse.pruning.prune import Pruned, prune
 from esparse.records.report import LayerReport, Stages
-from esparse.run.inputs import Inputs
+from esparse.run.loading import Inputs
 from esparse.run.progress import Progress
 from esparse.run.record import Clock
 from esparse.run.settings import Experiment

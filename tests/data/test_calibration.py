@@ -151,9 +151,11 @@ def test_a_text_is_tokenised_once_and_a_changed_one_again(tmp_path, monkeypatch)
         path.write_text(content)
         sample = calibration(path=str(path)).sample(byte_tokenizer(), longest=64)
         assert byte_tokenizer().decode(sample[0]) in content
-    assert texts == ["first " * 9, "second " * 9]
+    whole = [text for text in texts if len(text) > 1]  # a letter shows whether the tokeniser adds a beginning
+    assert whole == ["first " * 9, "second " * 9]
+    texts.clear()
     calibration(path=str(path)).sample(byte_tokenizer(starts=True), longest=64)
-    assert len(texts) == 3
+    assert "second " * 9 in texts
 
 
 def test_settings_that_make_no_sense():

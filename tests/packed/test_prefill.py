@@ -74,13 +74,13 @@ def product(packed: PackedLinear, tokens: int) -> tuple[Tensor, Tensor]:
 def test_many_tokens_take_the_second_copy_and_few_do_not(shares: bool, library: Callable[..., Library]) -> None:
     cores, model = library(shares=shares), nn.Sequential(layer(), layer(("4:8", None)))
     packed = model[0]
-    product(packed, 17)
+    product(packed, 65)
     assert cores.compressed == 0 and second_copy_bytes(model) == 0  # it is off until it is asked for
     left = use_sparse_cores(model)
     assert set(left) == {"1"} and "2:4 only, not 4:8" in left["1"]
-    product(packed, 16)
+    product(packed, 64)
     assert cores.compressed == 0  # it is made when it is needed
-    for tokens in (17, 40, 1):
+    for tokens in (65, 80, 1):
         y_TO, expected_TO = product(packed, tokens)
         torch.testing.assert_close(y_TO, expected_TO, rtol=2e-2, atol=2e-2)
     assert (cores.compressed, cores.products) == (1, 2)
@@ -92,23 +92,23 @@ def test_switched_off_the_copy_is_gone_and_the_values_stay(library: Callable[...
     cores, packed = library(), layer()
     before_OI = packed.packed().dense()
     use_sparse_cores(packed)
-    product(packed, 20)
+    product(packed, 70)
     assert packed.values.untyped_storage().nbytes() > packed.values.nbytes  # they stand in the copy
     use_sparse_cores(packed, on=False)
     assert packed.values.untyped_storage().nbytes() == packed.values.nbytes
     assert second_copy_bytes(packed) == 0 and torch.equal(packed.packed().dense(), before_OI)
-    product(packed, 20)
+    product(packed, 70)
     assert cores.products == 1
 
 
 def test_a_layer_that_is_moved_makes_its_copy_anew(library: Callable[..., Library]) -> None:
     cores, packed = library(), layer()
     use_sparse_cores(packed)
-    product(packed, 20)
+    product(packed, 70)
     packed.half()
     assert second_copy_bytes(packed) == 0 and packed.values.dtype == torch.float16
     packed.bfloat16()
-    y_TO, expected_TO = product(packed, 20)
+    y_TO, expected_TO = product(packed, 70)
     torch.testing.assert_close(y_TO, expected_TO, rtol=2e-2, atol=2e-2)
     assert cores.compressed == 2
 
