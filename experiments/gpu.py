@@ -117,7 +117,7 @@ def carry_out(part: Part, seconds: float, results: Results) -> bool:
             kept["rows"].append(row)
             results.write()
         elif line.strip():
-            said = [*said[-30:], line.rstrip()]
+            said = [*said[-30:], line.rstrip().replace(str(ROOT), ".")]  # the file travels, the folder does not
     code = process.wait()
     timer.cancel()
     kept["seconds"] = round(time.monotonic() - start, 1)

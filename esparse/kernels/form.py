@@ -32,6 +32,11 @@ def units(n: int, m: int) -> Units | None:
     return max(cuts, key=lambda u: (u.columns in (16, 32), u.survivors == 8, u.survivors), default=None)
 
 
+def in_registers(dtype: torch.dtype, inputs: int, n: int, m: int) -> bool:
+    """Whether rows are whole runs of 16 columns with 8 survivors of two bytes each (kernels/registers.py)."""
+    return dtype in (torch.float16, torch.bfloat16) and 2 * n == m and 16 % m == 0 and inputs % 16 == 0
+
+
 def survivors(inputs: int, n: int, m: int) -> int:
     """K: n of each whole group, ceil(r * n / m) of a shorter last one of r columns."""
     groups, tail = divmod(inputs, m)

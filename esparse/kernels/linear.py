@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from esparse.kernels.form import to_dense, units
+from esparse.kernels.form import in_registers, to_dense, units
 
 HALVES = (torch.float16, torch.bfloat16)
 GEMV_TOKENS, REGISTER_TOKENS = 16, 64  # up to so many tokens the matrix-vector kernels are taken (`few_tokens`)
@@ -75,8 +75,7 @@ def packed_linear(
 
 def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
     """How many tokens the matrix-vector kernels take: more if they can permute bytes in registers (registers.py)."""
-    in_registers = dtype in HALVES and 2 * n == m and 16 % m == 0 and inputs % 16 == 0
-    return REGISTER_TOKENS if in_registers else GEMV_TOKENS
+    return REGISTER_TOKENS if in_registers(dtype, inputs, n, m) else GEMV_TOKENS
 
 
 def kernel(tokens: int, few: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:

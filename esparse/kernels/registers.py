@@ -15,19 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.form import in_registers
+
 MOST_SELECTED = 8  # tokens for which `_select_kernel` has sums
 MOST_SPREAD = 64  # tokens that `_spread_kernel` takes at once
 
 
 def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
     """Whether the kernels here can take this product."""
-    inputs = x_TI.shape[1]
     return (
         values_RK.dtype == x_TI.dtype
-        and x_TI.dtype in (torch.float16, torch.bfloat16)
-        and 2 * n == m
-        and 16 % m == 0
-        and inputs % 16 == 0
+        and in_registers(x_TI.dtype, x_TI.shape[1], n, m)
         and bits_RB.is_contiguous()
         and values_RK.is_contiguous()
         and values_RK.data_ptr() % 16 == 0
