@@ -261,7 +261,7 @@ def test_progress_is_shown_on_demand(capsys: pytest.CaptureFixture[str]) -> None
     pruned(tiny("llama"), progress=True)
     said = capsys.readouterr()
     assert said.out == ""
-    assert "2/3" in said.err
+    assert "pruning" in said.err and "0/3" in said.err  # later ones are shown every tenth of a second only
 
 
 def test_a_model_with_accelerates_hooks_is_pruned_as_any_other() -> None:

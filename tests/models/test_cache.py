@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esparse.cli import registry
 from esparse.models import cache, host_memory, load
-from esparse.run import experiment, inputs
+from esparse.run import experiment, loading
 from esparse.run.measure import dense_known
 from tests.models.families import FAMILIES, tiny
 from tests.workshop import ROOT, furnished, small_run
@@ -227,7 +227,7 @@ def test_a_run_leaves_no_model_behind(workshop: Path, tmp_path: Path, monkeypatc
         models.append(weakref.ref(loaded[0]))
         return loaded
 
-    monkeypatch.setattr(inputs, "load", watched)
+    monkeypatch.setattr(loading, "load", watched)
     gc.collect()
     gc.disable()
     try:
