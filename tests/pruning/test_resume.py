@@ -15,15 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from esparse.models.load import BUILTIN
 from esparse.pruning.journal import Dense, Journal
 from tests.attempts import killed_when, start
+from tests.models.families import MORE
 from tests.workshop import ROOT, furnished, small_run
 
 BLOCKS = 4
 FILES = ("masks", "orders", "calibration_tokens", "window_losses", "channels")
 # Between them: both stores, hidden states written after every block and never, a stream of the dense model, prepared
 # blocks, biases that layers get, gradients and densities that are measured before the first block is pruned.
+SHARED_KEYS = "keys of earlier blocks"
 METHODS = {
     "shards": ["model.store=shards", "shuffle=esparse", "update=obs", "snapshot_seconds=0", "profile=true"],
     "dense stream": ["prepare=equalise", "recovery=window", "recovery.epochs=1", "snapshot_seconds=null"],
@@ -36,6 +40,8 @@ METHODS = {
         "snapshot_seconds=null",
     ],
     "snapshots": ["metric=gradient", "metric.source=model", "recovery=window_parent", "snapshot_seconds=0"],
+    # Blocks 2 and 3 read keys of blocks 0 and 1, which a snapshot has to hold for each stream.
+    SHARED_KEYS: ["recovery=window_parent", "recovery.epochs=1", "snapshot_seconds=0"],
 }
 
 
@@ -58,6 +64,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(request: pytest.FixtureRequest, workshop: Path) -> Undisturbed:
     out = workshop / request.param.replace(" ", "-")
     overrides = small_run(workshop, out) + METHODS[request.param]
+    if request.param == SHARED_KEYS:
+        overrides.append(f"model.path={with_shared_keys(workshop / 'shared')}")
     process = start([*overrides, f"output_root={out / 'first'}"])  # warms up what the server has not loaded yet
     process.join()
     begun = time.monotonic()
@@ -66,6 +74,16 @@ def undisturbed(request: pytest.FixtureRequest, workshop: Path) -> Undisturbed:
     assert process.exitcode == 0
     (folder,) = (f.parent for f in out.glob("*/result.json"))
     return Undisturbed(overrides, folder, int((workshop / "count").read_text()), time.monotonic() - begun)
+
+
+def with_shared_keys(folder: Path) -> Path:
+    torch.manual_seed(0)
+    _, settings = MORE["gemma4"]
+    settings = settings | {"vocab_size": 1024, "vocab_size_per_layer_input": 1024}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **settings)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder)
+    return folder
 
 
 def finish(undisturbed: Undisturbed, out: Path) -> list[int]:
