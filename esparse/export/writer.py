@@ -91,6 +91,7 @@ class Draft:
         )
         model.config.save_pretrained(self.folder)
         config = json.loads((self.folder / "config.json").read_text())
+        config.pop("quantization_config", None)  # of weights that were dequantised since
         config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
         if quantization is not None:
             config["quantization_config"] = quantization

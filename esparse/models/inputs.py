@@ -103,7 +103,7 @@ def _check_no_pointer(file: Path) -> None:
 def _other_format(folder: Path) -> str:
     """What else lies there, by which people can tell what to do."""
     known = {
-        ".gguf": "a GGUF file, which is another format: give the original model",
+        ".gguf": "a GGUF file: name the file itself, model.path=FILE.gguf",
         ".pth": "weights in the format of the authors' own code (*.pth): give the Hugging Face version of the model",
         ".h5": "weights of TensorFlow: give the PyTorch version of the model",
         ".msgpack": "weights of Flax: give the PyTorch version of the model",

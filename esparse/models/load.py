@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
+from esparse.models import gguf_file
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ class Model:
     """Which model, in which precision, on which device."""
 
     name: str | None  # how reports call it; None: the last part of path
-    path: str  # a name on the Hugging Face hub, a local directory, or `builtin`
+    path: str  # a name on the Hugging Face hub, a local directory, a GGUF file, or `builtin`
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
     devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
@@ -61,6 +62,11 @@ class Model:
             raise Mistake(f"model.activations must be one of {', '.join(PLACES)}, got {self.activations!r}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise Mistake(f"model.batch_tokens must be positive, got {self.batch_tokens}")
+        if self.store == "shards" and gguf_file.is_named(self.path):
+            raise Mistake(
+                f"model.store=shards reads a checkpoint block by block, and {self.path} is a GGUF file, "
+                "which is loaded whole: use model.store=memory"
+            )
 
     def tokens_at_once(self, device: torch.device) -> int:
         """About how many tokens a forward pass takes."""
@@ -127,19 +133,25 @@ def load(
     from esparse.parallel.ranks import Ranks
 
     ranks = ranks or Ranks()
-    path = str(BUILTIN) if model.path == "builtin" else model.path
-    local = Path(path).expanduser()
+    path = model.path
+    local = _place(model)
     if local.is_dir():
         check_files(local)
         path = str(local)
+    elif local.is_file() and gguf_file.is_named(local):
+        gguf_file.check(local)
+        local = local.parent
+        path = str(local)
     elif local.is_file():
-        raise Mistake(f"model.path: {path} is a file, and a model is a directory with a config.json")
+        raise Mistake(
+            f"model.path: {path} is a file, and a model is a directory with a config.json or a file that ends in .gguf"
+        )
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"model.path: there is no directory {path}")
+        raise FileNotFoundError(f"model.path: there is no {_kind(path)} {path}")
     if not local.is_dir():
         check_hub(path, model.revision)
     try:
-        config, _ = PretrainedConfig.get_config_dict(path, revision=model.revision)
+        config, _ = PretrainedConfig.get_config_dict(path, **_where(model))
         name = identity(model)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
@@ -149,7 +161,8 @@ def load(
         return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
     tokenizer = _tokenizer(model, path, local.is_dir())
     try:
-        entry = None if model.store == "memory" else find(path, revision=model.revision)
+        whole = model.store == "memory" or gguf_file.is_named(model.path)
+        entry = None if whole else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
     if entry is not None and ranks.from_first(lambda: model.store == "shards" or _too_large(entry, copies=ranks.size)):
@@ -206,7 +219,21 @@ def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _where(model: Model) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    place = _place(model)
+    return {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        **(gguf_file.reading(place) if gguf_file.is_named(place) and place.is_file() else {}),
+    }
+
+
+def _place(model: Model) -> Path:
+    """Where on this machine the model lies, unless its path is a name on the hub."""
+    return BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+
+
+def _kind(path: str) -> str:
+    return "file" if gguf_file.is_named(path) else "directory"
 
 
 def _too_large(entry: Path, *, copies: int) -> bool:
@@ -223,6 +250,8 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     from esparse.models.store import mismatch
 
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    place = _place(model)
+    of_blocks = gguf_file.is_named(place)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -231,6 +260,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by their names
             **_where(model),
+            **(gguf_file.dequantised() if of_blocks else {}),
         )
     except MemoryError:
         raise
@@ -246,7 +276,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
             f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
             f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
         )
-    return _computable(model, loaded).eval()
+    return _computable(model, gguf_file.made_plain(loaded, place) if of_blocks else loaded).eval()
 
 
 def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) -> tuple[PreTrainedModel, ShardStore]:
@@ -277,8 +307,10 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
 
 
 def weight_files(model: Model) -> list[str]:
-    """Name, size and time of change of every file of weights in a local directory; none for a hub model."""
-    folder = BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+    """Name, size and time of change of every file of weights of a local model; none for a hub model."""
+    folder = _place(model)
+    if folder.is_file():
+        return _stamps([folder])
     return _stamps(file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}"))
 
 
@@ -286,7 +318,9 @@ def identity(model: Model) -> str:
     """All that says which model it is: the settings and the stamps of its files, of a hub model those in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder = BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+    folder = _place(model)
+    if folder.is_file():
+        return f"{model} {_stamps([folder])}"
     if not folder.is_dir():
         cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
@@ -306,7 +340,8 @@ def shape_only(model: Model) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = str(BUILTIN) if model.path == "builtin" else str(Path(model.path).expanduser())
+    place = _place(model)
+    path = str(place.parent if place.is_file() else place)
     try:
         config = AutoConfig.from_pretrained(path, **_where(model))
     except (OSError, ValueError) as error:

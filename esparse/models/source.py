@@ -42,6 +42,8 @@ def folder_of(model: PreTrainedModel) -> Path | None:
         return None
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():  # GGUF: what lies beside it belongs to others
+        return None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     with contextlib.suppress(Exception):  # out of reach in many types; then what the cache holds has to do
@@ -90,7 +92,7 @@ def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
     name = model.name_or_path
     commit = getattr(model.config, "_commit_hash", None)
     try:
-        entry = find(name, revision=commit) if name else None
+        entry = find(name, revision=commit) if name and not Path(name).is_file() else None
         checkpoint = None if entry is None else Checkpoint(entry)
         names = [] if checkpoint is None else sorted(checkpoint.files)
     except (OSError, ValueError):

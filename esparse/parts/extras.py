@@ -26,6 +26,7 @@ EXTRAS = {
     "submitit": ("submitit", "slurm"),
     "matplotlib": ("matplotlib", "plot"),
     "numba": ("numba", "cpu"),
+    "gguf": ("gguf", "gguf"),
 }
 
 # What needs one, by the name of esparse's own class.
@@ -64,6 +65,9 @@ def check(experiment: Any) -> None:
         need_part(part)
     if experiment.model.store == "shards":
         need("accelerate", "model.store=shards")
+    if experiment.model.path.lower().endswith(".gguf"):
+        for module in ("gguf", "accelerate"):
+            need(module, f"the GGUF file {experiment.model.path}")
     if experiment.zeroshot.tasks:
         need("lm_eval", "zeroshot")
     for group, names in (("calibration", [experiment.calibration.corpus]), ("evaluate", experiment.evaluate.corpora)):

@@ -47,7 +47,8 @@ def _no_settings(settings: Mapping[str, Any]) -> bool:
 
 GROUPS: dict[str, Group] = {
     "model": Group(
-        options={ANY: "esparse.models.load:Model"}, notes={"tiny": "built in", "hf": "any: model.path=NAME_OR_DIR"}
+        options={ANY: "esparse.models.load:Model"},
+        notes={"tiny": "built in", "hf": "any: model.path=NAME_OR_DIR, or FILE.gguf"},
     ),
     "calibration": Group(
         options={ANY: "esparse.data.calibration:Calibration"},

@@ -49,6 +49,18 @@ BILLIONS = {
     "opt-6.7b": 6.66,
     "opt-30b": 30.0,
     "bloom-176b": 176.2,
+    "smollm2-135m": 0.1345,
+    "smollm2-360m": 0.3618,
+    "smollm2-1.7b": 1.711,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.72,
+    "gemma3-270m": 0.268,
+    "gemma3-1b": 1.0,
+    "llama3.2-1b": 1.236,
+    "llama3.2-3b": 3.213,
+    "pythia-160m": 0.1623,
+    "pythia-1.4b": 1.415,
+    "olmo2-1b": 1.485,
 }
 # By hand: embeddings (and head), then per block the matrices, biases and norms, then the last norm.
 COUNTS = {
