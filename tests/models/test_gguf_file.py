@@ -51,7 +51,7 @@ def in_file(name: str) -> str:
 
 
 def rotated(weight_OI: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of a query or key projection in the file's order: in each head, the two of a rotated pair side by side."""
+    """The rows of a query or key projection in the file's order: the two of a rotated pair side by side."""
     rows = []
     size = len(weight_OI) // heads
     for head in range(heads):
@@ -218,9 +218,10 @@ def test_blocks_are_not_read_one_by_one() -> None:
         model_of(Path("some.gguf"), store="shards")
 
 
-def test_a_missing_package_is_one_sentence_before_any_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_sentence_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", run_of(tmp_path, "x.gguf", tmp_path / "out"))
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(
-        Mistake, match=r"the GGUF file x needs gguf, which is not installed: pip install 'esparse\[gguf\]'"
-    ):
-        extras.need("gguf", "the GGUF file x")
+    with pytest.raises(Mistake, match=r"x\.gguf needs gguf, which is not installed: pip install 'esparse\[gguf\]'"):
+        registry.build(config)
