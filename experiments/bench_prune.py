@@ -212,7 +212,7 @@ def esparse_run(overrides: list[str]) -> Callable[..., None]:
 
     from esparse.cli import registry
     from esparse.models.blocks import BlockModel
-    from esparse.models.offload import Keeper
+    from esparse.models.offload import HiddenStateStore
     from esparse.pruning.prune import prune
     from esparse.records.report import Stages
 
@@ -221,7 +221,7 @@ def esparse_run(overrides: list[str]) -> Callable[..., None]:
         method = registry.build(compose("config", [*overrides, "tracking=none"])).method()
 
     def run(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
-        blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, keeper=Keeper(activations))
+        blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, hidden_store=HiddenStateStore(activations))
         stages = Stages()
         prune(blocks, tokens_SL, method, stages=stages)
         print(" ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages.seconds.items()), file=sys.stderr)

@@ -290,7 +290,7 @@ def tried(family: str) -> dict[str, Any]:
         walked, facts = walk(model, tokens_SL)
     except ValueError as error:
         refused = found | {"verdict": "refused", "why": said(error)}
-        return refused if type(error).__name__ == "Unwalkable" else refused | {"verdict": "crashed"}
+        return refused if type(error).__name__ == "UnsupportedModel" else refused | {"verdict": "crashed"}
     except Exception as error:
         return found | {"verdict": "crashed", "why": said(error)}
     try:

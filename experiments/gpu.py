@@ -181,7 +181,7 @@ def environment(*, dry_run: bool) -> None:
             "memory_bytes": device.total_memory,
             "cuda": torch.version.cuda,
             "cusparselt_loaded": library_version(),
-            # whether cuSPARSELt's blob begins with the survivors' values, so that one copy of them serves both
+            # whether cuSPARSELt's blob begins with the kept weights' values, so that one copy of them serves both
             "values_are_shared": shared is not None,
         }
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]

@@ -39,7 +39,7 @@ def pruned(name: str, model: Any, tokens_SL: Tensor, arguments: argparse.Namespa
 
     from esparse.cli import registry
     from esparse.models.blocks import BlockModel
-    from esparse.models.offload import Keeper
+    from esparse.models.offload import HiddenStateStore
     from esparse.pruning.prune import prune
     from esparse.records.report import Stages
 
@@ -50,7 +50,9 @@ def pruned(name: str, model: Any, tokens_SL: Tensor, arguments: argparse.Namespa
     settle()
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blocks = BlockModel(model, device=device, batch_tokens=arguments.batch_tokens, keeper=Keeper(arguments.activations))
+    blocks = BlockModel(
+        model, device=device, batch_tokens=arguments.batch_tokens, hidden_store=HiddenStateStore(arguments.activations)
+    )
     settle()
     began = time.perf_counter()
     prune(blocks, tokens_SL, method, stages=stages)

@@ -42,7 +42,7 @@ from esparse.metrics import Metric  # noqa: E402
 from esparse.metrics.magnitude import Magnitude  # noqa: E402
 from esparse.metrics.ria import relative_importance  # noqa: E402
 from esparse.models.blocks import BlockModel  # noqa: E402
-from esparse.models.offload import Keeper  # noqa: E402
+from esparse.models.offload import HiddenStateStore  # noqa: E402
 from esparse.pruning.method import Method  # noqa: E402
 from esparse.pruning.prune import prune  # noqa: E402
 from esparse.records.report import Stages  # noqa: E402
@@ -82,9 +82,9 @@ class LaterNorm(ColumnNorm):
         super().__init__(**size)
         self.length = length
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look == 0:
-            super().add(_later(x_TI, self.length), look)
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index == 0:
+            super().add(_later(x_TI, self.length), pass_index)
 
 
 class RangedEntropy(ColumnEntropy):
@@ -101,22 +101,22 @@ class RangedEntropy(ColumnEntropy):
         self.bounds, self.length, self.first = None if own else range, length, first
         self._parts: list[Tensor] = []
 
-    def add(self, x_TI: Tensor, look: int) -> None:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
         x_TI = x_TI if self.first else _later(x_TI, self.length)
-        if self.bounds is not None and look == 0:
+        if self.bounds is not None and pass_index == 0:
             self._parts.append(x_TI)
         else:
-            super().add(x_TI, look)
+            super().add(x_TI, pass_index)
 
-    def add_all(self, parts: Sequence[Tensor], look: int) -> None:
-        assert look == 1
-        super().add_all(parts if self.first else [_later(x_TI, self.length) for x_TI in parts], look)
+    def add_all(self, parts: Sequence[Tensor], pass_index: int) -> None:
+        assert pass_index == 1
+        super().add_all(parts if self.first else [_later(x_TI, self.length) for x_TI in parts], pass_index)
 
-    def unite(self, ranks: Any, look: int, tokens: Sequence[int]) -> None:
-        if look == 0 and self.bounds is not None:
+    def unite(self, ranks: Any, pass_index: int, tokens: Sequence[int]) -> None:
+        if pass_index == 0 and self.bounds is not None:
             self.low_I, self.high_I = _bounds(torch.cat(self._parts), self.bounds)
             self._parts = []
-        super().unite(ranks, look, tokens)
+        super().unite(ranks, pass_index, tokens)
 
 
 def _bounds(x_TI: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -326,7 +326,7 @@ class Worker:
             stats.TILE = 2**16
         self.device, self.tokens = device, np.load(tokens)
         at_once = 8192 if device.type == "cuda" else 1024
-        self.blocks = BlockModel(loaded, device=device, batch_tokens=at_once, keeper=Keeper("device"))
+        self.blocks = BlockModel(loaded, device=device, batch_tokens=at_once, hidden_store=HiddenStateStore("device"))
         self.dense = {name: weight.detach().clone() for name, weight in loaded.named_parameters()}
 
     @torch.no_grad()
@@ -340,7 +340,7 @@ class Worker:
             tokens_SL = torch.from_numpy(self.tokens[f"{job.calibration}/{job.seed}"].astype(np.int64))
             stages = Stages(self._settle)
             done = prune(self.blocks, tokens_SL, self._method(job, tokens_SL.shape[1]), stages=stages)
-            facts = {"density": done.survivors / done.weights, "pattern_holds": done.pattern_holds}
+            facts = {"density": done.kept / done.weights, "pattern_holds": done.pattern_holds}
             facts["stages"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
         pruned = time.perf_counter()
         losses_W = window_losses(self.blocks, torch.from_numpy(self.tokens["test"].astype(np.int64)))

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from esparse.cli import registry
 from esparse.cli.help_text import store_not_copied
-from esparse.records.groups import GROUPS, METHOD, title
+from esparse.records.groups import GROUPS, METHOD_GROUPS, display_name
 from esparse.records.report import run_id
 from esparse.run.settings import Experiment
 from tests.workshop import launch
@@ -172,13 +172,13 @@ def test_every_group_says_what_it_counts_for() -> None:
         assert set(group.notes) <= {option for of, option in OPTIONS if of == name}, f"notes on no option of {name}"
         if group.method and group.neutral:
             choices = asked["choices"] | {name: group.neutral}
-            assert group.neutral not in title(asked | {"choices": choices}).split()
-    assert METHOD == ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
+            assert group.neutral not in display_name(asked | {"choices": choices}).split()
+    assert METHOD_GROUPS == ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
 
 
 def test_a_run_has_a_short_name() -> None:
-    assert title(settings()) == "tiny 2:4 entropy esparse"
-    assert title(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
+    assert display_name(settings()) == "tiny 2:4 entropy esparse"
+    assert display_name(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from esparse.linalg import finite, inverse_factor, multiplies_into_float32
 from esparse.metrics.entropy import Entropy
 from esparse.models.blocks import BlockModel
-from esparse.models.offload import Keeper
+from esparse.models.offload import HiddenStateStore
 from esparse.models.store import MemoryStore
 from esparse.patterns import NM
 from esparse.pruning.method import Method
@@ -59,8 +59,8 @@ def test_entropy_and_norm(dtype: torch.dtype, bounds: str) -> None:
     def of(device: torch.device) -> tuple[ColumnEntropy, ColumnNorm]:
         size = {"inputs": 1000, "sequences": 1, "device": device}
         entropy, norm = ColumnEntropy(bins=100, range=bounds, limit=4.0, **size), ColumnNorm(**size)
-        for look in range(entropy.looks):
-            entropy.add_all([x_TI.to(device) for x_TI in parts], look)
+        for pass_index in range(entropy.passes):
+            entropy.add_all([x_TI.to(device) for x_TI in parts], pass_index)
         norm.add_all([x_TI.to(device) for x_TI in parts], 0)
         return entropy, norm
 
@@ -155,9 +155,9 @@ def test_a_model_is_pruned_as_on_a_cpu(place: str) -> None:
     for device in (CPU, GPU):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-        blocks = BlockModel(model, device=device, batch_tokens=80, keeper=Keeper(place))
+        blocks = BlockModel(model, device=device, batch_tokens=80, hidden_store=HiddenStateStore(place))
         pruned = prune(blocks, tokens_SL, method, stages=Stages())
-        assert pruned.pattern_holds and pruned.survivors * 2 == pruned.weights
+        assert pruned.pattern_holds and pruned.kept * 2 == pruned.weights
         assert all(parameter.device == CPU for parameter in model.parameters())
         kept.append([layer.kept_score for layer in pruned.layers])
         totals.append([layer.relative_error for layer in pruned.layers])

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from esparse.jobs import lock
 from esparse.packed import memory
-from esparse.records.groups import METHOD
+from esparse.records.groups import METHOD_GROUPS
 from esparse.sweeps import commands as sweep
 from esparse.sweeps.folder import Folder
 from tests import test_docs
@@ -171,7 +171,7 @@ def swept(words: list[str], at: At) -> None:
 def submitted(root: Path) -> Path:
     """The folder of a sweep on Slurm, whose only run has failed."""
     config = {"output_root": str(root / "out"), "pattern": "2:4", "outliers": None, "model": {"name": "tiny"}}
-    config["choices"] = {group: "none" for group in METHOD}
+    config["choices"] = {group: "none" for group in METHOD_GROUPS}
     settings: Any = OmegaConf.to_container(composed("hydra/launcher=site").hydra.launcher, resolve=True)
     settings.pop("_target_")
     folder = Folder.create(root / "out" / "sweeps" / "NAME", "slurm", settings, [config])

@@ -1,4 +1,4 @@
-"""The choice of patterns under a budget: a small sum of costs, and no more survivors than would uniformly be left."""
+"""Chooses one pattern per unit: the least sum of costs with no more kept weights than the uniform pattern has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heappop, heappush
 
-from esparse.patterns import Pattern, Salient
+from esparse.patterns import Outliers, Pattern
 
 LARGEST = 2 * 10**8  # sums that the search for the least one may try, which takes about a second
 
@@ -27,13 +27,13 @@ class Shape:
 class Unit:
     """Layers that get one pattern: those that they may get, from the sparsest to the densest.
 
-    `survivors[k]`, which ascend strictly, is how many of their weights survive under `patterns[k]`.
+    `kept[k]`, which ascend strictly, is how many of their weights survive under `patterns[k]`.
     """
 
     names: tuple[str, ...]
     weights: int
     patterns: tuple[Pattern, ...]
-    survivors: tuple[int, ...]
+    kept: tuple[int, ...]
     asked: int  # the place of the pattern that was asked for
 
     @classmethod
@@ -43,21 +43,21 @@ class Unit:
         `patterns` ascend in density, and the one asked for is among them.
         """
         place = patterns.index(asked)
-        by_survivors: dict[int, Pattern] = {}
+        by_kept: dict[int, Pattern] = {}
         for _, pattern in sorted(enumerate(patterns), key=lambda numbered: abs(numbered[0] - place)):
-            by_survivors.setdefault(count(layers, pattern), pattern)
-        survivors = sorted(by_survivors)
+            by_kept.setdefault(count(layers, pattern), pattern)
+        kept = sorted(by_kept)
         return cls(
             names=tuple(layer.name for layer in layers),
             weights=sum(layer.outputs * layer.inputs for layer in layers),
-            patterns=tuple(by_survivors[one] for one in survivors),
-            survivors=tuple(survivors),
-            asked=survivors.index(count(layers, asked)),
+            patterns=tuple(by_kept[one] for one in kept),
+            kept=tuple(kept),
+            asked=kept.index(count(layers, asked)),
         )
 
 
 def count(layers: Sequence[Shape], pattern: Pattern) -> int:
-    """How many weights of these layers survive. Salient weights, which are as many whatever the base, do not count."""
+    """How many weights of these layers survive. Outliers, which are as many whatever the base, do not count."""
     return sum(layer.outputs * _of_row(pattern, layer.inputs) for layer in layers)
 
 
@@ -65,7 +65,7 @@ def count(layers: Sequence[Shape], pattern: Pattern) -> int:
 def _of_row(pattern: Pattern, inputs: int) -> int:
     import torch
 
-    counted = pattern.base if isinstance(pattern, Salient) else pattern
+    counted = pattern.base if isinstance(pattern, Outliers) else pattern
     return int(counted.keep_top(torch.zeros(1, inputs)).sum())
 
 
@@ -79,7 +79,7 @@ def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, 
     choice that costs no less than the uniform one is not made.
     """
     uniform = [unit.asked for unit in units]
-    budget = sum(unit.survivors[unit.asked] - unit.survivors[0] for unit in units)
+    budget = sum(unit.kept[unit.asked] - unit.kept[0] for unit in units)
     chosen = _cheapest(units, costs, budget)
     _fill(units, costs, chosen, budget)
     if _sum(costs, chosen) >= _sum(costs, uniform):
@@ -96,7 +96,7 @@ def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: i
     """The places of the patterns with the least sum of costs (a knapsack by dynamic programming); 0s if too many."""
     import torch
 
-    sizes = [[survivors - unit.survivors[0] for survivors in unit.survivors] for unit in units]
+    sizes = [[kept - unit.kept[0] for kept in unit.kept] for unit in units]
     quantum = math.gcd(budget, *itertools.chain(*sizes)) or 1
     most = budget // quantum
     if sum(map(len, sizes)) * most > LARGEST:
@@ -122,14 +122,14 @@ def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[
     """Takes steps, in place, until none fits into what is left, the one that saves most per weight first."""
 
     def step(place: int) -> tuple[float, int, int]:
-        at, survivors, cost = chosen[place], units[place].survivors, costs[place]
-        size = survivors[at + 1] - survivors[at]
+        at, kept, cost = chosen[place], units[place].kept, costs[place]
+        size = kept[at + 1] - kept[at]
         return (cost[at + 1] - cost[at]) / size, place, size  # of equal savings the first unit's steps come first
 
     def has_next(place: int) -> bool:
-        return chosen[place] + 1 < len(units[place].survivors)
+        return chosen[place] + 1 < len(units[place].kept)
 
-    left = budget - sum(unit.survivors[at] - unit.survivors[0] for unit, at in zip(units, chosen, strict=True))
+    left = budget - sum(unit.kept[at] - unit.kept[0] for unit, at in zip(units, chosen, strict=True))
     ahead = [step(place) for place in range(len(units)) if has_next(place)]
     heapify(ahead)
     while ahead:

@@ -99,7 +99,7 @@ class LayerError(Allocation):
             counts = [count(shapes, other) for other in measured]
             within = [other for other in finer if counts[0] <= count(shapes, other) <= counts[-1]]
             units.append(Unit.of(shapes, pattern, within))
-            costs.append(between(counts, self._sums(group), units[-1].survivors))
+            costs.append(between(counts, self._sums(group), units[-1].kept))
         return spend(units, costs)
 
     def _sums(self, group: Sequence[Errors]) -> list[float]:

@@ -135,5 +135,5 @@ def offsets(ratios: Sequence[float], weights: Sequence[int], spread: float) -> l
 
 def _distances(unit: Unit, offset: float) -> list[float]:
     """What each pattern costs: the squared distance of its density to the one wished for, times the weights."""
-    wish = unit.survivors[unit.asked] / unit.weights + offset
-    return [unit.weights * (survivors / unit.weights - wish) ** 2 for survivors in unit.survivors]
+    wish = unit.kept[unit.asked] / unit.weights + offset
+    return [unit.weights * (kept / unit.weights - wish) ** 2 for kept in unit.kept]

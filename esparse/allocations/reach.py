@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from esparse.errors import Mistake
-from esparse.patterns import NM, Pattern, Salient, Unstructured
+from esparse.patterns import NM, Outliers, Pattern, Unstructured
 
 POINTS = 0.1  # between one percentage and the next that a layer may get
 ROUNDING = 1e-9  # what a sum of decimal fractions may be off
@@ -14,10 +14,10 @@ ROUNDING = 1e-9  # what a sum of decimal fractions may be off
 def others(pattern: Pattern, reach: float, points: float = POINTS) -> list[Pattern]:
     """The patterns whose density lies within `reach` of this one's, from the sparsest to the densest, itself included.
 
-    Of n:m, beside salient weights or not, other n from 1 to m - 1; of per cent, those at a distance of `points` from
+    Of n:m, beside outliers or not, other n from 1 to m - 1; of per cent, those at a distance of `points` from
     each other, between 0 and 100. Raises TypeError for a pattern that has no such others.
     """
-    if isinstance(pattern, Salient):
+    if isinstance(pattern, Outliers):
         return [dataclasses.replace(pattern, base=base) for base in _other_n(pattern.base, reach)]
     if isinstance(pattern, NM):
         return list(_other_n(pattern, reach))
@@ -36,7 +36,7 @@ def _other_n(pattern: NM, reach: float) -> list[NM]:
 
 def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, reach: float, points: float) -> None:
     """Raises ValueError where within this reach no layer could get another pattern than the one asked for."""
-    base = pattern.base if isinstance(pattern, Salient) else pattern
+    base = pattern.base if isinstance(pattern, Outliers) else pattern
     if isinstance(base, Unstructured):
         if reach < points / 100 - ROUNDING:
             raise Mistake(

@@ -57,7 +57,7 @@ class Report:
     @property
     def density(self) -> float:
         """Share of the pruned layers' weights that survives, measured on the weights."""
-        return self.pruned.survivors / self.pruned.weights
+        return self.pruned.kept / self.pruned.weights
 
     @property
     def pattern_holds(self) -> bool:

@@ -83,7 +83,7 @@ def random_input(tokens: int, inputs: int, name: str, device: torch.device, seed
 def pruned(weight_RI: Tensor, nm: NM) -> Tensor:
     """The weight with zeros (no -0.0) where it is not among the largest n of m."""
     keep_RI = nm.keep_top(weight_RI.float().abs())
-    # Not masked_fill, which float8 lacks. Survivors that are zero themselves would not be survivors to a compressor.
+    # float8 lacks masked_fill. A kept weight of value 0 becomes 1: a compressor would take it for a pruned one.
     nonzero_RI = torch.where(weight_RI.float() == 0, 1.0, weight_RI.float())
     return torch.where(keep_RI, nonzero_RI, 0.0).to(weight_RI.dtype)
 

@@ -25,7 +25,7 @@ from esparse.cli.main import log_to_file, log_to_terminal, quiet_libraries
 from esparse.cli.messages import say_failed, sentence
 from esparse.errors import Mistake
 from esparse.jobs import lock, run_states
-from esparse.records.groups import title
+from esparse.records.groups import display_name
 from esparse.records.report import finished, write_json
 from esparse.records.report import run_id as id_of
 
@@ -48,7 +48,7 @@ def carry_out(
     Returns its record, None where there is none. `sweep`: the folder of the sweep that this process is a job of.
     `to_come`: folders and settings of the runs that follow in this process.
     """
-    run_id, name = id_of(settings), title(settings)
+    run_id, name = id_of(settings), display_name(settings)
     folder = Path(experiment.output_root) / run_id
     call.begun = True
     if in_sweep := sweep.name if sweep else call.sweep:

@@ -11,7 +11,7 @@ from typing import Any
 from esparse.cli.call import FAILED, FINISHED
 from esparse.cli.earlier import differs
 from esparse.jobs import run_states
-from esparse.records.groups import title
+from esparse.records.groups import display_name
 from esparse.records.report import finished
 from esparse.run.tracking import offline_runs
 
@@ -25,12 +25,12 @@ def end_of_sweep(sweep: Path, runs: Mapping[Path, Mapping[str, Any]], states: Ma
         state, record = states[folder], finished(folder)
         why = None if record is None else differs(record, settings)
         if why is not None:
-            missing.append(("failed", title(settings), f"was run before ({folder}), {why}"))
+            missing.append(("failed", display_name(settings), f"was run before ({folder}), {why}"))
         elif record is not None:
             records.append(record)
         if state.kind != "finished":
             missing.append(
-                ("failed" if state.kind in run_states.FAILED else "not finished", title(settings), state.text)
+                ("failed" if state.kind in run_states.FAILED else "not finished", display_name(settings), state.text)
             )
     print_table(records, missing)
     if offline := [run for folder in runs for run in offline_runs(folder, folder.name)]:

@@ -21,7 +21,7 @@ from esparse.cli.main import mistakes
 from esparse.cli.messages import sentence
 from esparse.errors import Mistake
 from esparse.jobs import run_states
-from esparse.records.groups import title
+from esparse.records.groups import display_name
 from esparse.records.report import run_id
 
 
@@ -40,7 +40,7 @@ class Sweep(Callback):
             return
         ends = {run_states.folder_of(settings): settings for settings in call.runs.values()}
         call.begun = True
-        call.code = end_of_sweep(Path(config.hydra.sweep.dir), ends, run_states.looked(ends))
+        call.code = end_of_sweep(Path(config.hydra.sweep.dir), ends, run_states.states_of(ends))
 
 
 def give_away(submit: Callable[[], bool], settings: Sequence[dict[str, Any]]) -> None:
@@ -66,7 +66,7 @@ def _check_exports(runs: Sequence[Mapping[str, Any]]) -> None:
     for settings in runs:
         if (path := settings["export"].get("path")) is not None:
             place = Path(path).expanduser().resolve()
-            places.setdefault(place, {})[run_id(settings)] = title(settings)
+            places.setdefault(place, {})[run_id(settings)] = display_name(settings)
     for place, names in places.items():
         if len(names) > 1:
             first, second, *more = names.values()

@@ -98,7 +98,7 @@ def _chunks(inputs: Sequence[Tokens], most_tokens: int) -> Iterator[Sequence[Tok
 def _room(blocks: BlockModel) -> int:
     """How many tokens' hidden states take a quarter of the free memory where they wait."""
     config = blocks.model.config.get_text_config()
-    device = blocks.device if blocks.keeper.place == "device" else torch.device("cpu")
+    device = blocks.device if blocks.hidden_store.place == "device" else torch.device("cpu")
     return int(
         host_memory.free_bytes(device) // 4 // blocks.ranks.size // (config.hidden_size * blocks.model.dtype.itemsize)
     )

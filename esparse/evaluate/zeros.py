@@ -45,7 +45,7 @@ class Count:
     squares: float = 0.0
     below: list[int] = field(default_factory=lambda: [0] * len(THRESHOLDS))
 
-    def look(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> None:
         """Takes part in the scale."""
         self.values += x.numel()
         self.squares += sum(float(part.double().square().sum()) for part in _parts(x))
@@ -81,11 +81,11 @@ def shares(blocks: BlockModel, tokens_SL: Tensor) -> Shares:
                 matrices = BlockMatrices(module, name)
                 for entry, parameter in matrices.parameters().items():
                     of_weight = Count()
-                    of_weight.look(parameter)
+                    of_weight.add(parameter)
                     of_weight.count(parameter, of_weight.scale)
                     found["weight", entry.removesuffix(".weight"), None] = of_weight.shares()
                 inputs: dict[str, Count] = {}
-                with matrices.observed(lambda group, x_TI: _of(inputs, group).look(x_TI)):  # noqa: B023
+                with matrices.observed(lambda group, x_TI: _of(inputs, group).add(x_TI)):  # noqa: B023
                     stream.observe(index)
                 heads: dict[int, Count] = {}
                 again = _again(inputs)

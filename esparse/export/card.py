@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from esparse.records.groups import METHOD, acts
+from esparse.records.groups import METHOD_GROUPS, acts
 
 LOAD = """```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +51,7 @@ def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
 
 def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -> str:
     name, sparsity, config = record["model"]["name"], record["sparsity"], record["config"]
-    choices = ", ".join(f"{group}={option}" for group, option in config["choices"].items() if group in METHOD)
+    choices = ", ".join(f"{group}={option}" for group, option in config["choices"].items() if group in METHOD_GROUPS)
     calibration = config["calibration"]
     lines = [
         "---",

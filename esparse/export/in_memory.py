@@ -61,7 +61,7 @@ def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
     parameter = model.get_parameter(matrix.entry)
     weight_OI = matrix.part_of(parameter.data).cpu()
     order_I = None if grouping.order_I is None else grouping.order_I.cpu()
-    gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # salient weights are bound to their runs
+    gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # outliers are bound to their runs
     tensors = to_file(_packed(matrix, Grouping(grouping.pattern, order_I), weight_OI))
     if order_I is not None and not gathered:
         tensors["order"] = order_I.int()

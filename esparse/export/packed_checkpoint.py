@@ -44,7 +44,7 @@ class Packed(ToFolder):
 
     With `order=physical` the columns stand in the order in which the groups were cut, which sparse kernels want, and
     gathers are part of the model; with `original` they get back their own order while the model is loaded, as those of
-    experts do in any case. Experts with salient weights and a shuffle stay dense, and the log says so.
+    experts do in any case. Experts with outliers and a shuffle stay dense, and the log says so.
     """
 
     def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
@@ -52,7 +52,7 @@ class Packed(ToFolder):
             raise Mistake(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
         if self.order == "original" and shuffled and len(pattern.parts()) > 1:
             raise Mistake(
-                "salient weights are stored by their runs of columns, which a shuffle reorders: use "
+                "outliers are stored by their runs of columns, which a shuffle reorders: use "
                 "export.order=physical, or shuffle=none"
             )
 
@@ -199,5 +199,5 @@ def _why_dense(groupings: Sequence[Grouping]) -> str | None:
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
         return "the experts of a parameter are packed in one pattern only, and they have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:
-        return "salient weights are stored by their runs of columns, which a shuffle reorders (shuffle=none would help)"
+        return "outliers are stored by their runs of columns, which a shuffle reorders (shuffle=none would help)"
     return None

@@ -38,7 +38,7 @@ def status(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def look(folder: Path, queue: cluster.Queue) -> State:
+def state_of(folder: Path, queue: cluster.Queue) -> State:
     """How a run stands. The queue is asked before the folder is read, so that no end is missed in between."""
     there = lock.read(folder)
     lives = there is not None and lock.alive(folder, there, queue)
@@ -67,9 +67,9 @@ def look(folder: Path, queue: cluster.Queue) -> State:
     return State("died", f"died while {while_}{f' on {host}' if host else ''}{how}")
 
 
-def looked(folders: Iterable[Path]) -> dict[Path, State]:
+def states_of(folders: Iterable[Path]) -> dict[Path, State]:
     queue = cluster.Queue()
-    return {folder: look(folder, queue) for folder in folders}
+    return {folder: state_of(folder, queue) for folder in folders}
 
 
 def counted(states: Iterable[State]) -> str:

@@ -1,7 +1,7 @@
 """Matrix products from packed n:m weights, and what stands around them; Triton on a GPU, plain PyTorch beside it.
 
-The compute form of a matrix of R rows (outputs) and I columns (inputs): `values` (R x K), the survivors of each row in
-column order, K of them in every row; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
+The compute form of a matrix of R rows (outputs) and I columns (inputs): `values` (R x K), the K kept weights of
+each row in column order; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
 
 What pruning itself does again and again has, beside PyTorch's operations, loops that numba compiles for a CPU
 (maxima.py, histogram.py, columns.py) and Triton kernels for a GPU (exchange.py, tally.py, repair.py).

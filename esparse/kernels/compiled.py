@@ -1,11 +1,11 @@
 """Products of packed weights on a CPU, in loops that numba compiles (an extra, `cpu`).
 
 A piece of a row gets its zeros back in a core's cache and is multiplied there. Where the CPU has AVX-512 (VBMI2 for 16
-bits), one instruction spreads the survivors of 32 columns; elsewhere they are put into their places one by one.
+bits), one instruction spreads the kept weights of 32 columns; elsewhere they are put into their places one by one.
 
 Everything here takes flat arrays: 16-bit values come as uint16 (bfloat16) or int16 (float16), as numba knows neither.
 
-Shapes: T tokens, O outputs, I inputs, K survivors of a row, S salient ones, B bytes of a row's bits.
+Shapes: T tokens, O outputs, I inputs, K kept weights of a row, S outliers, B bytes of a row's bits.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 COLUMNS = 1024  # of a row that are spread at one time: they, and some tokens' inputs for them, stay in the first cache
-LANES = 32  # columns that one word says the survivors of
+LANES = 32  # columns that one word says the kept weights of
 ALONE = 2**18  # weights of a matrix that is not worth a second thread
 STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 
 
-Salient = tuple[Tensor, Tensor, Tensor]  # values and places (O x S), and the column each place counts from (S)
+Outliers = tuple[Tensor, Tensor, Tensor]  # values and places (O x S), and the column each place counts from (S)
 
 
-def product(values_OK: Tensor, bits_OB: Tensor, x_TI: Tensor, salient: Salient | None = None) -> Tensor:
+def product(values_OK: Tensor, bits_OB: Tensor, x_TI: Tensor, outliers: Outliers | None = None) -> Tensor:
     """x @ W^T (T x O) in float32, for a few tokens; the weights are read once."""
     (outputs, kept), (tokens, inputs) = values_OK.shape, x_TI.shape
     x = x_TI.float().contiguous().view(-1).numpy()
     y_OT = np.empty((outputs, tokens), np.float32)
-    arrays = _arrays(values_OK, bits_OB, salient)
+    arrays = _arrays(values_OK, bits_OB, outliers)
     vectors = vectors_for(values_OK.dtype)
 
     def rows(first: int, end: int) -> None:
@@ -48,12 +48,12 @@ def product(values_OK: Tensor, bits_OB: Tensor, x_TI: Tensor, salient: Salient |
     return torch.from_numpy(y_OT).T
 
 
-def dense(values_OK: Tensor, bits_OB: Tensor, salient: Salient | None, inputs: int, rows: slice) -> Tensor:
+def dense(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None, inputs: int, rows: slice) -> Tensor:
     """Some rows with their zeros."""
     kept, stored = values_OK.shape[1], STORED[values_OK.dtype]
     weight_OI = torch.empty(rows.stop - rows.start, inputs, dtype=values_OK.dtype)
     out = weight_OI.view(stored).view(-1).numpy()
-    arrays = _arrays(values_OK, bits_OB, salient)
+    arrays = _arrays(values_OK, bits_OB, outliers)
     vectors = vectors_for(values_OK.dtype)
 
     def some(start: int, stop: int) -> None:
@@ -78,14 +78,14 @@ def takes(dtype: torch.dtype) -> bool:
     return dtype in STORED
 
 
-def _arrays(values_OK: Tensor, bits_OB: Tensor, salient: Salient | None) -> tuple[Any, ...]:
-    """What the loops read: values, bits, and what is salient, which may be empty."""
+def _arrays(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None) -> tuple[Any, ...]:
+    """What the loops read: values, bits, and the outliers, which may be empty."""
     stored = STORED[values_OK.dtype]
     values = values_OK.detach().view(stored).view(-1).numpy()
     bits = bits_OB.view(-1).numpy()
-    if salient is None:
+    if outliers is None:
         return values, bits, bits_OB.shape[1], values[:0], bits[:0], NO_STARTS
-    values_OS, places_OS, starts_S = salient
+    values_OS, places_OS, starts_S = outliers
     of_salient = values_OS.detach().view(stored).view(-1).numpy()
     return values, bits, bits_OB.shape[1], of_salient, places_OS.view(-1).numpy(), starts_S.numpy()
 
@@ -235,7 +235,7 @@ def _whole_word(bits: Any, first: int) -> Any:
 
 @njit(nogil=True, fastmath=True, cache=True)
 def _product(
-    values: Any, bits: Any, row_bytes: int, salient: Any, places: Any, starts: Any,
+    values: Any, bits: Any, row_bytes: int, outliers: Any, places: Any, starts: Any,
     x: Any, y_OT: Any, kept: int, inputs: int, first: int, end: int, vectors: bool,
 ) -> None:  # fmt: skip
     piece, stored, sums = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, values.dtype), np.empty(LANES, np.float32)
@@ -262,7 +262,7 @@ def _product(
                 there = np.int64(starts[np.uint64(number)]) + np.int64(places[place])
                 if there >= start + columns:
                     break
-                piece[np.uint64(there - start)] += _wide(salient[place])
+                piece[np.uint64(there - start)] += _wide(outliers[place])
                 number += 1
             for token in range(tokens):
                 x_part = x[token * inputs + start : token * inputs + start + columns]
@@ -309,7 +309,7 @@ def _put(values: Any, at: Any, word: Any, out: Any, place: int) -> Any:
 
 @njit(nogil=True, cache=True)
 def _expand(
-    values: Any, bits: Any, row_bytes: int, salient: Any, places: Any, starts: Any,
+    values: Any, bits: Any, row_bytes: int, outliers: Any, places: Any, starts: Any,
     out: Any, kept: int, inputs: int, first: int, end: int, offset: int, vectors: bool,
 ) -> None:  # fmt: skip
     at: Any
@@ -329,5 +329,5 @@ def _expand(
             at = _put(values, at, word, out, begin + column)
         for number in range(len(starts)):
             place = np.uint64(row * len(starts) + number)
-            if _wide(salient[place]) != 0:  # a place without a weight, where one of a group may stand
-                out[np.uint64(begin + starts[np.uint64(number)] + np.int64(places[place]))] = salient[place]
+            if _wide(outliers[place]) != 0:  # a place without a weight, where one of a group may stand
+                out[np.uint64(begin + starts[np.uint64(number)] + np.int64(places[place]))] = outliers[place]

@@ -35,7 +35,7 @@ def decode(values_RK: Tensor, bits_RB: Tensor, inputs: int, *, n: int, m: int, o
         kept,
         run_bits.stride(0),
         COLUMNS=cut.columns,
-        SURVIVORS=cut.survivors,
+        RUN_KEPT=cut.kept,
         WORD=word,
         WIDTH=triton.next_power_of_2(cut.columns),
         ROWS=tile_rows,
@@ -56,7 +56,7 @@ def _decode_kernel(
     kept,
     bit_stride,
     COLUMNS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
+    RUN_KEPT: tl.constexpr,
     WORD: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,7 +67,7 @@ def _decode_kernel(
     run = (tl.program_id(1) * RUNS + tl.arange(0, RUNS))[None, :]
     place = tl.arange(0, WIDTH)[None, None, :]
     dense = expanded(
-        values, bits, row, run, rows, inputs, kept, bit_stride, COLUMNS, SURVIVORS, WORD, WIDTH, INTERPRETED
+        values, bits, row, run, rows, inputs, kept, bit_stride, COLUMNS, RUN_KEPT, WORD, WIDTH, INTERPRETED
     )
     column = run[:, :, None] * COLUMNS + place
     fits = (row < rows)[:, :, None] & (place < COLUMNS) & (column < inputs)

@@ -1,6 +1,6 @@
 """The compute form of an n:m matrix, in plain PyTorch: from a dense matrix and back.
 
-Shapes: R rows (outputs), I columns (inputs), K survivors of a row, B bytes of a row's bits.
+Shapes: R rows (outputs), I columns (inputs), K kept weights of a row, B bytes of a row's bits.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """A row cut into runs of `columns` columns with `survivors` survivors each; a shorter last run has fewer.
+    """A row cut into runs of `columns` columns with `kept` kept weights each; a shorter last run has fewer.
 
-    A run holds whole groups of n:m, so that the k-th survivor of run u is value u * survivors + k of its row.
+    A run holds whole groups of n:m, so that the k-th kept weight of run u is value u * kept + k of its row.
     """
 
     columns: int
-    survivors: int
+    kept: int
 
 
 def units(n: int, m: int) -> Units | None:
-    """How kernels cut rows of n:m; None where no run of at most 32 columns with at most 16 survivors exists.
+    """How kernels cut rows of n:m; None where no run of at most 32 columns with at most 16 kept weights exists.
 
-    Eight survivors are preferred: of 16 bits each, they are one 16-byte load.
+    Eight kept weights are preferred: of 16 bits each, they are one 16-byte load.
     """
     cuts = [Units(c, c * n // m) for c in (16, 32, m) if c % m == 0 and c <= 32 and c * n // m <= 16]
-    return max(cuts, key=lambda u: (u.columns in (16, 32), u.survivors == 8, u.survivors), default=None)
+    return max(cuts, key=lambda u: (u.columns in (16, 32), u.kept == 8, u.kept), default=None)
 
 
 def in_registers(dtype: torch.dtype, inputs: int, n: int, m: int) -> bool:
-    """Whether rows are whole runs of 16 columns with 8 survivors of two bytes each (kernels/registers.py)."""
+    """Whether rows are whole runs of 16 columns with 8 kept weights of two bytes each (kernels/registers.py)."""
     return dtype in (torch.float16, torch.bfloat16) and 2 * n == m and 16 % m == 0 and inputs % 16 == 0
 
 
-def survivors(inputs: int, n: int, m: int) -> int:
+def kept_per_row(inputs: int, n: int, m: int) -> int:
     """K: n of each whole group, ceil(r * n / m) of a shorter last one of r columns."""
     groups, tail = divmod(inputs, m)
     return groups * n - (-tail * n // m)

@@ -6,7 +6,7 @@ into eight column numbers, and the inputs are gathered from the cache: its work 
 goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one token, hardly more
 for sixteen. Which one, with which tile, is tried once per shape on the device.
 
-Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row (form.Units), S places of a run.
+Shapes: T tokens, R rows, I columns, K kept weights of a row, U runs of a row (form.Units), S places of a run.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _launch(
     out = torch.empty(splits, tokens, rows, dtype=out_type, device=x_TI.device)
     shared = {
         "COLUMNS": cut.columns,
-        "SURVIVORS": cut.survivors,
+        "RUN_KEPT": cut.kept,
         "WORD": word,
         "ORDERED": order_I is not None,
         "ROWS": tile.rows,
@@ -192,7 +192,7 @@ def _launch(
             out,
             *sizes,
             TOKENS=at_once,
-            SLOTS=triton.next_power_of_2(cut.survivors),
+            SLOTS=triton.next_power_of_2(cut.kept),
             **shared,
         )
     else:
@@ -274,7 +274,7 @@ def _gather_kernel(
     tokens,
     steps,
     COLUMNS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
+    RUN_KEPT: tl.constexpr,
     WORD: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -289,7 +289,7 @@ def _gather_kernel(
     slot = tl.arange(0, SLOTS)[None, None, :]
     token = tl.program_id(2) * TOKENS
     step = tl.program_id(1) * steps * RUNS  # the first run of a step
-    kept_end = tl.minimum(kept, (step + steps * RUNS) * SURVIVORS)
+    kept_end = tl.minimum(kept, (step + steps * RUNS) * RUN_KEPT)
     inputs_end = tl.minimum(inputs, (step + steps * RUNS) * COLUMNS)
     row_here = (row < rows)[:, None]
     sum0 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
@@ -297,18 +297,18 @@ def _gather_kernel(
     sum2 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
     sum3 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
     own = values + row[:, None].to(tl.int64) * kept
-    # With as many places as survivors they stand side by side.
-    at = place if SLOTS == SURVIVORS else place // SLOTS * SURVIVORS + place % SLOTS
-    is_slot = (place % SLOTS < SURVIVORS) & row_here
-    here = is_slot & (step * SURVIVORS + at < kept_end)
-    loaded = tl.load(own + step * SURVIVORS + at, mask=here, other=0.0)
+    # With as many places as kept weights they stand side by side.
+    at = place if SLOTS == RUN_KEPT else place // SLOTS * RUN_KEPT + place % SLOTS
+    is_slot = (place % SLOTS < RUN_KEPT) & row_here
+    here = is_slot & (step * RUN_KEPT + at < kept_end)
+    loaded = tl.load(own + step * RUN_KEPT + at, mask=here, other=0.0)
     run = step + number
     word = run_words(bits, row[:, None], run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
     for _ in range(steps):
         # The next weights are on their way while these are multiplied.
         step += RUNS
-        next_here = is_slot & (step * SURVIVORS + at < kept_end)
-        next_loaded = tl.load(own + step * SURVIVORS + at, mask=next_here, other=0.0)
+        next_here = is_slot & (step * RUN_KEPT + at < kept_end)
+        next_loaded = tl.load(own + step * RUN_KEPT + at, mask=next_here, other=0.0)
         after = step + number
         there = row_here & (after * COLUMNS < inputs_end)
         next_word = run_words(bits, row[:, None], after, there, bit_stride, COLUMNS, WORD)
@@ -363,7 +363,7 @@ def expanded(
     kept,
     bit_stride,
     COLUMNS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
+    RUN_KEPT: tl.constexpr,
     WORD: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -378,7 +378,7 @@ def expanded(
     else:
         lower = word & ((1 << place.to(tl.uint32)) - 1)
         before = libdevice.popc(lower.to(tl.int32, bitcast=True))
-    at = run[:, :, None] * SURVIVORS + before
+    at = run[:, :, None] * RUN_KEPT + before
     return tl.load(values + row[:, :, None].to(tl.int64) * kept + at, mask=survives == 1, other=0.0)
 
 
@@ -396,7 +396,7 @@ def _expand_kernel(
     tokens,
     steps,
     COLUMNS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
+    RUN_KEPT: tl.constexpr,
     WORD: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -424,7 +424,7 @@ def _expand_kernel(
             kept,
             bit_stride,
             COLUMNS,
-            SURVIVORS,
+            RUN_KEPT,
             WORD,
             WIDTH,
             INTERPRETED,

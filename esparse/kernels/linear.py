@@ -3,11 +3,11 @@
 The matrix-vector kernel (gemv) is bound by the bytes of the weights, and for a few tokens ahead of everything; sparse
 tensor cores (cuSPARSELt, 2:4 only) win where arithmetic counts; else a dense copy is expanded for the time of the call.
 
-cuSPARSELt wants a format of its own, `blob`: the survivors' values and then two bits of each one's place. Where its
+cuSPARSELt wants a format of its own, `blob`: the kept weights' values and then two bits of each one's place. Where its
 values are those of the compute form in the same order, the compute form reads them there (`shared_values`), and the
 second copy costs only the bits: 1/16 of the dense matrix in half precision. Else it costs the whole blob, 9/16.
 
-Shapes: T tokens, R rows (outputs), I inputs, K survivors of a row, B bytes of a row's bits.
+Shapes: T tokens, R rows (outputs), I inputs, K kept weights of a row, B bytes of a row's bits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Products of packed matrices in which no weight or input is looked up in memory: bytes are permuted in registers.
 
-For half precision and runs of 16 columns with 8 survivors (2:4, 4:8, 8:16) whose rows are whole runs. A byte permute
+For half precision and runs of 16 columns with 8 kept weights (2:4, 4:8, 8:16) whose rows are whole runs. A byte permute
 (PTX `prmt`) picks four of the eight bytes of two registers. `_select_kernel`, at 2:4, lets it pick the two inputs of
 each group that meet its two values. `_spread_kernel` lets it put the values among zeros, and multiplies the dense tile
 on the matrix units: for more than a few tokens.
 
-Shapes: T tokens, R rows, I columns, K survivors of a row, U runs of a row; 4 quads of a run, 2 values of a quad.
+Shapes: T tokens, R rows, I columns, K kept weights of a row, U runs of a row; 4 quads of a run, 2 values of a quad.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def _used_up(v0, v1, v2, v3, used, WHICH: tl.constexpr, INTERPRETED: tl.constexp
 
 @triton.jit
 def _streamed(v0, v1, v2, v3, word, INTERPRETED: tl.constexpr):
-    """The 16 columns of each run with 8 survivors anywhere, as eight registers of two columns."""
+    """The 16 columns of each run with 8 kept weights anywhere, as eight registers of two columns."""
     # Two bits of every four: columns 0 1, 4 5, 8 9, 12 13; and those between them.
     here, between = word & 0x3333, (word >> 2) & 0x3333
     even_a, odd_a = _looked_up(EVEN, EVEN, here, INTERPRETED), _looked_up(ODD, ODD, here, INTERPRETED)

@@ -17,16 +17,16 @@ from esparse.errors import Mistake
 from esparse.linalg import all_finite, finite
 from esparse.models.blocks import BlockModel
 from esparse.models.calls import Call, Carried, Returned, alike
-from esparse.models.walk_check import check
+from esparse.models.forward_check import check
 
 Ahead = list[tuple[Tensor, Carried]]  # what flows behind a block, by micro-batch
 
 
 class Activations:
-    """The hidden states of all sequences on their way; between blocks they are where the keeper has them.
+    """The hidden states of all sequences on their way; between blocks they lie in the `HiddenStateStore`.
 
-    A micro-batch holds at most `sequences_at_once` sequences, where that is given. Raises Unwalkable if the walk over
-    the blocks does not compute what the model does.
+    `sequences_at_once`, if given, is the largest number of sequences in a micro-batch. Raises UnsupportedModel if
+    the model's blocks, run one after the other, do not compute what the model computes.
     """
 
     def __init__(self, blocks: BlockModel, tokens_SL: Tensor, sequences_at_once: int | None = None) -> None:
@@ -45,7 +45,7 @@ class Activations:
                 entered = blocks.enter(tokens_BL)
                 if self._keep is None:
                     size = entered.hidden[0].nbytes * len(tokens_SL)
-                    self._keep = blocks.keeper.choose(size * blocks.ranks.size)  # which take as much of one host
+                    self._keep = blocks.hidden_store.choose(size * blocks.ranks.size)  # which take as much of one host
                 self.hidden.append(self._keep(entered.hidden))
                 calls = [None if call is None else call.to(cpu) for call in entered.calls]
                 carried = entered.carried.mapped(lambda tensor: tensor.to(cpu))

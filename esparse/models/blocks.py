@@ -2,9 +2,9 @@
 
 Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
 blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it (models/calls.py). That this is what the model computes is checked before
-anything flows (models/walk_check.py). One block is on the device at a time; where the other blocks are is the store's
-business (models/store.py), and where the hidden states wait is the keeper's (models/offload.py).
+arguments that the model would give it (models/calls.py). models/forward_check.py checks on a few tokens that this
+computes what the model computes. One block is on the device at a time; models/store.py holds the others, and
+models/offload.py the hidden states.
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esparse.errors import Mistake
-from esparse.models.calls import Call, Carried, Output, Recorder, Returned, Unwalkable, leaf_of, moved
+from esparse.models.calls import Call, Carried, Output, Recorder, Returned, UnsupportedModel, leaf_of, moved
 from esparse.models.checkpoint import shapes
-from esparse.models.offload import Keeper
+from esparse.models.offload import HiddenStateStore
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
 from esparse.parts import plugins
@@ -62,7 +62,7 @@ class Entered:
 class BlockModel:
     """A model cut into its decoder blocks.
 
-    Raises Unwalkable if there is no list of decoder blocks, or none that runs for text.
+    Raises UnsupportedModel if there is no list of decoder blocks, or none that runs for text.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class BlockModel:
         device: torch.device,
         batch_tokens: int,
         store: Store | None = None,
-        keeper: Keeper | None = None,
+        hidden_store: HiddenStateStore | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """`store` keeps the weights (without one they are in the model), `keeper` what flows between blocks.
+        """`store` holds the weights (default: they are in the model), `hidden_store` the hidden states between blocks.
 
         `ranks`: the processes that share the sequences, each with a model of its own.
         """
         self.model = model
         self.ranks = ranks or Ranks()
-        self.keeper = keeper or Keeper("host")
+        self.hidden_store = hidden_store or HiddenStateStore("host")
         self.store = store or MemoryStore()
         self.device = device
         self.batch_tokens = batch_tokens
         self.stay_dense = plugins.quirks(model)
         self.hands_on = HandsOn.HIDDEN
-        self.checked = False  # whether the walk is known to compute what the model does (models/walk_check.py)
+        self.checked = False  # whether the walk is known to compute what the model does (models/forward_check.py)
         self.routers: set[str] = set()  # layers that were seen to decide which experts run
         self._experts = _expert_configs(model)
         self.prefix, self.blocks, first = self._found(candidates(model))
@@ -106,7 +106,7 @@ class BlockModel:
     def enter(self, tokens_BL: Tensor) -> Entered:
         """What the model hands to its blocks; needs `ends_resident`.
 
-        Raises Unwalkable if it runs a block twice, or changes the hidden states between two blocks.
+        Raises UnsupportedModel if it runs a block twice, or changes the hidden states between two blocks.
         """
         entered: list[Tensor] = []
         recorder = Recorder()
@@ -114,17 +114,19 @@ class BlockModel:
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before = recorder.calls[-1][0] if recorder.calls else None
             if before is not None and index <= before:
-                raise Unwalkable(f"{self.name(index)} runs behind {self.name(before)}: {_ORDER}")
+                raise UnsupportedModel(f"{self.name(index)} runs behind {self.name(before)}: {_ORDER}")
             name, hidden, args, kwargs = self.hidden_apart(index, args, kwargs)
             if before is not None:
                 place = recorder.places.get(id(hidden))
                 if place is None:
-                    raise Unwalkable(
+                    raise UnsupportedModel(
                         f"the hidden states that {self.name(index)} is given do not come from {self.name(before)}, or "
                         "not in a way that could be followed"
                     )
                 if place.block >= 0 and place.block != before:
-                    raise Unwalkable(f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}")
+                    raise UnsupportedModel(
+                        f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}"
+                    )
                 if place.block == before and place.leaf != self.outputs[before].main:
                     raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
             entered.append(hidden)
@@ -240,7 +242,7 @@ class BlockModel:
     ) -> tuple[str | None, Tensor, tuple[Any, ...], dict[str, Any]]:
         """The hidden states among a block's arguments: their name, themselves, and the others.
 
-        The name is None if they are the first positional argument. Raises Unwalkable if there are none.
+        The name is None if they are the first positional argument. Raises UnsupportedModel if there are none.
         """
         name = None
         if args:
@@ -250,7 +252,7 @@ class BlockModel:
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(names), "")
             hidden, kwargs = kwargs.get(name), {key: value for key, value in kwargs.items() if key != name}
         if not isinstance(hidden, Tensor):
-            raise Unwalkable(
+            raise UnsupportedModel(
                 f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the "
                 "hidden states, as a tensor"
             )
@@ -343,28 +345,28 @@ class BlockModel:
             self.prefix, self.blocks = prefix, blocks
             returned: list[Output] = []
 
-            def look(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            def observe(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 _, hidden, *_ = self.hidden_apart(index, args, kwargs)
                 with self.experts_one_by_one():
                     returned.append(Output.of(forward(*args, **kwargs), hidden, self.name(index)))  # noqa: B023
                 raise _Captured
 
-            with self.ends_resident(), self.resident(0), self.wrapped(look):
+            with self.ends_resident(), self.resident(0), self.wrapped(observe):
                 self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
             if self.store.whole:  # otherwise they change as they come and go
                 self._check_untouched(versions)
             if returned:
                 return prefix, blocks, returned[0]
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"{type(self.model).__name__} runs none of its lists of blocks for text alone ({', '.join(candidates)})"
         )
 
     def _check_untouched(self, versions: Mapping[str, int]) -> None:
-        """Raises Unwalkable if weights were written to since they had these versions."""
+        """Raises UnsupportedModel if weights were written to since they had these versions."""
         changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
         if changed:
             way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
-            raise Unwalkable(
+            raise UnsupportedModel(
                 f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is "
                 f"exported would not be what was measured{way}"
             )
@@ -394,7 +396,7 @@ def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """The lists that may be the decoder blocks, by name, the likeliest first.
 
     They are the lists with one entry per hidden layer of the config, the outermost first, then the list that holds
-    most of the weights. Raises Unwalkable if there is none.
+    most of the weights. Raises UnsupportedModel if there is none.
     """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     text = model.config.get_text_config
@@ -406,7 +408,7 @@ def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     total = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     largest = [name for name, size in sizes.items() if size == max(sizes.values()) and size >= total / 2]
     if not found + largest:
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"no list of {' or '.join(map(str, sorted(expected)))} decoder blocks in {type(model).__name__} "
             f"(lists found: {', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
             "esparse prunes decoder-only language models"

@@ -43,7 +43,7 @@ _PLAIN = (
 )
 
 
-class Unwalkable(Mistake):
+class UnsupportedModel(Mistake):
     """The model's blocks cannot be run one after the other as esparse does; one sentence says which, and why."""
 
 
@@ -158,12 +158,12 @@ class Output:
 
     @classmethod
     def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
-        """The output's form; raises Unwalkable if it holds no hidden states."""
+        """The output's form; raises UnsupportedModel if it holds no hidden states."""
         leaves, spec = pytree.tree_flatten(out)
         tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
         if not tensors:
-            raise Unwalkable(
+            raise UnsupportedModel(
                 f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
                 "tensors, and tuples, lists and dictionaries of them"
             )
@@ -193,10 +193,10 @@ class Output:
 
 
 def leaf_of(out: Any, place: int, block: str) -> Tensor:
-    """One leaf of what a block returned; raises Unwalkable if it is no tensor."""
+    """One leaf of what a block returned; raises UnsupportedModel if it is no tensor."""
     leaves = pytree.tree_leaves(out)
     if place >= len(leaves) or not isinstance(leaves[place], Tensor):
-        raise Unwalkable(f"{block} returned another number of values than when it was first run")
+        raise UnsupportedModel(f"{block} returned another number of values than when it was first run")
     return leaves[place]
 
 
@@ -364,7 +364,7 @@ def _containers(values: Iterable[Any]) -> list[Any]:
     """All that a block could write into, however deep it lies."""
     found: dict[int, Any] = {}
 
-    def look(value: Any) -> None:
+    def visit(value: Any) -> None:
         if id(value) in found or not _is_container(value):
             return
         if isinstance(value, tuple):
@@ -376,8 +376,8 @@ def _containers(values: Iterable[Any]) -> list[Any]:
             else:
                 parts = value.values() if isinstance(value, MutableMapping) else vars(value).values()
         for part in list(parts):
-            look(part)
+            visit(part)
 
     for value in values:
-        look(value)
+        visit(value)
     return list(found.values())

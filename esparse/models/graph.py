@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esparse.models.block import Block
 from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader
-from esparse.models.producers import Link, Producer, row_maps, row_sets
+from esparse.models.producers import Edge, Producer, row_maps, row_sets
 
 SAMPLE = 1024  # tokens on which a producer is tried, spread over a micro-batch
 
@@ -27,8 +27,8 @@ class _Seen(Exception):
     """Ends a block's forward pass: the tensor that was waited for has come."""
 
 
-class Wiring:
-    """The links of one block, known once `watch` has seen it run. Skipped layers read too, and belong to them."""
+class BlockGraph:
+    """The dataflow graph of one block; its edges are known after `watch`. Skipped layers belong to it as readers."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -53,25 +53,25 @@ class Wiring:
         for batch in range(len(self.block.activations.hidden)):
             made: dict[str, Tensor] = {}
 
-            def look(group: InputGroup, x_TI: Tensor, batch: int = batch, made: dict[str, Tensor] = made) -> None:
+            def observe(group: InputGroup, x_TI: Tensor, batch: int = batch, made: dict[str, Tensor] = made) -> None:
                 if len(x_TI):
                     if group not in self._source:
                         self._source[group] = _source(x_TI, made)
                     self._busiest[group] = max(self._busiest.get(group, (0, 0)), (len(x_TI), -batch))
                 read(group, x_TI)
 
-            with self._norms_and_routers(made), self.matrices.observed(look):
+            with self._norms_and_routers(made), self.matrices.observed(observe):
                 self.block.activations.run(self.block.index, batch)
         self._returned = self._wide()
         self._settle()
 
-    def links(self) -> tuple[list[list[Link]], list[InputGroup]]:
-        """The links, those further down the block first, and the groups for which no producer was found.
+    def edges(self) -> tuple[list[list[Edge]], list[InputGroup]]:
+        """The edges, those further down the block first, and the groups for which no producer was found.
 
-        All that reads one norm's output makes one link. The links of one parameter's experts stand in one list.
+        All that reads one norm's output makes one edge. The edges of one parameter's experts stand in one list.
         """
-        links: list[list[Link]] = []
-        unlinked: list[InputGroup] = []
+        edges: list[list[Edge]] = []
+        unmatched: list[InputGroup] = []
         seen: set[InputGroup] = set()
         for group in self.matrices.groups:
             if group in seen:
@@ -81,15 +81,15 @@ class Wiring:
             asked = max(together, key=lambda g: self._busiest.get(g, (0, 0)))
             producer = self.producer(asked) if asked in self._busiest else None
             if producer is None:
-                unlinked += together
+                unmatched += together
             elif producer.matrix is None:
                 names = [name for name, norm in self._router_source.items() if norm == producer.name]
                 routers = [self._routers[name].get_parameter("weight").data for name in names]
-                links.append([Link(producer, together, routers)])
+                edges.append([Edge(producer, together, routers)])
             else:
                 experts = [(g, g.matrices[0].expert) for g in together]
-                links.append([Link(producer if e is None else producer.of_expert(e), [g], []) for g, e in experts])
-        return links[::-1], unlinked
+                edges.append([Edge(producer if e is None else producer.of_expert(e), [g], []) for g, e in experts])
+        return edges[::-1], unmatched
 
     def producer(self, group: InputGroup) -> Producer | None:
         """What makes the tensor that a group reads; None where nothing was found that could absorb a change of it."""
@@ -130,14 +130,14 @@ class Wiring:
         return self.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype)
 
     @torch.no_grad()
-    def changed(self, links: Sequence[Link], change: Callable[[Link], None]) -> bool:
+    def changed(self, edges: Sequence[Edge], change: Callable[[Edge], None]) -> bool:
         """Makes a change that must not alter what the block returned for the first micro-batch when it was watched.
 
         Where it does, False: all weights are again as they were before the change, bit by bit.
         """
-        saved = [(stored, stored.clone()) for link in links for stored in link.stored()]
-        for link in links:
-            change(link)
+        saved = [(stored, stored.clone()) for edge in edges for stored in edge.stored()]
+        for edge in edges:
+            change(edge)
         if self.same():
             return True
         for stored, value in saved:
@@ -165,7 +165,7 @@ class Wiring:
     def _wide(self) -> Tensor:
         """What the block makes of the first micro-batch if it computes in float32 with the weights as they are."""
         module, activations = self.block.module, self.block.activations
-        # Not `in_float32`: the weights have to stay where they are, as producers and links share their memory.
+        # Not `in_float32`: the weights have to stay where they are, as producers and edges share their memory.
         saved = [(parameter, parameter.data) for parameter in module.parameters()]
         buffers = [(owner, name, value) for owner in module.modules() for name, value in owner._buffers.items()]
         try:

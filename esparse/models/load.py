@@ -73,7 +73,7 @@ class Model:
         return self.batch_tokens or usual_tokens_at_once(device)
 
     @property
-    def title(self) -> str:
+    def display_name(self) -> str:
         return self.name or self.path.rstrip("/").rpartition("/")[2]
 
     @property
@@ -157,7 +157,7 @@ def load(
         raise _explained(model.path, local.is_dir(), error) from error
     check_config(model.path, config)
     if (loaded := cache.take(name)) is not None:
-        log.debug("%s is as it was loaded for an earlier run of this process", model.title)
+        log.debug("%s is as it was loaded for an earlier run of this process", model.display_name)
         return *(cache.keep(name, loaded) if again else loaded), MemoryStore(folder, ranks)
     tokenizer = _tokenizer(model, path, local.is_dir())
     try:
@@ -166,7 +166,7 @@ def load(
     except (OSError, ValueError) as error:
         raise _explained(model.path, local.is_dir(), error) from error
     if entry is not None and ranks.from_first(lambda: model.store == "shards" or _too_large(entry, copies=ranks.size)):
-        log.info("the weights of %s are read block by block from the checkpoint", model.title)
+        log.info("the weights of %s are read block by block from the checkpoint", model.display_name)
         skeleton, store = _streamed(model, path, entry, folder, ranks)
         _say(model, skeleton, tokenizer, ranks)
         return skeleton, tokenizer, store

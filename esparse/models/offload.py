@@ -14,7 +14,7 @@ from esparse.models import host_memory
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
+class HiddenStateStore:
     """Keeps hidden states on the host, on the device, or in files of a folder."""
 
     place: str  # auto | host | device | disk

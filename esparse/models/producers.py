@@ -58,7 +58,7 @@ class Producer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Link:
+class Edge:
     """A tensor inside a block: what makes it, and everything that reads it."""
 
     producer: Producer

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from esparse.models.block import Block
-from esparse.models.graph import Wiring
+from esparse.models.graph import BlockGraph
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.models.producers import row_maps, row_sets
 
@@ -58,31 +58,31 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
     Without `gathers` only what can be absorbed is reordered, and the rest is named. So are experts, whose input is
     dealt out inside of one module.
     """
-    plan, wiring = Reordered(), Wiring(block)
-    wiring.watch(lambda group, x_TI: None)
-    for group in wiring.matrices.groups:
+    plan, graph = Reordered(), BlockGraph(block)
+    graph.watch(lambda group, x_TI: None)
+    for group in graph.matrices.groups:
         ordered = [matrix for matrix in group.matrices if matrix.entry in orders]
         if not ordered:
             continue
         order_I = None if ordered[0].expert is not None else orders[ordered[0].entry].long()
         if order_I is not None and torch.equal(order_I, torch.arange(len(order_I))):
             continue
-        rows = None if order_I is None else _absorbing(wiring, group, order_I)
+        rows = None if order_I is None else _absorbing(graph, group, order_I)
         if rows is not None and any(matrix.entry in plan.rows for matrix, _ in rows):
             rows = None  # they are in another tensor's order already
-        norm = wiring.norm_before(group) if gathers else None
+        norm = graph.norm_before(group) if gathers else None
         if order_I is None or (rows is None and not gathers):
             plan.left += [matrix.entry for matrix in ordered if matrix.entry not in plan.left]
             continue
         if rows is not None:
             plan.rows |= {matrix.entry: order_R for matrix, order_R in rows}
             plan.absorbed += 1
-        elif norm is not None and _gathered_behind(wiring, group, norm[1], order_I):
+        elif norm is not None and _gathered_behind(graph, group, norm[1], order_I):
             plan.behind[norm[0]] = order_I
         else:
             plan.before |= {matrix.name: order_I for matrix in group.matrices}
         plan.columns |= {matrix.entry: order_I for matrix in group.matrices}
-    plan.transposed = {m.entry for group in wiring.matrices.groups for m in group.matrices if m.transposed}
+    plan.transposed = {m.entry for group in graph.matrices.groups for m in group.matrices if m.transposed}
     return plan
 
 
@@ -112,10 +112,10 @@ def apply(model: nn.Module, name: str, plan: Reordered) -> None:
         gather_before(model.get_submodule(module), order_I.to(parameter.device))
 
 
-def _absorbing(wiring: Wiring, group: InputGroup, order_I: Tensor) -> Rows | None:
+def _absorbing(graph: BlockGraph, group: InputGroup, order_I: Tensor) -> Rows | None:
     """The matrices whose rows make what the group reads, with the order their rows then take; None without any."""
     before_TI: Tensor | None = None
-    for made_by in _candidates(wiring, group):
+    for made_by in _candidates(graph, group):
         orders_R = [_row_order(matrix, row_of_I, order_I) for matrix, row_of_I in made_by]
         # Two halves of one matrix are put into order one after the other.
         of_matrix: dict[Matrix, Tensor] = {}
@@ -124,27 +124,27 @@ def _absorbing(wiring: Wiring, group: InputGroup, order_I: Tensor) -> Rows | Non
                 break
             of_matrix[matrix] = order_R if matrix not in of_matrix else of_matrix[matrix][order_R]
         else:
-            before_TI = wiring.tensor(None, group) if before_TI is None else before_TI
-            if _follows(wiring, group, of_matrix, before_TI, order_I):
+            before_TI = graph.tensor(None, group) if before_TI is None else before_TI
+            if _follows(graph, group, of_matrix, before_TI, order_I):
                 return list(of_matrix.items())
     return None
 
 
-def _candidates(wiring: Wiring, group: InputGroup) -> Iterator[Rows]:
+def _candidates(graph: BlockGraph, group: InputGroup) -> Iterator[Rows]:
     """What may make the tensor that a group reads, the likeliest first.
 
     Layers that read one tensor and are multiplied with each other (gate and up); the same two in one matrix, side by
     side or in turns; rows of one matrix.
     """
-    if wiring.source(group) is not None:
+    if graph.source(group) is not None:
         return  # a norm's weights could be reordered, but not the hidden state in front of it
     inputs, all_I = group.inputs, torch.arange(group.inputs)
-    groups = wiring.matrices.groups
+    groups = graph.matrices.groups
     for before in reversed(groups[: groups.index(group)]):
         fitting = [m for m in before.matrices if m.expert is None and m.view().shape[0] == inputs]
         if len(fitting) > 1:
             yield [(matrix, all_I) for matrix in fitting]
-    for matrix in wiring.earlier(group):
+    for matrix in graph.earlier(group):
         outputs = matrix.view().shape[0]
         if outputs == 2 * inputs:
             yield [(matrix, all_I), (matrix, all_I + inputs)]
@@ -166,7 +166,7 @@ def _row_order(matrix: Matrix, row_of_I: Tensor, order_I: Tensor) -> Tensor | No
 
 @torch.no_grad()
 def _follows(
-    wiring: Wiring, group: InputGroup, orders: Mapping[Matrix, Tensor], before_TI: Tensor, order_I: Tensor
+    graph: BlockGraph, group: InputGroup, orders: Mapping[Matrix, Tensor], before_TI: Tensor, order_I: Tensor
 ) -> bool:
     """Whether the tensor comes in the order once these rows are in theirs, and nothing else reads it."""
     with _restored([*orders, *group.matrices]):
@@ -174,24 +174,24 @@ def _follows(
             _set(matrix.view(), 0, order_R)
             for bias_R in _biases([matrix]):
                 _set(bias_R, 0, order_R)
-        after_TI = wiring.tensor(None, group)
+        after_TI = graph.tensor(None, group)
         expected_TI = before_TI[:, order_I.to(before_TI.device)]
-        if not wiring.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype):
+        if not graph.follows(after_TI, expected_TI, group.matrices[0].parameter.dtype):
             return False
         for matrix in group.matrices:
             _set(matrix.view(), 1, order_I)
-        return wiring.same()
+        return graph.same()
 
 
 @torch.no_grad()
-def _gathered_behind(wiring: Wiring, group: InputGroup, norm: nn.Module, order_I: Tensor) -> bool:
+def _gathered_behind(graph: BlockGraph, group: InputGroup, norm: nn.Module, order_I: Tensor) -> bool:
     """Whether the norm's output may be gathered for all that read it: the block still returns the same."""
     with _restored(group.matrices):
         for matrix in group.matrices:
             _set(matrix.view(), 1, order_I)
         hook = gather_behind(norm, order_I.to(group.matrices[0].parameter.device))
         try:
-            return wiring.same()
+            return graph.same()
         finally:
             hook.remove()
             del norm.output_order

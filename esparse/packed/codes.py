@@ -97,7 +97,7 @@ def _uncounted(numbers_N: Tensor, n: int, m: int) -> Tensor:
 
 
 def _ahead(place: int, n: int, m: int) -> Tensor:
-    """By how many survivors are still to come: the choices that have this place."""
+    """By how many kept weights are still to come: the choices that have this place."""
     return torch.tensor([math.comb(m - 1 - place, left - 1) if left else 0 for left in range(n + 1)])
 
 

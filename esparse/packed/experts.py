@@ -1,6 +1,6 @@
 """The experts that transformers keeps in one parameter, without their zeros: each gets them back while it is used.
 
-Shapes: E experts, O outputs, I inputs, K survivors of a row, B bytes.
+Shapes: E experts, O outputs, I inputs, K kept weights of a row, B bytes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PackedExperts(nn.Module):
         self.register_buffer("bits", torch.stack([one.bits_OB for one in settled]).to(device))
         if orders_EI is not None:
             self.values = torch.stack([one.values_OK for one in settled]).to(device)
-        places = [one.salient_places_OS for one in settled if one.salient_places_OS is not None]
+        places = [one.outlier_places_OS for one in settled if one.outlier_places_OS is not None]
         if places:
             self.register_buffer("salient_places", torch.stack(places).to(device))
 

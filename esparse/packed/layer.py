@@ -2,7 +2,7 @@
 
 Everywhere else some rows at a time get their zeros back.
 
-Shapes: T tokens, O outputs, I inputs, K survivors of a row, S salient ones.
+Shapes: T tokens, O outputs, I inputs, K kept weights of a row, S outliers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
         """`ordered`: the columns lie on disk in an order that lies there, too, and get back their own."""
         super().__init__()
         self.in_features, self.out_features, self.pattern = inputs, outputs, pattern
-        # The kernels find a survivor by its group: not where columns got back their own order.
+        # The kernels find a kept weight by its group: not where columns got back their own order.
         self.for_kernels = len(pattern.parts()) == 1 and not ordered
         for name, shape in matrix.file_shapes(pattern, outputs, inputs).items():
             if name.endswith("index"):
@@ -79,9 +79,9 @@ class PackedLinear(nn.Module):
     def _take(self, packed: PackedMatrix, device: torch.device) -> None:
         self._keep_values("values", packed.values_OK.to(device))
         self.register_buffer("bits", packed.bits_OB.to(device))
-        if packed.salient_values_OS is not None and packed.salient_places_OS is not None:
-            self._keep_values("salient_values", packed.salient_values_OS.to(device))
-            self.register_buffer("salient_places", packed.salient_places_OS.to(device))
+        if packed.outlier_values_OS is not None and packed.outlier_places_OS is not None:
+            self._keep_values("salient_values", packed.outlier_values_OS.to(device))
+            self.register_buffer("salient_places", packed.outlier_places_OS.to(device))
 
     def _keep_values(self, name: str, value: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -117,7 +117,7 @@ class PackedLinear(nn.Module):
         few = len(x_TI) <= LOOP_TOKENS.get(self.values.element_size(), 0) and x_TI.dtype == self.values.dtype
         compiled = loops(self.values.dtype) if few and x_TI.device.type == "cpu" else None
         if compiled is not None:
-            y_TO = compiled.product(packed.values_OK, packed.bits_OB, x_TI, salient(packed))
+            y_TO = compiled.product(packed.values_OK, packed.bits_OB, x_TI, outliers(packed))
             return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
         y_TO = x_TI.new_empty(len(x_TI), self.out_features)
         for rows in self.tiles(x_TI.element_size()):
@@ -209,13 +209,13 @@ def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:
     compiled = loops(packed.values_OK.dtype) if packed.values_OK.device.type == "cpu" else None
     if compiled is None:
         return packed.dense(rows.start, rows.stop)
-    weight_OI: Tensor = compiled.dense(packed.values_OK, packed.bits_OB, salient(packed), packed.inputs, rows)
+    weight_OI: Tensor = compiled.dense(packed.values_OK, packed.bits_OB, outliers(packed), packed.inputs, rows)
     return weight_OI
 
 
-def salient(packed: PackedMatrix) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What the loops want to know of salient weights; None without any."""
-    if packed.salient_values_OS is None or packed.salient_places_OS is None:
+def outliers(packed: PackedMatrix) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What the loops want to know of outliers; None without any."""
+    if packed.outlier_values_OS is None or packed.outlier_places_OS is None:
         return None
     starts_S = matrix.starts(packed.pattern.parts()[1], packed.inputs)
-    return packed.salient_values_OS, packed.salient_places_OS, starts_S
+    return packed.outlier_values_OS, packed.outlier_places_OS, starts_S

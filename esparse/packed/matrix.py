@@ -1,16 +1,16 @@
 """A pruned matrix without its zeros: in memory, where it is computed from, and on disk.
 
-In memory every row has as many survivors as every other: `values` (O x K, in the order of their columns) and `bits`
-(O x ceil(I / 8), uint8): bit i (of value 2^i) of byte j is 1 where column 8 j + i survives. Salient weights stand
+In memory every row has as many kept weights as every other: `values` (O x K, in the order of their columns) and `bits`
+(O x ceil(I / 8), uint8): bit i (of value 2^i) of byte j is 1 where column 8 j + i survives. Outliers stand
 beside them: `salient_values` (O x S), and for each its place in its run of 256 columns (`salient_places`, uint8; int32
 for longer runs). A matrix is the sum of both.
 
 On disk the values are as they are, and which weights survive is said in the fewest bits of three ways: as the number
-of each group's choice (m <= 32; 0.75 bits per weight for 2:4, 0.875 for 4:8 and 8:16), as the survivors' places
+of each group's choice (m <= 32; 0.75 bits per weight for 2:4, 0.875 for 4:8 and 8:16), as the kept weights' places
 (4 bits per weight of 16:128 become 0.875), or as the bits. Whole groups of all rows come first, then the tails, each
 filled to a byte.
 
-Shapes: O outputs, I inputs, K survivors of a row, S salient ones, G groups, M weights of a group, B bytes.
+Shapes: O outputs, I inputs, K kept weights of a row, S outliers, G groups, M weights of a group, B bytes.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ class PackedMatrix:
     inputs: int
     values_OK: Tensor
     bits_OB: Tensor
-    salient_values_OS: Tensor | None = None
-    salient_places_OS: Tensor | None = None
+    outlier_values_OS: Tensor | None = None
+    outlier_places_OS: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        parts = (self.values_OK, self.bits_OB, self.salient_values_OS, self.salient_places_OS)
+        parts = (self.values_OK, self.bits_OB, self.outlier_values_OS, self.outlier_places_OS)
         return sum(part.nbytes for part in parts if part is not None)
 
     def restored(self, order_I: Tensor) -> PackedMatrix:
         """The same with its columns in another order: column k becomes column `order_I[k]`.
 
-        Groups then no longer stand side by side, but every row has as many survivors as before. ValueError for salient
-        weights, whose places are those within a run of columns, and for an order that is none.
+        A group's columns are then no longer adjacent, but every row has as many kept weights as before. Raises
+        ValueError for outliers, whose places count within a run of columns, and for an `order_I` that is no order.
         """
         check_order(order_I, self.inputs)
-        if self.salient_values_OS is not None:
-            raise ValueError("salient weights are found by their runs of columns, which cannot be reordered")
+        if self.outlier_values_OS is not None:
+            raise ValueError("outliers are found by their runs of columns, which cannot be reordered")
         back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))
         values, bits = [], []
         for first in range(0, len(self.values_OK), 256):  # rows
@@ -71,15 +71,15 @@ class PackedMatrix:
         keep_OI = unpacked_bits(self.bits_OB[rows], self.inputs)
         values_OK = self.values_OK[rows]
         weight_OI = values_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, values_OK)
-        if self.salient_values_OS is not None and self.salient_places_OS is not None:
+        if self.outlier_values_OS is not None and self.outlier_places_OS is not None:
             outliers = self.pattern.parts()[1]
-            columns_OS = self.salient_places_OS[rows].long() + starts(outliers, self.inputs).to(keep_OI.device)
-            weight_OI.scatter_add_(1, columns_OS, self.salient_values_OS[rows])
+            columns_OS = self.outlier_places_OS[rows].long() + starts(outliers, self.inputs).to(keep_OI.device)
+            weight_OI.scatter_add_(1, columns_OS, self.outlier_values_OS[rows])
         return weight_OI
 
 
 def pack(weight_OI: Tensor, pattern: Pattern) -> PackedMatrix:
-    """The matrix without its zeros; ValueError where it has more survivors than the pattern allows."""
+    """The matrix without its zeros; ValueError where it has more kept weights than the pattern allows."""
     if not pattern.parts():
         raise ValueError(f"the pattern {pattern} has no groups of n:m, in which weights could be packed")
     parts = _by_rows(lambda rows: _packed_rows(weight_OI[rows], pattern), *weight_OI.shape)
@@ -88,19 +88,19 @@ def pack(weight_OI: Tensor, pattern: Pattern) -> PackedMatrix:
 
 def _packed_rows(weight_OI: Tensor, pattern: Pattern) -> list[Tensor]:
     keep_OI = weight_OI != 0
-    placed_OI, *salient = pattern.split(keep_OI)
-    if (keep_OI & ~(placed_OI | salient[0] if salient else placed_OI)).any():
+    placed_OI, *outliers_OI = pattern.split(keep_OI)
+    if (keep_OI & ~(placed_OI | outliers_OI[0] if outliers_OI else placed_OI)).any():
         raise ValueError(f"the weights do not hold {pattern}")
     packed = [_taken(weight_OI, placed_OI), packed_bits(placed_OI)]
-    if salient:
-        # Where few survive, some of the salient places are among the others: nothing is to be added there.
-        packed.append(_taken(weight_OI.masked_fill(placed_OI, 0), salient[0]))
-        packed.append(_places(salient[0], pattern.parts()[1]))
+    if outliers_OI:
+        # Where few survive, some of the outlier places are among the others: nothing is to be added there.
+        packed.append(_taken(weight_OI.masked_fill(placed_OI, 0), outliers_OI[0]))
+        packed.append(_places(outliers_OI[0], pattern.parts()[1]))
     return packed
 
 
 def _places(keep_OI: Tensor, pattern: NM) -> Tensor:
-    """The place of each survivor within its group."""
+    """The place of each kept weight within its group."""
     columns_OS = keep_OI.nonzero()[:, 1].view(len(keep_OI), -1)
     return (columns_OS - starts(pattern, keep_OI.shape[1])).to(_place_type(pattern))
 
@@ -118,9 +118,9 @@ def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
     def kept(rows: slice) -> Tensor:
         return unpacked_bits(packed.bits_OB[rows], packed.inputs)
 
-    def salient(rows: slice) -> Tensor:
-        assert packed.salient_places_OS is not None
-        columns_OS = packed.salient_places_OS[rows].long() + starts(outliers[0], packed.inputs)
+    def outliers_OI(rows: slice) -> Tensor:
+        assert packed.outlier_places_OS is not None
+        columns_OS = packed.outlier_places_OS[rows].long() + starts(outliers[0], packed.inputs)
         return torch.zeros(len(columns_OS), packed.inputs, dtype=torch.bool).scatter_(1, columns_OS, True)
 
     def index(mask: Callable[[slice], Tensor], pattern: NM) -> Tensor:
@@ -129,8 +129,8 @@ def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
 
     tensors["index"] = index(kept, base)
     if outliers:
-        assert packed.salient_values_OS is not None
-        tensors |= {"salient_values": packed.salient_values_OS, "salient_index": index(salient, outliers[0])}
+        assert packed.outlier_values_OS is not None
+        tensors |= {"salient_values": packed.outlier_values_OS, "salient_index": index(outliers_OI, outliers[0])}
     return tensors
 
 
@@ -163,7 +163,7 @@ def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[
     """The shapes of the tensors on disk by the ending of their names; an index is in bytes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, part in zip(("", "salient_"), pattern.parts(), strict=False):
-        shapes[f"{prefix}values"] = (outputs, part.survivors(inputs))
+        shapes[f"{prefix}values"] = (outputs, part.kept_per_row(inputs))
         shapes[f"{prefix}index"] = (
             sum(-(-outputs * count * _way(n, m)[1] // 8) for count, n, m in part.groups(inputs)),
         )
@@ -173,11 +173,11 @@ def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[
 def empty(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> PackedMatrix:
     """A matrix in memory without its numbers, for instance on the meta device, to count its bytes."""
     base, *outliers = pattern.parts()
-    values_OK = torch.empty(outputs, base.survivors(inputs), dtype=dtype, device=device)
+    values_OK = torch.empty(outputs, base.kept_per_row(inputs), dtype=dtype, device=device)
     bits_OB = torch.empty(outputs, -(-inputs // 8), dtype=torch.uint8, device=device)
     if not outliers:
         return PackedMatrix(pattern, inputs, values_OK, bits_OB)
-    values_OS = torch.empty(outputs, outliers[0].survivors(inputs), dtype=dtype, device=device)
+    values_OS = torch.empty(outputs, outliers[0].kept_per_row(inputs), dtype=dtype, device=device)
     places_OS = torch.empty(values_OS.shape, dtype=_place_type(outliers[0]), device=device)
     return PackedMatrix(pattern, inputs, values_OK, bits_OB, values_OS, places_OS)
 
@@ -233,7 +233,7 @@ def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
 
 @lru_cache
 def starts(pattern: NM, inputs: int) -> Tensor:
-    """The first column of the group that each survivor of a row stands in."""
+    """The first column of the group that each kept weight of a row stands in."""
     kept = [n for count, n, _ in pattern.groups(inputs) for _ in range(count)]
     return torch.tensor([cut.start for cut, n in zip(pattern.cuts(inputs), kept, strict=True) for _ in range(n)])
 

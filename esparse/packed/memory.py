@@ -100,7 +100,7 @@ def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[lis
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esparse.packed.memory", description=__doc__)
     parser.add_argument("models", nargs="*", help="names on the hub or directories; without any LLaMA-7B to 65B")
-    parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with salient weights")
+    parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with outliers")
     asked = parser.parse_args(arguments)
     try:
         for text in asked.patterns.split(","):

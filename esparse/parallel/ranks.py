@@ -83,11 +83,11 @@ class Ranks:
         """Returns once every rank is here."""
 
 
-class Lost(RuntimeError):
+class RankLost(RuntimeError):
     """Another rank does not answer: it failed, and its own error says why."""
 
 
-class Group(Ranks):
+class DistributedRanks(Ranks):
     """One of several ranks: torch.distributed, with gloo for what is on the CPU and NCCL for what is on a GPU."""
 
     def __init__(self, rank: int, devices: Sequence[torch.device], meeting: str) -> None:
@@ -168,7 +168,7 @@ def _listening() -> Iterator[None]:
         yield
     except RuntimeError as error:
         first = str(error).strip().partition("\n")[0]
-        raise Lost(f"another process of this run does not answer ({first})") from error
+        raise RankLost(f"another process of this run does not answer ({first})") from error
 
 
 def together(devices: Sequence[torch.device], work: Callable[..., T], *args: Any) -> T:
@@ -224,7 +224,7 @@ def _outcome(processes: Sequence[BaseProcess], readers: Sequence[Connection]) ->
             deadline = deadline or time.monotonic() + GRACE
     if failures:
         # A rank that lost another one says nothing about the reason.
-        raise next((error for error in failures if not isinstance(error, Lost)), failures[0])
+        raise next((error for error in failures if not isinstance(error, RankLost)), failures[0])
     return results[0]
 
 
@@ -256,7 +256,7 @@ def _member(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
     try:
-        ranks = Group(rank, devices, meeting)
+        ranks = DistributedRanks(rank, devices, meeting)
         work, args = pickle.loads(job)
         result = work(ranks, *args)
         ranks.wait()

@@ -33,7 +33,7 @@ EXTRAS = {
 PARTS = {
     "Wandb": ("wandb", "tracking=wandb (the other choice: tracking=none)"),
     "Lsa": ("scipy", "shuffle=lsa"),
-    "Best": ("scipy", "shuffle=best"),
+    "Alternating": ("scipy", "shuffle=best"),
 }
 CORPORA = {"c4": "datasets", "wikitext2": "pyarrow", "ptb": "pyarrow"}
 

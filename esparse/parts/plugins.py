@@ -44,6 +44,8 @@ BASES = {
     "tracking": "esparse.run.tracking:Tracking",
 }
 QUIRK = "quirk"
+# Classes that were renamed: records and run ids keep the names that they were first recorded under.
+RECORDED_AS = {"Chain": "Then", "Alternating": "Best"}
 _registered: dict[str, dict[str, Any]] = {group: {} for group in (*BASES, QUIRK)}
 
 
@@ -95,9 +97,9 @@ def numbers(component: type, name: str) -> dict[str, Any]:
 
 
 def class_name(component: type) -> str:
-    """What a record calls a class: its name, and for one that is not esparse's its module, too."""
+    """The name of a class in records and run ids: for a class that is not esparse's, with its module."""
     module, name = component.__module__, component.__qualname__
-    return name if module.partition(".")[0] == "esparse" else f"{module}:{name}"
+    return RECORDED_AS.get(name, name) if module.partition(".")[0] == "esparse" else f"{module}:{name}"
 
 
 @cache

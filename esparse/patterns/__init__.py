@@ -6,8 +6,8 @@ Ties: of equal scores the one with the lowest index survives.
 
 from esparse.patterns.nm import NM, Pattern
 from esparse.patterns.order import Grouping
-from esparse.patterns.outliers import Salient
-from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
+from esparse.patterns.outliers import Outliers
+from esparse.patterns.percent import Columns, Rows, Tiles, Unstructured
 from esparse.patterns.text import from_str, parse
 
-__all__ = ["NM", "Blocks", "Columns", "Grouping", "Pattern", "Rows", "Salient", "Unstructured", "from_str", "parse"]
+__all__ = ["NM", "Columns", "Grouping", "Outliers", "Pattern", "Rows", "Tiles", "Unstructured", "from_str", "parse"]

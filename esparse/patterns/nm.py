@@ -78,7 +78,7 @@ class NM(Pattern):
         keep_OI = torch.empty_like(scores_OI, dtype=torch.bool)
         keep_OI[..., :whole] = top(scores_OI[..., :whole].unflatten(-1, (-1, self.m)), self.n).flatten(-2)
         tail = scores_OI[..., whole:]
-        keep_OI[..., whole:] = top(tail, self._tail_survivors(tail.shape[-1]))
+        keep_OI[..., whole:] = top(tail, self._tail_kept(tail.shape[-1]))
         return keep_OI
 
     def holds(self, keep_OI: Tensor) -> bool:
@@ -107,7 +107,7 @@ class NM(Pattern):
 
     def metadata_bits(self, outputs: int, inputs: int) -> int:
         groups, tail = divmod(inputs, self.m)
-        return outputs * (groups * _bits(self.n, self.m) + _bits(self._tail_survivors(tail), tail))
+        return outputs * (groups * _bits(self.n, self.m) + _bits(self._tail_kept(tail), tail))
 
     def grouped_inputs(self, inputs: int) -> int:
         """How many of a row's leading inputs stand in whole groups, so that a shuffle can move them between groups."""
@@ -125,7 +125,7 @@ class NM(Pattern):
     def split(self, keep_OI: Tensor) -> list[Tensor]:
         return [self.exactly(keep_OI)]
 
-    def survivors(self, inputs: int) -> int:
+    def kept_per_row(self, inputs: int) -> int:
         """How many weights of a row survive."""
         return sum(count * n for count, n, _ in self.groups(inputs))
 
@@ -135,13 +135,13 @@ class NM(Pattern):
         Without those that a row has none of.
         """
         count, tail = divmod(inputs, self.m)
-        cut = [(count, self.n, self.m), (1, self._tail_survivors(tail), tail)]
+        cut = [(count, self.n, self.m), (1, self._tail_kept(tail), tail)]
         return [(count, n, m) for count, n, m in cut if count * m]
 
     def exactly(self, keep_OI: Tensor) -> Tensor:
         """A mask that keeps of every group exactly as many as may survive.
 
-        Of too many survivors those with the lowest index, and where there are too few, pruned weights likewise.
+        Of too many kept weights those with the lowest index, and where there are too few, pruned weights likewise.
         """
         import torch
 
@@ -162,7 +162,7 @@ class NM(Pattern):
     def swap_width(self) -> int:
         return self.m
 
-    def _tail_survivors(self, tail: int) -> int:
+    def _tail_kept(self, tail: int) -> int:
         return -(-tail * self.n // self.m)
 
 

@@ -1,4 +1,4 @@
-"""n:m beside salient weights.
+"""n:m beside outliers.
 
 Shapes: O outputs, I inputs.
 """
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Salient(Pattern):
+class Outliers(Pattern):
     """`base` keeps the n best of each group, and of all others the best of long groups (`outliers`) survive as well.
 
-    Structured salient weights come from Maximov et al. 2025 (arXiv 2507.03052), where 4, 8 or 16 of 256 stand beside
-    2:4 or 8:16. Whether a salient weight there takes one of its group's n places is not known to us. Here the places
+    Structured outliers come from Maximov et al. 2025 (arXiv 2507.03052), where 4, 8 or 16 of 256 stand beside
+    2:4 or 8:16. Whether an outlier there takes one of its group's n places is not known to us. Here the places
     go first, and what they cannot hold is recovered: of all masks that the two formats can store together, that is the
     one with the highest scores, and a share of n/m + k/K survives. `outliers.m` is a multiple of `base.m`, both are
     cut in one order, and both have tails as in `NM`.
@@ -40,7 +40,7 @@ class Salient(Pattern):
     def holds(self, keep_OI: Tensor) -> bool:
         import torch
 
-        # What a group keeps beyond its n must be salient; the sum of that is written at the group's first input.
+        # What a group keeps beyond its n must be outliers; the sum of that is written at the group's first input.
         beyond_OI = torch.zeros_like(keep_OI, dtype=torch.int32)
         beyond_OI[..., :: self.base.m] = self.base.excess(keep_OI).int()
         return not self.outliers.excess(beyond_OI).any()

@@ -80,7 +80,7 @@ class Rows(Pattern):
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks(Pattern):
+class Tiles(Pattern):
     """Of the blocks of each strip of `height` outputs, `removed_percent` per cent (rounded down) go whole.
 
     A block is `width` inputs wide. The blocks with the lowest mean score go: at the lower and the right edge, where a
@@ -106,8 +106,8 @@ class Blocks(Pattern):
         return keep_OB.repeat_interleave(self.width, 1)[:, :inputs].contiguous()
 
     def holds(self, keep_OI: Tensor) -> bool:
-        survives_SB = self._blocks(keep_OI).sum((1, 3)) > 0
-        return bool((survives_SB.sum(1) <= _left(survives_SB.shape[1], self.removed_percent)).all())
+        kept_SB = self._blocks(keep_OI).sum((1, 3)) > 0
+        return bool((kept_SB.sum(1) <= _left(kept_SB.shape[1], self.removed_percent)).all())
 
     def metadata_bits(self, outputs: int, inputs: int) -> int:
         return len(_sizes(outputs, self.height)) * len(_sizes(inputs, self.width))

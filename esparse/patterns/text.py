@@ -6,8 +6,8 @@ import re
 
 from esparse.errors import Mistake
 from esparse.patterns.nm import NM, Pattern
-from esparse.patterns.outliers import Salient
-from esparse.patterns.percent import Blocks, Columns, Rows, Unstructured
+from esparse.patterns.outliers import Outliers
+from esparse.patterns.percent import Columns, Rows, Tiles, Unstructured
 
 EXPLAINED = (
     "pattern must look like '2:4' (of every 4 consecutive weights of a row 2 survive), '50%' (half of every row is "
@@ -30,15 +30,15 @@ def parse(text: object, outliers: object = None) -> Pattern:
             f"outliers survive beside an n:m pattern, and {text!r} is none: leave out outliers={outliers}, or ask for "
             "a pattern such as 8:16"
         )
-    salient = _nm("outliers", outliers, OUTLIERS_EXPLAINED)
-    if salient is None:
+    parsed = _nm("outliers", outliers, OUTLIERS_EXPLAINED)
+    if parsed is None:
         raise Mistake(f"{OUTLIERS_EXPLAINED}, got {outliers!r}")
-    if salient.m % pattern.m:
+    if parsed.m % pattern.m:
         raise Mistake(
-            f"outliers {salient} are chosen from whole groups of the pattern {pattern}, but {salient.m} is not a "
-            f"multiple of {pattern.m}: take {salient.n} of {pattern.m * max(2, round(salient.m / pattern.m))}"
+            f"outliers {parsed} are chosen from whole groups of the pattern {pattern}, but {parsed.m} is not a "
+            f"multiple of {pattern.m}: take {parsed.n} of {pattern.m * max(2, round(parsed.m / pattern.m))}"
         )
-    return Salient(pattern, salient)
+    return Outliers(pattern, parsed)
 
 
 def from_str(text: str) -> Pattern:
@@ -62,7 +62,7 @@ def _parse(text: object) -> Pattern:
     height, width = map(int, sides)
     if not (height and width):
         raise Mistake(f"a pattern's blocks are at least 1x1 (outputs x inputs), got {text!r}")
-    return Blocks(removed, height, width)
+    return Tiles(removed, height, width)
 
 
 def _nm(name: str, text: object, explained: str) -> NM | None:

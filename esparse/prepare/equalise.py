@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from esparse.models.block import Block
     from esparse.models.matrices import InputGroup
-    from esparse.models.producers import Link
+    from esparse.models.producers import Edge
     from esparse.stats import ColumnMax
 
 log = logging.getLogger("esparse")
@@ -39,10 +39,10 @@ class Equalise(Prepare):
             raise Mistake(f"prepare.power must lie between 0 and 1, got {self.power}")
 
     def block(self, block: Block) -> None:
-        from esparse.models.graph import Wiring
+        from esparse.models.graph import BlockGraph
         from esparse.stats import ColumnMax
 
-        wiring = Wiring(block)
+        graph = BlockGraph(block)
         largest: dict[InputGroup, ColumnMax] = {}
 
         def read(group: InputGroup, x_TI: Tensor) -> None:
@@ -50,32 +50,32 @@ class Equalise(Prepare):
                 largest[group] = ColumnMax(inputs=group.inputs, sequences=1, device=x_TI.device)
             largest[group].add(x_TI, 0)
 
-        wiring.watch(read)
-        links, left = wiring.links()
+        graph.watch(read)
+        edges, left = graph.edges()
         pruned = set(block.matrices().parameters())
 
-        def divide(link: Link) -> None:
-            if (scale_I := self._scale_I(link, largest, pruned)) is not None:
-                link.move(scale_I)
+        def divide(edge: Edge) -> None:
+            if (scale_I := self._scale_I(edge, largest, pruned)) is not None:
+                edge.move(scale_I)
 
         # The last ones first: a matrix's columns are measured once its rows have been divided.
-        for together in links:
-            if not wiring.changed(together, divide):
-                left += [group for link in together for group in link.groups]
+        for together in edges:
+            if not graph.changed(together, divide):
+                left += [group for edge in together for group in edge.groups]
         names = {m.entry.removesuffix(".weight"): None for group in left for m in group.matrices if m.entry in pruned}
         if names:
             log.warning("not equalised, since nothing before them can absorb it: %s", ", ".join(names))
 
-    def _scale_I(self, link: Link, largest: Mapping[InputGroup, ColumnMax], pruned: set[str]) -> Tensor | None:
-        """What a link's columns are to be multiplied by; None where no token came or nothing of it is pruned."""
+    def _scale_I(self, edge: Edge, largest: Mapping[InputGroup, ColumnMax], pruned: set[str]) -> Tensor | None:
+        """What an edge's columns are to be multiplied by; None where no token came or nothing of it is pruned."""
         import torch
 
-        weights = [m.view().abs().amax(dim=0).float() for g in link.groups for m in g.matrices if m.entry in pruned]
-        inputs = [largest[group].max_I for group in link.groups if group in largest]
+        weights = [m.view().abs().amax(dim=0).float() for g in edge.groups for m in g.matrices if m.entry in pruned]
+        inputs = [largest[group].max_I for group in edge.groups if group in largest]
         if not weights or not inputs:
             return None
         input_max_I, weight_max_I = (torch.stack(maxima).amax(dim=0) for maxima in (inputs, weights))
-        return scale_I(link.producer.tied(input_max_I), link.producer.tied(weight_max_I), self.power)
+        return scale_I(edge.producer.tied(input_max_I), edge.producer.tied(weight_max_I), self.power)
 
 
 def scale_I(input_max_I: Tensor, weight_max_I: Tensor, power: float) -> Tensor:

@@ -44,7 +44,7 @@ class Observed:
 
 
 @dataclass(slots=True)
-class Walk:
+class BlockLoop:
     """The loop through the blocks of a model."""
 
     blocks: BlockModel
@@ -150,16 +150,16 @@ class Walk:
             self.blocks.adopt(index, journal.weights(index))
 
 
-class Held:
+class InputCache:
     """Inputs of a block that are looked at twice, from the first look to the second, as far as there is room."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room  # bytes
+    def __init__(self, budget: int) -> None:
+        self._budget = budget  # bytes
         self._parts: list[tuple[Tensor, int, Statistic]] | None = []
 
-    def hold(self, x_TI: Tensor, statistic: Statistic) -> None:
-        self._room -= x_TI.nbytes
-        if self._room < 0:
+    def add(self, x_TI: Tensor, statistic: Statistic) -> None:
+        self._budget -= x_TI.nbytes
+        if self._budget < 0:
             self._parts = None
         if self._parts is not None:
             self._parts.append((x_TI, x_TI._version, statistic))
@@ -192,24 +192,24 @@ def _observe(
             statistics[group] = {name: build(inputs=group.inputs, **size) for name, build in collects.items()}
         return statistics[group]
 
-    def unite(look: int) -> None:
+    def unite(pass_index: int) -> None:
         united = [statistic for group in matrices.groups for statistic in statistics_of(group).values()]
         counts = ranks.gather([statistic.tokens for statistic in united])  # of all at once: there may be many experts
         for statistic, *tokens in zip(united, *counts, strict=True):
-            statistic.unite(ranks, look, tokens)
+            statistic.unite(ranks, pass_index, tokens)
 
     # Processes on the CPU share its memory.
-    held = Held(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
+    cache = InputCache(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
 
     def read(group: InputGroup, x_TI: Tensor) -> None:
         for statistic in statistics_of(group).values():
             statistic.add(x_TI, 0)
-            if statistic.looks > 1:
-                held.hold(x_TI, statistic)
+            if statistic.passes > 1:
+                cache.add(x_TI, statistic)
 
     def read_again(group: InputGroup, x_TI: Tensor) -> None:
         for statistic in statistics_of(group).values():
-            if statistic.looks > 1:
+            if statistic.passes > 1:
                 statistic.add(x_TI, 1)
 
     with matrices.observed(read):
@@ -219,8 +219,8 @@ def _observe(
         if own:  # of several that turned out to read one tensor, some may have been seen without tokens
             statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
     unite(0)
-    if any(statistic.looks > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
-        inputs = held.whole()
+    if any(statistic.passes > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
+        inputs = cache.whole()
         if inputs is None:  # there was no room for all inputs, so they are computed once more
             with matrices.observed(read_again):
                 activations.observe(block.index)

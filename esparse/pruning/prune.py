@@ -27,7 +27,7 @@ from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
 from esparse.pruning import gradients
-from esparse.pruning.block_loop import Observed, Walk
+from esparse.pruning.block_loop import BlockLoop, Observed
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
 from esparse.records.audit import Masks
@@ -61,7 +61,7 @@ class Pruned:
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
     weights: int = 0
-    survivors: int = 0
+    kept: int = 0
     metadata_bits: float = 0.0
     block_weights: int = 0  # of all parameters of the blocks that are matrices or stacks of them, pruned or not
     left_dense: dict[str, int] = field(default_factory=dict)  # weights of those that are not, the largest first
@@ -115,11 +115,11 @@ def prune(
     check_store(blocks, method)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(), method.recovery
-    walk = Walk(blocks, tokens_SL, skip, stages)
+    loop = BlockLoop(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
         with stages("calibrate"):
-            walk.of_model = gradients.of_model(blocks, tokens_SL, skip)
-    allocated = _allocated(walk, method)
+            loop.of_model = gradients.of_model(blocks, tokens_SL, skip)
+    allocated = _allocated(loop, method)
     parent = copy.deepcopy(blocks.model) if recovery.needs_parent() else None
 
     for index in range(journal.finished if journal else 0):
@@ -143,7 +143,7 @@ def prune(
     collects = method.collects()
     if profile:
         collects.setdefault("entropy", partial(ColumnEntropy, bins=BINS, range="channel", limit=0.0))
-    walk(method, collects, prune_block, changes="pruned", journal=journal)
+    loop(method, collects, prune_block, changes="pruned", journal=journal)
     if not pruned.layers:
         raise Mistake("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
@@ -180,7 +180,7 @@ def check_store(blocks: BlockModel, method: Method) -> None:
         raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
-def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
+def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
     """The patterns of those layers that get another one than the rest, by name."""
     allocation = method.allocation
     if not allocation.measures():
@@ -189,7 +189,7 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
     grouping = Grouping(method.pattern)
 
     def measure(block: Block, groups: list[Observed]) -> None:
-        with walk.stages("score"):
+        with loop.stages("score"):
             for group in groups:
                 number = len({layer.group for layer in layers})
                 for matrix in group.inputs.matrices:
@@ -201,9 +201,9 @@ def _allocated(walk: Walk, method: Method) -> Mapping[str, Pattern]:
     # Only what the scores and the allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
     # In memory the blocks stay as they were prepared without being written.
-    changes = None if isinstance(method.prepare, NoPreparation) or walk.blocks.store.whole else "prepared"
-    walk(bare, bare.collects() | allocation.collects(), measure, changes=changes)
-    return walk.blocks.ranks.from_first(lambda: allocation.plan(layers, method.pattern))
+    changes = None if isinstance(method.prepare, NoPreparation) or loop.blocks.store.whole else "prepared"
+    loop(bare, bare.collects() | allocation.collects(), measure, changes=changes)
+    return loop.blocks.ranks.from_first(lambda: allocation.plan(layers, method.pattern))
 
 
 def _prune_group(
@@ -297,9 +297,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _write(matrix: Matrix, solution: Solution) -> None:
     # A product leaves -0.0, on which packing kernels were seen to fail, and so does half precision of a tiny negative
-    # survivor: -0.0 + 0.0 is 0.0. Filling under a mask would take seven times as long.
+    # kept weight: -0.0 + 0.0 is 0.0. Filling under a mask would take seven times as long.
     matrix.view().copy_(solution.weight_OI * solution.keep_OI).add_(0.0)
-    if solution.shift_O is not None and not matrix.add_to_bias(solution.shift_O):
+    if solution.bias_shift_O is not None and not matrix.add_to_bias(solution.bias_shift_O):
         log.warning("%s has no place for a bias: it stays without its correction", matrix.name)
 
 
@@ -341,11 +341,11 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
         inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
         with blocks.resident(index, read_only=True):
             for matrix, grouping in inside:
-                survives_OI = matrix.view() != 0
-                pruned.pattern_holds &= grouping.holds(survives_OI.to(_device(grouping.order_I)))
-                pruned.weights += survives_OI.numel()
-                pruned.survivors += int(survives_OI.sum())
-                pruned.metadata_bits += grouping.pattern.metadata_bits(*survives_OI.shape)
+                kept_OI = matrix.view() != 0
+                pruned.pattern_holds &= grouping.holds(kept_OI.to(_device(grouping.order_I)))
+                pruned.weights += kept_OI.numel()
+                pruned.kept += int(kept_OI.sum())
+                pruned.metadata_bits += grouping.pattern.metadata_bits(*kept_OI.shape)
 
 
 def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
@@ -385,7 +385,7 @@ def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Ten
     after_OI = matrix.view().float()
     norm = float((x_SI @ before_OI.T).norm())
     lost_SO = x_SI @ (before_OI - after_OI).T
-    error = float((lost_SO if solution.shift_O is None else lost_SO - solution.shift_O).norm())
+    error = float((lost_SO if solution.bias_shift_O is None else lost_SO - solution.bias_shift_O).norm())
     total = _total(score_OI)
     return LayerReport(
         name=matrix.name,

@@ -100,7 +100,7 @@ GROUPS: dict[str, Group] = {
             "lbs": "esparse.shuffles.lbs:Lbs",
             "esparse": "esparse.shuffles.lbs:Esparse",
             "lsa": "esparse.shuffles.lsa:Lsa",
-            "best": "esparse.shuffles.lsa:Best",
+            "best": "esparse.shuffles.lsa:Alternating",
         },
         method=True,
         neutral="none",
@@ -114,11 +114,11 @@ GROUPS: dict[str, Group] = {
             "sparsegpt": "esparse.updates.obs:Obs",
             "support": "esparse.updates.support:Support",
             "swap": "esparse.updates.swap:Swap",
-            "refine": "esparse.updates:Then",
+            "refine": "esparse.updates:Chain",
             "admm": "esparse.updates.admm:Admm",
             "alps": "esparse.updates.alps:Alps",
-            "joint": "esparse.updates:Then",
-            "then": "esparse.updates:Then",
+            "joint": "esparse.updates:Chain",
+            "then": "esparse.updates:Chain",
         },
         method=True,
         neutral="none",
@@ -135,10 +135,10 @@ GROUPS: dict[str, Group] = {
             "window_parent": "esparse.recoveries.window:Window",
             "block": "esparse.recoveries.window:Window",
             "matching": "esparse.recoveries.window:Window",
-            "variance_block": "esparse.recoveries:Then",
+            "variance_block": "esparse.recoveries:Chain",
             "distill": "esparse.recoveries.distill:Distill",
             "distill_lora": "esparse.recoveries.distill:Distill",
-            "then": "esparse.recoveries:Then",
+            "then": "esparse.recoveries:Chain",
         },
         method=True,
         neutral="none",
@@ -200,7 +200,7 @@ GROUPS: dict[str, Group] = {
 }
 
 # The groups that make up a method, in the order in which they act.
-METHOD = tuple(name for name, group in GROUPS.items() if group.method)
+METHOD_GROUPS = tuple(name for name, group in GROUPS.items() if group.method)
 
 
 def acts(group: str, option: str | None) -> bool:
@@ -208,12 +208,12 @@ def acts(group: str, option: str | None) -> bool:
     return option not in (None, "", GROUPS[group].neutral)
 
 
-def acting(choices: Mapping[str, Any], groups: Iterable[str] = METHOD) -> list[str]:
+def acting(choices: Mapping[str, Any], groups: Iterable[str] = METHOD_GROUPS) -> list[str]:
     """The options that do something, in the order in which they act."""
     return [str(choices[group]) for group in groups if acts(group, choices.get(group))]
 
 
-def title(settings: Mapping[str, Any]) -> str:
+def display_name(settings: Mapping[str, Any]) -> str:
     """A short name of a run for people: model, pattern, and every part of the method that does something."""
     model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
     pattern = "+".join(text for text in (settings["pattern"], settings["outliers"]) if text)

@@ -28,7 +28,7 @@ class LayerReport:
     kept_score: share of the matrix's total score that survived (0 to 1). relative_error:
     ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None where no token came.
     Bytes: of the dense matrix, and of the packed one in memory and on disk, None where `export=packed` leaves it dense
-    (patterns without n:m, experts with salient weights and a shuffle).
+    (patterns without n:m, experts with outliers and a shuffle).
     """
 
     name: str

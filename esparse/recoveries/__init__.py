@@ -91,7 +91,7 @@ class NoRecovery(Recovery):
 
 
 @dataclass(kw_only=True, slots=True)
-class Then(Recovery):
+class Chain(Recovery):
     """Two recoveries in a row, on every scale."""
 
     first: Recovery

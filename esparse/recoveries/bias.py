@@ -34,4 +34,4 @@ class Bias(Recovery):
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         lost_OI = layer.dense_OI - pruned.weight_OI
-        return replace(pruned, shift_O=lost_OI @ layer.stats["moments"].mean_I())
+        return replace(pruned, bias_shift_O=lost_OI @ layer.stats["moments"].mean_I())

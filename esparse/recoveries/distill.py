@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Distill(Recovery):
     """Minimises KL(parent || student) over the calibration tokens, once all blocks are pruned."""
 
-    train: str  # full (the survivors of pruned matrices themselves) | lora (a low-rank addition to each matrix)
+    train: str  # full (the kept weights of pruned matrices themselves) | lora (a low-rank addition to each matrix)
     all_parameters: bool  # of full: norms, biases, embeddings, the head and layers that stayed dense too
     rank: int  # of lora
     alpha: float  # of lora: the addition counts alpha / rank times
@@ -70,8 +70,8 @@ class Distill(Recovery):
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
         from esparse.recoveries.distill_training import distill
-        from esparse.recoveries.masked_parameters import held_weights
+        from esparse.recoveries.masked_parameters import masked_parameters
 
         assert pruned.parent is not None
-        held = held_weights(pruned.keeps, pruned.groupings, pruned.blocks.device)
-        return [distill(self, pruned.blocks, pruned.parent, pruned.tokens_SL, held, pruned.seed)]
+        masked = masked_parameters(pruned.keeps, pruned.groupings, pruned.blocks.device)
+        return [distill(self, pruned.blocks, pruned.parent, pruned.tokens_SL, masked, pruned.seed)]

@@ -27,7 +27,7 @@ from torch.nn.functional import kl_div, log_softmax
 from esparse.models.blocks import BlockModel
 from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
-from esparse.recoveries.masked_parameters import Held, Lora, Whole, dropped, lasso
+from esparse.recoveries.masked_parameters import Lora, MaskedParameter, Whole, dropped, lasso
 
 if TYPE_CHECKING:
     from esparse.recoveries.distill import Distill
@@ -69,7 +69,12 @@ def divergence(parent_BLV: Tensor, student_BLV: Tensor, temperature: float) -> T
 
 
 def distill(
-    settings: Distill, student: BlockModel, parent: nn.Module, tokens_SL: Tensor, held: Sequence[Held], seed: int
+    settings: Distill,
+    student: BlockModel,
+    parent: nn.Module,
+    tokens_SL: Tensor,
+    weights: Sequence[MaskedParameter],
+    seed: int,
 ) -> RecoveryReport:
     """Trains the student; it stays as it was where that would raise the loss on the calibration tokens.
 
@@ -77,12 +82,12 @@ def distill(
     """
     start, pair = time.perf_counter(), Pair(student, parent, settings.temperature)
     with _on_device(student.model, student.device), _on_device(parent, student.device):
-        trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in held]
+        trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in weights]
         before, after, steps = improved(
             "the whole model",
             trained,
             lambda: pair.mean(tokens_SL),
-            lambda: _train(settings, pair, tokens_SL, held, trained, torch.Generator().manual_seed(seed)),
+            lambda: _train(settings, pair, tokens_SL, weights, trained, torch.Generator().manual_seed(seed)),
         )
     return RecoveryReport("model", "kl", before, after, steps, time.perf_counter() - start)
 
@@ -91,20 +96,20 @@ def _train(
     settings: Distill,
     pair: Pair,
     tokens_SL: Tensor,
-    held: Sequence[Held],
+    weights: Sequence[MaskedParameter],
     parameters: Sequence[nn.Parameter],
     generator: torch.Generator,
 ) -> int:
     """Trains the parameters, or LoRA on those that are held; returns the number of steps."""
     model = pair.student.model
     with in_float32(model):
-        trained: Whole | Lora = Whole(held, parameters)
+        trained: Whole | Lora = Whole(weights, parameters)
         if settings.train == "lora":
-            trained = Lora(held, settings.rank, settings.alpha, generator)
+            trained = Lora(weights, settings.rank, settings.alpha, generator)
         with requiring_grad(model, parameters if settings.train == "full" else ()), masked(trained.kept):
-            steps = _steps(settings, pair, tokens_SL, held, trained, generator)
+            steps = _steps(settings, pair, tokens_SL, weights, trained, generator)
         trained.merge()
-    for of in held:
+    for of in weights:
         of.settle()
     return steps
 
@@ -113,12 +118,12 @@ def _steps(
     settings: Distill,
     pair: Pair,
     tokens_SL: Tensor,
-    held: Sequence[Held],
+    weights: Sequence[MaskedParameter],
     trained: Whole | Lora,
     generator: torch.Generator,
 ) -> int:
     optimiser = torch.optim.AdamW(trained.leaves, settings.learning_rate, weight_decay=0.0)
-    regularised = _with_groups(held) if settings.lasso or settings.dropout else []
+    regularised = _with_groups(weights) if settings.lasso or settings.dropout else []
     total = settings.epochs * -(-len(tokens_SL) // settings.batch)
     step = 0
     for epoch in range(settings.epochs):
@@ -142,7 +147,7 @@ def _backward(
     pair: Pair,
     tokens_BL: Tensor,
     trained: Whole | Lora,
-    regularised: Sequence[Held],
+    regularised: Sequence[MaskedParameter],
     factors: Mapping[str, Tensor],
 ) -> float:
     """Adds up the gradients of one step; returns the divergence, summed over the step's tokens."""
@@ -158,12 +163,12 @@ def _backward(
     return seen
 
 
-def _with_groups(held: Sequence[Held]) -> list[Held]:
+def _with_groups(weights: Sequence[MaskedParameter]) -> list[MaskedParameter]:
     """Those that the regularisers can work on; the log names the others."""
-    left_out = [of.entry for of in held if any(grouping.pattern.swap_width is None for grouping in of.groupings)]
+    left_out = [of.entry for of in weights if any(grouping.pattern.swap_width is None for grouping in of.groupings)]
     if left_out:
         log.warning("lasso and dropout pass over what a pattern without groups prunes: %s", ", ".join(left_out))
-    return [of for of in held if of.entry not in left_out]
+    return [of for of in weights if of.entry not in left_out]
 
 
 @contextmanager

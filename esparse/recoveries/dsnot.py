@@ -36,7 +36,7 @@ LEAST_VARIANCE = 1e-30  # instead of 0: of channels that never change, those tha
 
 @dataclass(kw_only=True, slots=True)
 class Dsnot(Recovery):
-    """Moves the mask within the pattern, and takes the mask alone: all survivors get their dense values.
+    """Moves the mask within the pattern, and takes the mask alone: all kept weights get their dense values.
 
     What an update or another recovery made of the weights before is lost with it.
     """

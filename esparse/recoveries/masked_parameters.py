@@ -19,7 +19,7 @@ from esparse.patterns.nm import filled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class MaskedParameter:
     """One pruned parameter, its mask as stored, and how the groups of its matrix, or of each expert's, are cut."""
 
     entry: str  # name in the model's state dict
@@ -46,34 +46,34 @@ class Held:
         return zip(matrices.unbind() if matrices.ndim == 3 else [matrices], self.groupings, strict=True)
 
     def settle(self) -> None:
-        """Pruned weights become +0.0, and so do survivors that are zero, which half precision may have made -0.0."""
+        """Pruned weights become +0.0, and so do kept weights that are zero, which half precision may have made -0.0."""
         self.parameter.data.masked_fill_(~self.keep | (self.parameter.data == 0), 0.0)
 
 
-def held_weights(
+def masked_parameters(
     keeps: Mapping[str, Tensor], groupings: Sequence[tuple[Matrix, Grouping]], device: torch.device
-) -> list[Held]:
+) -> list[MaskedParameter]:
     """The pruned parameters with their masks (by name; outputs x inputs), everything beside them on the device."""
     matrices: dict[str, list[tuple[Matrix, Grouping]]] = {}
     for matrix, grouping in groupings:
         matrices.setdefault(matrix.entry, []).append((matrix, grouping))
-    held = []
+    masked = []
     for entry, members in matrices.items():
         members.sort(key=lambda member: member[0].expert or 0)
         matrix, keep = members[0][0], keeps[entry].to(device)
         cuts = [Grouping(g.pattern, None if g.order_I is None else g.order_I.to(device)) for _, g in members]
-        one = Held(entry, matrix.parameter, keep, matrix.transposed, cuts, matrix.rows)
-        held.append(replace(one, keep=one.as_stored(keep).contiguous()))
-    return held
+        one = MaskedParameter(entry, matrix.parameter, keep, matrix.transposed, cuts, matrix.rows)
+        masked.append(replace(one, keep=one.as_stored(keep).contiguous()))
+    return masked
 
 
 class Whole:
     """The surviving weights themselves are trained, and what else `parameters` holds."""
 
-    def __init__(self, held: Sequence[Held], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, masked: Sequence[MaskedParameter], parameters: Sequence[nn.Parameter]) -> None:
         self.leaves: list[Tensor] = list(parameters)
-        self.kept = {of.parameter: of.keep for of in held}  # for training.masked
-        self._held = held
+        self.kept = {of.parameter: of.keep for of in masked}  # for training.masked
+        self._held = masked
 
     def weights(self) -> dict[str, Tensor]:
         """What the model computes with, by name and as stored."""
@@ -89,12 +89,12 @@ class Lora:
     A is uniform between -1 and 1 over the root of its inputs. The model's own parameters stay as they are till `merge`.
     """
 
-    def __init__(self, held: Sequence[Held], rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, masked: Sequence[MaskedParameter], rank: int, alpha: float, generator: torch.Generator) -> None:
         self.leaves: list[Tensor] = []
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._scale = alpha / rank
         self._adapted = []
-        for of in held:
+        for of in masked:
             *experts, outputs, inputs = of.outputs_first(of.parameter.data).shape
             down = (2 * torch.rand(*experts, rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
             down = down.to(of.parameter.device).requires_grad_()
@@ -112,15 +112,15 @@ class Lora:
         for of, down, up in self._adapted:
             of.parameter.copy_(self._added(of, down, up))
 
-    def _added(self, of: Held, down: Tensor, up: Tensor) -> Tensor:
+    def _added(self, of: MaskedParameter, down: Tensor, up: Tensor) -> Tensor:
         addition = of.as_stored(up @ down) * self._scale
         return of.parameter + addition.masked_fill(~of.keep, 0.0)
 
 
-def lasso(held: Sequence[Held], weights: Mapping[str, Tensor]) -> Tensor:
+def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> Tensor:
     """sum over all groups g of all rows of ||w_g||_2, a group being the M places in which a pattern is held."""
-    total = torch.zeros((), device=held[0].parameter.device)
-    for of in held:
+    total = torch.zeros((), device=masked[0].parameter.device)
+    for of in masked:
         for weight_OI, grouping in of.matrices(weights[of.entry]):
             m = grouping.pattern.swap_width
             assert m is not None
@@ -129,14 +129,14 @@ def lasso(held: Sequence[Held], weights: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def dropped(held: Sequence[Held], probability: float, generator: torch.Generator) -> dict[str, Tensor]:
+def dropped(masked: Sequence[MaskedParameter], probability: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Factors for the weights, by name: 0 for the inputs of a group that is dropped, else 1 / (1 - probability).
 
     Each matrix draws for each of its groups. The factors are the same for all its rows: their shape goes with the
     weight's as stored.
     """
     factors = {}
-    for of in held:
+    for of in masked:
         drawn = []
         *experts, outputs, inputs = of.outputs_first(of.parameter.data).shape
         for grouping in of.groupings:

@@ -1,4 +1,4 @@
-"""Variance correction: the survivors are scaled until the weights vary as much as they did before pruning.
+"""Variance correction: the kept weights are scaled until the weights vary as much as they did before pruning.
 
 After Maximov et al. 2025 (arXiv 2507.03052), our reconstruction: W_s <- W_s sqrt(Var(W) / Var(W_s)), the variances over
 all entries, zeros included. Whether the paper takes them of each output or of the whole layer is not known to us.

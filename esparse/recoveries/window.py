@@ -33,7 +33,7 @@ class Window(Recovery):
     window: str  # submodule (attention, then the rest of the block) | block
     inputs: str  # what enters the block: the hidden states of the dense model, or what the pruned blocks return
     targets: str  # block (what the dense block makes of the same inputs) | parent (what the dense model has there)
-    train: str  # weights (the survivors of pruned matrices) | all (norms, biases and skipped layers too)
+    train: str  # weights (the kept weights of pruned matrices) | all (norms, biases and skipped layers too)
     learning_rate: float
     final_rate: float  # share of the learning rate that the decay ends at
     decay: str  # linear | cosine

@@ -94,14 +94,14 @@ def _parts(block: Block, window: str) -> Iterator[_Part]:
     """The windows of a block: submodules that hold matrices, then all that is left, measured on the block's output."""
     left = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     if window == "submodule":
-        held = set(block.matrices().parameters())
+        masked = set(block.matrices().parameters())
         inside = {
             name: (child, {entry for entry in left if entry.startswith(f"{block.name}.{name}.")})
             for name, child in block.module.named_children()
             if list(child.children())  # OPT's fc1 and fc2 stand in the block itself
         }
-        inside = {name: (child, entries) for name, (child, entries) in inside.items() if entries & held}
-        outside = held.difference(*(entries for _, entries in inside.values()))
+        inside = {name: (child, entries) for name, (child, entries) in inside.items() if entries & masked}
+        outside = masked.difference(*(entries for _, entries in inside.values()))
         if not outside:
             inside.popitem()  # the last submodule is left for the block's output
         for name, (child, entries) in inside.items():
@@ -126,7 +126,7 @@ def _tapped(taps: Sequence[nn.Module | None], *, stop: bool) -> Iterator[dict[in
     """While open, keeps what the taps return, by their place in the list."""
     seen: dict[int, Tensor] = {}
 
-    def keeper(place: int) -> Callable[..., None]:
+    def remember(place: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, out: Any) -> None:
             seen[place] = out[0] if isinstance(out, tuple) else out
             if stop:
@@ -134,7 +134,7 @@ def _tapped(taps: Sequence[nn.Module | None], *, stop: bool) -> Iterator[dict[in
 
         return keep
 
-    hooks = [tap.register_forward_hook(keeper(i)) for i, tap in enumerate(taps) if tap is not None]
+    hooks = [tap.register_forward_hook(remember(i)) for i, tap in enumerate(taps) if tap is not None]
     try:
         yield seen
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse.errors import Mistake
-from esparse.records.groups import METHOD, acts
+from esparse.records.groups import METHOD_GROUPS, acts
 from esparse.reports.reading import Record, read_records, stop
 from esparse.reports.table import Table, exact, natural, spread
 from esparse.reports.tabulate import leaves
@@ -32,7 +32,7 @@ class Published:
     """One number of one source: a perplexity, or the accuracy of a task in per cent."""
 
     model: str  # as model.name
-    pattern: str  # as on the command line, salient weights behind a +; `dense`: of the model as it was
+    pattern: str  # as on the command line, outliers behind a +; `dense`: of the model as it was
     prepare: str  # option of the group; empty: none; `any`: the source does not say
     metric: str
     shuffle: str
@@ -50,7 +50,7 @@ class Published:
             return False
         if self.pattern == DENSE:
             return True
-        return self.pattern == run.pattern and run.whole and all(self._has(group, run) for group in METHOD)
+        return self.pattern == run.pattern and run.whole and all(self._has(group, run) for group in METHOD_GROUPS)
 
     def _has(self, group: str, run: _Run) -> bool:
         """Whether the run's option of a group is the source's; what a source has no column for, it did not do."""

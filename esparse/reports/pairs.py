@@ -31,7 +31,7 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
     for row in table.rows:
         if row.get(value) is None:
             continue
-        # Of `8:16+16:256` the salient weights are in a column of their own: one of the two can then differ alone.
+        # Of `8:16+16:256` the outliers are in a column of their own: one of the two can then differ alone.
         row = row | {"pattern": str(row["pattern"]).removesuffix(f"+{row['outliers']}")}
         settings = [f"{c.removeprefix(f'{column}.')}={text(c, row[c])}" for c in own if row.get(c) is not None]
         name = " ".join([text(column, row.get(column)) or "-", *settings])

@@ -61,7 +61,7 @@ def run(
         record = build(
             {"id": run_id, "name": name, "config": config, "environment": software},
             inputs.sources.record(),
-            experiment.model.title,
+            experiment.model.display_name,
             inputs.size,
             pruned,
             pattern=method.pattern,

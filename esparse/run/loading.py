@@ -15,9 +15,9 @@ from torch import Tensor
 
 from esparse.data.tokens import check_ids
 from esparse.models.blocks import BlockModel
+from esparse.models.forward_check import check
 from esparse.models.load import load, longest_sequence, weight_files
-from esparse.models.offload import Keeper
-from esparse.models.walk_check import check
+from esparse.models.offload import HiddenStateStore
 from esparse.parallel.ranks import Ranks
 from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
@@ -71,7 +71,7 @@ def load_inputs(
         device=device,
         batch_tokens=asked.tokens_at_once(device),
         store=store,
-        keeper=Keeper(asked.activations, folder),
+        hidden_store=HiddenStateStore(asked.activations, folder),
         ranks=ranks,
     )
     check_store(blocks, method)

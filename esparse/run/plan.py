@@ -33,7 +33,7 @@ class _Seen(Exception):
 class Plan:
     """Sizes in bytes."""
 
-    title: str
+    display_name: str
     parameters: int
     pruned_weights: int
     blocks: int
@@ -77,7 +77,7 @@ class Plan:
         where = "read block by block from the checkpoint" if self.streams_weights else "loaded whole"
         where += f", by each of {self.ranks} processes" if self.ranks > 1 else ""
         lines = [
-            f"plan of {self.title} (a dry run: nothing is pruned)",
+            f"plan of {self.display_name} (a dry run: nothing is pruned)",
             f"  parameters          {self.parameters:,} in {self.blocks} blocks, {self.pruned_weights:,} to be pruned",
             f"  weights             {_gib(self.weights)}, {where}",
             f"  largest block       {_gib(self.largest_block)}; embeddings, norm and head {_gib(self.ends)}",
@@ -100,7 +100,7 @@ def dry_run(experiment: Experiment, *, name: str) -> str:
     return plan(
         experiment.model,
         experiment.method(),
-        title=name,
+        display_name=name,
         sequences=calibration.sequences,
         length=calibration.length,
         window=experiment.evaluate.length,
@@ -112,7 +112,7 @@ def plan(
     model: Model,
     method: Method,
     *,
-    title: str,
+    display_name: str,
     sequences: int,
     length: int | None,
     window: int | None,
@@ -141,7 +141,7 @@ def plan(
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     stream, free = sequences * length * hidden, host_memory.free_host_bytes()
     return Plan(
-        title=title,
+        display_name=display_name,
         parameters=sum(p.numel() for p in skeleton.parameters()),
         pruned_weights=pruned,
         blocks=len(blocks),
@@ -165,12 +165,14 @@ def plan(
 
 
 def _passes(method: Method) -> int:
-    """Through each block: to observe it (`looks` times), to leave it, and what the parts of the method add."""
+    """Through each block: to observe it (once or twice), to leave it, and what the parts of the method add."""
     prepared = 0 if isinstance(method.prepare, NoPreparation) else 1
-    looks = max(build(inputs=1, sequences=1, device=torch.device("cpu")).looks for build in method.collects().values())
-    passes = looks + 1 + prepared + method.recovery.needs_dense_stream() + (method.metric.gradients() != "none")
+    observations = max(
+        build(inputs=1, sequences=1, device=torch.device("cpu")).passes for build in method.collects().values()
+    )
+    passes = observations + 1 + prepared + method.recovery.needs_dense_stream() + (method.metric.gradients() != "none")
     if method.allocation.measures():
-        passes += looks + 1
+        passes += observations + 1
     return passes
 
 

@@ -189,7 +189,7 @@ def sparsity(pattern: Pattern, pruned: Pruned) -> dict[str, Any]:
     """What was measured on the weights: density, whether the pattern holds, what of the blocks stays dense."""
     return {
         "pattern": str(pattern),
-        "density": pruned.survivors / pruned.weights,
+        "density": pruned.kept / pruned.weights,
         "pattern_holds": pruned.pattern_holds,
         "share_of_blocks": pruned.share_of_blocks,
         "left_dense": dict(list(pruned.left_dense.items())[:20]),
@@ -211,7 +211,7 @@ def memory(
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
     bits_per_weight: that and the surviving values.
     """
-    sparse = size.bytes - (pruned.weights - pruned.survivors) * size.element_bytes + mask_bytes
+    sparse = size.bytes - (pruned.weights - pruned.kept) * size.element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
     packable = [layer for layer in layers if layer.packed_bytes is not None]
     rest = size.bytes - sum(layer.dense_bytes for layer in packable)
@@ -224,5 +224,5 @@ def memory(
         "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
         "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
         "metadata_bits": metadata_bits,
-        "bits_per_weight": 8 * size.element_bytes * pruned.survivors / pruned.weights + metadata_bits,
+        "bits_per_weight": 8 * size.element_bytes * pruned.kept / pruned.weights + metadata_bits,
     }

@@ -69,7 +69,7 @@ class NoShuffle(Shuffle):
 class Search(Shuffle):
     """A shuffle that raises the kept score, from where with `objective=error` a search lowers the layers' true error.
 
-    Whatever the objective, the scores choose which weights of a group survive. Salient weights, which a pattern may
+    Whatever the objective, the scores choose which weights of a group survive. Outliers, which a pattern may
     keep beside its groups, are not foreseen.
     """
 

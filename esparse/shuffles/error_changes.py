@@ -43,7 +43,7 @@ class Side(NamedTuple):
 
 
 @dataclass(slots=True)
-class Block:
+class ChannelBlock:
     """The groups of one block and their pruned weights; `rank_CR` and `dense_CR` never change."""
 
     n: int
@@ -57,7 +57,9 @@ class Block:
     sides_GMFR: Tensor  # as in `Side`
 
     @classmethod
-    def begin(cls, rank_CR: Tensor, dense_CR: Tensor, slope_CR: Tensor, gram_CC: Tensor, *, n: int, m: int) -> Block:
+    def begin(
+        cls, rank_CR: Tensor, dense_CR: Tensor, slope_CR: Tensor, gram_CC: Tensor, *, n: int, m: int
+    ) -> ChannelBlock:
         """The block whose groups are m consecutive channels."""
         channels, rows = rank_CR.shape
         groups_GM = torch.arange(channels, device=rank_CR.device).view(-1, m)

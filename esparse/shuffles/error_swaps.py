@@ -22,7 +22,7 @@ from torch import Tensor
 
 from esparse.parallel.cores import each_core
 from esparse.patterns import NM, Grouping
-from esparse.shuffles.error_changes import Block, lost
+from esparse.shuffles.error_changes import ChannelBlock, lost
 from esparse.shuffles.score_swaps import block_width
 
 SWEEPS = 50  # at most; of the built-in model's layers none wanted more than 15
@@ -74,9 +74,9 @@ def ranks(scores_OI: Tensor) -> Tensor:
 
 def block_of(
     channels_C: Tensor, rank_OI: Tensor, dense_OI: Tensor, lost_OI: Tensor, gram_II: Tensor, *, n: int, m: int
-) -> Block:
+) -> ChannelBlock:
     """These channels, in groups of m, with what the whole layer loses."""
-    return Block.begin(
+    return ChannelBlock.begin(
         rank_CR=rank_OI[:, channels_C].T.float().contiguous(),
         dense_CR=dense_OI[:, channels_C].T.contiguous(),
         slope_CR=2 * (gram_II[channels_C] @ lost_OI.T),
@@ -86,7 +86,7 @@ def block_of(
     )
 
 
-def tournament(block: Block, worth: float, pool: ThreadPoolExecutor) -> float:
+def tournament(block: ChannelBlock, worth: float, pool: ThreadPoolExecutor) -> float:
     """By how much the error is lower after all pairs of the block's groups met once."""
     gained = 0.0
     for left_P, right_P in rounds(len(block.groups_GM), block.groups_GM.device):
@@ -120,7 +120,7 @@ def _swapped(channels_K2M: Tensor, swap_K: Tensor) -> Tensor:
     return channels_K2M.scatter(2, places_K2, channels_K2M.gather(2, places_K2).flip(1))
 
 
-def together(block: Block, channels_K2M: Tensor, worth: float) -> tuple[list[int], float]:
+def together(block: ChannelBlock, channels_K2M: Tensor, worth: float) -> tuple[list[int], float]:
     """Which of the proposed groupings are worth making, from the best on, and their joint change of the error."""
     where_X = channels_K2M.flatten()
     after_XR = lost(block.rank_CR, block.dense_CR, channels_K2M.flatten(0, 1), block.n).flatten(0, 1)

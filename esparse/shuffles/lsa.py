@@ -52,7 +52,7 @@ class Lsa(Search):
 
 
 @dataclass(kw_only=True, slots=True)
-class Best(Search):
+class Alternating(Search):
     """Assignments and swaps in turn, until neither gains, from the channels' own order and from a global deal.
 
     The better of the two ends is taken: a greedy search from the dealt order alone was seen to end lower.

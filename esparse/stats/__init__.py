@@ -34,7 +34,7 @@ class Statistic(ABC):
     `looks` says how often the tokens have to pass: 2 where the first pass only finds out the range of the values.
     """
 
-    looks = 1
+    passes = 1
 
     def __init__(self, *, inputs: int, sequences: int, device: torch.device, before: int = 0) -> None:
         """`sequences`: of all ranks; `before`: how many tokens the ranks before this one have, before any routing."""
@@ -45,20 +45,20 @@ class Statistic(ABC):
         self.tokens = 0
 
     @abstractmethod
-    def add(self, x_TI: Tensor, look: int) -> None:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
         """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
 
-    def add_all(self, parts: Sequence[Tensor], look: int) -> None:
+    def add_all(self, parts: Sequence[Tensor], pass_index: int) -> None:
         """Takes the inputs of several micro-batches."""
         for x_TI in parts:
-            self.add(x_TI, look)
+            self.add(x_TI, pass_index)
 
-    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
+    def unite(self, ranks: Ranks, pass_index: int, tokens: Sequence[int]) -> None:
         """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look.
 
         `tokens`: those that the statistics of the ranks have by then.
         """
-        if look == self.looks - 1:
+        if pass_index == self.passes - 1:
             self._unite(ranks, tokens)
             self.tokens = sum(tokens)
 
@@ -78,8 +78,8 @@ class ColumnNorm(Statistic):
         super().__init__(**size)
         self.sum_sq_I = torch.zeros(self.inputs, dtype=torch.float64, device=self.device)
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look == 0:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index == 0:
             self.tokens += x_TI.shape[0]
             tally = kernels.triton("tally", x_TI.device)
             if tally is not None:
@@ -115,8 +115,8 @@ class ColumnMoments(Statistic):
             torch.zeros(self.inputs, dtype=torch.float64, device=self.device) for _ in range(3)
         )
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look != 0 or x_TI.shape[0] == 0:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index != 0 or x_TI.shape[0] == 0:
             return
         if self.tokens == 0:
             self.first_I = x_TI[0].double()
@@ -154,8 +154,8 @@ class ColumnMax(Statistic):
         super().__init__(**size)
         self.max_I = torch.zeros(self.inputs, device=self.device)
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look == 0 and len(x_TI):
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index == 0 and len(x_TI):
             self.tokens += x_TI.shape[0]
             for tile_TI in x_TI.split(TILE):
                 torch.maximum(self.max_I, tile_TI.abs().amax(dim=0).float(), out=self.max_I)
@@ -176,37 +176,37 @@ class ColumnEntropy(Statistic):
         super().__init__(**size)
         self.bins = bins
         self.range = range
-        self.looks = 1 if range == "fixed" else 2
-        bound = torch.full((self.inputs,), float("inf") if self.looks == 2 else -limit, device=self.device)
+        self.passes = 1 if range == "fixed" else 2
+        bound = torch.full((self.inputs,), float("inf") if self.passes == 2 else -limit, device=self.device)
         self.low_I, self.high_I = bound, -bound
         self.counts_IK = torch.zeros(self.inputs, bins, dtype=torch.int64, device=self.device)
 
-    def add(self, x_TI: Tensor, look: int) -> None:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
         if x_TI.shape[0] == 0:
             return
         tally = kernels.triton("tally", x_TI.device)
-        if look == 0 and self.looks == 2 and tally is not None:
+        if pass_index == 0 and self.passes == 2 and tally is not None:
             least_PI, greatest_PI = tally.extremes(x_TI)
             self.low_I = torch.minimum(self.low_I, least_PI.amin(0))
             self.high_I = torch.maximum(self.high_I, greatest_PI.amax(0))
-        elif look == 0 and self.looks == 2:
+        elif pass_index == 0 and self.passes == 2:
             for tile_TI in x_TI.split(TILE):
                 self.low_I = torch.minimum(self.low_I, tile_TI.amin(dim=0).float())
                 self.high_I = torch.maximum(self.high_I, tile_TI.amax(dim=0).float())
-        if look == self.looks - 1:
+        if pass_index == self.passes - 1:
             self._count([x_TI])
 
-    def add_all(self, parts: Sequence[Tensor], look: int) -> None:
-        if look == 1:  # together, so that the cores have more to do before they wait for each other
+    def add_all(self, parts: Sequence[Tensor], pass_index: int) -> None:
+        if pass_index == 1:  # together, so that the cores have more to do before they wait for each other
             self._count(parts)
         else:
-            super().add_all(parts, look)
+            super().add_all(parts, pass_index)
 
-    def unite(self, ranks: Ranks, look: int, tokens: Sequence[int]) -> None:
-        if look == 0 and self.looks == 2:
+    def unite(self, ranks: Ranks, pass_index: int, tokens: Sequence[int]) -> None:
+        if pass_index == 0 and self.passes == 2:
             ranks.min_(self.low_I)
             ranks.max_(self.high_I)
-        super().unite(ranks, look, tokens)
+        super().unite(ranks, pass_index, tokens)
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
         ranks.sum_(self.counts_IK)
@@ -293,8 +293,8 @@ class Gram(Statistic):
         self._is_whole = True
         self._factors: dict[tuple[Any, ...], Tensor] = {}
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look == 0:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index == 0:
             self.tokens += x_TI.shape[0]
             is_half = multiplies_into_float32(x_TI)
             x_TI = x_TI if is_half else x_TI.float()
@@ -342,8 +342,8 @@ class TokenSample(Statistic):
         self._token_S = torch.zeros(0, dtype=torch.int64)
         self._x_SI = torch.zeros(0, self.inputs, device=self.device)
 
-    def add(self, x_TI: Tensor, look: int) -> None:
-        if look == 0:
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        if pass_index == 0:
             first = self.before + self.tokens
             self.tokens += x_TI.shape[0]
             self._take(torch.arange(first, first + x_TI.shape[0]), x_TI)

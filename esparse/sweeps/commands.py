@@ -29,7 +29,7 @@ from esparse.sweeps.submission import launcher_of, submit
 
 log = logging.getLogger("esparse")
 
-LOOK_S = (1.0, 15.0)  # between two looks at the runs while waiting: at first, at most
+POLL_S = (1.0, 15.0)  # between two looks at the runs while waiting: at first, at most
 SAY_S = 30.0  # between two sentences about them
 
 
@@ -73,9 +73,9 @@ def _at_a_time(sweep: Folder, tasks: int) -> int:
 
 def wait(sweep: Folder) -> dict[Path, run_states.State]:
     """Returns once no run is queued or running any more, whoever submitted it."""
-    pause, said, said_at = LOOK_S[0], "", float("-inf")
+    pause, said, said_at = POLL_S[0], "", float("-inf")
     while True:
-        states = run_states.looked(run.folder for run in sweep.runs)
+        states = run_states.states_of(run.folder for run in sweep.runs)
         now = run_states.counted(states.values())
         over = not any(state.kind in run_states.OPEN for state in states.values())
         if now != said and (over or time.monotonic() - said_at > SAY_S):
@@ -84,11 +84,11 @@ def wait(sweep: Folder) -> dict[Path, run_states.State]:
         if over:
             return states
         time.sleep(pause)
-        pause = min(1.2 * pause, LOOK_S[1])
+        pause = min(1.2 * pause, POLL_S[1])
 
 
 def _status(sweep: Folder, options: argparse.Namespace) -> int:
-    states = run_states.looked(run.folder for run in sweep.runs)
+    states = run_states.states_of(run.folder for run in sweep.runs)
     _print_states(sweep, states)
     return FAILED if any(s.kind not in ("finished", *run_states.OPEN) for s in states.values()) else FINISHED
 
@@ -109,7 +109,7 @@ def _wait(sweep: Folder, options: argparse.Namespace) -> int:
 
 def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     """Only what this sweep submitted: a run that another one is at stays."""
-    states = run_states.looked(run.folder for run in sweep.runs)
+    states = run_states.states_of(run.folder for run in sweep.runs)
     ours = {
         run.folder: there
         for run in sweep.runs
@@ -123,9 +123,9 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     queue = cluster.Queue()
     left = dict(ours)
     while left and time.monotonic() < until:  # until nobody writes to the runs any more
-        left = {f: o for f, o in left.items() if run_states.look(f, queue).kind in run_states.OPEN}
+        left = {f: o for f, o in left.items() if run_states.state_of(f, queue).kind in run_states.OPEN}
         time.sleep(0.2 if left else 0)
-    cancelled = [f for f in ours if f not in left and run_states.look(f, queue).kind != "finished"]
+    cancelled = [f for f in ours if f not in left and run_states.state_of(f, queue).kind != "finished"]
     for folder in cancelled:
         write_json(folder / "status.json", run_states.status(folder) | {"status": "cancelled"})
         lock.release(folder, ours[folder])
@@ -137,7 +137,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
 
 def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
     """What failed or died; without --failed also what was cancelled or never came to its turn."""
-    states = run_states.looked(run.folder for run in sweep.runs)
+    states = run_states.states_of(run.folder for run in sweep.runs)
     kinds = set(run_states.FAILED) if options.failed else set(run_states.KINDS) - {"finished", *run_states.OPEN}
     chosen = [run for run in sweep.runs if states[run.folder].kind in kinds]
     if not chosen:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse.cli import registry
-from esparse.records.groups import title
+from esparse.records.groups import display_name
 from esparse.records.report import run_id, write_json
 from esparse.run.settings import Experiment
 
@@ -45,7 +45,7 @@ class Folder:
         runs = {}
         for settings in map(dict, asked):
             folder = Path(settings["output_root"]).absolute() / run_id(settings)
-            runs[folder] = Run(run_id(settings), title(settings), folder, settings)
+            runs[folder] = Run(run_id(settings), display_name(settings), folder, settings)
         sweep = cls(path, executor, launcher, Path.cwd(), list(runs.values()))
         path.mkdir(parents=True, exist_ok=True)
         rows = [

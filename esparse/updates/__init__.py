@@ -32,16 +32,16 @@ class Layer:
 class Solution:
     """A layer's weights (float32) and which of them survive; the weights are 0 wherever `keep_OI` is False.
 
-    `shift_O`, where there is one, is to be added to the layer's bias.
+    `bias_shift_O`, if given, is to be added to the layer's bias.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
-    shift_O: Tensor | None = None
+    bias_shift_O: Tensor | None = None
 
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
-        """The survivors as they are."""
+        """The kept weights as they are."""
         return cls((dense_OI * keep_OI).add_(0.0), keep_OI)  # which makes 0.0 of -0.0
 
 
@@ -68,14 +68,14 @@ class Update(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class NoUpdate(Update):
-    """The survivors keep their values (E-Sparse, Wanda)."""
+    """The kept weights keep their values (E-Sparse, Wanda)."""
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         return start
 
 
 @dataclass(kw_only=True, slots=True)
-class Then(Update):
+class Chain(Update):
     """Two updates in a row."""
 
     first: Update

@@ -146,7 +146,7 @@ def _own_groups(chosen: NM | None, inputs: int) -> tuple[list[slice], tuple[int,
     """Where the groups to choose are, and their m, n and the n of a shorter last one; zeros if nothing is chosen."""
     if chosen is None:
         return [slice(0, inputs)], (0, 0, 0)
-    return chosen.cuts(inputs), (chosen.m, chosen.n, chosen.survivors(inputs % chosen.m))
+    return chosen.cuts(inputs), (chosen.m, chosen.n, chosen.kept_per_row(inputs % chosen.m))
 
 
 def _sweep_rows(

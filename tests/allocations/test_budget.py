@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from esparse.allocations import budget
 from esparse.allocations.budget import Shape, Unit, count, spend
 from esparse.allocations.reach import others
-from esparse.patterns import NM, Pattern, Salient, Unstructured
+from esparse.patterns import NM, Outliers, Pattern, Unstructured
 from tests.allocations.layers import chosen
 
 
@@ -31,8 +31,8 @@ def units_of(sizes: Sequence[tuple[int, int]], pattern: Pattern, reach: float = 
     return [Unit.of([Shape(f"layer{k}", *size)], pattern, patterns) for k, size in enumerate(sizes)]
 
 
-def survivors(units: Sequence[Unit], places: Sequence[int]) -> int:
-    return sum(unit.survivors[place] for unit, place in zip(units, places, strict=True))
+def kept(units: Sequence[Unit], places: Sequence[int]) -> int:
+    return sum(unit.kept[place] for unit, place in zip(units, places, strict=True))
 
 
 def total(costs: Sequence[Sequence[float]], places: Sequence[int]) -> float:
@@ -45,9 +45,9 @@ def uniform(units: Sequence[Unit]) -> list[int]:
 
 def least(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> float:
     """By trying every assignment."""
-    allowed = survivors(units, uniform(units))
+    allowed = kept(units, uniform(units))
     every = itertools.product(*(range(len(unit.patterns)) for unit in units))
-    return min(total(costs, places) for places in every if survivors(units, places) <= allowed)
+    return min(total(costs, places) for places in every if kept(units, places) <= allowed)
 
 
 @st.composite
@@ -92,10 +92,10 @@ def test_the_budget_is_kept_and_spent_whatever_the_costs(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(budget, "LARGEST", largest)
         places = chosen(units, spend(units, costs))
-    left = survivors(units, uniform(units)) - survivors(units, places)
+    left = kept(units, uniform(units)) - kept(units, places)
     assert left >= 0
     for unit, place in zip(units, places, strict=True):
-        assert place + 1 == len(unit.patterns) or unit.survivors[place + 1] - unit.survivors[place] > left
+        assert place + 1 == len(unit.patterns) or unit.kept[place + 1] - unit.kept[place] > left
     assert total(costs, places) <= total(costs, uniform(units))
 
 
@@ -123,7 +123,7 @@ def test_layers_of_a_unit_share_its_pattern(either: str) -> None:
     pattern = NM(2, 4)
     first = Unit.of([Shape("q", 4, 8), Shape("k", 2, 8)], pattern, others(pattern, 0.25))
     second = Unit.of([Shape("down", 6, 8)], pattern, others(pattern, 0.25))
-    assert first.survivors == (12, 24, 36)
+    assert first.kept == (12, 24, 36)
     plan = spend([first, second], [[9.0, 3.0, 0.0], [2.0, 1.0, 0.0]])
     assert plan == {"q": NM(3, 4), "k": NM(3, 4), "down": NM(1, 4)}
 
@@ -136,13 +136,13 @@ def test_survivors_are_counted_as_the_pattern_leaves_them(pattern: Pattern, inpu
     assert count(halves, pattern) == int(pattern.keep_top(scores_OI).sum())
 
 
-def test_salient_weights_do_not_count() -> None:
-    assert count([Shape("a", 3, 32)], Salient(NM(2, 4), NM(1, 16))) == 3 * 16
+def test_outliers_do_not_count() -> None:
+    assert count([Shape("a", 3, 32)], Outliers(NM(2, 4), NM(1, 16))) == 3 * 16
 
 
 def test_of_patterns_that_keep_as_much_the_nearest_to_the_one_asked_for_stands() -> None:
     asked = Unstructured(50.0)
     unit = Unit.of([Shape("a", 2, 10)], asked, others(asked, 0.2))  # rows of 10: 3 to 7 survive
-    assert unit.survivors == (6, 8, 10, 12, 14)
+    assert unit.kept == (6, 8, 10, 12, 14)
     assert [p.removed_percent for p in unit.patterns] == [70.0, 60.0, 50.0, 49.9, 39.9]
     assert unit.patterns[unit.asked] == asked

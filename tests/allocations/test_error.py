@@ -14,7 +14,7 @@ from esparse.allocations import Measured
 from esparse.allocations.budget import Shape
 from esparse.allocations.error import Errors, LayerError, between
 from esparse.metrics.wanda import Wanda
-from esparse.patterns import NM, Pattern, Salient, Unstructured, parse
+from esparse.patterns import NM, Outliers, Pattern, Unstructured, parse
 from esparse.shuffles.gns import Gns
 from tests.allocations.layers import layer, linears, pruned, uneven
 
@@ -42,7 +42,7 @@ def errors_by_loops(
     [
         (NM(2, 4), [NM(1, 4), NM(2, 4), NM(3, 4)]),
         (NM(4, 8), [NM(n, 8) for n in range(2, 7)]),
-        (Salient(NM(2, 4), NM(1, 8)), [Salient(NM(n, 4), NM(1, 8)) for n in (1, 2, 3)]),
+        (Outliers(NM(2, 4), NM(1, 8)), [Outliers(NM(n, 4), NM(1, 8)) for n in (1, 2, 3)]),
         (Unstructured(60.0), [Unstructured(p) for p in (85, 80, 75, 70, 65, 60.0, 55, 50, 45, 40, 35)]),
     ],
     ids=str,
@@ -96,7 +96,7 @@ def test_the_plan_has_the_least_error_of_all(problem: list, weigh: str, widths: 
             found += weight * one.value.errors[n_of_group[one.group] - 1]
         return found
 
-    def survivors(n_of_group: list[int]) -> int:
+    def kept(n_of_group: list[int]) -> int:
         return sum(one.weights * n_of_group[one.group] // 4 for one in measured)
 
     def chosen(group: int) -> int:
@@ -107,7 +107,7 @@ def test_the_plan_has_the_least_error_of_all(problem: list, weigh: str, widths: 
         return pattern.n
 
     every = [list(n) for n in itertools.product((1, 2, 3), repeat=len(problem))]
-    allowed = [n for n in every if survivors(n) <= survivors([2] * len(problem))]
+    allowed = [n for n in every if kept(n) <= kept([2] * len(problem))]
     got = [chosen(group) for group in range(len(problem))]
     assert got in allowed
     assert error(got) == pytest.approx(min(error(n) for n in allowed), rel=1e-12)
@@ -159,7 +159,7 @@ def test_a_pruned_model_has_the_mean_density_and_every_layer_its_pattern(pattern
         by_order.setdefault((report.name.split(".")[2], shared), set()).add(report.pattern)
     assert len(by_order) == 3 * 4  # q/k/v, o, gate/up, down of each block
     assert all(len(patterns) == 1 for patterns in by_order.values())
-    left = (0.375 if pattern == "62.5%" else 0.5) * result.weights - result.survivors
+    left = (0.375 if pattern == "62.5%" else 0.5) * result.weights - result.kept
     step = {"8:16": 32 * 2, "2:4": 32 * 8, "62.5%": 32}[pattern]  # of o_proj, the smallest: 32 x 32
     assert 0 <= left < step
 

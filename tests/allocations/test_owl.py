@@ -162,7 +162,7 @@ def test_groups_may_differ_within_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "outliers"), [("8:16", None), ("60%", None), ("4:8", "2:16")], ids=["n:m", "per cent", "salient"]
+    ("pattern", "outliers"), [("8:16", None), ("60%", None), ("4:8", "2:16")], ids=["n:m", "per cent", "outliers"]
 )
 def test_every_layer_of_a_pruned_model_has_its_blocks_pattern(pattern: str, outliers: str | None) -> None:
     _, result = pruned(OWL, parse(pattern, outliers), shuffle=Gns(deal="straight"))
@@ -197,12 +197,12 @@ def test_densities_of_a_pruned_model_are_those_wished_for(pattern: str, step: fl
     assert len({round(wish / step) for wish in wishes}) == 3
     for report in result.layers:
         assert abs(report.density - wishes[block_of(report)]) < step
-    assert uniform - 0.005 * result.weights < result.survivors <= uniform
+    assert uniform - 0.005 * result.weights < result.kept <= uniform
 
 
 def test_the_mean_density_is_met_exactly_where_steps_fit() -> None:
     _, result = pruned(OWL, NM(8, 16))
-    assert result.survivors * 2 == result.weights
+    assert result.kept * 2 == result.weights
 
 
 def test_an_expert_without_tokens_keeps_the_pattern_asked_for() -> None:
@@ -228,5 +228,5 @@ def uneven_experts() -> torch.nn.Module:
 def test_layers_that_stay_dense_do_not_count() -> None:
     _, result = pruned(OWL, NM(8, 16), model=uneven(), skip=[r"layers\.2\."])
     assert {block_of(report) for report in result.layers} == {0, 1}
-    assert result.survivors * 2 == result.weights
+    assert result.kept * 2 == result.weights
     assert {report.pattern for report in result.layers if block_of(report) == 0} != {"8:16"}

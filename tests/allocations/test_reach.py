@@ -13,7 +13,7 @@ from esparse.allocations import Allocation
 from esparse.allocations.error import LayerError
 from esparse.allocations.owl import Owl
 from esparse.allocations.reach import others
-from esparse.patterns import NM, Salient, Unstructured
+from esparse.patterns import NM, Outliers, Unstructured
 
 
 def owl(spread: float) -> Owl:
@@ -31,9 +31,9 @@ def test_other_n_within_reach() -> None:
     assert others(NM(30, 50), 0.58)[0] == NM(1, 50)  # in floats 0.58 * 50 is 28.999999999999996
 
 
-def test_salient_weights_stay_while_the_base_changes() -> None:
-    salient = Salient(NM(2, 4), NM(16, 256))
-    assert [str(pattern) for pattern in others(salient, 0.25)] == ["1:4+16:256", "2:4+16:256", "3:4+16:256"]
+def test_outliers_stay_while_the_base_changes() -> None:
+    outliers = Outliers(NM(2, 4), NM(16, 256))
+    assert [str(pattern) for pattern in others(outliers, 0.25)] == ["1:4+16:256", "2:4+16:256", "3:4+16:256"]
 
 
 def test_other_percentages_within_reach() -> None:

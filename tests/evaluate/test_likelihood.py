@@ -10,7 +10,7 @@ import torch
 from esparse.evaluate import likelihood
 from esparse.evaluate.likelihood import log_likelihoods
 from esparse.models.blocks import BlockModel
-from esparse.models.walk_check import check
+from esparse.models.forward_check import check
 from tests.models.families import tiny
 
 

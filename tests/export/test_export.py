@@ -35,7 +35,7 @@ from esparse.patterns import Grouping
 from esparse.pruning.method import Method
 from esparse.pruning.prune import Pruned, prune
 from esparse.records.report import Stages
-from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.bias import Bias
 from esparse.run.record import with_bytes
 from esparse.shuffles import NoShuffle, Shuffle
@@ -151,7 +151,7 @@ def test_experts_are_computed_one_by_one_however_one_loads(family: str, tmp_path
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", **asked).eval()
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     name = next(matrix.entry for matrix, _ in of.groupings if matrix.expert is not None)
-    assert model.get_submodule(name).packed(1).salient_values_OS is not None
+    assert model.get_submodule(name).packed(1).outlier_values_OS is not None
 
 
 def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +180,7 @@ def test_a_dense_checkpoint_is_an_ordinary_one(family: str, order: str, tmp_path
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
-    assert zeros >= of.weights - of.survivors
+    assert zeros >= of.weights - of.kept
     assert not any((p.signbit() & (p == 0)).any() for p in model.parameters())
     if order == "physical" and family == "llama":  # what gate and up absorb stands in groups
         assert patterns.parse("2:4").holds(model.get_submodule("model.layers.1.mlp.down_proj").weight != 0)
@@ -241,7 +241,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_biases_that_a_family_has_no_place_for(tmp_path: Path) -> None:
-    recovery = Then(first=NoRecovery(), second=Bias())
+    recovery = Chain(first=NoRecovery(), second=Bias())
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     with pytest.raises(ValueError, match=r"q_proj, \.\.\.\), and an ordinary checkpoint .* has no place for them"):
         dense().ready(blocks, recovery, tmp_path)

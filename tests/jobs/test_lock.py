@@ -84,7 +84,7 @@ def holder(tmp_path: Path) -> Iterator[multiprocessing.Process]:
 def test_a_second_process_finds_the_first(holder: multiprocessing.Process, tmp_path: Path) -> None:
     with pytest.raises(Busy, match=rf"running on \S+ \(process {holder.pid}\)"), owned(tmp_path):
         raise AssertionError("two owners")
-    state = run_states.look(tmp_path, cluster.Queue())
+    state = run_states.state_of(tmp_path, cluster.Queue())
     assert state.kind == "running" and str(holder.pid) in state.text
 
 
@@ -391,6 +391,6 @@ def test_how_a_run_stands(
         (tmp_path / "status.json").write_text(json.dumps(status))
     if there is not None:
         put(tmp_path, **there)
-    state = run_states.look(tmp_path, Said(said))
+    state = run_states.state_of(tmp_path, Said(said))
     assert state.kind == expected[0]
     assert expected[1] in state.text

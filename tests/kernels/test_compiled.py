@@ -7,7 +7,7 @@ import torch
 
 from esparse import patterns
 from esparse.packed import layer
-from esparse.packed.layer import salient
+from esparse.packed.layer import outliers
 from esparse.packed.matrix import PackedMatrix, pack, to_file
 from tests.packed.test_matrix import DTYPES, pruned
 
@@ -37,7 +37,7 @@ def test_products(asked: tuple[str, str | None], inputs: int, dtype: torch.dtype
     of = packed(asked, 7, inputs, dtype)
     for tokens in (1, 2, 64):
         x_TI = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
-        y_TO = compiled.product(of.values_OK, of.bits_OB, x_TI, salient(of))
+        y_TO = compiled.product(of.values_OK, of.bits_OB, x_TI, outliers(of))
         expected_TO = x_TI.double() @ of.dense().double().T
         assert y_TO.dtype == torch.float32 and y_TO.shape == (tokens, 7)
         assert (y_TO - expected_TO).norm() <= 1e-6 * expected_TO.norm()
@@ -49,7 +49,7 @@ def test_products(asked: tuple[str, str | None], inputs: int, dtype: torch.dtype
 def test_rows_with_their_zeros(asked: tuple[str, str | None], inputs: int, dtype: torch.dtype) -> None:
     of = packed(asked, 7, inputs, dtype)
     for rows in (slice(0, 7), slice(2, 5)):
-        weight_OI = compiled.dense(of.values_OK, of.bits_OB, salient(of), inputs, rows)
+        weight_OI = compiled.dense(of.values_OK, of.bits_OB, outliers(of), inputs, rows)
         assert weight_OI.dtype == dtype
         assert torch.equal(weight_OI, of.dense(rows.start, rows.stop))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.kernels.form import survivors, to_dense, to_form, units, unpacked_bits
+from esparse.kernels.form import kept_per_row, to_dense, to_form, units, unpacked_bits
 from esparse.patterns import NM
 
 patterns = st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
@@ -28,7 +28,7 @@ def test_there_and_back(pattern: tuple[int, int], rows: int, inputs: int, seed: 
     weight_RI = torch.randn(rows, inputs, generator=seeded)
     keep_RI = NM(*pattern).keep_top(torch.rand(rows, inputs, generator=seeded))
     values_RK, bits_RB = to_form(weight_RI, keep_RI)
-    assert values_RK.shape == (rows, survivors(inputs, *pattern))
+    assert values_RK.shape == (rows, kept_per_row(inputs, *pattern))
     assert torch.equal(unpacked_bits(bits_RB, inputs), keep_RI)
     for row in range(rows):
         kept = [float(weight_RI[row, i]) for i in range(inputs) if keep_RI[row, i]]
@@ -44,7 +44,7 @@ def test_runs_hold_whole_groups(pattern: tuple[int, int]) -> None:
         assert n > 16
         return
     assert cut.columns % m == 0 and cut.columns <= 32
-    assert cut.survivors == cut.columns // m * n <= 16
+    assert cut.kept == cut.columns // m * n <= 16
 
 
 def test_every_half_pattern_has_runs() -> None:
@@ -52,7 +52,7 @@ def test_every_half_pattern_has_runs() -> None:
         assert units(m // 2, m) is not None
     for m in (2, 4, 8, 16):  # one 16-byte load of half-precision values
         cut = units(m // 2, m)
-        assert cut is not None and (cut.columns, cut.survivors) == (16, 8)
+        assert cut is not None and (cut.columns, cut.kept) == (16, 8)
 
 
 def test_rows_that_keep_different_numbers_are_refused() -> None:

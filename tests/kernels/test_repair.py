@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esparse import kernels
-from esparse.patterns import NM, Salient
+from esparse.patterns import NM, Outliers
 from esparse.updates.obs import sweep
 from tests.kernels.packed import DEVICE, ON_GPU_TOO
 
@@ -39,7 +39,7 @@ def swept(
             if pattern is not None and column % pattern.m == 0:
                 group = range(column, min(column + pattern.m, inputs))
                 chance = {j: float(weight_OI[row, j] / upper_II[j, j]) ** 2 for j in group}
-                count = pattern.survivors(len(group))
+                count = pattern.kept_per_row(len(group))
                 for j in sorted(group, key=lambda j: (-chance[j], j))[:count]:
                     keep_OI[row, j] = True
             if not keep_OI[row, column]:
@@ -57,7 +57,7 @@ def test_one_block(outputs: int, inputs: int, pattern: NM | None) -> None:
     expected = swept(dense_OI, upper_II, pattern, None if pattern else given_OI)
     weight_OI = dense_OI.clone()
     keep_OI = torch.ones_like(given_OI) if pattern else given_OI.clone()
-    sizes = (pattern.m, pattern.n, pattern.survivors(inputs % pattern.m)) if pattern else (0, 0, 0)
+    sizes = (pattern.m, pattern.n, pattern.kept_per_row(inputs % pattern.m)) if pattern else (0, 0, 0)
     errors_OI = repair.sweep_block(weight_OI, keep_OI, upper_II, 0, inputs, *sizes)
     assert torch.equal(keep_OI.cpu(), expected[1])
     torch.testing.assert_close(weight_OI.cpu().double(), expected[0], rtol=1e-4, atol=1e-5)
@@ -94,7 +94,7 @@ def test_of_equal_chances_the_lowest_index_survives() -> None:
     assert keep_OI.int().tolist() == [[1, 1, 0, 0, 1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 1, 1, 0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(8, 16), Salient(NM(2, 4), NM(2, 16)), None], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(8, 16), Outliers(NM(2, 4), NM(2, 16)), None], ids=str)
 @pytest.mark.parametrize("block", [1, 20, 128, 300])
 def test_the_whole_sweep(pattern: NM | None, block: int, kernels_everywhere: None) -> None:
     dense_OI, upper_II = problem(7, 166)

@@ -75,8 +75,8 @@ def test_the_statistics_are_those_without_kernels(bounds: str, kernels_everywher
 
     def entropy(device: str) -> ColumnEntropy:
         statistic = ColumnEntropy(bins=100, range=bounds, limit=4.0, **size, device=torch.device(device))
-        for look in range(statistic.looks):
-            statistic.add_all([x_TI.to(device) for x_TI in parts], look)
+        for pass_index in range(statistic.passes):
+            statistic.add_all([x_TI.to(device) for x_TI in parts], pass_index)
         return statistic
 
     with pytest.MonkeyPatch.context() as patch:

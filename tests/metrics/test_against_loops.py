@@ -47,11 +47,11 @@ def reference_scores(kind: str, weight: list[list[float]], x_SLI: torch.Tensor) 
 def reference_keep(scores: list[list[float]], n: int, m: int) -> torch.Tensor:
     keep = []
     for row in scores:
-        survivors: set[int] = set()
+        kept: set[int] = set()
         for start in range(0, len(row), m):
             ranked = sorted(range(start, start + m), key=lambda i: (-row[i], i))
-            survivors |= set(ranked[:n])
-        keep.append([i in survivors for i in range(len(row))])
+            kept |= set(ranked[:n])
+        keep.append([i in kept for i in range(len(row))])
     return torch.tensor(keep)
 
 

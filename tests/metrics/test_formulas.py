@@ -28,8 +28,8 @@ def stats() -> LayerStats:
     entropy = ColumnEntropy(bins=5, range="channel", limit=1.0, **size)
     statistics = {"norm": ColumnNorm(**size), "gram": Gram(**size), "entropy": entropy}
     for statistic in statistics.values():
-        for look in range(statistic.looks):
-            statistic.add(X_TI, look)
+        for pass_index in range(statistic.passes):
+            statistic.add(X_TI, pass_index)
     return LayerStats("layer", statistics | {"gradient": WeightGradient(MEAN_SQUARE)}, 40)
 
 

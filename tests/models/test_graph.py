@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
-from esparse.models.graph import Wiring
+from esparse.models.graph import BlockGraph
 from esparse.models.matrices import InputGroup, Matrix
-from esparse.models.producers import Link, Producer
+from esparse.models.producers import Edge, Producer
 from tests.models.families import FAMILIES, tiny
 
 # What nothing can absorb a scale for: GELU lies between, and in gpt-oss 1 is added to what `up` returns.
@@ -60,22 +60,22 @@ def block_of(model: PreTrainedModel, ids: torch.Tensor | None = None, skip: tupl
     return Block(0, Activations(blocks, tokens() if ids is None else ids), None, skip, 0)
 
 
-def watched(block: Block) -> Wiring:
-    wiring = Wiring(block)
-    wiring.watch(lambda group, x_TI: None)
-    return wiring
+def watched(block: Block) -> BlockGraph:
+    graph = BlockGraph(block)
+    graph.watch(lambda group, x_TI: None)
+    return graph
 
 
 def short(block: Block, name: str) -> str:
     return name.removeprefix(f"{block.name}.")
 
 
-def reading(wiring: Wiring, name: str) -> InputGroup:
-    return next(g for g in wiring.matrices.groups if any(m.name.endswith(name) for m in g.matrices))
+def reading(graph: BlockGraph, name: str) -> InputGroup:
+    return next(g for g in graph.matrices.groups if any(m.name.endswith(name) for m in g.matrices))
 
 
-def matrix(wiring: Wiring, name: str) -> Matrix:
-    return next(m for g in wiring.matrices.groups for m in g.matrices if m.name.endswith(name))
+def matrix(graph: BlockGraph, name: str) -> Matrix:
+    return next(m for g in graph.matrices.groups for m in g.matrices if m.name.endswith(name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,13 +83,13 @@ def test_producers_are_found_and_looking_changes_nothing(family: str) -> None:
     model = tiny(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     block = block_of(model)
-    links, unlinked = watched(block).links()
-    assert {short(block, m.name) for g in unlinked for m in g.matrices} == NOT_LINKED.get(family, set())
+    edges, unmatched = watched(block).edges()
+    assert {short(block, m.name) for g in unmatched for m in g.matrices} == NOT_LINKED.get(family, set())
     made_by = {
-        short(block, m.name): short(block, link.producer.name)
-        for together in links
-        for link in together
-        for g in link.groups
+        short(block, m.name): short(block, edge.producer.name)
+        for together in edges
+        for edge in together
+        for g in edge.groups
         for m in g.matrices
     }
     known = MADE_BY.get(family, {})
@@ -98,26 +98,26 @@ def test_producers_are_found_and_looking_changes_nothing(family: str) -> None:
 
 
 def test_rows_of_grouped_queries() -> None:
-    wiring = watched(block_of(tiny("llama")))  # heads of 8 channels, four of q on two of v
-    producer = wiring.producer(reading(wiring, "o_proj"))
+    graph = watched(block_of(tiny("llama")))  # heads of 8 channels, four of q on two of v
+    producer = graph.producer(reading(graph, "o_proj"))
     assert producer is not None
     assert producer.row_of_I.tolist() == [(c // 8 // 2) * 8 + c % 8 for c in range(32)]
 
 
 def test_rows_of_heads_that_are_fused_one_by_one() -> None:
-    wiring = watched(block_of(tiny("bloom")))
-    producer = wiring.producer(reading(wiring, "self_attention.dense"))
+    graph = watched(block_of(tiny("bloom")))
+    producer = graph.producer(reading(graph, "self_attention.dense"))
     assert producer is not None
     # Every head has 8 rows of q, 8 of k, 8 of v.
     assert producer.row_of_I.tolist() == [(c // 8) * 24 + 16 + c % 8 for c in range(32)]
 
 
 def test_rows_of_fused_query_key_value() -> None:
-    wiring = watched(block_of(tiny("phi3")))
-    producer = wiring.producer(reading(wiring, "o_proj"))
+    graph = watched(block_of(tiny("phi3")))
+    producer = graph.producer(reading(graph, "o_proj"))
     assert producer is not None
     assert producer.row_of_I.tolist() == [32 + 16 + (c // 8 // 2) * 8 + c % 8 for c in range(32)]
-    producer = wiring.producer(reading(wiring, "down_proj"))
+    producer = graph.producer(reading(graph, "down_proj"))
     assert producer is not None
     assert producer.row_of_I.tolist() == list(range(48, 96))
 
@@ -136,23 +136,23 @@ def test_rows_of_fused_query_key_value() -> None:
 def test_what_does_not_make_a_tensor_is_rejected(family: str, wrong: str, reader: str, row_of_I: list[int]) -> None:
     model = tiny(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    wiring = watched(block_of(model))
-    group = reading(wiring, reader)
-    producer = Producer.of_matrix(matrix(wiring, wrong), torch.tensor(row_of_I))
-    assert not wiring.makes(producer, group, wiring.tensor(None, group))
+    graph = watched(block_of(model))
+    group = reading(graph, reader)
+    producer = Producer.of_matrix(matrix(graph, wrong), torch.tensor(row_of_I))
+    assert not graph.makes(producer, group, graph.tensor(None, group))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_gemma_multiplies_by_one_plus_weight_and_llama_does_not() -> None:
     for family, offset in (("llama", 0.0), ("gemma2", 1.0), ("gemma3", 1.0)):
-        wiring = watched(block_of(tiny(family)))
-        producer = wiring.producer(reading(wiring, "up_proj"))
+        graph = watched(block_of(tiny(family)))
+        producer = graph.producer(reading(graph, "up_proj"))
         assert producer is not None
         assert producer.parts[0][1] == offset
 
 
-def doubled(link: Link) -> None:
-    link.move(torch.full((link.groups[0].inputs,), 2.0))
+def doubled(edge: Edge) -> None:
+    edge.move(torch.full((edge.groups[0].inputs,), 2.0))
 
 
 def test_a_change_that_somebody_else_reads_is_taken_back() -> None:
@@ -161,10 +161,10 @@ def test_a_change_that_somebody_else_reads_is_taken_back() -> None:
     inner = mlp.forward
     mlp.forward = lambda x: inner(x) + x
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    wiring = watched(block_of(model))
-    links, unlinked = wiring.links()
-    assert unlinked == []
-    done = {together[0].producer.name: wiring.changed(together, doubled) for together in links}
+    graph = watched(block_of(model))
+    edges, unmatched = graph.edges()
+    assert unmatched == []
+    done = {together[0].producer.name: graph.changed(together, doubled) for together in edges}
     assert {name.rpartition("layers.0.")[2]: kept for name, kept in done.items()} == {
         "input_layernorm": True,
         "self_attn.v_proj": True,
@@ -182,13 +182,13 @@ def test_a_change_that_somebody_else_reads_is_taken_back() -> None:
 @pytest.mark.parametrize(("family", "routers"), [("mixtral", 1), ("qwen2-moe", 2), ("gpt-oss", 1)])
 def test_routers_read_the_norm_too(family: str, routers: int) -> None:
     model = tiny(family)
-    wiring = watched(block_of(model))
-    link = next(together[0] for together in wiring.links()[0] if together[0].routers)
-    assert len(link.routers) == routers
+    graph = watched(block_of(model))
+    edge = next(together[0] for together in graph.edges()[0] if together[0].routers)
+    assert len(edge.routers) == routers
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert not wiring.changed([Link(link.producer, link.groups, [])], doubled)
+    assert not graph.changed([Edge(edge.producer, edge.groups, [])], doubled)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert wiring.changed([link], doubled)
+    assert graph.changed([edge], doubled)
 
 
 class Gate(nn.Module):
@@ -216,25 +216,25 @@ class Gated(nn.Module):
 def test_a_norm_that_a_router_reads_beside_one_group_is_nobodys_own() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp = Gated(model.model.layers[0].mlp)
-    wiring = watched(block_of(model))
-    norm = wiring.source(reading(wiring, "up_proj"))
+    graph = watched(block_of(model))
+    norm = graph.source(reading(graph, "up_proj"))
     assert norm is not None and norm.endswith("post_attention_layernorm")
-    assert wiring.norm_before(reading(wiring, "q_proj")) is not None
-    assert wiring.norm_before(reading(wiring, "up_proj")) is None
+    assert graph.norm_before(reading(graph, "q_proj")) is not None
+    assert graph.norm_before(reading(graph, "up_proj")) is None
 
 
 def test_layers_that_never_ran_forbid_a_change_of_what_they_may_read() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.unused = nn.Linear(32, 7)
-    links, unlinked = watched(block_of(model)).links()
-    assert {m.name.rpartition(".")[2] for g in unlinked for m in g.matrices} == {
+    edges, unmatched = watched(block_of(model)).edges()
+    assert {m.name.rpartition(".")[2] for g in unmatched for m in g.matrices} == {
         "q_proj",
         "k_proj",
         "v_proj",
         "gate_proj",
         "up_proj",
     }
-    assert len(links) == 2
+    assert len(edges) == 2
 
 
 def test_a_norm_that_layers_that_never_ran_may_read_is_nobodys_own() -> None:
@@ -242,15 +242,15 @@ def test_a_norm_that_layers_that_never_ran_may_read_is_nobodys_own() -> None:
     for unused in (False, True):
         if unused:
             model.model.layers[0].mlp.unused = nn.Linear(32, 7)
-        wiring = watched(block_of(model))
-        alone = [wiring.norm_before(group) for group in wiring.matrices.groups]
+        graph = watched(block_of(model))
+        alone = [graph.norm_before(group) for group in graph.matrices.groups]
         assert [found is not None for found in alone] == [not unused, False, not unused, False]
 
 
 def test_skipped_layers_belong_to_a_link() -> None:
     block = block_of(tiny("llama"), skip=("k_proj",))
-    links, _ = watched(block).links()
-    assert {m.name.rpartition(".")[2] for m in links[-1][0].groups[0].matrices} == {"q_proj", "k_proj", "v_proj"}
+    edges, _ = watched(block).edges()
+    assert {m.name.rpartition(".")[2] for m in edges[-1][0].groups[0].matrices} == {"q_proj", "k_proj", "v_proj"}
 
 
 class Expert(nn.Module):
@@ -283,13 +283,13 @@ def test_experts_that_are_modules_read_rows_of_the_norm() -> None:
     torch.manual_seed(0)
     model.model.layers[0].mlp = Experts()
     block = block_of(model)
-    wiring = watched(block)
-    links, unlinked = wiring.links()
-    assert unlinked == []
-    found = {short(block, t[0].producer.name): [short(block, g.matrices[0].name) for g in t[0].groups] for t in links}
+    graph = watched(block)
+    edges, unmatched = graph.edges()
+    assert unmatched == []
+    found = {short(block, t[0].producer.name): [short(block, g.matrices[0].name) for g in t[0].groups] for t in edges}
     assert found["post_attention_layernorm"] == ["mlp.experts.0.w1", "mlp.experts.1.w1"]
     assert found["mlp.experts.1.w1"] == ["mlp.experts.1.w2"]
-    assert all(wiring.changed(together, doubled) for together in links)
+    assert all(graph.changed(together, doubled) for together in edges)
 
 
 class Rarely(nn.Module):
@@ -323,9 +323,9 @@ def test_an_expert_is_tried_on_tokens_that_reach_it() -> None:
     layer.mlp = Rarely(layer.mlp, channel, float(before_I[channel]))
     block = block_of(model)
     assert len(block.activations.hidden) == 2
-    links, unlinked = watched(block).links()
-    assert unlinked == []
-    assert "mlp.rare.w1" in {short(block, together[0].producer.name) for together in links}
+    edges, unmatched = watched(block).edges()
+    assert unmatched == []
+    assert "mlp.rare.w1" in {short(block, together[0].producer.name) for together in edges}
 
 
 def shuffled_columns(block: Block, *names: str) -> None:
@@ -346,35 +346,35 @@ def test_a_wrong_block_is_told_from_rounding_in_every_precision(massive: float, 
         model.model.embed_tokens.weight.mul_(100)
         model.model.embed_tokens.weight[1, 3] = massive
     block = block_of(model, ids)
-    wiring = watched(block)
+    graph = watched(block)
     before = {name: value.clone() for name, value in block.module.state_dict().items()}
-    assert wiring.same()
+    assert graph.same()
     for names in (["mlp.down_proj"], ["self_attn.o_proj"]):
         shuffled_columns(block, *names)
-        assert not wiring.same(), names
+        assert not graph.same(), names
         block.module.load_state_dict(before)
-    assert wiring.same()
+    assert graph.same()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3", "gpt2", "mixtral"])
 def test_in_half_precision_a_right_change_passes_and_a_wrong_one_does_not(family: str, dtype: torch.dtype) -> None:
     model = tiny(family).to(dtype)
-    wiring = watched(block_of(model))
-    for together in wiring.links()[0]:
+    graph = watched(block_of(model))
+    for together in graph.edges()[0]:
         before = [stored.clone() for stored in together[0].stored()]
 
-        def odd(link: Link) -> None:  # no power of two: weights are rounded
-            link.move(torch.full((link.groups[0].inputs,), 1.37))
+        def odd(edge: Edge) -> None:  # no power of two: weights are rounded
+            edge.move(torch.full((edge.groups[0].inputs,), 1.37))
 
-        def half_of_it(link: Link) -> None:
-            factor_I = torch.rand(link.groups[0].inputs, generator=torch.Generator().manual_seed(0)) + 0.5
-            link.producer.scale(link.producer.tied(factor_I))
+        def half_of_it(edge: Edge) -> None:
+            factor_I = torch.rand(edge.groups[0].inputs, generator=torch.Generator().manual_seed(0)) + 0.5
+            edge.producer.scale(edge.producer.tied(factor_I))
 
-        assert wiring.changed(together, odd)
+        assert graph.changed(together, odd)
         for value, stored in zip(before, together[0].stored(), strict=True):
             stored.copy_(value)
         if together[0].producer.matrix is None or together[0].producer.matrix.expert is None:
-            assert not wiring.changed(together, half_of_it)
+            assert not graph.changed(together, half_of_it)
         for value, stored in zip(before, together[0].stored(), strict=True):
             stored.copy_(value)

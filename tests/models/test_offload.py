@@ -11,7 +11,7 @@ from esparse.evaluate.perplexity import window_losses
 from esparse.metrics.wanda import Wanda
 from esparse.models import host_memory
 from esparse.models.blocks import BlockModel
-from esparse.models.offload import Keeper
+from esparse.models.offload import HiddenStateStore
 from esparse.patterns import NM
 from esparse.pruning.method import Method
 from esparse.pruning.prune import prune
@@ -23,8 +23,8 @@ from tests.recoveries.test_window import window
 TOKENS_SL = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(5))
 
 
-def results(keeper: Keeper, folder: Path) -> list[torch.Tensor]:
-    blocks = BlockModel(tiny("llama"), device=torch.device("cpu"), batch_tokens=24, keeper=keeper)
+def results(hidden_store: HiddenStateStore, folder: Path) -> list[torch.Tensor]:
+    blocks = BlockModel(tiny("llama"), device=torch.device("cpu"), batch_tokens=24, hidden_store=hidden_store)
     method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), recovery=window())
     before = window_losses(blocks, TOKENS_SL)
     prune(blocks, TOKENS_SL, method, stages=Stages())
@@ -34,13 +34,13 @@ def results(keeper: Keeper, folder: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("place", ["device", "disk", "auto"])
 def test_the_place_changes_nothing(place: str, tmp_path: Path) -> None:
-    got, expected = results(Keeper(place, tmp_path), tmp_path), results(Keeper("host"), tmp_path)
+    got, expected = results(HiddenStateStore(place, tmp_path), tmp_path), results(HiddenStateStore("host"), tmp_path)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
 def test_what_lies_on_the_disk_is_a_file_without_a_name(tmp_path: Path) -> None:
     values = torch.randn(2, 3, dtype=torch.bfloat16)
-    kept = Keeper("disk", tmp_path).choose(1)(values)
+    kept = HiddenStateStore("disk", tmp_path).choose(1)(values)
     assert torch.equal(kept, values)
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     assert not list(tmp_path.iterdir())
@@ -53,7 +53,7 @@ def test_auto_goes_to_the_disk_where_memory_is_short(
     free: int, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda: free)
-    keep = Keeper("auto", tmp_path).choose(10)
+    keep = HiddenStateStore("auto", tmp_path).choose(10)
     assert (keep == torch.Tensor.cpu) is not on_disk
 
 
@@ -63,4 +63,4 @@ def test_no_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("esparse.models.offload._reserve", full)
     with pytest.raises(OSError, match=r"no room for activations of 4 bytes in .*No space left"):
-        Keeper("disk", tmp_path).choose(1)(torch.zeros(1))
+        HiddenStateStore("disk", tmp_path).choose(1)(torch.zeros(1))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from esparse.models.matrices import InputGroup, Matrix
-from esparse.models.producers import Link, Producer, row_maps, row_sets
+from esparse.models.producers import Edge, Producer, row_maps, row_sets
 
 
 def matrix_of(layer: nn.Linear) -> Matrix:
@@ -99,6 +99,6 @@ def test_a_link_that_is_moved_computes_the_same(dtype: torch.dtype) -> None:
     group = InputGroup(8, [Matrix("second.weight", second.weight, False, layer=second)])
     # Powers of two: exact in every precision.
     scale_I = torch.tensor([0.5, 4.0, 2.0, 8.0])[row_of_I]
-    Link(Producer.of_matrix(matrix_of(first), row_of_I), [group], [router.weight.data]).move(scale_I)
+    Edge(Producer.of_matrix(matrix_of(first), row_of_I), [group], [router.weight.data]).move(scale_I)
     assert first.weight.dtype == dtype
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(), strict=True))

@@ -96,8 +96,8 @@ def tied(family: str) -> PreTrainedModel:
 
 
 def opened(folder: Path, store: str, dtype: str = "auto") -> BlockModel:
-    model, _, keeper = load(settings(folder, store, dtype), folder / f"blocks-{store}")
-    return BlockModel(model, device=CPU, batch_tokens=24, store=keeper)
+    model, _, weights = load(settings(folder, store, dtype), folder / f"blocks-{store}")
+    return BlockModel(model, device=CPU, batch_tokens=24, store=weights)
 
 
 def everything(blocks: BlockModel) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def assert_same(blocks: BlockModel, expected: BlockModel, **how: object) -> None
     assert got.keeps.keys() == wanted.keeps.keys()
     assert all(torch.equal(got.keeps[name], keep) for name, keep in wanted.keeps.items())
     assert [layer.relative_error for layer in got.layers] == [layer.relative_error for layer in wanted.layers]
-    for field in ("weights", "survivors", "pattern_holds", "metadata_bits"):
+    for field in ("weights", "kept", "pattern_holds", "metadata_bits"):
         assert getattr(got, field) == getattr(wanted, field)
     assert torch.equal(window_losses(blocks, TOKENS_SL), window_losses(expected, TOKENS_SL))
     after, after_expected = everything(blocks), everything(expected)

@@ -71,12 +71,12 @@ def test_bits_per_weight_are_reached_exactly(text: str, bits: float) -> None:
     assert tensors["values"].nbytes == 64 * 256  # half of them, in two bytes each
 
 
-def test_salient_places_take_half_a_bit_per_weight() -> None:
+def test_outlier_places_take_half_a_bit_per_weight() -> None:
     pattern = patterns.parse("8:16", "16:256")
     packed = pack(pruned(pattern, 8, 1024, torch.float16), pattern)
     tensors = to_file(packed)
     assert 8 * tensors["salient_index"].nbytes == 0.5 * 8 * 1024
-    assert packed.salient_places_OS is not None and packed.salient_places_OS.dtype == torch.uint8
+    assert packed.outlier_places_OS is not None and packed.outlier_places_OS.dtype == torch.uint8
 
 
 def test_the_form_in_memory_by_hand() -> None:
@@ -94,11 +94,11 @@ def test_groups_with_fewer_survivors_are_filled_with_zeros() -> None:
     assert torch.equal(packed.bits_OB, packed_bits(torch.tensor([[1, 0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)))
 
 
-def test_salient_places_without_a_weight_add_nothing() -> None:
+def test_outlier_places_without_a_weight_add_nothing() -> None:
     pattern = patterns.parse("2:4", "6:8")
     weight_OI = torch.tensor([[1.0, 2, 0, 0, 3, 4, 5, 0], [0, 0, 0, 0, 0, 0, 0, 6]])
     packed = pack(weight_OI, pattern)
-    assert packed.salient_values_OS is not None and packed.salient_values_OS.sum() == 5
+    assert packed.outlier_values_OS is not None and packed.outlier_values_OS.sum() == 5
     assert torch.equal(packed.dense(), weight_OI)
     assert torch.equal(from_file(to_file(packed), pattern, 8).dense(), weight_OI)
 

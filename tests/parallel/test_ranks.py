@@ -89,10 +89,10 @@ def united(build: Callable[..., Statistic], shares: list[Tensor], *, before: lis
 
     def work(ranks: Ranks) -> None:
         statistic = build(inputs=5, sequences=4, device=CPU, before=before[ranks.rank])
-        for look in range(statistic.looks):
+        for pass_index in range(statistic.passes):
             for part in shares[ranks.rank].split(7):
-                statistic.add(part, look)
-            statistic.unite(ranks, look, ranks.gather(statistic.tokens))
+                statistic.add(part, pass_index)
+            statistic.unite(ranks, pass_index, ranks.gather(statistic.tokens))
         found[ranks.rank] = statistic
 
     in_threads(len(shares), work)

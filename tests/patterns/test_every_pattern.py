@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esparse.cli import registry
-from esparse.patterns import NM, Blocks, Columns, Grouping, Pattern, Rows, Salient, Unstructured, parse
+from esparse.patterns import NM, Columns, Grouping, Outliers, Pattern, Rows, Tiles, Unstructured, parse
 from esparse.shuffles import Shuffle
 from esparse.updates import Solution
 from esparse.updates.admm import Admm
@@ -23,13 +23,13 @@ from tests.updates.test_updates import error, problem
 CONF = Path(__file__).parent.parent.parent / "conf"
 PATTERNS = [
     NM(2, 4),
-    Salient(NM(2, 4), NM(3, 16)),
-    Salient(NM(1, 4), NM(5, 12)),
+    Outliers(NM(2, 4), NM(3, 16)),
+    Outliers(NM(1, 4), NM(5, 12)),
     Unstructured(50),
     Columns(40),
     Rows(40),
-    Blocks(50, 4, 4),
-    Blocks(34, 5, 3),
+    Tiles(50, 4, 4),
+    Tiles(34, 5, 3),
 ]
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -55,8 +55,8 @@ def test_obs_and_admm_choose_masks_that_hold(pattern: Pattern, shuffled: bool) -
         assert layer.grouping.holds(done.weight_OI != 0)
         assert (done.weight_OI[~done.keep_OI] == 0).all()
         assert error(layer, done.weight_OI) < error(layer, torch.zeros_like(done.weight_OI))
-        # How many survive depends on how many salient weights share a group, or which blocks are smaller.
-        if not isinstance(pattern, Salient | Blocks):
+        # How many survive depends on how many outliers share a group, or which blocks are smaller.
+        if not isinstance(pattern, Outliers | Tiles):
             assert int(done.keep_OI.sum()) == int(start.keep_OI.sum())
 
 
@@ -103,7 +103,7 @@ def shuffle(*overrides: str) -> Shuffle:
 
 @pytest.mark.parametrize("name", ["gns", "lbs", "esparse", "lsa", "best"])
 def test_shuffles_form_the_groups_of_the_base(name: str) -> None:
-    pattern, some = Salient(NM(2, 4), NM(2, 16)), shuffle(f"shuffle={name}")
+    pattern, some = Outliers(NM(2, 4), NM(2, 16)), shuffle(f"shuffle={name}")
     x = torch.rand(12, 51, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 2, 51)
     order_I = some.order(x, pattern)
     assert order_I is not None and torch.equal(order_I, some.order(x, NM(2, 4)))

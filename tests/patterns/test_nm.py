@@ -1,4 +1,4 @@
-"""n:m, and n:m beside salient weights, against the slow, obvious version."""
+"""n:m, and n:m beside outliers, against the slow, obvious version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.patterns import NM, Salient, parse
+from esparse.patterns import NM, Outliers, parse
 
 CPU = torch.device("cpu")
 
@@ -30,30 +30,30 @@ def heaviest(scores: torch.Tensor, pattern: NM) -> torch.Tensor:
     """Oracle: tries all choices of n in each group of m in lexicographic order and takes the first heaviest."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for row in range(len(scores)):
-        for group, survivors in groups(scores.shape[1], pattern):
-            best = max(combinations(group, survivors), key=lambda choice: scores[row, list(choice)].sum())
+        for group, count in groups(scores.shape[1], pattern):
+            best = max(combinations(group, count), key=lambda choice: scores[row, list(choice)].sum())
             keep[row, list(best)] = True
     return keep
 
 
-def places_first(scores: torch.Tensor, pattern: Salient) -> torch.Tensor:
+def places_first(scores: torch.Tensor, pattern: Outliers) -> torch.Tensor:
     """Oracle: a list of each group's best, then a list of the best others of each run."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for row, values in enumerate(scores.tolist()):
         kept: set[int] = set()
-        for group, survivors in groups(len(values), pattern.base):
-            kept |= set(sorted(group, key=lambda i: (-values[i], i))[:survivors])
-        for run, survivors in groups(len(values), pattern.outliers):
+        for group, count in groups(len(values), pattern.base):
+            kept |= set(sorted(group, key=lambda i: (-values[i], i))[:count])
+        for run, count in groups(len(values), pattern.outliers):
             others = [i for i in run if i not in kept]
-            kept |= set(sorted(others, key=lambda i: (-values[i], i))[:survivors])
+            kept |= set(sorted(others, key=lambda i: (-values[i], i))[:count])
         keep[row, sorted(kept)] = True
     return keep
 
 
 n_of_m = st.integers(2, 8).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m)))
-salient = st.tuples(n_of_m, st.integers(1, 4)).flatmap(
+outliers = st.tuples(n_of_m, st.integers(1, 4)).flatmap(
     lambda drawn: st.builds(
-        Salient,
+        Outliers,
         st.just(drawn[0]),
         st.builds(NM, st.integers(1, drawn[0].m * drawn[1] - 1), st.just(drawn[0].m * drawn[1])),
     )
@@ -83,13 +83,13 @@ def test_by_hand() -> None:
     assert NM(3, 4).keep_top(x).int().tolist() == [[0, 1, 1, 1, 0, 1, 1, 1, 1, 1]]
 
 
-def test_salient_by_hand() -> None:
+def test_outliers_by_hand() -> None:
     x = torch.tensor([[9.0, 8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 7.0, 6.0]])
     # 1:2 beside 2:8. The pairs keep 9, 2, 4 and the first 5; of the others 8 and the second 5 are the best. Of the
     # tail of two the base keeps 7, and ceil(2 * 2 / 8) = 1 other is recovered.
-    assert Salient(NM(1, 2), NM(2, 8)).keep_top(x).int().tolist() == [[1, 1, 0, 1, 0, 1, 1, 1, 1, 1]]
+    assert Outliers(NM(1, 2), NM(2, 8)).keep_top(x).int().tolist() == [[1, 1, 0, 1, 0, 1, 1, 1, 1, 1]]
     # 2:4 beside 1:8: 9, 8 and both 5 have places, and of the others 4 is the best.
-    assert Salient(NM(2, 4), NM(1, 8)).keep_top(x).int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1, 1, 1]]
+    assert Outliers(NM(2, 4), NM(1, 8)).keep_top(x).int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1, 1, 1]]
 
 
 def test_n_is_what_survives() -> None:
@@ -97,9 +97,9 @@ def test_n_is_what_survives() -> None:
     assert parse("8:16", "16:256").keep_top(torch.rand(4, 512)).float().mean() == 8 / 16 + 16 / 256
 
 
-@given(pattern=salient, width=st.integers(1, 40), seed=st.integers(0, 2**16), ties=st.booleans())
+@given(pattern=outliers, width=st.integers(1, 40), seed=st.integers(0, 2**16), ties=st.booleans())
 def test_the_base_places_its_best_and_the_best_others_are_recovered(
-    pattern: Salient, width: int, seed: int, ties: bool
+    pattern: Outliers, width: int, seed: int, ties: bool
 ) -> None:
     x = scores(3, width, seed, ties)
     keep = pattern.keep_top(x)
@@ -113,22 +113,22 @@ def test_the_base_places_its_best_and_the_best_others_are_recovered(
 
 
 SMALL = [
-    Salient(NM(1, 2), NM(1, 4)),
-    Salient(NM(1, 2), NM(2, 8)),
-    Salient(NM(1, 2), NM(5, 6)),
-    Salient(NM(1, 3), NM(1, 6)),
-    Salient(NM(2, 4), NM(1, 8)),
-    Salient(NM(3, 4), NM(1, 4)),
+    Outliers(NM(1, 2), NM(1, 4)),
+    Outliers(NM(1, 2), NM(2, 8)),
+    Outliers(NM(1, 2), NM(5, 6)),
+    Outliers(NM(1, 3), NM(1, 6)),
+    Outliers(NM(2, 4), NM(1, 8)),
+    Outliers(NM(3, 4), NM(1, 4)),
 ]
 
 
 @pytest.mark.parametrize("width", [1, 5, 7, 8, 9])
 @pytest.mark.parametrize("pattern", SMALL, ids=str)
-def test_holds_exactly_where_some_choice_of_salient_weights_explains_the_mask(pattern: Salient, width: int) -> None:
+def test_holds_exactly_where_some_choice_of_outliers_explains_the_mask(pattern: Outliers, width: int) -> None:
     """Oracle: the masks of the base and of the outliers, each listed whole; every union of two holds, no other does."""
 
     def all_masks(of: NM) -> list[int]:
-        allowed = [(sum(1 << i for i in group), survivors) for group, survivors in groups(width, of)]
+        allowed = [(sum(1 << i for i in group), count) for group, count in groups(width, of)]
         return [x for x in range(2**width) if all((x & group).bit_count() <= most for group, most in allowed)]
 
     expected = {one | other for one, other in product(all_masks(pattern.base), all_masks(pattern.outliers))}
@@ -139,7 +139,7 @@ def test_holds_exactly_where_some_choice_of_salient_weights_explains_the_mask(pa
 
 
 @pytest.mark.parametrize("pattern", SMALL, ids=str)
-def test_no_mask_that_holds_keeps_more(pattern: Salient) -> None:
+def test_no_mask_that_holds_keeps_more(pattern: Outliers) -> None:
     x = scores(1, 9, 3, ties=False)
     masks = (torch.arange(2**9)[:, None] >> torch.arange(9)) % 2 == 1
     most = max(float(x[mask[None]].sum()) for mask in masks if pattern.holds(mask[None]))
@@ -157,7 +157,7 @@ def test_holds_notices_one_weight_too_many() -> None:
 
 def test_a_fewer_weight_than_allowed_still_holds() -> None:
     assert NM(2, 4).holds(torch.zeros(3, 9, dtype=torch.bool))
-    assert Salient(NM(2, 4), NM(1, 8)).holds(torch.zeros(3, 9, dtype=torch.bool))
+    assert Outliers(NM(2, 4), NM(1, 8)).holds(torch.zeros(3, 9, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_metadata_is_what_the_papers_count(text: str, bits: int) -> None:
     assert pattern.metadata_bits(3, 4 * pattern.m) == 12 * bits
 
 
-def test_metadata_of_tails_and_of_salient_weights() -> None:
+def test_metadata_of_tails_and_of_outliers() -> None:
     assert NM(2, 4).metadata_bits(5, 11) == 5 * (3 + 3 + 2)  # a tail of 3, of which 2 survive: one of 3 choices
     assert NM(1, 2).metadata_bits(5, 3) == 5 * 1  # a tail of one survives: no choice
-    assert Salient(NM(8, 16), NM(16, 256)).metadata_bits(3, 512) == 3 * 2 * (16 * 14 + 84)
+    assert Outliers(NM(8, 16), NM(16, 256)).metadata_bits(3, 512) == 3 * 2 * (16 * 14 + 84)
 
 
 def test_a_shuffle_forms_the_groups_of_the_base() -> None:
     assert NM(2, 4).shuffled_groups(19) == NM(2, 4)
     assert NM(2, 4).shuffled_groups(3) is None
-    pattern = Salient(NM(2, 4), NM(3, 8))
+    pattern = Outliers(NM(2, 4), NM(3, 8))
     assert pattern.shuffled_groups(19) == NM(2, 4)
     assert pattern.shuffled_groups(3) is None

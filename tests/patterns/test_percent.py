@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.patterns import Blocks, Columns, Pattern, Rows, Unstructured
+from esparse.patterns import Columns, Pattern, Rows, Tiles, Unstructured
 
 percents = st.sampled_from([0.5, 10.0, 25.0, 33.3, 50.0, 62.5, 90.0, 99.9])
 sizes = st.integers(1, 24)
@@ -44,7 +44,7 @@ def test_unstructured_removes_its_share_of_each_row(percent: float, width: int) 
 def test_a_product_that_is_whole_is_not_rounded_below_itself() -> None:
     """18.4% of 375 are 69; in floating point 375 * 18.4 / 100 is a little less."""
     x = torch.rand(2, 375)
-    for pattern in (Unstructured(18.4), Columns(18.4), Blocks(18.4, 2, 1)):
+    for pattern in (Unstructured(18.4), Columns(18.4), Tiles(18.4, 2, 1)):
         assert int((~pattern.keep_top(x)).sum()) == 2 * 69
     assert int((~Rows(18.4).keep_top(x.T)).sum()) == 2 * 69
 
@@ -76,7 +76,7 @@ def test_columns_and_rows_with_the_best_means_survive(
 def test_blocks_with_the_best_means_of_their_strip_survive(
     percent: float, outputs: int, inputs: int, height: int, width: int, seed: int, ties: bool
 ) -> None:
-    x, pattern = matrix(outputs, inputs, seed, ties), Blocks(percent, height, width)
+    x, pattern = matrix(outputs, inputs, seed, ties), Tiles(percent, height, width)
     expected = torch.zeros(outputs, inputs, dtype=torch.bool)
     for top in range(0, outputs, height):
         strip, starts = slice(top, top + height), range(0, inputs, width)
@@ -96,12 +96,12 @@ def test_by_hand() -> None:
     assert Columns(20).keep_top(x).int().tolist() == [[1, 1, 1, 0, 1]] * 3
     assert Rows(40).keep_top(x).int().tolist() == [[1] * 5, [1] * 5, [0] * 5]
     # Blocks of 2 x 2: the means of the first strip are 2, 1.75, 4.5; those of the lower edge are equal.
-    assert Blocks(50, 2, 2).keep_top(x).int().tolist() == [[1, 1, 0, 0, 1]] * 2 + [[1, 1, 1, 1, 0]]
+    assert Tiles(50, 2, 2).keep_top(x).int().tolist() == [[1, 1, 0, 0, 1]] * 2 + [[1, 1, 1, 1, 0]]
     x = torch.tensor([[1.0, 4.0, 2.0, 3.0, 0.0, 5.0, 5.0, 5.0, 7.0, 8.0]])
     assert Unstructured(50).keep_top(x).int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]]
 
 
-PATTERNS = [Unstructured(50), Columns(50), Rows(50), Blocks(50, 4, 4), Blocks(50, 3, 5)]
+PATTERNS = [Unstructured(50), Columns(50), Rows(50), Tiles(50, 4, 4), Tiles(50, 3, 5)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -120,7 +120,7 @@ def test_metadata_is_one_bit_for_each_thing_that_goes_whole() -> None:
     assert Unstructured(50).metadata_bits(10, 14) == 140
     assert Columns(50).metadata_bits(10, 14) == 14
     assert Rows(50).metadata_bits(10, 14) == 10
-    assert Blocks(50, 4, 4).metadata_bits(10, 14) == 3 * 4
+    assert Tiles(50, 4, 4).metadata_bits(10, 14) == 3 * 4
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.patterns import NM, Blocks, Columns, Pattern, Rows, Salient, Unstructured, parse
+from esparse.patterns import NM, Columns, Outliers, Pattern, Rows, Tiles, Unstructured, parse
 
 TEXTS = {
     "2:4": NM(2, 4),
@@ -16,8 +16,8 @@ TEXTS = {
     "62.5%": Unstructured(62.5),
     "50%@columns": Columns(50),
     "33.3333333%@rows": Rows(33.3333333),
-    "50%@16x16": Blocks(50, 16, 16),
-    "0.5%@1x128": Blocks(0.5, 1, 128),
+    "50%@16x16": Tiles(50, 16, 16),
+    "0.5%@1x128": Tiles(0.5, 1, 128),
 }
 
 
@@ -33,14 +33,14 @@ def test_parse(text: str, pattern: Pattern) -> None:
     sides=st.tuples(st.integers(1, 999), st.integers(1, 999)),
 )
 def test_per_cents_keep_all_their_digits(removed: float, sides: tuple[int, int]) -> None:
-    for pattern in (Unstructured(removed), Columns(removed), Rows(removed), Blocks(removed, *sides)):
+    for pattern in (Unstructured(removed), Columns(removed), Rows(removed), Tiles(removed, *sides)):
         assert parse(str(pattern)) == pattern
 
 
 def test_parse_outliers() -> None:
-    assert parse("8:16", "16:256") == Salient(NM(8, 16), NM(16, 256))
+    assert parse("8:16", "16:256") == Outliers(NM(8, 16), NM(16, 256))
     assert parse("8:16", None) == NM(8, 16)
-    assert parse("2:4", "1:4") == Salient(NM(2, 4), NM(1, 4))
+    assert parse("2:4", "1:4") == Outliers(NM(2, 4), NM(1, 4))
     assert str(parse("8:16", "16:256")) == "8:16+16:256"
 
 

@@ -16,7 +16,7 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
-from esparse.models.graph import Wiring
+from esparse.models.graph import BlockGraph
 from esparse.models.matrices import InputGroup
 from esparse.patterns import NM
 from esparse.prepare import NoPreparation, Prepare
@@ -54,17 +54,17 @@ def logits(model: torch.nn.Module, ids: torch.Tensor = OTHERS) -> torch.Tensor:
         return model(ids, use_cache=False).logits.float()
 
 
-def first_block(model: torch.nn.Module) -> tuple[Wiring, dict[str, torch.Tensor]]:
+def first_block(model: torch.nn.Module) -> tuple[BlockGraph, dict[str, torch.Tensor]]:
     """The first block's wiring, and max|X_j| of every layer's input by its name."""
-    wiring = Wiring(Block(0, Activations(cut(model), IDS), None, (), 0))
+    graph = BlockGraph(Block(0, Activations(cut(model), IDS), None, (), 0))
     largest: dict[InputGroup, torch.Tensor] = defaultdict(lambda: torch.zeros(1))
 
     def read(group: InputGroup, x_TI: torch.Tensor) -> None:
         if len(x_TI):
             largest[group] = torch.maximum(largest[group], x_TI.abs().amax(dim=0))
 
-    wiring.watch(read)
-    return wiring, {m.name: value for group, value in largest.items() for m in group.matrices}
+    graph.watch(read)
+    return graph, {m.name: value for group, value in largest.items() for m in group.matrices}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,16 +82,16 @@ def test_inputs_and_weights_are_of_one_size_at_power_a_half(family: str, caplog:
     model = tiny(family)
     equalised(model, blocks=1)
     refused = set(caplog.messages[0].partition(": ")[2].split(", ")) if caplog.messages else set()
-    wiring, largest = first_block(model)
+    graph, largest = first_block(model)
     compared = 0
-    for together in wiring.links()[0]:
-        for link in together:
-            matrices = [m for group in link.groups for m in group.matrices]
+    for together in graph.edges()[0]:
+        for edge in together:
+            matrices = [m for group in edge.groups for m in group.matrices]
             if not any(m.name in largest for m in matrices) or refused & {m.name for m in matrices}:
                 continue  # an expert that no token reached; a norm that something else reads as well
             x_I = torch.stack([largest[m.name] for m in matrices if m.name in largest]).amax(dim=0)
             w_I = torch.cat([m.view().abs() for m in matrices]).amax(dim=0)
-            x_I, w_I = link.producer.tied(x_I), link.producer.tied(w_I)
+            x_I, w_I = edge.producer.tied(x_I), edge.producer.tied(w_I)
             used_I = x_I > 0
             assert used_I.sum() > 10
             torch.testing.assert_close(x_I[used_I], w_I[used_I], rtol=1e-4, atol=0)
@@ -185,10 +185,10 @@ def test_zero_columns_and_dead_channels_stay_as_they_are() -> None:
 def test_experts_that_saw_no_token_still_compute_the_same(family: str) -> None:
     model = tiny(family)
     before = logits(model)
-    wiring = Wiring(Block(0, Activations(cut(model), IDS[:1, :1]), None, (), 0))
-    wiring.watch(lambda group, x_TI: None)
-    assert len(wiring.matrices.groups) > len(wiring._busiest)  # at least one expert is idle
-    assert wiring.links()[1] == []  # and is found with its siblings
+    graph = BlockGraph(Block(0, Activations(cut(model), IDS[:1, :1]), None, (), 0))
+    graph.watch(lambda group, x_TI: None)
+    assert len(graph.matrices.groups) > len(graph._busiest)  # at least one expert is idle
+    assert graph.edges()[1] == []  # and is found with its siblings
     equalised(model, ids=IDS[:1, :1])
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
 

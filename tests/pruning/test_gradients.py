@@ -196,10 +196,10 @@ def pruned_by(metric: Metric, family: str = "llama") -> Pruned:
 def keep_by_loops(score: list[list[float]]) -> Tensor:
     keep = []
     for row in score:
-        survivors: set[int] = set()
+        kept: set[int] = set()
         for start in range(0, len(row), 4):
-            survivors |= set(sorted(range(start, start + 4), key=lambda i: (-row[i], i))[:2])
-        keep.append([i in survivors for i in range(len(row))])
+            kept |= set(sorted(range(start, start + 4), key=lambda i: (-row[i], i))[:2])
+        keep.append([i in kept for i in range(len(row))])
     return torch.tensor(keep)
 
 

@@ -185,10 +185,10 @@ def test_keep_in_order_is_the_mask_of_the_reordered_matrix_put_back(seed: int, n
     keep = Grouping(NM(n, 4), order).keep_top(scores)
     for group in order.view(-1, 4).tolist():
         for row in range(3):
-            survivors = [channel for channel in group if keep[row, channel]]
+            kept = [channel for channel in group if keep[row, channel]]
             dropped = [channel for channel in group if not keep[row, channel]]
-            assert len(survivors) == n
-            assert scores[row, survivors].min() >= scores[row, dropped].max()
+            assert len(kept) == n
+            assert scores[row, kept].min() >= scores[row, dropped].max()
 
 
 class Careless(Update):
@@ -212,7 +212,7 @@ def test_pruned_weights_are_plus_zero_whatever_the_update_returns() -> None:
 @pytest.mark.parametrize(("pattern", "density"), [(NM(1, 4), 0.25), (NM(8, 16), 0.5), (Unstructured(75), 0.25)])
 def test_density_is_measured(pattern: Pattern, density: float) -> None:
     _, pruned = run(pattern=pattern)
-    assert pruned.survivors / pruned.weights == density
+    assert pruned.kept / pruned.weights == density
     assert pruned.pattern_holds
 
 
@@ -367,6 +367,6 @@ def test_a_tiny_negative_survivor_does_not_become_minus_zero() -> None:
     blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=40)
     method = Method(metric=Magnitude(), pattern=NM(2, 4), shuffle=NoShuffle(), update=Vanishing())
     pruned = prune(blocks, TOKENS_SL, method, stages=Stages())
-    assert pruned.survivors == 0
+    assert pruned.kept == 0
     for name in pruned.keeps:
         assert not torch.signbit(model.state_dict()[name]).any()

@@ -21,7 +21,7 @@ from esparse.pruning.prune import Pruned, prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from tests.models.families import tiny
-from tests.models.test_walk_check import families
+from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (8, 24), generator=torch.Generator().manual_seed(3))

@@ -20,10 +20,10 @@ from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured, parse
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import RecoveryReport, Stages
-from esparse.recoveries import NoRecovery, PrunedModel, Recovery, Then
+from esparse.recoveries import Chain, NoRecovery, PrunedModel, Recovery
 from esparse.recoveries.distill import Distill
 from esparse.recoveries.distill_training import divergence
-from esparse.recoveries.masked_parameters import Held, Lora, dropped, held_weights, lasso
+from esparse.recoveries.masked_parameters import Lora, MaskedParameter, dropped, lasso, masked_parameters
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from tests.models.families import tiny
 
@@ -88,9 +88,9 @@ def trained(recovery: Distill, family: str = "llama", seed: int = 0, **pruning: 
     return blocks.model.state_dict()
 
 
-def held_of(family: str, **pruning: Any) -> tuple[BlockModel, list[Held]]:
+def held_of(family: str, **pruning: Any) -> tuple[BlockModel, list[MaskedParameter]]:
     blocks, left = pruned(family, **pruning)
-    return blocks, held_weights(left.keeps, left.groupings, CPU)
+    return blocks, masked_parameters(left.keeps, left.groupings, CPU)
 
 
 def outputs_by_inputs(left: Pruned, values: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Grouping]]:
@@ -250,7 +250,7 @@ def test_half_precision_comes_back_in_its_own_precision(recovery: Distill) -> No
 
 def test_zeros_are_positive_once_settled() -> None:
     weight = nn.Parameter(torch.tensor([[-1.0, -0.0, 2.0, -3.0]]))
-    Held("w", weight, torch.tensor([[True, True, False, True]]), False, []).settle()
+    MaskedParameter("w", weight, torch.tensor([[True, True, False, True]]), False, []).settle()
     assert weight.tolist() == [[-1, 0, 0, -3]]
     assert torch.signbit(weight.data).tolist() == [[True, False, False, True]]
 
@@ -280,10 +280,10 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_computes_its_formula_and_merges_what_it_computed(family: str) -> None:
     blocks, left = pruned(family)
-    held = held_weights(left.keeps, left.groupings, CPU)
+    masked = masked_parameters(left.keeps, left.groupings, CPU)
     start = {name: value.clone() for name, value in blocks.model.state_dict().items()}
-    lora = Lora(held, rank=3, alpha=6.0, generator=torch.Generator().manual_seed(1))
-    pairs = dict(zip((of.entry for of in held), zip(lora.leaves[::2], lora.leaves[1::2], strict=True), strict=True))
+    lora = Lora(masked, rank=3, alpha=6.0, generator=torch.Generator().manual_seed(1))
+    pairs = dict(zip((of.entry for of in masked), zip(lora.leaves[::2], lora.leaves[1::2], strict=True), strict=True))
     for name, value in lora.weights().items():
         assert torch.equal(value, start[name])  # B is zero
     for down, up in pairs.values():
@@ -315,33 +315,33 @@ def test_lora_computes_its_formula_and_merges_what_it_computed(family: str) -> N
 )
 def test_lasso_is_the_sum_of_the_norms_of_all_groups(family: str, pattern: str) -> None:
     blocks, left = pruned(family, pattern=parse(pattern), shuffle=Sorted())
-    held = held_weights(left.keeps, left.groupings, CPU)
+    masked = masked_parameters(left.keeps, left.groupings, CPU)
     m, expected = int(pattern[2:]), 0.0
     for matrix, grouping in left.groupings:
         order = grouping.order_I.tolist()
         for row in matrix.view().tolist():
             for start in range(0, len(order), m):
                 expected += math.sqrt(sum(row[channel] ** 2 for channel in order[start : start + m]))
-    got = lasso(held, {of.entry: of.parameter for of in held})
+    got = lasso(masked, {of.entry: of.parameter for of in masked})
     assert float(got.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_lasso_with_salient_weights_takes_the_groups_of_the_base() -> None:
+def test_lasso_with_outliers_takes_the_groups_of_the_base() -> None:
     _, left = pruned(pattern=parse("2:4", "2:8"))
-    held = held_weights(left.keeps, left.groupings, CPU)
+    masked = masked_parameters(left.keeps, left.groupings, CPU)
     expected = sum(
         float(row[start : start + 4].norm())
         for matrix, _ in left.groupings
         for row in matrix.view()
         for start in range(0, len(row), 4)
     )
-    assert float(lasso(held, {of.entry: of.parameter.data for of in held})) == pytest.approx(expected, rel=1e-4)
+    assert float(lasso(masked, {of.entry: of.parameter.data for of in masked})) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_group_of_zeros_has_no_gradient() -> None:
     weight = nn.Parameter(torch.tensor([[0.0, 0.0, 3.0, 4.0]]))
-    held = [Held("w", weight, weight.data != 0, False, [Grouping(NM(1, 2))])]
-    lasso(held, {"w": weight}).backward()
+    masked = [MaskedParameter("w", weight, weight.data != 0, False, [Grouping(NM(1, 2))])]
+    lasso(masked, {"w": weight}).backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.0, 0.6, 0.8]]))
 
 
@@ -350,17 +350,17 @@ def test_lasso_shrinks_groups(recovery: Distill) -> None:
     norms = []
     for weight in (0.0, 1e-3):
         blocks, left = pruned(shuffle=Sorted())
-        held = held_weights(left.keeps, left.groupings, CPU)
+        masked = masked_parameters(left.keeps, left.groupings, CPU)
         recover(replace(recovery, lasso=weight, learning_rate=1e-3), blocks, left)
-        norms.append(float(lasso(held, {of.entry: of.parameter.data for of in held})))
+        norms.append(float(lasso(masked, {of.entry: of.parameter.data for of in masked})))
     assert norms[1] < norms[0] - 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt-oss"])
 def test_dropout_takes_whole_groups_of_inputs(family: str) -> None:
     _, left = pruned(family, pattern=NM(2, 5), shuffle=Sorted())
-    held = held_weights(left.keeps, left.groupings, CPU)
-    factors = dropped(held, 0.25, torch.Generator().manual_seed(0))
+    masked = masked_parameters(left.keeps, left.groupings, CPU)
+    factors = dropped(masked, 0.25, torch.Generator().manual_seed(0))
     drawn, seen = [], set()
     for matrix, grouping in left.groupings:
         factor_OI = matrix.part_of(factors[matrix.entry].expand_as(matrix.parameter))
@@ -394,13 +394,13 @@ def test_a_pattern_without_groups_is_passed_over_and_named(caplog: pytest.LogCap
 
 
 def test_pruning_ends_with_it_and_measures_against_the_dense_model() -> None:
-    blocks, left = pruned(recovery=Then(first=FULL, second=LORA))
+    blocks, left = pruned(recovery=Chain(first=FULL, second=LORA))
     plain, _ = pruned()
     first, second = left.recoveries
     assert first.before == pytest.approx(kl_by_hand(tiny("llama"), plain.model, 1.0), rel=1e-4)
     assert second.after <= second.before == first.after < first.before
     assert left.pattern_holds
-    assert left.survivors * 2 == left.weights
+    assert left.kept * 2 == left.weights
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
-from esparse.patterns import NM, Blocks, Columns, Grouping, Pattern, Rows, Salient, Unstructured
+from esparse.patterns import NM, Columns, Grouping, Outliers, Pattern, Rows, Tiles, Unstructured
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import Stages
-from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.bias import Bias
 from esparse.recoveries.dsnot import Dsnot, exchange
 from esparse.recoveries.variance import Variance
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
 ROW, WHOLE, BIAS = Variance(granularity="row"), Variance(granularity="layer"), Bias()
 DSNOT = Dsnot(cycles=50, threshold=0.1, power=1.0, skip=[])
-SWAPPED = [NM(2, 4), NM(1, 4), NM(3, 5), NM(8, 16), Unstructured(50), Unstructured(80), Salient(NM(2, 4), NM(2, 8))]
+SWAPPED = [NM(2, 4), NM(1, 4), NM(3, 5), NM(8, 16), Unstructured(50), Unstructured(80), Outliers(NM(2, 4), NM(2, 8))]
 
 
 def problem(
@@ -107,7 +107,7 @@ def test_the_shift_is_what_the_weights_no_longer_give_on_average() -> None:
     done = BIAS.layer(layer, pruned)
     for row, (dense, left) in enumerate(zip(layer.dense_OI.tolist(), pruned.weight_OI.tolist(), strict=True)):
         lost = [sum((w - v) * x for w, v, x in zip(dense, left, token, strict=True)) for token in x_TI.tolist()]
-        assert done.shift_O[row].item() == pytest.approx(sum(lost) / len(lost), abs=1e-5)
+        assert done.bias_shift_O[row].item() == pytest.approx(sum(lost) / len(lost), abs=1e-5)
     assert torch.equal(done.weight_OI, pruned.weight_OI)
     assert torch.equal(done.keep_OI, pruned.keep_OI)
 
@@ -115,11 +115,11 @@ def test_the_shift_is_what_the_weights_no_longer_give_on_average() -> None:
 def test_a_second_correction_of_the_bias_changes_nothing() -> None:
     layer, pruned, x_TI = problem()
     once = BIAS.layer(layer, pruned)
-    torch.testing.assert_close(Then(first=BIAS, second=BIAS).layer(layer, pruned).shift_O, once.shift_O)
-    shifted = replace(pruned, shift_O=torch.ones(5))
-    torch.testing.assert_close(BIAS.layer(layer, shifted).shift_O, once.shift_O)
-    both = Then(first=ROW, second=BIAS).layer(layer, pruned)
-    mean_TO = x_TI @ both.weight_OI.T + both.shift_O - x_TI @ layer.dense_OI.T
+    torch.testing.assert_close(Chain(first=BIAS, second=BIAS).layer(layer, pruned).bias_shift_O, once.bias_shift_O)
+    shifted = replace(pruned, bias_shift_O=torch.ones(5))
+    torch.testing.assert_close(BIAS.layer(layer, shifted).bias_shift_O, once.bias_shift_O)
+    both = Chain(first=ROW, second=BIAS).layer(layer, pruned)
+    mean_TO = x_TI @ both.weight_OI.T + both.bias_shift_O - x_TI @ layer.dense_OI.T
     torch.testing.assert_close(mean_TO.mean(0), torch.zeros(5), rtol=0, atol=1e-5)
 
 
@@ -136,7 +136,7 @@ def dsnot_by_hand(layer: Layer, keep_OI: Tensor, x_TI: Tensor, recovery: Dsnot) 
     outputs, inputs = keep_OI.shape
     order = list(range(inputs)) if layer.grouping.order_I is None else layer.grouping.order_I.tolist()
     pattern = layer.grouping.pattern
-    width = {NM: lambda p: p.m, Salient: lambda p: p.base.m, Unstructured: lambda p: inputs}[type(pattern)](pattern)
+    width = {NM: lambda p: p.m, Outliers: lambda p: p.base.m, Unstructured: lambda p: inputs}[type(pattern)](pattern)
     groups = [order[start : start + width] for start in range(0, inputs, width)]
     columns = x_TI.double().T.tolist()
     total = [sum(column) / 4 for column in columns]
@@ -240,10 +240,10 @@ def test_dsnot_leaves_rows_below_the_threshold_alone() -> None:
 
 def test_dsnot_takes_the_mask_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, pruned, _ = problem()
-    updated = replace(pruned, weight_OI=2 * pruned.weight_OI, shift_O=torch.ones(5))
+    updated = replace(pruned, weight_OI=2 * pruned.weight_OI, bias_shift_O=torch.ones(5))
     expected, got = DSNOT.layer(layer, pruned), DSNOT.layer(layer, updated)
     assert torch.equal(got.weight_OI, expected.weight_OI)
-    assert got.shift_O is None
+    assert got.bias_shift_O is None
     monkeypatch.setattr("esparse.recoveries.dsnot.VALUES_AT_ONCE", 32)  # two rows at once
     assert torch.equal(DSNOT.layer(layer, pruned).keep_OI, expected.keep_OI)
 
@@ -254,7 +254,7 @@ def test_dsnot_skips_layers_by_name() -> None:
     assert replace(DSNOT, skip=["attn", "mlp"]).layer(layer, pruned) is pruned
 
 
-@pytest.mark.parametrize("pattern", [Columns(50), Rows(50), Blocks(50, 4, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Columns(50), Rows(50), Tiles(50, 4, 4)], ids=str)
 def test_dsnot_refuses_patterns_without_exchanges(pattern: Pattern) -> None:
     with pytest.raises(ValueError, match=f"recovery=dsnot exchanges weights .* not {pattern}"):
         DSNOT.check(pattern)
@@ -322,7 +322,7 @@ def mean_change(family: str, recovery: Recovery) -> Tensor:
 def test_the_mean_output_of_the_first_blocks_layers_is_restored(family: str) -> None:
     without = mean_change(family, NoRecovery())
     assert without.abs().mean() > 1e-3
-    for recovery in (BIAS, Then(first=ROW, second=BIAS)):
+    for recovery in (BIAS, Chain(first=ROW, second=BIAS)):
         torch.testing.assert_close(mean_change(family, recovery), torch.zeros_like(without), rtol=0, atol=2e-6)
     assert mean_change(family, DSNOT).abs().mean() < 0.7 * without.abs().mean()
 

@@ -13,7 +13,7 @@ from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import Stages
-from esparse.recoveries import NoRecovery, Recovery, Then
+from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.window import Window
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
@@ -151,12 +151,12 @@ def test_half_precision_is_trained_in_float32_and_comes_back() -> None:
     model, pruned = run(window(), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert pruned.pattern_holds
-    assert pruned.survivors <= pruned.weights / 2
+    assert pruned.kept <= pruned.weights / 2
     assert all(report.after <= report.before for report in pruned.recoveries)
 
 
 def test_two_recoveries_in_a_row() -> None:
-    _, pruned = run(Then(first=window(), second=window(window="block")))
+    _, pruned = run(Chain(first=window(), second=window(window="block")))
     assert [report.name.removeprefix("model.layers.0") for report in pruned.recoveries[:3]] == [".self_attn", "", ""]
     assert pruned.recoveries[2].before == pytest.approx(pruned.recoveries[1].after, rel=1e-5)
 

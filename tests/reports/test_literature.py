@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from esparse.records.groups import METHOD
+from esparse.records.groups import METHOD_GROUPS
 from esparse.reports.literature import CONFIDENCE, DENSE, NUMBERS, Published, beside, read
 from tests import forks
 from tests.reports.test_tables import record, write
@@ -88,7 +88,7 @@ def test_accuracies_are_in_per_cent() -> None:
     assert (row["measured"].mean, row["difference"]) == (50.0, 2.0)
 
 
-def test_salient_weights_belong_to_the_pattern() -> None:
+def test_outliers_belong_to_the_pattern() -> None:
     one = record()
     one["config"]["outliers"] = "16:256"
     assert rows([one], like(WANDA, pattern="2:4+16:256")) and not rows([one], WANDA)
@@ -108,7 +108,7 @@ def test_what_a_paper_did_not_do_is_not_beside_its_number(part: dict[str, Any], 
     assert bool(rows([run], WANDA)) == counts
 
 
-@pytest.mark.parametrize("group", METHOD)
+@pytest.mark.parametrize("group", METHOD_GROUPS)
 def test_every_part_of_the_method_counts(group: str) -> None:
     run = record("a", pruned=15.0)
     run["config"] = run["config"] | {"choices": run["config"]["choices"] | {group: "another"}}
@@ -122,7 +122,7 @@ def test_the_numbers_that_ship_can_be_read_and_asked_for() -> None:
     for number in numbers:
         assert number.source and number.confidence in CONFIDENCE
         assert (conf / "model" / f"{number.model}.yaml").exists(), number.model
-        for group in METHOD:
+        for group in METHOD_GROUPS:
             option = getattr(number, group, "")
             assert option in ("", "any") or (conf / group / f"{option}.yaml").exists(), option
 

@@ -330,7 +330,7 @@ def test_pairs_for_each_value_of_another_column():
     ]
 
 
-def test_salient_weights_are_paired_apart_from_the_pattern_that_they_are_beside():
+def test_outliers_are_paired_apart_from_the_pattern_that_they_are_beside():
     runs = []
     for k, (base, outliers) in enumerate([("4:8", None), ("8:16", None), ("8:16", "4:32"), ("4:8", "4:32")]):
         runs.append(record(str(k), pattern=f"{base}+{outliers}" if outliers else base, pruned=12.0 + k))

@@ -78,7 +78,7 @@ def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how
     model = settings(folder, "shards", "float16")
     for name, value in how.items():
         setattr(model, name, value)
-    return plan(model, method, title="x", sequences=128, length=2048, window=2048)
+    return plan(model, method, display_name="x", sequences=128, length=2048, window=2048)
 
 
 @pytest.mark.parametrize("name", COUNTS)

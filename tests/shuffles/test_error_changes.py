@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from esparse.patterns import NM, Grouping
 from esparse.shuffles import Layers, error_changes
-from esparse.shuffles.error_changes import Block
+from esparse.shuffles.error_changes import ChannelBlock
 from esparse.shuffles.error_swaps import block_of, ranks
 from tests.shuffles.test_error_swaps import PATTERNS, drawn, true_error
 
 
-def blocked(scores: torch.Tensor, layers: Layers, order: torch.Tensor, pattern: NM, width: int) -> Block:
+def blocked(scores: torch.Tensor, layers: Layers, order: torch.Tensor, pattern: NM, width: int) -> ChannelBlock:
     """The first `width` channels of the order as a block."""
     keep = Grouping(pattern, order).keep_top(scores)
     lost = layers.dense_OI.masked_fill(keep, 0.0)
@@ -24,7 +24,7 @@ def blocked(scores: torch.Tensor, layers: Layers, order: torch.Tensor, pattern: 
 
 
 def assert_every_change_is_true(
-    block: Block, scores: torch.Tensor, layers: Layers, order: torch.Tensor, pattern: NM
+    block: ChannelBlock, scores: torch.Tensor, layers: Layers, order: torch.Tensor, pattern: NM
 ) -> None:
     groups, m = block.groups_GM.shape
     left, right = torch.combinations(torch.arange(groups)).unbind(1)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esparse.patterns import NM, Pattern, Salient, Unstructured
+from esparse.patterns import NM, Outliers, Pattern, Unstructured
 from esparse.shuffles import Layers, Search, error_swaps
-from esparse.shuffles.error_changes import Block
+from esparse.shuffles.error_changes import ChannelBlock
 from esparse.shuffles.error_swaps import block_of, ranks, rounds, squared_error, swap_by_error
 from esparse.shuffles.lbs import Esparse, Lbs
-from esparse.shuffles.lsa import Best, Lsa
+from esparse.shuffles.lsa import Alternating, Lsa
 
 PATTERNS = [NM(1, 2), NM(1, 3), NM(2, 4), NM(3, 4), NM(3, 5)]
 
@@ -68,7 +68,7 @@ def test_no_shuffle_ends_with_more_error_than_it_had_for_the_score(
     pattern: NM, width: int, seed: int, objective: bool
 ) -> None:
     scores, layers = drawn(seed, 6, width, ties=objective)
-    for kind, extra in ((Lbs, {}), (Esparse, {"deal": "straight"}), *((k, _SEARCH) for k in (Lsa, Best))):
+    for kind, extra in ((Lbs, {}), (Esparse, {"deal": "straight"}), *((k, _SEARCH) for k in (Lsa, Alternating))):
         start = kind(objective="score", block=12, **extra).order(scores, pattern, layers)
         order = kind(objective="error", block=12, **extra).order(scores, pattern, layers)
         if width < pattern.m:
@@ -166,7 +166,7 @@ def test_of_two_swaps_that_spoil_each_other_one_is_made() -> None:
     weights = torch.tensor([9.0, 1.5, -0.5, 0, 9, 1.5, -0.5, 0])[:, None]
     lost = weights * torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])[:, None]
     gram = torch.ones(8, 8)
-    block = Block.begin(rank_CR=rank, dense_CR=weights, slope_CR=2 * gram @ lost, gram_CC=gram, n=1, m=2)
+    block = ChannelBlock.begin(rank_CR=rank, dense_CR=weights, slope_CR=2 * gram @ lost, gram_CC=gram, n=1, m=2)
     proposed = torch.tensor([[[0, 2], [1, 3]], [[4, 6], [5, 7]]])
     assert error_swaps.together(block, proposed, 0.5) == ([0], -8.0)
     assert error_swaps.together(block, proposed[1:], 0.5) == ([0], -8.0)
@@ -191,10 +191,10 @@ def test_a_tournament_gains_what_it_says(seed: int, pattern: NM) -> None:
     assert before - after == pytest.approx(gained, abs=1e-4 * before)
 
 
-def test_salient_weights_are_left_to_the_pattern() -> None:
+def test_outliers_are_left_to_the_pattern() -> None:
     scores, layers = drawn(3, 8, 32)
     shuffle = Lbs(objective="error", block=32)
-    order = shuffle.order(scores, Salient(NM(2, 4), NM(4, 16)), layers)
+    order = shuffle.order(scores, Outliers(NM(2, 4), NM(4, 16)), layers)
     assert torch.equal(order, shuffle.order(scores, NM(2, 4), layers))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from esparse.patterns import NM, Unstructured
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
-from esparse.shuffles.lsa import Best, Lsa, kept_score
+from esparse.shuffles.lsa import Alternating, Lsa, kept_score
 from esparse.shuffles.score_swaps import summed_maxima
 from esparse.shuffles.slot_assignment import assign_slots
 
@@ -51,7 +51,7 @@ def test_searches_never_keep_less_and_return_an_order(seed: int, tail: int, n: i
     dealt = Gns(deal="serpentine").order(x, pattern)
     assert dealt is not None
     lsa = Lsa(objective="score", block=256, deal="serpentine", rounds=3).order(x, pattern)
-    best = Best(objective="score", deal="serpentine", block=256, rounds=5).order(x, pattern)
+    best = Alternating(objective="score", deal="serpentine", block=256, rounds=5).order(x, pattern)
     for order in (lsa, best):
         assert order is not None
         assert order.sort().values.tolist() == own.tolist()
@@ -67,7 +67,9 @@ def test_searches_never_keep_less_and_return_an_order(seed: int, tail: int, n: i
 def test_equal_scores_leave_the_channels_where_they_are() -> None:
     x = torch.ones(3, 12)
     assert assign_slots(x, torch.arange(12), n=2, m=4).tolist() == list(range(12))
-    assert Best(objective="score", deal="straight", block=256, rounds=3).order(x, NM(2, 4)).tolist() == list(range(12))
+    assert Alternating(objective="score", deal="straight", block=256, rounds=3).order(x, NM(2, 4)).tolist() == list(
+        range(12)
+    )
 
 
 def test_by_hand() -> None:
@@ -93,24 +95,24 @@ def test_summed_maxima(rows: int) -> None:
 
 
 def test_patterns_without_groups_have_no_order() -> None:
-    for kind in (Lsa, Best):
+    for kind in (Lsa, Alternating):
         shuffle = kind(objective="score", deal="straight", block=256, rounds=1)
         assert shuffle.order(scores(2, 8, 0), Unstructured(50)) is None
 
 
-@pytest.mark.parametrize("kind", [Lsa, Best])
+@pytest.mark.parametrize("kind", [Lsa, Alternating])
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [({"deal": "odd"}, "deal.*odd"), ({"rounds": 0}, "rounds.*0"), ({"objective": "ppl"}, "score, error.*ppl")],
 )
-def test_settings_that_make_no_sense_are_refused(kind: type[Lsa | Best], wrong: dict, said: str) -> None:
+def test_settings_that_make_no_sense_are_refused(kind: type[Lsa | Alternating], wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         kind(**({"objective": "score", "deal": "straight", "block": 256, "rounds": 1} | wrong))
 
 
 def test_blocks_too_narrow_for_the_pattern_are_refused_where_there_are_any() -> None:
     settings = {"deal": "straight", "block": 7, "rounds": 1}
-    for shuffle in (Lsa(objective="error", **settings), Best(objective="score", **settings)):
+    for shuffle in (Lsa(objective="error", **settings), Alternating(objective="score", **settings)):
         with pytest.raises(ValueError, match="shuffle.block=7.*at least 8"):
             shuffle.check(NM(2, 4))
     Lsa(objective="score", **settings).check(NM(2, 4))

@@ -26,9 +26,9 @@ def values(tokens: int = 48, seed: int = 0) -> torch.Tensor:
 
 def fed(statistic: Statistic, x_TI: torch.Tensor, cuts: list[int]) -> Statistic:
     bounds = [0, *sorted(cuts), len(x_TI)]
-    for look in range(statistic.looks):
+    for pass_index in range(statistic.passes):
         for start, end in zip(bounds, bounds[1:], strict=False):
-            statistic.add(x_TI[start:end], look)
+            statistic.add(x_TI[start:end], pass_index)
     return statistic
 
 
@@ -83,8 +83,8 @@ def test_counts_of_several_micro_batches(channels: int, tokens: int, dtype: torc
     x[0, 0], x[1, 1] = 0, 8
     parts = [(part + torch.arange(channels) % 100).to(dtype) for part in x]
     entropy = ColumnEntropy(bins=4, range="channel", limit=1.0, inputs=channels, sequences=1, device=CPU)
-    for look in (0, 1):
-        entropy.add_all(parts, look)
+    for pass_index in (0, 1):
+        entropy.add_all(parts, pass_index)
     expected = [[0, 0, 0, 0] for _ in range(channels)]
     for channel, column in enumerate(x.flatten(0, 1).T.tolist()):
         for value in column:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esparse import linalg
-from esparse.patterns import NM, Grouping, Pattern, Salient, Unstructured, parse
+from esparse.patterns import NM, Grouping, Outliers, Pattern, Unstructured, parse
 from esparse.stats import Gram, LayerStats
-from esparse.updates import Layer, NoUpdate, Solution, Then, Update
+from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
 from esparse.updates.admm import Admm, gradual_keep
 from esparse.updates.alps import Alps
 from esparse.updates.obs import Obs, _blocks, sweep
@@ -31,7 +31,7 @@ BEST_SWAP = Swap(values="best", damp=1e-6, steps=500)
 ADMM = Admm(mask="own", damp=0.1, penalty=1.0, iterations=20, prune_iterations=15)
 ALPS = Alps(damp=0.01, penalty=0.1, iterations=100, gradient_iterations=10, tolerance=1e-4)
 UPDATES = {"obs": OBS, "sparsegpt": SPARSEGPT, "support": SUPPORT, "swap": SWAP, "best swap": BEST_SWAP}
-UPDATES |= {"admm": ADMM, "alps": ALPS, "joint": Then(first=ALPS, second=Then(first=BEST_SWAP, second=SUPPORT))}
+UPDATES |= {"admm": ADMM, "alps": ALPS, "joint": Chain(first=ALPS, second=Chain(first=BEST_SWAP, second=SUPPORT))}
 
 
 def problem(
@@ -322,7 +322,7 @@ def test_admm_by_hand() -> None:
 
 def test_updates_in_a_row_are_applied_in_that_order() -> None:
     layer, start = problem()
-    row: Update = Then(first=SWAP, second=SUPPORT)
+    row: Update = Chain(first=SWAP, second=SUPPORT)
     expected = SUPPORT.apply(layer, SWAP.apply(layer, start))
     assert torch.equal(row.apply(layer, start).weight_OI, expected.weight_OI)
     assert set(row.collects()) == {"gram"}
@@ -330,8 +330,8 @@ def test_updates_in_a_row_are_applied_in_that_order() -> None:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(8, 16), Salient(NM(8, 16), NM(4, 32))], ids=str)
-@pytest.mark.parametrize("update", [OBS, SPARSEGPT, Then(first=SPARSEGPT, second=OBS)], ids=["obs", "own", "both"])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(8, 16), Outliers(NM(8, 16), NM(4, 32))], ids=str)
+@pytest.mark.parametrize("update", [OBS, SPARSEGPT, Chain(first=SPARSEGPT, second=OBS)], ids=["obs", "own", "both"])
 def test_rows_of_several_layers_may_be_swept_as_one(update: Update, pattern: Pattern, shuffled: bool) -> None:
     layer, start = problem(outputs=9, inputs=64, pattern=pattern, shuffled=shuffled)
     assert update.by_rows(pattern)
@@ -347,7 +347,7 @@ def test_whole_columns_are_chosen_by_all_rows_of_one_layer() -> None:
     columns = parse("50%@columns")
     assert OBS.by_rows(columns)
     assert not SPARSEGPT.by_rows(columns)
-    assert not Then(first=OBS, second=SPARSEGPT).by_rows(columns)
+    assert not Chain(first=OBS, second=SPARSEGPT).by_rows(columns)
     assert not NoUpdate().by_rows(NM(2, 4))  # there is nothing to gain
 
 

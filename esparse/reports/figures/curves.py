@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from esparse.reports.figures.plots import COLORS, MARKERS, SIDE_BY_SIDE, legend, looks, method
+from esparse.reports.figures.plots import COLORS, MARKERS, SIDE_BY_SIDE, legend, method, styles
 from esparse.reports.reading import Record, keys
 from esparse.reports.tabulate import means, table_of
 
@@ -39,7 +39,7 @@ def tasks(records: Sequence[Record]) -> Figure | None:
         return None
     measured = [run for run in _runs(records) if run[2].get("zeroshot")]
     measured, said = _few(measured, lambda record: _mean(task["pruned"] for task in record["zeroshot"].values()), max)
-    look = looks([name for _, name, _ in measured])
+    style = styles([name for _, name, _ in measured])
     figure, panels = _panels(measured, width=1.6 + 0.9 * len(names))
     for ax, runs in panels:
         step = 0.8 / len(runs)
@@ -50,7 +50,7 @@ def tasks(records: Sequence[Record]) -> Figure | None:
                 ax.hlines(level, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1, label="dense")
         for k, (name, record) in enumerate(runs):
             there = [(i, record["zeroshot"][t]) for i, t in enumerate(names) if t in record["zeroshot"]]
-            color, marker = look[name]
+            color, marker = style[name]
             ax.errorbar(
                 [i + (k - (len(runs) - 1) / 2) * step for i, _ in there],
                 [value["pruned"] for _, value in there],
@@ -70,7 +70,7 @@ def latency(records: Sequence[Record]) -> Figure | None:
     if not rows:
         return None
     panels = list(dict.fromkeys((row["n"], row["k"], row.get("dtype")) for row in rows))
-    look = _kernels(rows)
+    style = _kernels(rows)
     figure, axes = grid_of(len(panels))
     for ax, (n, k, dtype) in zip(axes, panels, strict=False):
         inside = [row for row in rows if (row["n"], row["k"], row.get("dtype")) == (n, k, dtype)]
@@ -78,7 +78,7 @@ def latency(records: Sequence[Record]) -> Figure | None:
         for row in inside:
             lines.setdefault(_kernel(row, rows), {}).setdefault(row["tokens"], []).append(row["sparse_ms"])
         for name, points in lines.items():
-            line(ax, points, color=look[name][0], marker=look[name][1], label=name)
+            line(ax, points, color=style[name][0], marker=style[name][1], label=name)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_title(", ".join(filter(None, (f"{n} × {k}", dtype))), fontsize=10)
@@ -98,7 +98,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
     if not rows:
         return None
     dtypes = list(dict.fromkeys(row.get("dtype") for row in rows))
-    look = _kernels(rows)
+    style = _kernels(rows)
     figure, axes = grid_of(len(dtypes))
     for ax, dtype in zip(axes, dtypes, strict=False):
         lines: dict[str, Points] = {}
@@ -110,7 +110,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
             for name, ms in (("dense", row["dense_ms"]), (_kernel(row, rows), row["sparse_ms"])):
                 lines.setdefault(name, {}).setdefault(intensity, []).append(work / ms / 1e9)
         for name, points in lines.items():
-            line(ax, points, color=look[name][0], marker=look[name][1], label=name, linestyle="none")
+            line(ax, points, color=style[name][0], marker=style[name][1], label=name, linestyle="none")
         _roofs(ax, records, dtype, sorted(place for points in lines.values() for place in points))
         ax.set_xscale("log")
         ax.set_yscale("log")
@@ -172,7 +172,7 @@ def _along_depth(records: Sequence[Record], field: str, what: str, *, best: Call
     if not runs:
         return None
     runs, said = _few(runs, mean, best)
-    look = looks([name for _, name, _ in runs])
+    style = styles([name for _, name, _ in runs])
     figure, panels = _panels(runs, width=3.6)
     for ax, of_panel in panels:
         lines: dict[str, Points] = {}
@@ -181,7 +181,7 @@ def _along_depth(records: Sequence[Record], field: str, what: str, *, best: Call
                 if layer.get(field) is not None and math.isfinite(layer[field]):
                     lines.setdefault(name, {}).setdefault(block_of(layer.get("name", "")), []).append(layer[field])
         for name, points in lines.items():
-            line(ax, points, color=look[name][0], marker=look[name][1], label=name)
+            line(ax, points, color=style[name][0], marker=style[name][1], label=name)
         ax.set_xlabel("block", fontsize=9)
         ax.set_ylabel(what, fontsize=9)
     _same_heights([ax for ax, _ in panels])

@@ -157,7 +157,7 @@ def _rest(method: str) -> str:
     return method[len(_metric(method)) :]
 
 
-def looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Color and marker of each method: a color per metric, a shape per shuffle and the rest."""
     metrics = list(dict.fromkeys(map(_metric, methods)))
     rests = sorted(dict.fromkeys(map(_rest, methods)))
@@ -168,7 +168,7 @@ def looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[str], patterns: list[str]) -> None:
-    look = looks(methods)
+    style = styles(methods)
     dense = [s.mean for row in rows if (s := row[f"{corpus} ppl dense"]) and math.isfinite(s.mean)]
     floor = sum(dense) / len(dense) if dense else None
     drawn, lost = list(dense), []
@@ -181,7 +181,7 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[s
             lost.append(f"{row['method']} {row['pattern']}")
             continue
         x = patterns.index(row["pattern"]) + (k - (len(methods) - 1) / 2) * step
-        color, marker = look[row["method"]]
+        color, marker = style[row["method"]]
         if floor is not None:
             ax.plot([x, x], [floor, spread.mean], color=color, linewidth=1.2, alpha=0.5, zorder=2)
         ax.errorbar(

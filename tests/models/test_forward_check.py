@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from esparse.models import walk_check
+from esparse.models import forward_check
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
-from esparse.models.calls import Unwalkable
+from esparse.models.calls import UnsupportedModel
 from tests.models.families import SMALL, tiny
 
 TOKENS_SL = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -88,7 +88,7 @@ def wrap(model: Any, index: int, change: Any) -> None:
 def test_an_encoder_is_refused() -> None:
     config = families.CORRECTIONS.get("bert", {}) | SMALL
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **config, is_decoder=False)).eval()
-    with pytest.raises(Unwalkable, match="BertLMHeadModel sees the tokens behind the one it predicts"):
+    with pytest.raises(UnsupportedModel, match="BertLMHeadModel sees the tokens behind the one it predicts"):
         walked(model)
 
 
@@ -103,14 +103,14 @@ def test_a_block_that_reads_what_another_left_in_the_model_is_refused() -> None:
 
     wrap(model, 0, leave)
     wrap(model, 2, lambda out: out + left[0])
-    with pytest.raises(Unwalkable, match="leave something in themselves or in the model that later blocks read"):
+    with pytest.raises(UnsupportedModel, match="leave something in themselves or in the model that later blocks read"):
         walked(model)
 
 
 def test_a_model_that_draws_at_random_is_refused() -> None:
     model = tiny("llama")
     wrap(model, 1, lambda out: out * torch.rand(()))
-    with pytest.raises(Unwalkable, match="gives other logits each time"):
+    with pytest.raises(UnsupportedModel, match="gives other logits each time"):
         walked(model)
 
 
@@ -129,7 +129,7 @@ def test_the_first_block_that_differs_is_named_and_what_it_is_given() -> None:
     model = tiny("llama")
     model.__class__ = Secretive
     named = r"the first block that differs is model\.layers\.1, which is given another position_embeddings"
-    with pytest.raises(Unwalkable, match=named):
+    with pytest.raises(UnsupportedModel, match=named):
         walked(model)
 
 
@@ -160,7 +160,7 @@ def test_what_the_model_computes_between_blocks_is_carried_out() -> None:
 def test_a_model_that_is_walked_rightly_passes_in_any_precision(family: str, dtype: torch.dtype) -> None:
     model = tiny(family).to(dtype)
     blocks = BlockModel(model, device=CPU, batch_tokens=48)
-    walk_check.check(blocks, TOKENS_SL)
+    forward_check.check(blocks, TOKENS_SL)
     assert blocks.checked
 
 
@@ -169,7 +169,7 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     model.set_experts_implementation("grouped_mm")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     marks = {name: dict(vars(module)) for name, module in model.named_modules()}
-    walk_check.check(BlockModel(model, device=CPU, batch_tokens=48), TOKENS_SL)
+    forward_check.check(BlockModel(model, device=CPU, batch_tokens=48), TOKENS_SL)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == marks
     assert model.config._experts_implementation == "grouped_mm"

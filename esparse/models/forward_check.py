@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esparse.linalg import all_finite
 from esparse.models.blocks import BlockModel, Entered, HandsOn, OtherLeaf
-from esparse.models.calls import Carried, Output, Unwalkable, leaf_of, tensors
+from esparse.models.calls import Carried, Output, UnsupportedModel, leaf_of, tensors
 from esparse.models.routers import Watch
 
 log = logging.getLogger("esparse")
@@ -44,7 +44,7 @@ class _Seen:
 
 @torch.no_grad()
 def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
-    """Raises Unwalkable, naming the first block that differs, unless the walk gives the model's logits.
+    """Raises UnsupportedModel, naming the first block that differs, unless the walk gives the model's logits.
 
     Also if the model sees later tokens: it is no causal language model then. The blocks are checked once.
     """
@@ -150,23 +150,23 @@ def _learned(blocks: BlockModel, seen: _Seen) -> bool:
 
 def _check_order(blocks: BlockModel, seen: _Seen) -> None:
     if not seen.order:
-        raise Unwalkable(f"the model runs none of {blocks.prefix} for text alone")
+        raise UnsupportedModel(f"the model runs none of {blocks.prefix} for text alone")
     for index in seen.order:
         if (times := seen.order.count(index)) > 1:
-            raise Unwalkable(
+            raise UnsupportedModel(
                 f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: a "
                 "block that is used again (a looped model) sees other inputs each time, and esparse prunes it for one "
                 "pass only"
             )
     if seen.order != blocks.order:
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"the blocks of {type(blocks.model).__name__} do not run in the order of their list, but as "
             f"{', '.join(map(str, seen.order))}"
         )
 
 
 def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
-    """Raises Unwalkable if the walk ends in other logits than the model's."""
+    """Raises UnsupportedModel if the walk ends in other logits than the model's."""
     plain = seen.logits
     if not all_finite(plain):
         return  # the run itself will say which weights or activations are damaged
@@ -198,7 +198,7 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             if seen.argument
             else "reads or writes something that is not among its arguments"
         )
-    raise Unwalkable(
+    raise UnsupportedModel(
         f"the blocks of {type(blocks.model).__name__}, run one after the other, give other logits than the model "
         f"(they differ by {apart / float(plain.abs().max()):.2g} of the largest): {first}; esparse would prune and "
         "measure another network"
@@ -206,10 +206,10 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
 
 
 def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
-    """How far the model's own logits are apart from pass to pass; raises Unwalkable if that is far."""
+    """How far the model's own logits are apart from pass to pass; raises UnsupportedModel if that is far."""
     noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
     if noise > NOISE * float(plain.abs().max()):
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"{type(blocks.model).__name__} gives other logits each time for the same tokens (they differ by "
             f"{noise / float(plain.abs().max()):.2g} of the largest): is it in training mode, or does it draw at "
             "random?"
@@ -218,7 +218,7 @@ def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
 
 
 def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> None:
-    """Raises Unwalkable if a block leaves something in itself, or in the model, that the next one reads.
+    """Raises UnsupportedModel if a block leaves something in itself, or in the model, that the next one reads.
 
     As in a run, each block sees two micro-batches before the next one does. What it left is the second one's then.
     """
@@ -237,7 +237,7 @@ def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) ->
     hidden, carried, _ = flows[0]
     apart = _apart(blocks.logits(tokens_BL, hidden, carried), plain)
     if apart > _rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"the blocks of {type(blocks.model).__name__} leave something in themselves or in the model that later "
             "blocks read: run on one micro-batch after the other, they give other logits than the model (they "
             f"differ by {apart / float(plain.abs().max()):.2g} of the largest)"
@@ -245,7 +245,7 @@ def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) ->
 
 
 def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
-    """Raises Unwalkable if tokens that come later change what is said of those before them."""
+    """Raises UnsupportedModel if tokens that come later change what is said of those before them."""
     same_L = (tokens_BL[0] == tokens_BL[1]).long().cumprod(0).bool()
     if not all_finite(logits_BLV) or logits_BLV.shape[1] != len(same_L) or not same_L.any():
         return
@@ -253,7 +253,7 @@ def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> 
     # Equal rows are computed alike up to the order of sums; what a later token changes is far more than that, so the
     # root mean square is compared, on which the rounding of single logits has little weight.
     if (first - second).square().mean().sqrt() > max(1e-4, 2 * _eps(logits_BLV)) * first.square().mean().sqrt():
-        raise Unwalkable(
+        raise UnsupportedModel(
             f"{type(blocks.model).__name__} sees the tokens behind the one it predicts: it is an encoder, no causal "
             "language model (a BERT becomes one by is_decoder=true in its config.json), and its perplexity means "
             "nothing"
@@ -292,12 +292,12 @@ def _eps(tensor: Tensor) -> float:
 
 
 def _said(blocks: BlockModel, failed: Exception | None) -> Exception:
-    if failed is None or isinstance(failed, Unwalkable):
-        return failed or Unwalkable(
+    if failed is None or isinstance(failed, UnsupportedModel):
+        return failed or UnsupportedModel(
             f"what the blocks of {type(blocks.model).__name__} return changes from pass to pass"
         )
     said = str(failed).strip().partition("\n")[0]
-    return Unwalkable(
+    return UnsupportedModel(
         f"{type(blocks.model).__name__} does not run while its blocks only hand on what they are given, so they cannot "
         f"be run one by one ({type(failed).__name__}: {said})"
     )
