@@ -2,6 +2,7 @@
 
     python launch.py -cd experiments -cn ladder
     python experiments/significance.py outputs/ladder
+    python experiments/significance.py outputs/real --corpus wikitext2 --against wanda    # all that ran, with one of them
 
 For each pattern and each pair of methods: the ratio of their perplexities (the same windows, averaged over calibration
 seeds), its 95 % interval by a bootstrap over runs of 8 neighbouring windows (neighbours share a document), and in how
@@ -46,9 +47,10 @@ def read_losses(root: Path, corpus: str) -> Losses:
 
 
 def method(record: Record) -> str:
-    """Metric and shuffle as a name."""
+    """Metric, shuffle, update and recovery as a name, without those that do nothing."""
     choices = record["config"]["choices"]
-    return choices["metric"] if choices["shuffle"] == "none" else f"{choices['metric']} + {choices['shuffle']}"
+    parts = [choices[group] for group in ("metric", "shuffle", "update", "recovery")]
+    return " + ".join([parts[0], *(part for part in parts[1:] if part != "none")])
 
 
 def compare(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> tuple[float, float, float, int, int]:
@@ -68,12 +70,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--corpus", default="builtin")
+    arguments.add_argument("--against", help="compares every other method with this one; otherwise the ladder's pairs")
     asked = arguments.parse_args()
     losses = read_losses(asked.folder, asked.corpus)
+    methods = dict.fromkeys(name for _, name in losses)
+    pairs = [(name, asked.against) for name in methods if name != asked.against] if asked.against else PAIRS
     print("| pattern | method | against | perplexity ratio | 95 % interval | seeds below 1 | lower |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for pattern in dict.fromkeys(pattern for pattern, _ in losses):
-        for better, worse in PAIRS:
+        for better, worse in pairs:
             if (pattern, better) in losses and (pattern, worse) in losses:
                 ratio, low, high, below, seeds = compare(losses[pattern, better], losses[pattern, worse])
                 shown = {(True, seeds): "yes", (False, 0): "worse"}.get((high < 1, below), "not shown")
