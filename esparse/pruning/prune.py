@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ log = logging.getLogger("esparse")
 # Weights of several layers that are updated as one, at most: an update holds float32 copies of all of them at once.
 JOINED_WEIGHTS = 2**27
 MOST = 0.95  # of the blocks' weights: if fewer were pruned, a warning names what was left
+FEW_ZEROS = 0.01  # of the weights that were pruned: a dense model has fewer
 BINS = 100  # of a profile's entropies, where the metric has none of its own
 
 
@@ -150,6 +152,7 @@ def prune(
         model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
         pruned.recoveries += recovery.whole(model)
     _measure(pruned, blocks)
+    _say_sparse_already(pruned)
     _count_dense(pruned, blocks)
     return pruned
 
@@ -348,6 +351,22 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
                 pruned.metadata_bits += grouping.pattern.metadata_bits(*kept_OI.shape)
 
 
+def _say_sparse_already(pruned: Pruned) -> None:
+    """Warns if the model came with zeros: what was measured is then no pruning of a dense model."""
+    sizes = [math.prod(layer.shape) for layer in pruned.layers]
+    zeros = sum(layer.zeros_before * size for layer, size in zip(pruned.layers, sizes, strict=True))
+    if zeros > FEW_ZEROS * sum(sizes):
+        filled = sum(
+            layer.zeros_filled * layer.zeros_before * size for layer, size in zip(pruned.layers, sizes, strict=True)
+        )
+        log.warning(
+            "the model is sparse already: %.1f %% of the weights that were pruned had been zero before; %.1f %% of "
+            "these are not zero now",
+            100 * zeros / sum(sizes),
+            100 * filled / zeros,
+        )
+
+
 def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
     """Notes which parameters of the blocks were not pruned, and says so if they are many."""
     done = {id(matrix.parameter) for matrix, _ in pruned.groupings}  # by several names, if blocks share it
@@ -387,6 +406,8 @@ def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Ten
     lost_SO = x_SI @ (before_OI - after_OI).T
     error = float((lost_SO if solution.bias_shift_O is None else lost_SO - solution.bias_shift_O).norm())
     total = _total(score_OI)
+    zero_OI = before_OI == 0
+    zeros = int(zero_OI.sum())
     return LayerReport(
         name=matrix.name,
         shape=list(before_OI.shape),
@@ -395,6 +416,8 @@ def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Ten
         relative_error=(error / norm if norm else 0.0) if len(x_SI) else None,
         error_tokens=len(x_SI),
         seconds=0.0,
+        zeros_before=zeros / before_OI.numel(),
+        zeros_filled=int((after_OI[zero_OI] != 0).sum()) / zeros if zeros else 0.0,
     )
 
 

@@ -28,7 +28,8 @@ class LayerReport:
     kept_score: share of the matrix's total score that survived (0 to 1). relative_error:
     ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None where no token came.
     Bytes: of the dense matrix, and of the packed one in memory and on disk, None where `export=packed` leaves it dense
-    (patterns without n:m, experts with outliers and a shuffle).
+    (patterns without n:m, experts with outliers and a shuffle). zeros_before: share of dense weights that were zero;
+    zeros_filled: share of those that are no longer zero behind the update.
     """
 
     name: str
@@ -42,6 +43,8 @@ class LayerReport:
     dense_bytes: int = 0
     packed_bytes: int | None = None
     file_bytes: int | None = None
+    zeros_before: float = 0.0
+    zeros_filled: float = 0.0
 
 
 @dataclass(slots=True)

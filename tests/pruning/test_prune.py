@@ -370,3 +370,34 @@ def test_a_tiny_negative_survivor_does_not_become_minus_zero() -> None:
     assert pruned.kept == 0
     for name in pruned.keeps:
         assert not torch.signbit(model.state_dict()[name]).any()
+
+
+@pytest.mark.parametrize(
+    ("update", "fills"), [(None, False), (Obs(mask="start", damp=0.01, block=128), True)], ids=["none", "obs"]
+)
+def test_zeros_that_were_there_are_counted_and_said(
+    update: Update | None, fills: bool, warnings_of_esparse: pytest.LogCaptureFixture
+) -> None:
+    """A model of 70 % zeros: an update gives values to some of them, if they are kept."""
+    model, _ = run(pattern=Unstructured(70))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    warnings_of_esparse.clear()
+    _, pruned = run(model=model, metric=Wanda(), update=update)
+    zeros = filled = weights = 0
+    for layer in pruned.layers:
+        was_zero_OI = before[f"{layer.name}.weight"] == 0
+        is_zero_OI = model.state_dict()[f"{layer.name}.weight"] == 0
+        assert layer.zeros_before == pytest.approx(float(was_zero_OI.float().mean()))
+        assert layer.zeros_filled == pytest.approx(float((~is_zero_OI[was_zero_OI]).float().mean()))
+        zeros, weights = zeros + int(was_zero_OI.sum()), weights + was_zero_OI.numel()
+        filled += int((was_zero_OI & ~is_zero_OI).sum())
+    assert (filled > 0) == fills
+    (said,) = {r.getMessage() for r in warnings_of_esparse.records if "sparse already" in r.getMessage()}
+    assert f"{100 * zeros / weights:.1f} % of the weights" in said
+    assert f"{100 * filled / zeros:.1f} % of these are not zero now" in said
+
+
+def test_a_dense_model_is_not_called_sparse(warnings_of_esparse: pytest.LogCaptureFixture) -> None:
+    _, pruned = run()
+    assert all(layer.zeros_before == layer.zeros_filled == 0 for layer in pruned.layers)
+    assert not [r for r in warnings_of_esparse.records if "sparse already" in r.getMessage()]
