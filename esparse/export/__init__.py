@@ -25,7 +25,7 @@ ORDERS = ("original", "physical")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Finished:
-    """A pruned model and what was measured of it."""
+    """A pruned model and its record."""
 
     blocks: BlockModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -37,24 +37,24 @@ class Finished:
 
 @dataclass(kw_only=True, slots=True)
 class Export(ABC):
-    """What is left of a run beside its record."""
+    """Base class of what a run exports beside its record."""
 
     def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
-        """Raises ValueError where the settings make no sense for this method; called before anything runs."""
+        """Raises Mistake if the settings do not fit the method; called before anything runs."""
         return None
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
-        """Raises ValueError or OSError where the model could not be exported; called before anything is pruned."""
+        """Raises Mistake or OSError if the model cannot be exported; called before anything is pruned."""
         return None
 
     @abstractmethod
     def write(self, run: Finished) -> dict[str, Any] | None:
-        """Writes the checkpoint, whole or not at all; returns its path, format and bytes for the record."""
+        """Writes the whole checkpoint or nothing; returns path, format and bytes for the record."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NoExport(Export):
-    """The record is all."""
+    """Exports nothing."""
 
     def write(self, run: Finished) -> None:
         return None
@@ -62,7 +62,7 @@ class NoExport(Export):
 
 @dataclass(kw_only=True, slots=True)
 class ToFolder(Export):
-    """What exports to a folder have in common."""
+    """Base class of exports to a folder."""
 
     path: str | None  # None: `export` in the run's folder
     dtype: str  # auto (what the run computed in) | float32 | bfloat16 | float16
@@ -75,7 +75,7 @@ class ToFolder(Export):
             raise Mistake(f"export.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
 
     def place(self, folder: Path) -> Path:
-        """Where the checkpoint goes, for a run in this folder."""
+        """The checkpoint's folder, for a run in `folder`."""
         return Path(self.path).expanduser() if self.path else folder / "export"
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model card that goes with an export: how it was made, what was measured of it, how to load it."""
+"""The model card of an export: how the model was made, what was measured, how to load it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 
 def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
-    """That of an ordinary checkpoint with zeros."""
+    """The card of an ordinary checkpoint with zeros."""
     how = "An ordinary Hugging Face checkpoint: pruned weights are zeros, so it is as large as the dense model."
     if facts["order"] == "original" and _shuffled(record):
         how += (
@@ -29,7 +29,7 @@ def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
-    """That of a checkpoint in esparse's format."""
+    """The card of a checkpoint in esparse's format."""
     how = (
         f"In esparse's packed format: {facts['packed_layers']} layers are stored without their zeros, as values and "
         "an index, and the model computes from these. It needs the Python package esparse: once that is imported, "
@@ -88,7 +88,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
 
 
 def _public(path: str) -> str:
-    """A model's name on the hub, or the last part of a folder: others are not told where it lies."""
+    """A model's name on the hub, or a folder's last part, so that the card does not show the folder's place."""
     place = Path(path).expanduser()
     private = place.is_absolute() or place.exists() or path.startswith((".", "~")) or path.count("/") > 1
     return place.name if private else path
@@ -106,7 +106,7 @@ def _numbers(record: dict[str, Any]) -> list[str]:
 
 
 def _share(sparsity: dict[str, Any]) -> list[str]:
-    """How much of the blocks was pruned, and what is left; nothing if the record is of an older version."""
+    """The share of the blocks that was pruned, and what stayed dense; empty if the record's version lacks it."""
     if "share_of_blocks" not in sparsity:
         return []
     names = [f"`{name}`" for name in sparsity["left_dense"]]

@@ -20,10 +20,10 @@ log = logging.getLogger("esparse")
 
 @dataclass(kw_only=True, slots=True)
 class Dense(ToFolder):
-    """Loads anywhere, and is as large as the dense model.
+    """A checkpoint that any program for the model loads, as large as the dense model.
 
-    An ordinary checkpoint has no place for a gather: with `order=physical` those orders are followed that the layers
-    before can absorb, and the log says which layers are left.
+    An ordinary checkpoint has no place for a gather. With `order=physical` it follows the orders that earlier layers
+    can absorb; the log names the other layers.
     """
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
@@ -65,8 +65,8 @@ class Dense(ToFolder):
             draft.finish(dtype, dense_card(run.record, facts), {"id": run.record["id"], "format": "dense"}, None)
         if left:
             log.warning(
-                "%d weights keep their columns' own order, as nothing before them can absorb the shuffle's: there n:m "
-                "holds in that order only (%s, ...)",
+                "%d weights keep their columns' own order, because no earlier layer can absorb the shuffle: in the "
+                "checkpoint's order they do not hold n:m (%s, ...)",
                 len(left),
                 left[0],
             )

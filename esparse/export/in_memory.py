@@ -1,6 +1,6 @@
-"""Packs a pruned model where it lies: its layers without zeros take the places of the dense ones.
+"""Packs a pruned model in memory: packed layers replace the dense ones.
 
-Every matrix takes the way over the form on disk (packed/matrix.py), so that there is one way only.
+Every matrix goes through the form on disk (packed/matrix.py), so that there is only one path to test.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from esparse.patterns import Grouping
 
 @torch.no_grad()
 def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) -> dict[str, str]:
-    """Puts packed layers into the model; returns the weights that stay dense, each with the reason.
+    """Replaces the model's layers by packed ones; returns the weights that stay dense, each with the reason.
 
-    Raises ValueError for a pattern without groups of n:m, and if a weight is not the model's or does not hold its
-    pattern; what was packed before that stays packed.
+    Raises ValueError for a pattern without n:m groups, and for a weight that is not the model's or does not hold its
+    pattern; layers that were packed before it stay packed.
     """
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -52,7 +52,7 @@ def _parameter(model: nn.Module, matrix: Matrix) -> nn.Parameter:
     try:
         return model.get_parameter(matrix.entry)
     except AttributeError:
-        raise ValueError(f"the model has no weight {matrix.entry}: it is packed already, or another one") from None
+        raise ValueError(f"the model has no weight {matrix.entry}: it is packed already, or another model") from None
 
 
 def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
@@ -61,7 +61,7 @@ def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
     parameter = model.get_parameter(matrix.entry)
     weight_OI = matrix.part_of(parameter.data).cpu()
     order_I = None if grouping.order_I is None else grouping.order_I.cpu()
-    gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # outliers are bound to their runs
+    gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # outliers cannot be reordered
     tensors = to_file(_packed(matrix, Grouping(grouping.pattern, order_I), weight_OI))
     if order_I is not None and not gathered:
         tensors["order"] = order_I.int()
@@ -123,7 +123,7 @@ def _fill(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _succeed(layer: nn.Module, old: nn.Module) -> None:
-    """The mode and the hooks of the layer whose place is taken."""
+    """Gives the new layer the mode and the hooks of the layer that it replaces."""
     layer.train(old.training)
     for kind, own in vars(old).items():
         if kind.startswith("_forward") and "hook" in kind:

@@ -1,4 +1,4 @@
-"""A checkpoint in esparse's format, without the zeros: transformers loads it after `import esparse`."""
+"""A checkpoint in esparse's packed format: transformers loads it after `import esparse`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("esparse")
 
 @dataclass(slots=True)
 class _Contents:
-    """What config.json has to tell of the weights."""
+    """What config.json says about the packed weights."""
 
     layers: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -34,25 +34,25 @@ class _Contents:
     behind: list[str] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     absorbed: int = 0
-    dense_experts: dict[str, int] = field(default_factory=dict)  # bytes of those that are not packed
+    dense_experts: dict[str, int] = field(default_factory=dict)  # bytes of the experts that are not packed
     why_dense: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
 class Packed(ToFolder):
-    """Values, and which weights they are in as few bits as the pattern needs (packed/matrix.py).
+    """Stores the kept values, and their places in as few bits as the pattern needs (packed/matrix.py).
 
-    With `order=physical` the columns stand in the order in which the groups were cut, which sparse kernels want, and
-    gathers are part of the model; with `original` they get back their own order while the model is loaded, as those of
-    experts do in any case. Experts with outliers and a shuffle stay dense, and the log says so.
+    With `order=physical` columns are stored in group order, as sparse kernels need them, and gathers become part of
+    the model. With `original`, and for experts always, loading puts the columns back into their own order. Experts
+    with outliers and a shuffle stay dense, and the log says so.
     """
 
     def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
         if not pattern.parts():
-            raise Mistake(f"export=packed stores patterns of n:m, and {pattern} is none: use export=dense")
+            raise Mistake(f"export=packed stores n:m patterns, and {pattern} is none: use export=dense")
         if self.order == "original" and shuffled and len(pattern.parts()) > 1:
             raise Mistake(
-                "outliers are stored by their runs of columns, which a shuffle reorders: use "
+                "outliers are stored by their place in a run of columns, and a shuffle reorders columns: use "
                 "export.order=physical, or shuffle=none"
             )
 
@@ -124,7 +124,7 @@ class Packed(ToFolder):
         contents: _Contents,
         precision: Precision,
     ) -> dict[str, Tensor]:
-        """One file's tensors; what is packed of them is noted in `contents`."""
+        """One file's tensors, packed; `contents` takes notes of what was packed."""
         from esparse.export.writer import cast, on_disk
         from esparse.packed.matrix import pack, to_file
 
@@ -152,7 +152,7 @@ class Packed(ToFolder):
 
 
 def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
-    """The experts of each parameter that holds some, in their order."""
+    """For each parameter that holds experts, its experts in order."""
     stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
     for matrix, grouping in run.pruned.groupings:
         if matrix.expert is not None:
@@ -166,7 +166,7 @@ def _experts(
     contents: _Contents,
     precision: Precision,
 ) -> dict[str, Tensor]:
-    """The experts among one file's tensors, packed one by one; noted in `contents`."""
+    """The experts among one file's tensors, packed one by one; `contents` takes notes of them."""
     import torch
 
     from esparse.export.writer import cast
@@ -195,9 +195,9 @@ def _experts(
 
 
 def _why_dense(groupings: Sequence[Grouping]) -> str | None:
-    """Why the experts of one parameter cannot be packed; None where they can."""
+    """Why the experts of one parameter cannot be packed; None if they can."""
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
-        return "the experts of a parameter are packed in one pattern only, and they have several"
+        return "the experts of a parameter can have one packed pattern only, and these have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:
-        return "outliers are stored by their runs of columns, which a shuffle reorders (shuffle=none would help)"
+        return "outliers are stored by their place in a run of columns, which a shuffle reorders (use shuffle=none)"
     return None

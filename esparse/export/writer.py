@@ -1,7 +1,7 @@
-"""A checkpoint as it grows: one file of weights per block, and at the end all that makes it a checkpoint.
+"""Writes a checkpoint: one file of weights per block, then index, configuration, tokenizer and card.
 
-It grows in a folder beside its place and is moved there when it is whole, so that a run that is stopped leaves none
-that looks finished. The model never has to be in memory as a whole.
+It is written into a draft folder and moved to its place when it is complete, so a run that is stopped leaves no
+checkpoint that looks finished. The whole model never has to be in memory.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("esparse")
 
 INDEX = "model.safetensors.index.json"
-MARK = "esparse.json"  # what tells our checkpoints from other folders; written last
-EXTRA_BYTES = 2**31  # of a file of tensors that the model did not load
+MARK = "esparse.json"  # written last; marks a folder as an export of esparse
+EXTRA_BYTES = 2**31  # size of a file of tensors that the model did not load
 
 Precision = Callable[[str], torch.dtype]  # of a tensor, by its name in the state dict
 
 
 def check_place(place: Path) -> None:
-    """Raises ValueError where something is that no export left, which one would have to overwrite."""
+    """Raises Mistake if the place is taken by something that is not an export of esparse."""
     if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
         raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 class Draft:
-    """The checkpoint that is being written; as a context, it appears at its place at the end or not at all."""
+    """A checkpoint that is being written; as a context manager it is moved to its place at the end, or deleted."""
 
     def __init__(self, place: Path, run: Finished) -> None:
         self.place, self.run = place, run
@@ -80,9 +80,9 @@ class Draft:
         self.bytes += sum(value.nbytes for value in on_disk.values())
 
     def finish(self, dtype: torch.dtype, card: str, mark: dict[str, Any], quantization: dict[str, Any] | None) -> None:
-        """Writes what stands beside the weights: their index, configuration, tokenizer and the model card.
+        """Writes the index of the weights, the configuration, the tokenizer and the model card.
 
-        What else lay beside the original is copied.
+        Copies the other files of the original checkpoint.
         """
         model = self.run.blocks.model
         write_json(
@@ -91,13 +91,13 @@ class Draft:
         )
         model.config.save_pretrained(self.folder)
         config = json.loads((self.folder / "config.json").read_text())
-        config.pop("quantization_config", None)  # of weights that were dequantised since
+        config.pop("quantization_config", None)  # it describes weights that were dequantised since
         config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
         if quantization is not None:
             config["quantization_config"] = quantization
         if model.can_generate():
             model.generation_config.save_pretrained(self.folder)
-        if self.run.tokenizer is not None:  # whoever prunes in Python may have none
+        if self.run.tokenizer is not None:  # a caller of the Python API may have none
             self.run.tokenizer.save_pretrained(self.folder)
         self._copy_beside(model)
         write_json(self.folder / "config.json", self._with_own_code(config))
@@ -105,7 +105,7 @@ class Draft:
         write_json(self.folder / MARK, mark | {"files": self.files})
 
     def add_not_loaded(self) -> int:
-        """Writes the tensors of the original that the model has no place for, as they are; returns how many."""
+        """Copies the original's tensors that the model did not load; returns their number."""
         checkpoint, names = source.not_loaded(self.run.blocks.model)
         if checkpoint is None or not names:
             return 0
@@ -136,7 +136,7 @@ class Draft:
                 shutil.copyfile(file, copied)
 
     def _with_own_code(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The configuration whose code is looked for here, if it lies here, and not in a repository."""
+        """The configuration, with references to own code pointing to this folder if the code's file is here."""
 
         def here(value: Any) -> Any:
             if isinstance(value, list):
@@ -161,10 +161,10 @@ class Draft:
 
 
 def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dict[str, Tensor], Reordered]]:
-    """The model's weights by their names in its state dict, first all that is no block, then block by block.
+    """Yields the model's weights by their names in its state dict: first what is no block, then block by block.
 
-    With `physical` each comes with how the orders of a shuffle are made physical in it; with `gathers` also those
-    that nothing can absorb. What is in front of a comma is valid until the next one is asked for.
+    `physical`: beside the weights comes the plan that makes the shuffle's orders physical in them; `gathers`: the plan
+    has gathers for orders that nothing absorbs. The tensors of each pair are valid only until the next iteration.
     """
     blocks = run.blocks
     orders = run.pruned.orders if physical else {}
@@ -173,7 +173,7 @@ def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dic
     activations = None
     if orders:
         most = max(1, blocks.batch_tokens // run.tokens_SL.shape[1])
-        activations = Activations(blocks, run.tokens_SL[:most])  # enough to see what is connected with what
+        activations = Activations(blocks, run.tokens_SL[:most])  # enough to find what each layer reads
     for index in range(len(blocks.blocks)):
         prefix = f"{blocks.prefix}.{index}."
         with blocks.resident(index):
@@ -185,25 +185,25 @@ def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dic
 
 
 def on_disk(run: Finished, tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Tensors in their precision under the names that the family's checkpoints have; no -0.0 among them."""
+    """The tensors cast to their dtype, without -0.0, under the names that the family's checkpoints use."""
     stored = {name: cast(value, precision(name)) for name, value in tensors.items()}
     return revert_weight_conversion(run.blocks.model, stored)
 
 
 def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
-    """In which precision each tensor of an export in `dtype` is: float32 if the family keeps it so."""
+    """The dtype of each tensor in an export to `dtype`: float32 for tensors that the family keeps in float32."""
     kept: set[str] = set()
     is_wide = stays_wide(model, dtype)
     if dtype.itemsize < 4:
         if model.dtype == dtype:
             there = [*model.named_parameters(), *model.named_buffers()]
-        else:  # which of them are more than half precision only by what the run computed in?
+        else:  # the run computed in float32: which tensors would be float32 in a half-precision model?
             try:
                 with torch.device("meta"):
                     again = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
                 there = [*again.named_parameters(), *again.named_buffers()]
-            except Exception as error:  # code of the model's own may not take this way
-                log.debug("which tensors stay in float32 is known by their names only: %s", error)
+            except Exception as error:  # a model's own code may fail here
+                log.debug("tensors that stay in float32 are known by their names only: %s", error)
                 there = []
         kept = {name for name, value in there if value.is_floating_point() and value.dtype.itemsize >= 4}
 
@@ -214,7 +214,7 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the host, floating point in this precision; no -0.0."""
+    """A copy on the host; floating-point values in this dtype, without -0.0."""
     if not value.is_floating_point():
         return value.cpu().clone()
     value = value.detach().to("cpu", dtype, copy=True)
@@ -222,7 +222,7 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tensors(model: torch.nn.Module, wanted: Any) -> dict[str, Tensor]:
-    """Parameters, each under one name, and the buffers that belong to a checkpoint."""
+    """Parameters, each under one name, and persistent buffers."""
     found = {name: parameter.data for name, parameter in model.named_parameters() if wanted(name)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored = model.state_dict()

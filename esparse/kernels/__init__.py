@@ -1,10 +1,10 @@
-"""Matrix products from packed n:m weights, and what stands around them; Triton on a GPU, plain PyTorch beside it.
+"""Matrix products from packed n:m weights, and inner loops of pruning: Triton on a GPU, numba or PyTorch on a CPU.
 
 The compute form of a matrix of R rows (outputs) and I columns (inputs): `values` (R x K), the K kept weights of
-each row in column order; `bits` (R x ceil(I / 8), uint8), bit i of byte j is column 8j + i, 1 = survives.
+each row in column order; `bits` (R x ceil(I / 8), uint8), bit i of byte j stands for column 8j + i, 1 = kept.
 
-What pruning itself does again and again has, beside PyTorch's operations, loops that numba compiles for a CPU
-(maxima.py, histogram.py, columns.py) and Triton kernels for a GPU (exchange.py, tally.py, repair.py).
+Pruning's inner loops exist in plain PyTorch, as loops that numba compiles for a CPU (maxima.py, histogram.py,
+columns.py) and as Triton kernels for a GPU (exchange.py, tally.py, repair.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ log = logging.getLogger("esparse")
 
 @cache
 def loops(name: str) -> Any:
-    """The module of loops that numba compiles (esparse/kernels/NAME.py); None without numba (an extra, `cpu`).
+    """The module of numba loops esparse/kernels/NAME.py; None without numba (installed by the extra `cpu`).
 
-    A numba that is there and does not work (another NumPy, no place for its cache) is said, and done without.
+    If numba is installed but fails (wrong NumPy version, no folder for its cache), logs a warning and returns None.
     """
     if find_spec("numba") is None:
         return None
@@ -43,7 +43,7 @@ def loops(name: str) -> Any:
 
 
 def triton(name: str, device: torch.device) -> Any:
-    """The module of Triton kernels of that name for what is on the device; None where that has no use for them."""
+    """The module of Triton kernels esparse/kernels/NAME.py; None if the device cannot run them."""
     return _triton(name, device) if device.type == "cuda" else None
 
 

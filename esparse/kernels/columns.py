@@ -1,7 +1,7 @@
-"""SparseGPT's column sweep on a CPU, in a loop that numba compiles (an extra, `cpu`).
+"""SparseGPT's column sweep on a CPU, compiled by numba (extra `cpu`).
 
-PyTorch goes through a block of columns with three operations for each, over all rows; here each row goes through it by
-itself and stays in a core's first cache, and what survives costs nothing.
+PyTorch needs three operations over all rows for every column of a block. Here each row passes through the block alone,
+so that it stays in a core's first cache, and kept columns are skipped.
 
 Shapes: O outputs, I inputs, B columns of a block.
 """
@@ -13,28 +13,29 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-LANES = 32  # columns that a vector loop takes at a time, without a rest
+LANES = 32  # columns per step of a vector loop; widths are padded to a multiple
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def sweep_rows(
     weight_OI: Any, keep_OI: Any, upper_BB: Any, start: int, m: int, n: int, tail_n: int, errors_OB: Any
 ) -> None:
-    """Prunes the columns from `start` on, as many as `upper` has rows, and repairs those of them that are behind.
+    """Prunes the columns from `start` on, as many as `upper` has rows, and repairs later columns of this block.
 
-    What a pruned weight costs goes to the errors, by which all later columns are to be repaired, too. With m = 0 the
-    keep mask is given; otherwise n of every m are chosen when the sweep reaches them, by w^2 / U_jj^2, the lowest index
-    first among equals (`tail_n` of a shorter last group), and the mask is written. Float32 throughout.
+    `errors_OB` receives the scaled errors of the pruned weights; the caller repairs the columns behind the block with
+    them. If m = 0 the keep mask is given. Otherwise the sweep chooses n of every m when it reaches them, by
+    w^2 / U_jj^2, the lowest index first among equals (`tail_n` of a shorter last group), and writes the mask. All
+    values are float32.
     """
     block = len(upper_BB)
     width = (block + LANES - 1) // LANES * LANES
-    # Flat, with zeros in place of the columns before: so a loop over them is one over whole vectors.
+    # Flat, with zeros for earlier columns, so that inner loops always run over whole vectors.
     upper = np.zeros(block * width, np.float32)
     for column in range(block):
         for later in range(column, block):
             upper[column * width + later] = upper_BB[column, later]
     weight, errors, chance = np.zeros(width, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
-    gone = np.empty(block + 1, np.int64)  # columns that are pruned: a list, as a branch at each takes twice as long
+    gone = np.empty(block + 1, np.int64)  # the pruned columns, listed: a branch at every column takes twice as long
     for row in range(len(weight_OI)):
         for column in range(block):
             weight[column] = weight_OI[row, start + column]
@@ -64,7 +65,7 @@ def sweep_rows(
                 errors[column] = error
                 begin = column // LANES * LANES
                 for lane in range(width - begin):
-                    # Unsigned: no place counts from the end, which would keep this from becoming vector instructions.
+                    # Unsigned, because checks for negative indices would prevent vector instructions.
                     weight[np.uint64(begin + lane)] -= error * upper[np.uint64(column * width + begin + lane)]
             first = end
         for column in range(block):

@@ -1,9 +1,9 @@
-"""Products of packed weights on a CPU, in loops that numba compiles (an extra, `cpu`).
+"""Products of packed weights on a CPU, compiled by numba (extra `cpu`).
 
-A piece of a row gets its zeros back in a core's cache and is multiplied there. Where the CPU has AVX-512 (VBMI2 for 16
-bits), one instruction spreads the kept weights of 32 columns; elsewhere they are put into their places one by one.
+A piece of a row is made dense in a core's cache and multiplied there. If the CPU has AVX-512 (VBMI2 for 16 bits), one
+instruction spreads the kept weights over 32 columns; without it they are put into their places one by one.
 
-Everything here takes flat arrays: 16-bit values come as uint16 (bfloat16) or int16 (float16), as numba knows neither.
+The loops take flat arrays. numba has no 16-bit floating point, so bfloat16 comes as uint16 and float16 as int16.
 
 Shapes: T tokens, O outputs, I inputs, K kept weights of a row, S outliers, B bytes of a row's bits.
 """
@@ -24,9 +24,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-COLUMNS = 1024  # of a row that are spread at one time: they, and some tokens' inputs for them, stay in the first cache
-LANES = 32  # columns that one word says the kept weights of
-ALONE = 2**18  # weights of a matrix that is not worth a second thread
+COLUMNS = 1024  # of a row made dense at one time: they and the inputs of some tokens fit into the first cache
+LANES = 32  # columns per word of keep bits
+ALONE = 2**18  # up to this many weights, a second thread does not pay
 STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 
 
@@ -34,7 +34,7 @@ Outliers = tuple[Tensor, Tensor, Tensor]  # values and places (O x S), and the c
 
 
 def product(values_OK: Tensor, bits_OB: Tensor, x_TI: Tensor, outliers: Outliers | None = None) -> Tensor:
-    """x @ W^T (T x O) in float32, for a few tokens; the weights are read once."""
+    """x @ W^T (T x O) in float32, for a few tokens; reads the weights once."""
     (outputs, kept), (tokens, inputs) = values_OK.shape, x_TI.shape
     x = x_TI.float().contiguous().view(-1).numpy()
     y_OT = np.empty((outputs, tokens), np.float32)
@@ -49,7 +49,7 @@ def product(values_OK: Tensor, bits_OB: Tensor, x_TI: Tensor, outliers: Outliers
 
 
 def dense(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None, inputs: int, rows: slice) -> Tensor:
-    """Some rows with their zeros."""
+    """Some rows, dense."""
     kept, stored = values_OK.shape[1], STORED[values_OK.dtype]
     weight_OI = torch.empty(rows.stop - rows.start, inputs, dtype=values_OK.dtype)
     out = weight_OI.view(stored).view(-1).numpy()
@@ -65,21 +65,21 @@ def dense(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None, inputs:
 
 @cache
 def vectors_for(dtype: torch.dtype) -> bool:
-    """Whether one instruction spreads 32 values of this precision here."""
+    """Whether this CPU spreads 32 values of this dtype with one instruction."""
     features = binding.get_host_cpu_features()
     return bool(features.get("avx512f" if dtype == torch.float32 else "avx512vbmi2"))
 
 
 @cache
 def takes(dtype: torch.dtype) -> bool:
-    """Whether the loops know this precision here: float16 must be known to the CPU."""
+    """Whether the loops support this dtype on this CPU: float16 needs the CPU's conversion instructions."""
     if dtype == torch.float16:
         return bool(binding.get_host_cpu_features().get("f16c")) or binding.get_process_triple().startswith("aarch64")
     return dtype in STORED
 
 
 def _arrays(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None) -> tuple[Any, ...]:
-    """What the loops read: values, bits, and the outliers, which may be empty."""
+    """The arguments of the loops: values, bits and outliers (empty arrays without any)."""
     stored = STORED[values_OK.dtype]
     values = values_OK.detach().view(stored).view(-1).numpy()
     bits = bits_OB.view(-1).numpy()
@@ -107,13 +107,13 @@ def _on_each_core(rows: Callable[[int, int], None], outputs: int, inputs: int) -
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, as starting one takes as long as a small layer; of each process its own, after a fork."""
+    """Threads that are reused, because starting one takes as long as a small layer; a forked process gets its own."""
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="esparse")
 
 
 @intrinsic
 def _spread(typing: Any, values: Any, first: Any, word: Any, out: Any, place: Any) -> Any:
-    """out[place : place + 32] = the next values of values[first:] where the word has a 1, zeros elsewhere."""
+    """out[place : place + 32] = the next values of values[first:] at the word's 1 bits, zeros at its 0 bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         given, taken = signature.args[0], signature.args[3]
@@ -132,7 +132,7 @@ def _spread(typing: Any, values: Any, first: Any, word: Any, out: Any, place: An
 def _accumulate(
     typing: Any, values: Any, first: Any, bits: Any, byte: Any, words: Any, x: Any, column: Any, sums: Any
 ) -> Any:
-    """Adds x[column:] times so many words of a row to the 32 sums, lane by lane; returns where the next values are."""
+    """Adds x[column:] times some words of a row to the 32 sums, lane by lane; returns the index of the next value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         given, word_type = signature.args[0], ir.IntType(LANES)
@@ -160,7 +160,7 @@ def _accumulate(
 
 
 def _spread_lanes(context: Any, builder: Any, given: Any, source: Any, word: Any) -> Any:
-    """The next values where the word (32 bits) has a 1, zeros elsewhere, as stored. Beyond them nothing is read."""
+    """The next values at the word's 1 bits, zeros at its 0 bits (32), as stored; reads no value beyond them."""
     lanes = ir.VectorType(context.get_value_type(given.dtype), LANES)
     mask = builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
     kind = ir.FunctionType(lanes, [source.type, mask.type, lanes])
@@ -171,7 +171,7 @@ def _spread_lanes(context: Any, builder: Any, given: Any, source: Any, word: Any
 
 @intrinsic
 def _wide(typing: Any, value: Any) -> Any:
-    """A stored value as float32."""
+    """Converts a stored value to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _widened(builder, args[0], signature.args[0], 1)
@@ -180,7 +180,7 @@ def _wide(typing: Any, value: Any) -> Any:
 
 
 def _widened(builder: Any, value: Any, stored: Any, lanes: int) -> Any:
-    """Stored values as float32: bfloat16 is its upper half."""
+    """Converts stored values to float32; bfloat16 is the upper half of a float32."""
 
     def of(element: Any) -> Any:
         return element if lanes == 1 else ir.VectorType(element, lanes)
@@ -196,7 +196,7 @@ def _widened(builder: Any, value: Any, stored: Any, lanes: int) -> Any:
 
 @intrinsic
 def _lowest(typing: Any, word: Any) -> Any:
-    """The place of a word's lowest 1."""
+    """The index of a word's lowest 1 bit."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -206,7 +206,7 @@ def _lowest(typing: Any, word: Any) -> Any:
 
 @intrinsic
 def _count(typing: Any, word: Any) -> Any:
-    """How many 1s a word has."""
+    """The number of a word's 1 bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
@@ -274,7 +274,7 @@ def _product(
 
 @njit(nogil=True, cache=True)
 def _spread_piece(values: Any, at: Any, bits: Any, byte: int, end: int, piece: Any, columns: int) -> Any:
-    """A piece of a row with its zeros, from the values `at` on; returns where the next ones are."""
+    """Writes a piece of a row, dense, from the values `at` on; returns the index of the next value."""
     for column in range(0, columns, LANES):
         word = _whole_word(bits, byte) if byte + 4 <= end else _word(bits, byte, end)
         byte += 4
@@ -285,7 +285,7 @@ def _spread_piece(values: Any, at: Any, bits: Any, byte: int, end: int, piece: A
 
 @njit(nogil=True, cache=True)
 def _put_piece(values: Any, at: Any, bits: Any, byte: int, end: int, piece: Any, stored: Any, columns: int) -> Any:
-    """The same where no instruction spreads values: they are put as they are `stored`, and all are widened at once."""
+    """Does the same without a spreading instruction: puts the values as `stored`, then widens all of them at once."""
     stored[:columns] = 0
     for column in range(0, columns, LANES):
         word = _whole_word(bits, byte) if byte + 4 <= end else _word(bits, byte, end)
@@ -298,8 +298,8 @@ def _put_piece(values: Any, at: Any, bits: Any, byte: int, end: int, piece: Any,
 
 @njit(nogil=True, cache=True)
 def _put(values: Any, at: Any, word: Any, out: Any, place: int) -> Any:
-    """The values of a word's 1s into their places from `place` on, one by one; returns where the next ones are."""
-    here, base = np.uint64(at), np.uint64(place)  # numba would ask of a signed index whether it counts from the end
+    """Puts the values of a word's 1 bits into their places from `place` on, one by one; returns the next index."""
+    here, base = np.uint64(at), np.uint64(place)  # numba would check signed indices for being negative
     while word:
         out[base + _lowest(word)] = values[here]
         word &= word - np.uint64(1)
@@ -329,5 +329,5 @@ def _expand(
             at = _put(values, at, word, out, begin + column)
         for number in range(len(starts)):
             place = np.uint64(row * len(starts) + number)
-            if _wide(outliers[place]) != 0:  # a place without a weight, where one of a group may stand
+            if _wide(outliers[place]) != 0:  # an outlier place without a value: the base may have a weight there
                 out[np.uint64(begin + starts[np.uint64(number)] + np.int64(places[place]))] = outliers[place]

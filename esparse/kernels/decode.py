@@ -1,4 +1,4 @@
-"""From the compute form back to a dense matrix on the GPU: what tensor cores without sparsity want."""
+"""Expands the compute form to a dense matrix on the GPU, for tensor cores without sparsity."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from esparse.kernels.registers import interpreted
 
 
 def decode(values_RK: Tensor, bits_RB: Tensor, inputs: int, *, n: int, m: int, out_RI: Tensor | None = None) -> Tensor:
-    """The dense matrix (R x inputs), into `out_RI` if given; the same bits as form.to_dense.
+    """The dense matrix (R x inputs), written into `out_RI` if given; bitwise equal to form.to_dense.
 
-    Raises ValueError where the kernels cannot cut n:m (form.units).
+    Raises ValueError if the kernels cannot cut n:m (form.units).
     """
     cut = units(n, m)
     if cut is None:

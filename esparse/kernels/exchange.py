@@ -1,6 +1,6 @@
-"""What a search for better groups computes again and again, on a GPU: how groups are cut, and the sums behind a swap.
+"""The inner loops of the search for better groups, on a GPU: thresholds of groups, and the gains of swaps.
 
-PyTorch has no operation for the sums: it writes every maximum to memory first, and goes from block to block.
+PyTorch has no operation for these sums: it would write every maximum to memory, block after block.
 
 Shapes: B blocks, C channels of a block, R rows, K groups, M slots of a group, P parts of the rows, S stripes.
 """
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STRIPE = 512  # rows that are summed in float32, a multiple of four
-ROWS = 256  # of a group that one program cuts
-HELD = 32  # slots of one program, at most, where they are not those of a single group
-CHANNELS = 256  # of one program, at most
+STRIPE = 512  # rows summed in float32; a multiple of four
+ROWS = 256  # of a group per program of `_cut_kernel`
+HELD = 32  # most slots per program that takes several groups
+CHANNELS = 256  # most channels per program
 
 
 def cut(columns_BCR: Tensor, block_K: Tensor, channels_KM: Tensor, *, n: int) -> tuple[Tensor, Tensor]:
-    """What groups of these channels keep, n of each row (K, float64), and each slot's threshold (K x R x M).
+    """The score that each group keeps, n per row (K, float64), and each slot's threshold (K x R x M).
 
     The threshold of a slot is the n-th largest of the others. Scores are float32.
     """
@@ -50,8 +50,8 @@ def cut(columns_BCR: Tensor, block_K: Tensor, channels_KM: Tensor, *, n: int) ->
 def summed_maxima(levels_KRM: Tensor, rows_BRC: Tensor, block_K: Tensor, together: int) -> Tensor:
     """sum_r max(level_p[r], score_q[r]) for each slot p of the groups and each channel q (K x M x C, float64).
 
-    `block_K`: whose channels; of every `together` groups in a row, with at most `HELD` slots, those of the first one.
-    Scores are float32, with rows without gaps. Sums are float32 within a stripe, and always taken in the same order.
+    `block_K`: the block whose channels are taken; every `together` consecutive groups (at most `HELD` slots) must
+    have the same one. Scores are float32 with contiguous rows. Sums are float32 within a stripe, in a fixed order.
     """
     groups, rows, slots = levels_KRM.shape
     channels = rows_BRC.shape[2]
@@ -72,7 +72,7 @@ def summed_maxima(levels_KRM: Tensor, rows_BRC: Tensor, block_K: Tensor, togethe
             STRIPE=STRIPE,
             HELD=max(4, triton.next_power_of_2(together * slots)),
             CHANNELS=width,
-            num_warps=width // 32,  # a channel for each thread: scores then stay in the registers they came to
+            num_warps=width // 32,  # one channel per thread, so that scores stay in their registers
         )
     return sums_SKMC.sum(0, dtype=torch.float64)
 
@@ -100,12 +100,12 @@ def _cut_kernel(
     channel = tl.load(block + group) * channels + tl.load(members + group * SLOTS + slot, mask=is_slot, other=0)
     scores = tl.load(columns + channel.to(tl.int64)[:, None] * rows + row[None, :], mask=here, other=0.0)
     left = tl.where(is_slot[:, None], scores, float("-inf"))
-    lowest = tl.zeros((ROWS,), tl.float32)  # v_n in the end
+    lowest = tl.zeros((ROWS,), tl.float32)  # becomes v_n
     total = tl.zeros((ROWS,), tl.float64)
     for _ in range(KEEP):
         lowest = tl.max(left, 0)
         total += lowest.to(tl.float64)
-        # Of equal scores one at a time.
+        # Equal scores are taken one at a time.
         first = tl.min(tl.where(left == lowest[None, :], slot[:, None], PLACES), 0)
         left = tl.where(slot[:, None] == first[None, :], float("-inf"), left)
     following = tl.max(left, 0)
@@ -141,7 +141,7 @@ def _maxima_kernel(
     thresholds = levels_at + (group * rows + first) * SLOTS + of_group + place % SLOTS
     end_P, end_C = tl.zeros((HELD,), tl.int32) + rows, tl.zeros((CHANNELS,), tl.int32) + rows
     total = tl.zeros((HELD, CHANNELS), tl.float32)
-    # Four rows are on their way at a time; beyond the last one all is 0.
+    # Four rows are loaded at a time; rows beyond the last one are 0.
     for row in range(first, tl.minimum(first + STRIPE, rows), 4):
         s0 = tl.load(scores, mask=inside, other=0.0)
         s1 = tl.load(scores + channels, mask=inside & (row + 1 < end_C), other=0.0)
@@ -152,7 +152,7 @@ def _maxima_kernel(
         pair = tl.maximum(t0[:, None], s0[None, :]) + tl.maximum(t1[:, None], s1[None, :])
         t2 = tl.load(thresholds + 2 * SLOTS, mask=is_level & (row + 2 < end_P), other=0.0)
         t3 = tl.load(thresholds + 3 * SLOTS, mask=is_level & (row + 3 < end_P), other=0.0)
-        # Pairs first: a long sum of one after the other would lose a digit.
+        # Sums pairs first: adding one after the other would lose a digit.
         total += pair + (tl.maximum(t2[:, None], s2[None, :]) + tl.maximum(t3[:, None], s3[None, :]))
         thresholds += 4 * SLOTS
         scores += 4 * channels

@@ -1,4 +1,4 @@
-"""The compute form of an n:m matrix, in plain PyTorch: from a dense matrix and back.
+"""Converts an n:m matrix to its compute form and back, in plain PyTorch.
 
 Shapes: R rows (outputs), I columns (inputs), K kept weights of a row, B bytes of a row's bits.
 """
@@ -24,9 +24,9 @@ class Units:
 
 
 def units(n: int, m: int) -> Units | None:
-    """How kernels cut rows of n:m; None where no run of at most 32 columns with at most 16 kept weights exists.
+    """How kernels cut rows of n:m into runs; None if no run of at most 32 columns has at most 16 kept weights.
 
-    Eight kept weights are preferred: of 16 bits each, they are one 16-byte load.
+    Runs with eight kept weights are preferred: at 16 bits each, they are one 16-byte load.
     """
     cuts = [Units(c, c * n // m) for c in (16, 32, m) if c % m == 0 and c <= 32 and c * n // m <= 16]
     return max(cuts, key=lambda u: (u.columns in (16, 32), u.kept == 8, u.kept), default=None)
@@ -38,15 +38,15 @@ def in_registers(dtype: torch.dtype, inputs: int, n: int, m: int) -> bool:
 
 
 def kept_per_row(inputs: int, n: int, m: int) -> int:
-    """K: n of each whole group, ceil(r * n / m) of a shorter last one of r columns."""
+    """K, the kept weights of a row: n of each whole group, ceil(r * n / m) of a last group of r columns."""
     groups, tail = divmod(inputs, m)
     return groups * n - (-tail * n // m)
 
 
 def to_form(weight_RI: Tensor, keep_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """The compute form (values_RK, bits_RB) of what `keep` (True = survives) leaves of a matrix.
+    """The compute form (values_RK, bits_RB) of a matrix and its keep mask (True = kept).
 
-    Raises ValueError where the rows do not all keep the same number.
+    Raises ValueError if the rows do not all keep the same number of weights.
     """
     counts_R = keep_RI.sum(1)
     if len(counts_R) and not (counts_R == counts_R[0]).all():

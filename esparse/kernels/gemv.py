@@ -1,10 +1,10 @@
 """Products of a packed matrix with 1 to 16 tokens: bound by the bytes of the weights, of which 9/16 are left at 50 %.
 
 Two kernels here take any pattern and dtype, and two in registers.py are faster and take half precision at 2:4, 4:8 and
-8:16. `_gather_kernel` goes over kept weights: values are read 16 bytes at a time, a table of all bytes turns 16 bits
-into eight column numbers, and the inputs are gathered from the cache: its work grows with the tokens. `_expand_kernel`
-goes over columns, expands a tile in registers and multiplies on the matrix units: more work for one token, hardly more
-for sixteen. Which one, with which tile, is tried once per shape on the device.
+8:16. `_gather_kernel` goes over kept weights: it reads values 16 bytes at a time, turns 16 bits into eight column
+numbers by a table of all bytes, and gathers the inputs from the cache; its work grows with the tokens. `_expand_kernel`
+goes over columns, expands a tile in registers and multiplies it on the matrix units: more work for one token, hardly
+more for sixteen. Kernel and tile are chosen by a trial on the device, once per shape.
 
 Shapes: T tokens, R rows, I columns, K kept weights of a row, U runs of a row (form.Units), S places of a run.
 """
@@ -30,7 +30,7 @@ MOST_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program of a kernel takes at a time; `depth` runs of each of `rows` rows."""
+    """The piece that one program of a kernel takes at a time: `depth` runs of each of `rows` rows."""
 
     kernel: str  # gather | expand | select | spread (the last two: registers.py)
     rows: int
@@ -51,8 +51,8 @@ def matvec(
 ) -> Tensor:
     """x @ W^T (T x R) for 1 to 16 tokens from W's compute form; sums are float32, the result has x's dtype.
 
-    `order_I`: column i of W is input order[i] of x. Without a `tile` the fastest one is looked for, once per shape.
-    Raises ValueError where the kernels cannot cut n:m (form.units) or shapes do not fit.
+    `order_I`: column i of W belongs to input order[i] of x. `tile`: default is the fastest, found once per shape.
+    Raises ValueError if the kernels cannot cut n:m (form.units) or if shapes do not fit.
     """
     cut = units(n, m)
     tokens, inputs = x_TI.shape
@@ -74,14 +74,14 @@ def matvec(
 
 
 def candidates(rows: int, inputs: int, tokens: int, *, n: int, m: int, in_registers: bool) -> list[Tile]:
-    """Tiles worth trying on a shape, the likeliest first."""
+    """Tiles to try on a shape, the likely fastest first."""
     cut = units(n, m)
     assert cut is not None
     runs = -(-inputs // cut.columns)
-    # Few rows make too few programs for a large chip: several then share a row.
+    # Few rows make too few programs for a large GPU, so several programs share a row.
     splits = [1] if rows >= 8192 else [1, 2] if rows >= 2048 else [1, 4, 8]
     if in_registers:
-        # A thread has one or two runs in hand at a time, so that many threads fit into a multiprocessor.
+        # A thread holds one or two runs at a time, so that many threads fit into a multiprocessor.
         few = ((4, 32, 4), (8, 32, 8), (2, 64, 4), (8, 64, 16), (1, 64, 2), (8, 16, 2), (4, 64, 8))
         if tokens == 1 or (n == 2 and tokens == 2):
             kernel = "select" if n == 2 else "gather"
@@ -102,7 +102,7 @@ _fastest: dict[Hashable, Tile] = {}
 
 
 def fastest(key: Hashable, tiles: Iterable[Tile], calls: Callable[[Tile], list[Callable[[], Tensor]]]) -> Tile:
-    """The tile whose calls take the least time on this device, remembered; the first one if nothing can be timed."""
+    """The tile whose calls take the least time on this device (cached by `key`); the first if none can be timed."""
     if key in _fastest:
         return _fastest[key]
     tiles = list(tiles)
@@ -114,7 +114,7 @@ def fastest(key: Hashable, tiles: Iterable[Tile], calls: Callable[[Tile], list[C
 
 
 def copies(values_RK: Tensor, bits_RB: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """So many copies of the weights that none is still in the cache when its turn comes, as in a model's layers."""
+    """Enough copies of the weights that none is still in the cache at its turn, as in a model's many layers."""
     if not values_RK.is_cuda:
         return [(values_RK, bits_RB)]
     cache = torch.cuda.get_device_properties(values_RK.device).L2_cache_size
@@ -123,7 +123,7 @@ def copies(values_RK: Tensor, bits_RB: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _milliseconds(calls: list[Callable[[], Tensor]]) -> float:
-    """Of five times all calls, in a CUDA graph: of a call alone, what the host takes to launch it would be timed."""
+    """The time of five rounds of all calls in a CUDA graph; single calls would time the host's launches instead."""
 
     def through() -> None:
         for call in calls:
@@ -177,7 +177,7 @@ def _launch(
         "RUNS": tile.depth,
         "num_warps": tile.warps,
     }
-    # Not constants of the kernel: a tile is compiled once for all shapes.
+    # Sizes are arguments, not constants, so that a tile is compiled once for all shapes.
     sizes = (rows, inputs, kept, run_bits.stride(0), tokens, triton.cdiv(runs, splits * tile.depth))
     order = x_TI if order_I is None else order_I
     blocks = triton.cdiv(rows, tile.rows)
@@ -214,7 +214,7 @@ def _launch(
 
 
 def words(bits_RB: Tensor, inputs: int, cut: Units) -> tuple[Tensor, int]:
-    """The bits as one integer per run where rows are whole numbers of runs; else as bytes (second value 0)."""
+    """The bits as one integer per run if rows are whole numbers of runs; else as bytes (second value 0)."""
     if cut.columns in (16, 32) and inputs % cut.columns == 0 and bits_RB.is_contiguous():
         return bits_RB.view(torch.int16 if cut.columns == 16 else torch.int32), cut.columns
     return bits_RB.contiguous(), 0
@@ -222,9 +222,9 @@ def words(bits_RB: Tensor, inputs: int, cut: Units) -> tuple[Tensor, int]:
 
 @cache
 def _columns_of_bytes(device: torch.device) -> Tensor:
-    """The numbers of each byte's set bits, four bits each, and above them, from bit 32, four times how many there are.
+    """For each byte the indices of its set bits, four bits each, and from bit 32 on four times their number.
 
-    256 entries for the lower byte of 16 bits, then 256 for the upper one.
+    256 entries for the lower byte of 16 bits come first, then 256 for the upper one.
     """
     entries = []
     for first in (0, 8):
@@ -236,7 +236,7 @@ def _columns_of_bytes(device: torch.device) -> Tensor:
 
 @triton.jit
 def run_words(bits, row, run, inside, stride, COLUMNS: tl.constexpr, WORD: tl.constexpr):
-    """The bits of runs of rows (int64, bit j = column j of the run); `inside` says which runs there are."""
+    """The bits of runs of rows (int64, bit j = column j of the run); `inside` masks runs that exist."""
     if WORD > 0:
         words = tl.load(bits + row * stride + run, mask=inside, other=0).to(tl.int64)
         return words & ((1 << WORD) - 1)
@@ -252,7 +252,7 @@ def run_words(bits, row, run, inside, stride, COLUMNS: tl.constexpr, WORD: tl.co
 
 @triton.jit
 def _listed(table, half):
-    """The columns of up to 16 bits, four bits each, and four times how many."""
+    """The columns of up to 16 set bits, four bits each, and four times their number."""
     low = tl.load(table + (half & 255))
     high = tl.load(table + 256 + (half >> 8))
     columns = (low & 0xFFFFFFFF) | ((high & 0xFFFFFFFF) << (low >> 32))
@@ -282,7 +282,7 @@ def _gather_kernel(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    # Values are loaded as one long row, so that the threads of a warp stand side by side in it; each holds whole runs.
+    # Values are loaded as one long row, so that the threads of a warp read neighbours; each thread holds whole runs.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, RUNS * SLOTS)[None, :]
     number = tl.arange(0, RUNS)[None, :]
@@ -297,7 +297,7 @@ def _gather_kernel(
     sum2 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
     sum3 = tl.zeros((ROWS, RUNS, SLOTS), tl.float32)
     own = values + row[:, None].to(tl.int64) * kept
-    # With as many places as kept weights they stand side by side.
+    # With as many places as kept weights, the places are contiguous.
     at = place if SLOTS == RUN_KEPT else place // SLOTS * RUN_KEPT + place % SLOTS
     is_slot = (place % SLOTS < RUN_KEPT) & row_here
     here = is_slot & (step * RUN_KEPT + at < kept_end)
@@ -305,7 +305,7 @@ def _gather_kernel(
     run = step + number
     word = run_words(bits, row[:, None], run, row_here & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
     for _ in range(steps):
-        # The next weights are on their way while these are multiplied.
+        # The next weights are loaded while these are multiplied.
         step += RUNS
         next_here = is_slot & (step * RUN_KEPT + at < kept_end)
         next_loaded = tl.load(own + step * RUN_KEPT + at, mask=next_here, other=0.0)
@@ -316,7 +316,7 @@ def _gather_kernel(
         columns, count4 = _listed(table, word[:, :, None] & 65535)
         if COLUMNS > 16:
             upper, _ = _listed(table, (word[:, :, None] >> 16) & 65535)
-            # 16 columns below leave none above, whose list is then empty: any shift will do.
+            # If all 16 columns are in the lower byte's list, the upper list is empty and any shift is right.
             columns |= upper << tl.minimum(count4, 60)
         if SLOTS <= 8:
             column = ((columns.to(tl.int32) >> (4 * slot)) & 15).to(tl.int32)
@@ -328,7 +328,7 @@ def _gather_kernel(
         is_here = tl.reshape(here, (ROWS, RUNS, SLOTS))
         if ORDERED:
             column = tl.load(order + column, mask=is_here, other=0).to(tl.int32)
-        # Beyond the last token the last one is taken again; what comes of it is not stored.
+        # Beyond the last token the last one is computed again and not stored.
         sum0 += value * tl.load(x + token * inputs + column, mask=is_here, other=0.0).to(tl.float32)
         if TOKENS > 1:
             row1 = x + tl.minimum(token + 1, tokens - 1) * inputs
@@ -368,12 +368,12 @@ def expanded(
     WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The dense values (ROWS, RUNS, WIDTH) of runs of rows, zeros where nothing survived."""
+    """The dense values (ROWS, RUNS, WIDTH) of runs of rows, with zeros for pruned weights."""
     place = tl.arange(0, WIDTH)[None, None, :]
     word = run_words(bits, row, run, (row < rows) & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
     word = word.to(tl.uint32)[:, :, None]
     survives = ((word >> place.to(tl.uint32)) & 1).to(tl.int32)
-    if INTERPRETED:  # which has no population count
+    if INTERPRETED:  # the interpreter has no population count
         before = tl.cumsum(survives, 2) - survives
     else:
         lower = word & ((1 << place.to(tl.uint32)) - 1)
@@ -435,7 +435,7 @@ def _expand_kernel(
             column = tl.load(order + column, mask=here, other=0).to(tl.int32)
         x_here = here[:, None] & (token[None, :] < tokens)
         x_tile = tl.load(x + token[None, :] * inputs + column[:, None], mask=x_here, other=0.0)
-        if INTERPRETED:  # which multiplies bfloat16 as if it were integers
+        if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were integers
             weight, x_tile = weight.to(tl.float32), x_tile.to(tl.float32)
         total = tl.dot(tl.reshape(weight, (ROWS, RUNS * WIDTH)), x_tile, total, input_precision=PRECISION)
     at = out + (tl.program_id(1) * tokens + token[None, :]) * rows + row[:, None]

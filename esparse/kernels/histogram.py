@@ -1,6 +1,6 @@
-"""The histograms of many channels at once on a CPU, in a loop that numba compiles (an extra, `cpu`).
+"""Histograms of many channels at once on a CPU, compiled by numba (extra `cpu`).
 
-PyTorch writes the place of every value to memory before it counts.
+PyTorch would write the bin of every value to memory before it counts.
 
 Shapes: T tokens, I input channels, K bins.
 """
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-CHANNELS = 128  # whose bins, 50 KiB for 100 of them, stay close to a core
-TOKENS = 8  # whose bins are found before they are counted: the first is done for many channels at a time
+CHANNELS = 128  # counted at a time: their bins (50 KiB at 100 bins each) stay in a core's cache
+TOKENS = 8  # tokens whose bins are computed before they are counted, so that the first step uses vectors
 
 
 @njit(nogil=True, cache=True)
 def count(x_TI: Any, first: int, end: int, low_I: Any, scale_I: Any, counts_IK: Any) -> None:
-    """Counts the values of the channels from `first` to `end` into bin (x - low) scale, or the nearest there is.
+    """Counts the values of the channels from `first` to before `end` into bin (x - low) scale, or the nearest bin.
 
-    All float32, the counts int64. NaN counts into the first bin.
+    Values are float32, counts int64. NaN counts into the first bin.
     """
     bins = counts_IK.shape[1]
     least, most = np.float32(0), np.float32(bins - 1)
@@ -42,7 +42,7 @@ def count(x_TI: Any, first: int, end: int, low_I: Any, scale_I: Any, counts_IK: 
             for t in range(tokens):
                 places = places_TC[t]
                 for i in range(width):
-                    found[np.uint32(places[i])] += np.uint32(1)  # unsigned: no place counts from the end
+                    found[np.uint32(places[i])] += np.uint32(1)  # unsigned, to skip the check for negative indices
         for i in range(width):
             for k in range(bins):
                 counts_IK[start + i, k] += found[i * bins + k]

@@ -1,11 +1,11 @@
-"""A linear layer computed from packed weights: which kernel, by the number of tokens.
+"""A linear layer's product from packed weights; the number of tokens decides which kernel computes it.
 
-The matrix-vector kernel (gemv) is bound by the bytes of the weights, and for a few tokens ahead of everything; sparse
-tensor cores (cuSPARSELt, 2:4 only) win where arithmetic counts; else a dense copy is expanded for the time of the call.
+The matrix-vector kernel (gemv) is bound by the bytes of the weights and is the fastest for a few tokens. Sparse tensor
+cores (cuSPARSELt, 2:4 only) win for many tokens. Otherwise a dense copy is expanded for the time of the call.
 
-cuSPARSELt wants a format of its own, `blob`: the kept weights' values and then two bits of each one's place. Where its
-values are those of the compute form in the same order, the compute form reads them there (`shared_values`), and the
-second copy costs only the bits: 1/16 of the dense matrix in half precision. Else it costs the whole blob, 9/16.
+cuSPARSELt needs a format of its own, `blob`: the values of the kept weights, then two bits per kept weight for its
+place. If its values are those of the compute form in the same order, the compute form shares them (`shared_values`),
+and the second copy costs only the bits: 1/16 of the dense matrix in half precision. Else it costs the whole blob, 9/16.
 
 Shapes: T tokens, R rows (outputs), I inputs, K kept weights of a row, B bytes of a row's bits.
 """
@@ -23,11 +23,11 @@ from torch.nn.functional import linear, pad
 from esparse.kernels.form import in_registers, to_dense, units
 
 HALVES = (torch.float16, torch.bfloat16)
-GEMV_TOKENS, REGISTER_TOKENS = 16, 64  # up to so many tokens the matrix-vector kernels are taken (`few_tokens`)
+GEMV_TOKENS, REGISTER_TOKENS = 16, 64  # most tokens for the matrix-vector kernels (`few_tokens`)
 
 
 class Algorithm(NamedTuple):
-    """How cuSPARSELt computes a product; 0, 1, -1 is what it does unasked."""
+    """How cuSPARSELt computes a product; its default is 0, 1, -1."""
 
     alg_id: int = 0
     split_k: int = 1
@@ -48,7 +48,7 @@ def packed_linear(
 ) -> Tensor:
     """x (... x I) @ W^T + bias (... x R), where column i of W belongs to input order[i] of x.
 
-    `blob`: W as cuSPARSELt wants it (`compress`), for many tokens. Raises ValueError where shapes do not fit.
+    `blob`: W in cuSPARSELt's format (`compress`), for many tokens. Raises ValueError if shapes do not fit.
     """
     x_TI = x.reshape(-1, x.shape[-1])
     inputs = x_TI.shape[1]
@@ -74,12 +74,12 @@ def packed_linear(
 
 
 def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
-    """How many tokens the matrix-vector kernels take: more if they can permute bytes in registers (registers.py)."""
+    """The most tokens that the matrix-vector kernels take; more for the kernels in registers.py."""
     return REGISTER_TOKENS if in_registers(dtype, inputs, n, m) else GEMV_TOKENS
 
 
 def kernel(tokens: int, few: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:
-    """gemv (up to `few` tokens), cusparselt, decode (to a dense copy, in Triton), or plain (likewise, in PyTorch)."""
+    """The kernel: gemv (up to `few` tokens), cusparselt, decode (dense copy by Triton) or plain (by PyTorch)."""
     ours = on_gpu and has_triton and units(n, m) is not None
     if ours and tokens <= few:
         return "gemv"
@@ -94,26 +94,26 @@ def has_triton() -> bool:
 
 
 def why_not_cusparselt(rows: int, inputs: int, *, n: int, m: int, dtype: torch.dtype) -> str | None:
-    """Why sparse tensor cores cannot take a matrix; None where they can. Looks at no device."""
+    """Why sparse tensor cores cannot take a matrix; None if they can. Does not depend on the device."""
     if (n, m) != (2, 4):
-        return f"sparse tensor cores know 2:4 only, not {n}:{m}"
+        return f"sparse tensor cores support 2:4 only, not {n}:{m}"
     multiple = 16 if dtype in HALVES else 32
     if dtype not in (*HALVES, torch.int8, torch.float8_e4m3fn):
         return (
             f"cuSPARSELt takes float16, bfloat16, int8 and float8_e4m3fn here, not {str(dtype).removeprefix('torch.')}"
         )
     if rows % multiple or inputs % multiple:
-        return f"cuSPARSELt wants rows and inputs in multiples of {multiple}, got {rows} x {inputs}"
+        return f"cuSPARSELt needs rows and inputs in multiples of {multiple}, got {rows} x {inputs}"
     return None
 
 
 def compress(dense_RI: Tensor) -> Tensor:
-    """A 2:4 matrix as cuSPARSELt wants it; the dense matrix on the GPU can go afterwards."""
+    """A 2:4 matrix in cuSPARSELt's format; the dense matrix on the GPU may be freed afterwards."""
     return torch._cslt_compress(dense_RI)
 
 
 def padded_tokens(tokens: int, dtype: torch.dtype) -> int:
-    """The next number that cuSPARSELt takes: a multiple of 8 in half precision, of 16 in 8 bits."""
+    """The number of tokens rounded up to what cuSPARSELt takes: a multiple of 8 in half precision, of 16 in 8 bits."""
     multiple = 8 if dtype in HALVES else 16
     return -(-tokens // multiple) * multiple
 
@@ -121,7 +121,7 @@ def padded_tokens(tokens: int, dtype: torch.dtype) -> int:
 def sparse_mm(
     blob: Tensor, x_TI: Tensor, bias_R: Tensor | None, algorithm: Algorithm, out_type: torch.dtype | None = None
 ) -> Tensor:
-    """x @ W^T + bias (T x R) on sparse tensor cores; tokens are padded (`padded_tokens`)."""
+    """x @ W^T + bias (T x R) on sparse tensor cores; pads the tokens (`padded_tokens`)."""
     tokens = len(x_TI)
     x_TI = pad(x_TI, (0, 0, 0, padded_tokens(tokens, x_TI.dtype) - tokens))
     y_TR = torch._cslt_sparse_mm(
@@ -129,7 +129,7 @@ def sparse_mm(
         x_TI.t(),
         bias=bias_R,
         out_dtype=out_type,
-        transpose_result=True,  # written as T x R at once; otherwise a copy would follow
+        transpose_result=True,  # writes T x R directly, without a copy
         alg_id=algorithm.alg_id,
         split_k=algorithm.split_k,
         split_k_mode=algorithm.split_k_mode,
@@ -138,9 +138,9 @@ def sparse_mm(
 
 
 def shared_values(values_RK: Tensor, blob: Tensor) -> Tensor | None:
-    """The values as a view of the blob's first part; None where they are not the same, and both must be kept.
+    """The values as a view of the blob's first part; None if they differ, so that both must be kept.
 
-    cuSPARSELt promises no layout, so that it is compared, not assumed.
+    cuSPARSELt guarantees no layout, so the bytes are compared.
     """
     if blob.dtype != values_RK.dtype or blob.numel() < values_RK.numel() or not blob.is_contiguous():
         return None
@@ -149,7 +149,7 @@ def shared_values(values_RK: Tensor, blob: Tensor) -> Tensor | None:
 
 
 def resident_bytes(values_RK: Tensor, bits_RB: Tensor, blob: Tensor | None = None) -> int:
-    """The bytes that a packed matrix holds, memory that is shared counted once."""
+    """The bytes of a packed matrix; counts shared memory once."""
     storages = {
         s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in (values_RK, bits_RB, blob) if t is not None)
     }

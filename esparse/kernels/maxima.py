@@ -1,7 +1,7 @@
-"""The sums behind a channel swap on a CPU, in a loop that numba compiles (an extra, `cpu`).
+"""The sums that give the gains of channel swaps, on a CPU, compiled by numba (extra `cpu`).
 
-PyTorch has no operation for them: it writes every maximum to memory first, and asks for Python's lock at every tile, so
-that two threads hardly search faster than one.
+PyTorch has no operation for them: it writes every maximum to memory first, and takes Python's lock at every tile, so
+that two threads are hardly faster than one.
 
 Shapes: K groups, M slots of a group, T thresholds, R rows, C channels.
 """
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-# Rows that are summed in the scores' own precision; of 256 channels they take 128 KiB, which stays in a core's cache.
+# Rows summed in the scores' dtype; at 256 channels they take 128 KiB, which fits into a core's cache.
 STRIPE = 128
-TOGETHER = 4  # rows of one step: a slot's sums would otherwise be stored for every row
+TOGETHER = 4  # rows per step, so that a slot's sums are not stored for every row
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def summed_maxima(thresholds_KTR: Any, which_KMTR: Any, scores_RC: Any, sums_KMC: Any) -> None:
     """Adds sum_t which[k, p, t, r] max(thresholds[k, t, r], scores[r, q]) over the rows to the sums (float64).
 
-    `which` is 1 for one threshold and 0 for the others. So the last threshold is taken for all slots, and to it come
-    for some slots the differences that another one makes: two maxima for all slots of a group, and a product each.
+    `which` is 1 for one threshold per slot and row and 0 for the others. The loop takes the last threshold for all
+    slots and adds the difference for slots with another one: two maxima per group, and one product per slot.
     """
     groups, slots, thresholds, rows = which_KMTR.shape
     channels, last = scores_RC.shape[1], thresholds - 1
@@ -39,7 +39,7 @@ def summed_maxima(thresholds_KTR: Any, which_KMTR: Any, scores_RC: Any, sums_KMC
                 for k in range(count):
                     level, row, into = thresholds_KTR[group, last, start + k], scores_RC[start + k], low[k]
                     for q in range(channels):
-                        value = row[q] if row[q] > level else level  # not max(), which would look for NaN
+                        value = row[q] if row[q] > level else level  # not max(), which checks for NaN
                         into[q] = value
                         base[q] += value
                 for threshold in range(last):

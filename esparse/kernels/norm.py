@@ -1,6 +1,6 @@
-"""RMSNorm that writes its output in a shuffle's order: the gather in front of a sparse layer is no pass of its own.
+"""RMSNorm that writes its output in a shuffle's order, which saves a separate gather before a sparse layer.
 
-Shapes: T tokens, H hidden channels, I inputs of the layer behind (H of them, in another order).
+Shapes: T tokens, H hidden channels, I inputs of the next layer (the H channels in another order).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def plain_norm(x_TH: Tensor, weight_H: Tensor, eps: float, order_I: Tensor | None = None) -> Tensor:
-    """LLaMA's RMSNorm (float32 inside, rounded before the weight is applied), its channels then gathered."""
+    """LLaMA's RMSNorm (float32 inside, rounded before it is multiplied by the weight), then the gather of channels."""
     x32 = x_TH.float()
     normed = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x_TH.dtype) * weight_H
     return normed if order_I is None else normed[..., order_I]
 
 
 def norm(x_TH: Tensor, weight_H: Tensor, eps: float, order_I: Tensor | None = None) -> Tensor:
-    """What `plain_norm` gives, in one kernel: row t, place i is channel order[i] of the normed token t."""
+    """Computes `plain_norm` in one kernel: row t, place i is channel order[i] of the normed token t."""
     hidden = x_TH.shape[-1]
     x = x_TH.reshape(-1, hidden).contiguous()
     out = torch.empty_like(x)
@@ -62,9 +62,9 @@ def _norm_kernel(
         place = step * BLOCK + tl.arange(0, BLOCK)
         here = place < hidden
         channel = tl.load(order + place, mask=here, other=0) if ORDERED else place
-        part = tl.load(x + base + channel, mask=here, other=0.0)  # from the cache: the token was just read
+        part = tl.load(x + base + channel, mask=here, other=0.0)  # comes from the cache: the token was just read
         normed = (part.to(tl.float32) * scale).to(x.dtype.element_ty)
         gain = tl.load(weight + channel, mask=here, other=0.0)
-        # In float32 the product is exact, so that it is rounded once, as a product in half precision is.
+        # The product is exact in float32, so it is rounded once, as a half-precision product is.
         scaled = normed.to(tl.float32) * gain.to(tl.float32)
         tl.store(out + base + place, scaled.to(out.dtype.element_ty), mask=here)

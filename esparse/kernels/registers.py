@@ -1,9 +1,9 @@
-"""Products of packed matrices in which no weight or input is looked up in memory: bytes are permuted in registers.
+"""Products of packed matrices by permuting bytes in registers, without index look-ups in memory.
 
-For half precision and runs of 16 columns with 8 kept weights (2:4, 4:8, 8:16) whose rows are whole runs. A byte permute
-(PTX `prmt`) picks four of the eight bytes of two registers. `_select_kernel`, at 2:4, lets it pick the two inputs of
-each group that meet its two values. `_spread_kernel` lets it put the values among zeros, and multiplies the dense tile
-on the matrix units: for more than a few tokens.
+They take half precision, runs of 16 columns with 8 kept weights (2:4, 4:8, 8:16), and rows of whole runs. A byte
+permute (PTX `prmt`) picks four of the eight bytes of two registers. `_select_kernel` (2:4 only) uses it to pick, in
+each group, the two inputs that belong to the two values. `_spread_kernel`, for more tokens, uses it to put the values
+among zeros and multiplies the dense tile on the matrix units.
 
 Shapes: T tokens, R rows, I columns, K kept weights of a row, U runs of a row; 4 quads of a run, 2 values of a quad.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from esparse.kernels.form import in_registers
 
-MOST_SELECTED = 8  # tokens for which `_select_kernel` has sums
-MOST_SPREAD = 64  # tokens that `_spread_kernel` takes at once
+MOST_SELECTED = 8  # most tokens of `_select_kernel`
+MOST_SPREAD = 64  # most tokens of `_spread_kernel`
 
 
 def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
-    """Whether the kernels here can take this product."""
+    """Whether these kernels can compute this product."""
     return (
         values_RK.dtype == x_TI.dtype
         and in_registers(x_TI.dtype, x_TI.shape[1], n, m)
@@ -62,7 +62,7 @@ def select(
 def spread(
     values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, rows: int, depth: int, warps: int, split: int
 ) -> Tensor:
-    """The same for 2:4, 4:8 and 8:16 by matrix units, for 1 to 64 tokens."""
+    """The same for 2:4, 4:8 and 8:16 on matrix units, for 1 to 64 tokens."""
     tokens, inputs = x_TI.shape
     outputs, runs = len(values_RK), inputs // 16
     out = _out(values_RK, x_TI, split)
@@ -116,22 +116,22 @@ def _table(entries: list[int]) -> tl.constexpr:
     return tl.constexpr(number - (number >> 31 << 32))
 
 
-# Two bits of four are known by the lower three: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
-# Which bytes of four inputs the first value meets, and the second one.
+# The lower three bits tell the two set bits of four: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
+# The bytes of the input that the first value is multiplied by, and the second one.
 FIRST_LOW, FIRST_HIGH = _table([0, 0x10, 0x32, 0x10]), _table([0x54, 0x10, 0x32, 0])
 SECOND_LOW, SECOND_HIGH = _table([0, 0x76, 0x76, 0x32]), _table([0x76, 0x54, 0x54, 0])
-# Which bytes of the two values (0x10, 0x32), or of a zero (0x44), come into columns 0 to 3.
+# The bytes of the two values (0x10, 0x32), or of a zero (0x44), for columns 0 to 3.
 COLUMN0_LOW, COLUMN0_HIGH = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x10, 0x44, 0x44])
 COLUMN1_LOW, COLUMN1_HIGH = _table([0x44, 0x44, 0x10, 0x32]), _table([0x44, 0x44, 0x10, 0x44])
 COLUMN2_LOW, COLUMN2_HIGH = _table([0x44, 0x44, 0x44, 0x44]), _table([0x10, 0x32, 0x32, 0x44])
 COLUMN3_LOW, COLUMN3_HIGH = _table([0x44, 0x32, 0x32, 0x44]), _table([0x32, 0x44, 0x44, 0x44])
-# Of two columns, by their two bits, where the next values are at hand; and how many bits of these are used up then.
+# For two columns, by their two keep bits: which of the next values each takes, and how many bits of them are used up.
 EVEN, ODD, USED = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x44, 0x10, 0x32]), _table([0, 16, 16, 32])
 
 
 @triton.jit
 def _permuted(low, high, selector, INTERPRETED: tl.constexpr):
-    """Four of the eight bytes of (high, low), each by four bits of the selector."""
+    """Four of the eight bytes of (high, low), each chosen by four bits of the selector."""
     if INTERPRETED:
         both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
         result = (low ^ low).to(tl.int64) + (selector ^ selector).to(tl.int64)
@@ -147,7 +147,7 @@ def _permuted(low, high, selector, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _shifted(low, high, count, INTERPRETED: tl.constexpr):
-    """The lower register of (high, low) behind a shift to the right by 0 to 32 bits."""
+    """The lower register of (high, low) after a shift to the right by 0 to 32 bits."""
     if INTERPRETED:
         both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
         return (both >> count.to(tl.int64)).to(tl.int32)
@@ -159,14 +159,14 @@ def _shifted(low, high, count, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _looked_up(LOW: tl.constexpr, HIGH: tl.constexpr, word, INTERPRETED: tl.constexpr):
-    """Four entries of a table of eight bytes, by four bits of the word each."""
+    """Four entries of a table of eight bytes, each chosen by four bits of the word."""
     zero = word ^ word
     return _permuted(zero + LOW, zero + HIGH, word, INTERPRETED)
 
 
 @triton.jit
 def _wide(pair, BFLOAT: tl.constexpr):
-    """Both halves of a register in float32."""
+    """Both halves of a register, as float32."""
     if BFLOAT:
         return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
     else:
@@ -176,7 +176,7 @@ def _wide(pair, BFLOAT: tl.constexpr):
 
 @triton.jit
 def _met(x, at, inside, selector, value0, value1, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The products of the values of each quad with what they meet in one token."""
+    """The products of each quad's values with their inputs, for one token."""
     four = tl.reshape(tl.load(x + at, mask=inside, other=0), selector.shape)
     pair = _permuted(four.to(tl.int32), (four >> 32).to(tl.int32), selector, INTERPRETED)
     x0, x1 = _wide(pair, BFLOAT)
@@ -185,7 +185,7 @@ def _met(x, at, inside, selector, value0, value1, BFLOAT: tl.constexpr, INTERPRE
 
 @triton.jit
 def _stored(out, total, token, tokens, rows, row):
-    """Stores a token's sums (ROWS, RUNS, 4), if there is such a token."""
+    """Stores a token's sums (ROWS, RUNS, 4) if the token exists."""
     fits = row < tl.where(token < tokens, rows, 0)
     total = tl.sum(tl.sum(total, 2), 1)
     tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=fits)
@@ -207,7 +207,7 @@ def _select_kernel(
     BFLOAT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # Quads are loaded as one long row, so that the threads of a warp stand side by side in it; each holds whole runs.
+    # Quads are loaded as one long row, so that the threads of a warp read neighbours; each thread holds whole runs.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     quad = tl.arange(0, RUNS * 4)[None, :]
     number = tl.arange(0, 4)[None, None, :]
@@ -222,7 +222,7 @@ def _select_kernel(
     sum5 = tl.zeros((ROWS, RUNS, 4), tl.float32)
     sum6 = tl.zeros((ROWS, RUNS, 4), tl.float32)
     sum7 = tl.zeros((ROWS, RUNS, 4), tl.float32)
-    stride, last = runs * 4, tokens - 1  # beyond the last token it is taken again; what comes of it is not stored
+    stride, last = runs * 4, tokens - 1  # beyond the last token the last one is computed again and not stored
     row_here = (row < rows)[:, None]
     own_values = values + row[:, None].to(tl.int64) * stride + quad
     own_bits = bits + row[:, None].to(tl.int64) * runs + tl.arange(0, RUNS)[None, :]
@@ -230,7 +230,7 @@ def _select_kernel(
     word = tl.load(own_bits + first, mask=row_here & (first + tl.arange(0, RUNS)[None, :] < end), other=0)
     for index in range(steps):
         run = first + index * RUNS
-        # The next weights are on their way while these are multiplied.
+        # The next weights are loaded while these are multiplied.
         after = run + RUNS
         next_value = tl.load(own_values + after * 4, mask=row_here & (after * 4 + quad < end * 4), other=0)
         next_word = tl.load(own_bits + after, mask=row_here & (after + tl.arange(0, RUNS)[None, :] < end), other=0)
@@ -296,14 +296,14 @@ def _quads(value, word, number, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _two_columns(v0, selectors_even, selectors_odd, WHICH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Two columns of a run as one register, from the next two values."""
+    """Two columns of a run as one register, filled from the next two values."""
     selector = _permuted(selectors_even, selectors_odd, (v0 ^ v0) + (0x40 + 0x11 * WHICH), INTERPRETED)
     return _permuted(v0, v0 ^ v0, selector, INTERPRETED)
 
 
 @triton.jit
 def _used_up(v0, v1, v2, v3, used, WHICH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The values behind those that two columns took."""
+    """The remaining values after two columns took theirs."""
     count = (used >> (8 * WHICH)) & 255
     zero = v3 ^ v3
     v0 = _shifted(v0, v1, count, INTERPRETED)
@@ -315,8 +315,8 @@ def _used_up(v0, v1, v2, v3, used, WHICH: tl.constexpr, INTERPRETED: tl.constexp
 
 @triton.jit
 def _streamed(v0, v1, v2, v3, word, INTERPRETED: tl.constexpr):
-    """The 16 columns of each run with 8 kept weights anywhere, as eight registers of two columns."""
-    # Two bits of every four: columns 0 1, 4 5, 8 9, 12 13; and those between them.
+    """The 16 columns of each run, with 8 kept weights in any places, as eight registers of two columns."""
+    # Two bits of every four: columns 0 1, 4 5, 8 9, 12 13; then the other columns.
     here, between = word & 0x3333, (word >> 2) & 0x3333
     even_a, odd_a = _looked_up(EVEN, EVEN, here, INTERPRETED), _looked_up(ODD, ODD, here, INTERPRETED)
     even_b, odd_b = _looked_up(EVEN, EVEN, between, INTERPRETED), _looked_up(ODD, ODD, between, INTERPRETED)
@@ -386,7 +386,7 @@ def _spread_kernel(
             v0, v2 = tl.split(even)
             v1, v3 = tl.split(odd)
             c0, c1, c2, c3, c4, c5, c6, c7 = _streamed(v0, v1, v2, v3, word, INTERPRETED)
-            # From the inside out: columns 8 apart, 4 apart, 2 apart.
+            # Joins columns 8 apart, then 4 apart, then 2 apart.
             near = tl.join(tl.join(tl.join(c0, c4), tl.join(c2, c6)), tl.join(tl.join(c1, c5), tl.join(c3, c7)))
             w0, w1 = _halves(near, kind)
             weight = tl.join(w0, w1)
@@ -394,7 +394,7 @@ def _spread_kernel(
         x_here = (token < tokens)[:, None] & (at < runs * 16)[None, :]
         x_tile = tl.load(x + token[:, None] * runs * 16 + at[None, :], mask=x_here, other=0.0)
         weight = tl.reshape(weight, (ROWS, RUNS * 16))
-        if INTERPRETED:  # which multiplies bfloat16 as if it were integers
+        if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were integers
             weight, x_tile = weight.to(tl.float32), x_tile.to(tl.float32)
         total = tl.dot(weight, tl.trans(x_tile), total)
     at = out + (tl.program_id(1) * tokens + token[None, :]) * rows + row[:, None]

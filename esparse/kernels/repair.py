@@ -1,6 +1,6 @@
-"""SparseGPT's column sweep on a GPU: a block of columns stays in registers while it is pruned column by column.
+"""SparseGPT's column sweep on a GPU: a block of columns stays in registers while its columns are pruned in turn.
 
-PyTorch launches some operations for every column, each of which waits for the one before.
+PyTorch would launch several operations for every column, each waiting for the one before.
 
 Shapes: O outputs, I inputs, B columns of a block, R rows of a program.
 """
@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 128  # columns of a block that a program can hold
-ROWS = 32  # of a program
+WIDEST = 128  # most columns of a block
+ROWS = 32  # per program
 
 
 def sweep_block(
     weight_OI: Tensor, keep_OI: Tensor, upper_II: Tensor, start: int, end: int, m: int, n: int, tail_n: int
 ) -> Tensor:
-    """Prunes the columns from start to end, at most `WIDEST`, and repairs those of them that are behind, in place.
+    """Prunes the columns from `start` to before `end`, at most `WIDEST`, and repairs later ones among them, in place.
 
-    Returns the errors (O x B) by which all later columns are to be repaired, too. With m = 0 the keep mask is given;
-    otherwise n of every m are chosen when the sweep reaches them, by w^2 / U_jj^2, the lowest index first among equals
-    (`tail_n` of a shorter last group), and the mask is written. Float32 throughout; rows lie in one piece each.
+    Returns the scaled errors (O x B), with which the caller repairs all columns behind the block. If m = 0 the keep
+    mask is given. Otherwise the sweep chooses n of every m when it reaches them, by w^2 / U_jj^2, the lowest index
+    first among equals (`tail_n` of a shorter last group), and writes the mask. Values are float32, rows contiguous.
     """
     outputs, width = len(weight_OI), end - start
     errors_OB = torch.empty(outputs, width, dtype=torch.float32, device=weight_OI.device)
@@ -72,7 +72,7 @@ def _repair_kernel(
     keeps = keep + row.to(tl.int64)[:, None] * keep_stride + column[None, :]
     tile = tl.load(weights, mask=here, other=0.0)
     pivot = tl.load(upper + column * (width + 1), mask=inside, other=1.0)
-    # The column itself where its weight goes, -1 where it stays: so one comparison finds what a column loses.
+    # The column's index if its weight is pruned, -1 if it is kept: one comparison then finds a column's loss.
     gone = tl.zeros((ROWS, BLOCK), tl.int32) + column[None, :]
     if not CHOOSE:
         gone = tl.where(tl.load(keeps, mask=here, other=1) != 0, -1, gone)
@@ -91,7 +91,7 @@ def _repair_kernel(
             later = tl.load(upper + i * width + column, mask=inside, other=0.0)
             divisor = tl.load(upper + i * (width + 1))
             error = tl.sum(tl.where(gone == i, tile, 0.0), 1) / divisor
-            # What has been pruned keeps the value it had by then, from which its error follows once more below.
+            # A pruned weight keeps its last value here, from which its error is computed again below.
             tile -= error[:, None] * tl.where(column > i, later, 0.0)[None, :]
     stays = gone < 0
     tl.store(weights, tl.where(stays, tile, 0.0), mask=here)

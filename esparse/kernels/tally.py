@@ -1,7 +1,7 @@
-"""Sums, extremes and histograms of many channels at once on a GPU, each in one look at the values.
+"""Sums, extremes and histograms of many channels at once on a GPU, each in one pass over the values.
 
-PyTorch writes a copy in float32, or the bin of every value, to memory first. Values are float32 inside whatever they
-are stored in; rows without gaps.
+PyTorch would write a float32 copy, or the bin of every value, to memory first. The kernels compute in float32 whatever
+the dtype of the values; rows must be contiguous.
 
 Shapes: T tokens, I input channels, K bins, P parts of the tokens.
 """
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS = 128  # of a program
-TOKENS = 256  # that are reduced in one part
+CHANNELS = 128  # per program
+TOKENS = 256  # reduced to one part
 STEP = 16  # tokens that a program reads at a time
-COUNTED = 512  # tokens that one program counts, a multiple of four
+COUNTED = 512  # tokens that one program counts; a multiple of four
 
 
 def squares(x_TI: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def squares(x_TI: Tensor) -> Tensor:
 
 
 def extremes(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest values of each channel over every `TOKENS` tokens (P x I each, float32)."""
+    """The least and the greatest value of each channel over every `TOKENS` tokens (P x I each, float32)."""
     least_PI, greatest_PI = _reduced(x_TI, 2)
     return least_PI, greatest_PI
 
@@ -52,10 +52,10 @@ def _reduced(x_TI: Tensor, results: int) -> Tensor:
 
 
 def count(x_TI: Tensor, low_I: Tensor, scale_I: Tensor, counts_KI: Tensor) -> None:
-    """Counts every value into bin (x - low) scale, or the nearest there is; counts are int32, a row for each bin.
+    """Counts every value into bin (x - low) scale, or the nearest bin; counts are int32, one row per bin.
 
-    So neighbouring channels, which the lanes of a warp count, have neighbouring counters, and values that crowd in few
-    bins, as activations do, make few transfers.
+    With a row per bin, neighbouring channels (the lanes of a warp) have neighbouring counters, and values that crowd
+    in few bins, as activations do, make few memory transfers.
     """
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     tokens, inputs = x_TI.shape
@@ -135,7 +135,7 @@ def _count_kernel(
     counters = counts + channel
     end_C = tl.zeros((CHANNELS,), tl.int32) + tokens
     for step in range(first, tl.minimum(first + COUNTED, tokens), 4):
-        # Four loads are on their way before the first value is counted: none may overtake a counter.
+        # Four loads start before the first value is counted, because no load may be moved past a counter's update.
         a = tl.load(place, mask=inside, other=0.0)
         b = tl.load(place + stride, mask=inside & (step + 1 < end_C), other=0.0)
         c = tl.load(place + 2 * stride, mask=inside & (step + 2 < end_C), other=0.0)

@@ -1,1 +1,1 @@
-"""Weights without their zeros: the format on disk and in memory, the layer, and the way into transformers."""
+"""Packed weights, stored without their zeros: formats on disk and in memory, layers, the plug-in for transformers."""

@@ -1,4 +1,4 @@
-"""Whether the files of a packed checkpoint are as they were written. Standard library only."""
+"""Compares the files of a packed checkpoint with the checksums in its config.json. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esparse.errors import Mistake
 
 
 def check_files(files: Sequence[Path], checksums: Mapping[str, str]) -> None:
-    """Raises ValueError that names the first file that is not as it was written."""
+    """Raises Mistake with the name of the first file whose checksum is wrong or missing."""
     for file in files:
         expected = checksums.get(file.name)
         if expected is None:

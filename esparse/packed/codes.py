@@ -1,7 +1,7 @@
-"""Which n of m weights survive, as the number of that choice, and such numbers as a stream of bits.
+"""Numbers the choices of n out of m weights, and writes such numbers as a stream of bits.
 
 The number of a choice is its place among itertools.combinations(range(m), n): 0 to C(m, n) - 1, so that 2:4 takes 3
-bits, 4:8 takes 7 and 8:16 takes 14. A choice itself is a word: bit i (of value 2^i) is 1 where weight i survives.
+bits, 4:8 takes 7 and 8:16 takes 14. The choice itself is a word: its bit i (of value 2^i) is 1 if weight i is kept.
 
 Shapes: N groups, M weights of a group, B bytes.
 """
@@ -14,17 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-LONGEST = 32  # groups of more have numbers beyond what int64 holds safely
-TABLED = 16  # groups of more are numbered one by one, as a table of all words would be too large
+LONGEST = 32  # largest m: int64 does not safely hold the numbers of larger groups
+TABLED = 16  # largest m with a table of all words; in larger groups each number is computed
 
 
 def code_bits(n: int, m: int) -> int:
-    """ceil(log2 C(m, n)), exactly: the bits of a choice's number."""
+    """The bits that a choice's number takes: ceil(log2 C(m, n)), computed exactly."""
     return (math.comb(m, n) - 1).bit_length()
 
 
 def words(keep_NM: Tensor) -> Tensor:
-    """The words (int64) of boolean groups."""
+    """The word (int64) of each boolean group."""
     words_N = torch.zeros(keep_NM.shape[0], dtype=_integer(keep_NM.shape[1]))
     for place in range(keep_NM.shape[1]):
         words_N |= keep_NM[:, place].to(words_N.dtype) << place
@@ -32,25 +32,25 @@ def words(keep_NM: Tensor) -> Tensor:
 
 
 def unworded(words_N: Tensor, m: int) -> Tensor:
-    """The boolean groups of these words."""
+    """The boolean group of each word: the inverse of `words`."""
     places_M = torch.arange(m, dtype=_integer(m))
     return ((words_N.to(places_M.dtype)[:, None] >> places_M) & 1).bool()
 
 
 def numbers(words_N: Tensor, n: int, m: int) -> Tensor:
-    """The numbers (int64) of choices of n among m <= 32."""
+    """The number (int64) of each choice of n among m <= 32."""
     return _number_table(n, m)[words_N] if m <= TABLED else _counted(words_N, n, m)
 
 
 def choices(numbers_N: Tensor, n: int, m: int) -> Tensor:
-    """The words of these numbers; numbers that name no choice give words that are not of n weights."""
+    """The word of each number; a number that stands for no choice gives a word without n ones."""
     return _word_table(n, m)[numbers_N] if m <= TABLED else _uncounted(numbers_N, n, m)
 
 
 def to_bytes(numbers_N: Tensor, bits: int) -> Tensor:
-    """Numbers of so many bits as bytes (uint8), one behind the other, the lowest bit first; the last byte is filled.
+    """Packs numbers of `bits` bits each into bytes (uint8), lowest bit first; zeros fill up the last byte.
 
-    Eight numbers are `bits` bytes, each of which a few numbers reach into.
+    Eight numbers take `bits` bytes; a byte holds bits of one or more numbers.
     """
     count = len(numbers_N)
     eights_N8 = torch.nn.functional.pad(numbers_N, (0, -count % 8)).view(-1, 8)
@@ -64,7 +64,7 @@ def to_bytes(numbers_N: Tensor, bits: int) -> Tensor:
 
 
 def from_bytes(bytes_B: Tensor, count: int, bits: int) -> Tensor:
-    """The numbers (int64) that `to_bytes` was given."""
+    """The numbers (int64) that `to_bytes` packed: its inverse."""
     bytes_NB = torch.nn.functional.pad(bytes_B, (0, -len(bytes_B) % bits if bits else 0)).view(-1, max(bits, 1))
     eights_N8 = torch.zeros(len(bytes_NB) if bits else -(-count // 8), 8, dtype=torch.int64)
     for number in range(8):
@@ -79,7 +79,7 @@ def _counted(words_N: Tensor, n: int, m: int) -> Tensor:
     numbers_N, left_N = torch.zeros_like(words_N), torch.full_like(words_N, n)
     for place in range(m):
         chosen_N = (words_N >> place) & 1
-        # Every choice that has this place and begins like ours stands in front of one that has not.
+        # Choices with the same beginning: those with a weight at this place come before those without one.
         numbers_N += _ahead(place, n, m)[left_N] * (1 - chosen_N)
         left_N -= chosen_N
     return numbers_N
@@ -97,13 +97,13 @@ def _uncounted(numbers_N: Tensor, n: int, m: int) -> Tensor:
 
 
 def _ahead(place: int, n: int, m: int) -> Tensor:
-    """By how many kept weights are still to come: the choices that have this place."""
+    """For each number of kept weights still to place: how many choices have a weight at `place`."""
     return torch.tensor([math.comb(m - 1 - place, left - 1) if left else 0 for left in range(n + 1)])
 
 
 @lru_cache
 def _word_table(n: int, m: int) -> Tensor:
-    words_N = torch.zeros(1 << code_bits(n, m), dtype=torch.int64)  # a number that names no choice: the empty one
+    words_N = torch.zeros(1 << code_bits(n, m), dtype=torch.int64)  # numbers without a choice: the empty word
     words_N[: math.comb(m, n)] = _uncounted(torch.arange(math.comb(m, n)), n, m)
     return words_N
 

@@ -1,4 +1,4 @@
-"""The experts that transformers keeps in one parameter, without their zeros: each gets them back while it is used.
+"""Packed experts of families that hold all experts in one 3-D parameter; an expert is made dense while it is used.
 
 Shapes: E experts, O outputs, I inputs, K kept weights of a row, B bytes.
 """
@@ -15,13 +15,13 @@ from esparse.patterns import Pattern
 
 
 class PackedExperts(nn.Module):
-    """Takes the place of a 3-D parameter: `experts[e]` is the weight of expert e, dense for as long as it is held.
+    """Replaces a 3-D parameter: `experts[e]` returns the dense weight of expert e, which nothing here holds on to.
 
-    It is made with the tensors as they lie on disk, those of a matrix (packed/matrix.py) for every expert; `settle`
-    turns these into the form in memory. transformers must compute the experts one by one (its `eager` way).
+    It is built with empty tensors of the form on disk (packed/matrix.py), stacked over the experts; once they are
+    loaded, `settle` turns them into the form in memory. transformers must compute expert by expert (`eager`).
     """
 
-    _is_hf_initialized = True  # transformers would fill it with random numbers, as it does parameters it did not find
+    _is_hf_initialized = True  # keeps transformers from filling it with random numbers as it does missing parameters
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class PackedExperts(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`shape`: of the parameter, `transposed` where that is E x I x O; `ordered`: as PackedLinear's."""
+        """`shape` is the parameter's; `transposed` means E x I x O; `ordered` as in PackedLinear."""
         super().__init__()
         self.pattern, self.transposed = pattern, transposed
         self.experts, outputs, self.inputs = (shape[0], *shape[:0:-1]) if transposed else shape
@@ -44,7 +44,7 @@ class PackedExperts(nn.Module):
             self.register_buffer("order", torch.empty(self.experts, self.inputs, dtype=torch.int32, device=device))
 
     def settle(self) -> None:
-        """Builds the form that is computed from, in place of the one on disk; ValueError for a damaged index."""
+        """Replaces the form on disk by the form in memory; raises ValueError for a damaged index."""
         device = next(self.buffers()).device
         tensors = {name: value.cpu() for name, value in self._buffers.items() if value is not None}
         orders_EI = tensors.pop("order", None)

@@ -1,4 +1,4 @@
-"""The name and the version of esparse's format, as config.json has them. Standard library only."""
+"""Name and version of esparse's packed format in config.json. Standard library only."""
 
 FORMAT_NAME = "esparse"
 VERSION = 1

@@ -1,6 +1,7 @@
-"""Tells transformers of esparse's format as soon as transformers itself is imported, and not before.
+"""Registers esparse's packed format with transformers as soon as transformers is imported, and not before.
 
-So `import esparse` loads neither torch nor transformers, in whatever order the two are imported. Standard library only.
+`import esparse` thus loads neither torch nor transformers, and works before or after `import transformers`. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ REGISTERS = "esparse.packed.quantizer"
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module as its own loader does, and then the one that registers."""
+    """Loads a module with its own loader, then registers the format."""
 
     def __init__(self, own: importlib.abc.Loader) -> None:
         self._own = own
@@ -34,7 +35,7 @@ class _Loader(importlib.abc.Loader):
         self._own.exec_module(module)
         _register()
 
-    def __getattr__(self, name: str) -> Any:  # such as get_source, by which tracebacks find a module's lines
+    def __getattr__(self, name: str) -> Any:  # for instance get_source, which tracebacks need
         return getattr(self._own, name)
 
 
@@ -42,7 +43,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != WATCHED:
             return None
-        sys.meta_path.remove(self)  # it comes once only, and the search below must not find us again
+        sys.meta_path.remove(self)  # needed once, and the search below must not come back here
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -50,12 +51,12 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    """Whatever fails: `import transformers` works without esparse's format, and must not break for its sake."""
+    """Registers the format; logs a warning if that fails, because `import transformers` must not fail for its sake."""
     try:
         importlib.import_module(REGISTERS)
     except Exception as error:
         log.warning(
-            "transformers cannot load checkpoints that esparse packed, as esparse does not fit this version of it "
+            "transformers cannot load checkpoints that esparse packed, because esparse does not fit this version of it "
             "(%s: %s): install the version that esparse asks for",
             type(error).__name__,
             error,
@@ -63,7 +64,7 @@ def _register() -> None:
 
 
 def install() -> None:
-    """Registers the format now if transformers is there already, else once it comes."""
+    """Registers the format now if transformers is imported already, else when it is imported."""
     if WATCHED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -1,6 +1,6 @@
-"""A linear layer that computes from packed weights: on a GPU by kernels, on a CPU by compiled loops for a few tokens.
+"""A linear layer with packed weights: GPU kernels, or compiled CPU loops for a few tokens, compute its product.
 
-Everywhere else some rows at a time get their zeros back.
+In all other cases a few rows at a time are made dense and multiplied.
 
 Shapes: T tokens, O outputs, I inputs, K kept weights of a row, S outliers.
 """
@@ -23,15 +23,15 @@ from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
 
-TILE_BYTES = 2**22  # of the rows that have their zeros back at one time: they should stay in a core's cache
-LOOP_TOKENS = {2: 64, 4: 16}  # up to so many, by bytes of a value, compiled loops are ahead of rows with their zeros
+TILE_BYTES = 2**22  # of the rows that are dense at one time: they should stay in a core's cache
+LOOP_TOKENS = {2: 64, 4: 16}  # by bytes of a value: up to this many tokens compiled loops are faster than dense rows
 
 
 class PackedLinear(nn.Module):
-    """A Linear (or Conv1D) whose weight is never there as a whole.
+    """A Linear (or Conv1D) that holds its weight packed, and never makes all of it dense at once.
 
-    It is made with the tensors as they lie on disk, on the meta device for instance; `settle` turns these into the form
-    that is computed from, once they are filled.
+    It is built with empty tensors of the form on disk (on the meta device, for instance); once they are loaded,
+    `settle` turns them into the form in memory.
     """
 
     values: Tensor
@@ -50,10 +50,10 @@ class PackedLinear(nn.Module):
         device: torch.device,
         ordered: bool = False,
     ) -> None:
-        """`ordered`: the columns lie on disk in an order that lies there, too, and get back their own."""
+        """`ordered`: the columns on disk are in the order `order`, and `settle` puts them back into their own order."""
         super().__init__()
         self.in_features, self.out_features, self.pattern = inputs, outputs, pattern
-        # The kernels find a kept weight by its group: not where columns got back their own order.
+        # Kernels find a kept weight by its group, so they need the columns in group order.
         self.for_kernels = len(pattern.parts()) == 1 and not ordered
         for name, shape in matrix.file_shapes(pattern, outputs, inputs).items():
             if name.endswith("index"):
@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
         self._blob: Tensor | None = None
 
     def settle(self) -> None:
-        """Builds the form that is computed from, in place of the one on disk; ValueError for a damaged index."""
+        """Replaces the form on disk by the form in memory; raises ValueError for a damaged index."""
         device = self.values.device
         tensors = {name: value.cpu() for name, value in self.state_dict().items() if name != "bias"}
         packed = matrix.from_file(tensors, self.pattern, self.in_features)
@@ -88,11 +88,11 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The surviving values (O x K), for code that asks a layer's weight for its device or precision."""
+        """The kept values (O x K), for code that asks a layer's weight for its device or precision."""
         return self.values
 
     def packed(self) -> PackedMatrix:
-        """The weights, sharing memory with the layer."""
+        """The packed weight; it shares memory with the layer."""
         salient_values = getattr(self, "salient_values", None)
         salient_places = getattr(self, "salient_places", None)
         return PackedMatrix(
@@ -106,11 +106,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y_TO: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
-        # As a Linear's: contiguous, which complex numbers are made of; and no view, which may not be changed in place.
+        # As a Linear returns it: contiguous, as a view as complex numbers needs it, and changeable in place.
         return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*x.shape[:-1], self.out_features))
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """x @ W^T + bias (T x O), by the way for that many tokens on that device; without gradients."""
+        """x @ W^T + bias (T x O), computed the fastest way for this number of tokens and device; without gradients."""
         if x_TI.is_cuda and self.for_kernels:
             return self.by_kernels(x_TI, bias_O)
         packed = self.packed()
@@ -125,22 +125,22 @@ class PackedLinear(nn.Module):
         return y_TO
 
     def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """The product by the kernel for that many tokens (esparse/kernels/linear.py)."""
+        """The product, computed by the kernel for this number of tokens (esparse/kernels/linear.py)."""
         (nm,) = self.pattern.parts()
         few = few_tokens(x_TI.dtype, x_TI.shape[1], n=nm.n, m=nm.m)
-        blob = self.second_copy() if len(x_TI) > few else None  # which may put the values elsewhere
+        blob = self.second_copy() if len(x_TI) > few else None  # may move the values
         return packed_linear(self.values, self.bits, x_TI, n=nm.n, m=nm.m, bias_R=bias_O, blob=blob)
 
     def tiles(self, element_bytes: int) -> Iterator[slice]:
-        """The rows, some at a time."""
+        """Slices of rows that are made dense at one time."""
         rows = max(1, TILE_BYTES // (self.in_features * element_bytes))
         for first in range(0, self.out_features, rows):
             yield slice(first, min(first + rows, self.out_features))
 
     def second_copy(self) -> Tensor | None:
-        """The weights as cuSPARSELt wants them, made when they are first asked for; None where none is wanted.
+        """The weights in cuSPARSELt's format, built at the first call; None if this layer is to have none.
 
-        Where it begins with the values, these are kept there only.
+        If that format begins with the values, they are stored only once.
         """
         if self.sparse_cores and self._blob is None:
             self._blob = kernels.compress(self.packed().dense())
@@ -150,33 +150,33 @@ class PackedLinear(nn.Module):
         return self._blob
 
     def use_sparse_cores(self, on: bool) -> None:
-        """Whether many tokens are computed on sparse tensor cores, from a second copy of the weights."""
+        """Sets whether sparse tensor cores compute many tokens, from a second copy of the weights."""
         self.sparse_cores = on
         if not on:
             self._drop_second_copy()
 
     def second_copy_bytes(self) -> int:
-        """What the second copy costs, beside the values and bits; 0 as long as there is none."""
+        """Bytes that the second copy takes beyond values and bits; 0 while there is none."""
         if self._blob is None:
             return 0
         alone = self.values.nbytes + self.bits.nbytes
         return kernels.resident_bytes(self.values.data, self.bits, self._blob) - alone
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        self._drop_second_copy()  # it is of one device and precision, and made anew there
+        self._drop_second_copy()  # it fits one device and dtype only, and is built again
         super()._apply(fn, recurse)
         return self
 
     def _drop_second_copy(self) -> None:
         if self._blob is not None:
-            self._blob, self.values.data = None, self.values.data.clone()  # which may stand in the copy
+            self._blob, self.values.data = None, self.values.data.clone()  # they may lie in the copy
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, bias={self.bias is not None}"
 
 
 class _Product(torch.autograd.Function):
-    """The product, whose gradient is computed from packed weights as well: autograd would keep every row's zeros."""
+    """The product with a gradient from packed weights: autograd would keep the whole dense weight for it."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, bias_O: Tensor | None, layer: PackedLinear) -> Tensor:
@@ -199,13 +199,13 @@ class _Product(torch.autograd.Function):
 
 @cache
 def loops(dtype: torch.dtype) -> Any:
-    """The module of compiled loops (esparse/kernels/compiled.py); None without numba, or for a precision it lacks."""
+    """The module of compiled loops (esparse/kernels/compiled.py); None without numba or for an unsupported dtype."""
     compiled = compiled_loops("compiled")
     return compiled if compiled is not None and compiled.takes(dtype) else None
 
 
 def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:
-    """Some rows of a matrix with their zeros, by compiled loops where they can be had."""
+    """Some rows of a matrix made dense, by compiled loops if numba is installed."""
     compiled = loops(packed.values_OK.dtype) if packed.values_OK.device.type == "cpu" else None
     if compiled is None:
         return packed.dense(rows.start, rows.stop)
@@ -214,7 +214,7 @@ def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:
 
 
 def outliers(packed: PackedMatrix) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What the loops want to know of outliers; None without any."""
+    """The outliers' values, places and run starts for the compiled loops; None if the pattern has none."""
     if packed.outlier_values_OS is None or packed.outlier_places_OS is None:
         return None
     starts_S = matrix.starts(packed.pattern.parts()[1], packed.inputs)

@@ -1,14 +1,14 @@
-"""A pruned matrix without its zeros: in memory, where it is computed from, and on disk.
+"""A pruned matrix without its zeros: its form in memory, for computing, and its form on disk.
 
-In memory every row has as many kept weights as every other: `values` (O x K, in the order of their columns) and `bits`
-(O x ceil(I / 8), uint8): bit i (of value 2^i) of byte j is 1 where column 8 j + i survives. Outliers stand
-beside them: `salient_values` (O x S), and for each its place in its run of 256 columns (`salient_places`, uint8; int32
-for longer runs). A matrix is the sum of both.
+In memory every row has the same number of kept weights: `values` (O x K, in column order) and `bits` (O x ceil(I / 8),
+uint8), in which bit i (of value 2^i) of byte j is 1 if column 8 j + i is kept. Outliers are stored apart:
+`salient_values` (O x S), and for each its place in its run of 256 columns (`salient_places`, uint8; int32 for longer
+runs). The matrix is the sum of both. (The format says "salient" for outliers.)
 
-On disk the values are as they are, and which weights survive is said in the fewest bits of three ways: as the number
-of each group's choice (m <= 32; 0.75 bits per weight for 2:4, 0.875 for 4:8 and 8:16), as the kept weights' places
-(4 bits per weight of 16:128 become 0.875), or as the bits. Whole groups of all rows come first, then the tails, each
-filled to a byte.
+On disk the values stay the same, and an index says which weights are kept, in that one of three codes that takes the
+fewest bits: the number of each group's choice (m <= 32; 0.75 bits per weight for 2:4, 0.875 for 4:8 and 8:16), the
+places of the kept weights (7 bits each, 0.875 bits per weight for 16:128), or the bits. The whole groups of all rows
+come first, then the shorter last groups (tails); each of the two parts is filled up to a byte.
 
 Shapes: O outputs, I inputs, K kept weights of a row, S outliers, G groups, M weights of a group, B bytes.
 """
@@ -28,12 +28,12 @@ from esparse.parallel.cores import each_core
 from esparse.patterns import NM, Pattern
 from esparse.patterns.order import check_order
 
-TILE = 2**18  # weights that are packed or unpacked at one time: what they need in between stays in a core's cache
+TILE = 2**18  # weights that are packed or unpacked at one time: the intermediate tensors stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedMatrix:
-    """A matrix in the form that is computed from."""
+    """A packed matrix in its form in memory."""
 
     pattern: Pattern
     inputs: int
@@ -48,14 +48,14 @@ class PackedMatrix:
         return sum(part.nbytes for part in parts if part is not None)
 
     def restored(self, order_I: Tensor) -> PackedMatrix:
-        """The same with its columns in another order: column k becomes column `order_I[k]`.
+        """The same matrix with other positions of its columns: column k becomes column `order_I[k]`.
 
         A group's columns are then no longer adjacent, but every row has as many kept weights as before. Raises
         ValueError for outliers, whose places count within a run of columns, and for an `order_I` that is no order.
         """
         check_order(order_I, self.inputs)
         if self.outlier_values_OS is not None:
-            raise ValueError("outliers are found by their runs of columns, which cannot be reordered")
+            raise ValueError("columns cannot be reordered beside outliers, whose places count within runs of columns")
         back_I = torch.empty_like(order_I).scatter_(0, order_I, torch.arange(len(order_I)))
         values, bits = [], []
         for first in range(0, len(self.values_OK), 256):  # rows
@@ -66,7 +66,7 @@ class PackedMatrix:
         return replace(self, values_OK=torch.cat(values).view_as(self.values_OK), bits_OB=torch.cat(bits))
 
     def dense(self, first: int = 0, end: int | None = None) -> Tensor:
-        """The rows `first` to `end` with their zeros."""
+        """The rows from `first` to before `end`, dense."""
         rows = slice(first, end)
         keep_OI = unpacked_bits(self.bits_OB[rows], self.inputs)
         values_OK = self.values_OK[rows]
@@ -79,7 +79,7 @@ class PackedMatrix:
 
 
 def pack(weight_OI: Tensor, pattern: Pattern) -> PackedMatrix:
-    """The matrix without its zeros; ValueError where it has more kept weights than the pattern allows."""
+    """Packs a dense matrix; raises ValueError for nonzeros beyond the pattern, and for a pattern without groups."""
     if not pattern.parts():
         raise ValueError(f"the pattern {pattern} has no groups of n:m, in which weights could be packed")
     parts = _by_rows(lambda rows: _packed_rows(weight_OI[rows], pattern), *weight_OI.shape)
@@ -93,7 +93,7 @@ def _packed_rows(weight_OI: Tensor, pattern: Pattern) -> list[Tensor]:
         raise ValueError(f"the weights do not hold {pattern}")
     packed = [_taken(weight_OI, placed_OI), packed_bits(placed_OI)]
     if outliers_OI:
-        # Where few survive, some of the outlier places are among the others: nothing is to be added there.
+        # With few nonzeros, some places chosen for outliers are also places of the base: they get the value 0.
         packed.append(_taken(weight_OI.masked_fill(placed_OI, 0), outliers_OI[0]))
         packed.append(_places(outliers_OI[0], pattern.parts()[1]))
     return packed
@@ -111,7 +111,7 @@ def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
 
 
 def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
-    """The tensors that stand for the matrix on disk, by the ending of their names."""
+    """The tensors of the matrix's form on disk, by the ending of their names."""
     base, *outliers = packed.pattern.parts()
     tensors = {"values": packed.values_OK}
 
@@ -135,7 +135,7 @@ def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
 
 
 def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> PackedMatrix:
-    """The matrix that `to_file` was given; ValueError where the index is not one of this pattern."""
+    """The inverse of `to_file`; raises ValueError if the index does not belong to this pattern."""
     base, *outliers = pattern.parts()
     outputs = len(tensors["values"])
 
@@ -150,9 +150,9 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> P
 
 
 def _by_rows(work: Callable[[slice], list[Tensor]], outputs: int, inputs: int) -> list[list[Tensor]]:
-    """What `work` makes of some rows at a time, on every core.
+    """The results of `work` on slices of rows, computed on all cores.
 
-    Eight rows, or a multiple of them, have their index in whole bytes.
+    A slice has a multiple of eight rows, because their index takes whole bytes.
     """
     rows = max(8, TILE // inputs // 8 * 8)
     with each_core() as pool:
@@ -160,7 +160,7 @@ def _by_rows(work: Callable[[slice], list[Tensor]], outputs: int, inputs: int) -
 
 
 def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors on disk by the ending of their names; an index is in bytes."""
+    """The shapes of the tensors on disk, by the ending of their names; an index counts in bytes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, part in zip(("", "salient_"), pattern.parts(), strict=False):
         shapes[f"{prefix}values"] = (outputs, part.kept_per_row(inputs))
@@ -171,7 +171,7 @@ def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[
 
 
 def empty(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> PackedMatrix:
-    """A matrix in memory without its numbers, for instance on the meta device, to count its bytes."""
+    """A packed matrix with uninitialised tensors, for instance on the meta device to count its bytes."""
     base, *outliers = pattern.parts()
     values_OK = torch.empty(outputs, base.kept_per_row(inputs), dtype=dtype, device=device)
     bits_OB = torch.empty(outputs, -(-inputs // 8), dtype=torch.uint8, device=device)
@@ -183,7 +183,7 @@ def empty(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, devic
 
 
 def _way(n: int, m: int) -> tuple[str, int]:
-    """How a group's choice is written, and in how many bits."""
+    """The code in which a group's choice is written (see the top of the module), and its bits."""
     if m <= codes.LONGEST:
         return "number", codes.code_bits(n, m)
     places = n * (m - 1).bit_length()
@@ -191,7 +191,7 @@ def _way(n: int, m: int) -> tuple[str, int]:
 
 
 def _index(keep_OI: Tensor, pattern: NM) -> list[Tensor]:
-    """The bytes that say which weights survive: those of the whole groups, those of the tails."""
+    """The index as bytes: of the whole groups, and of the tails."""
     parts, start = [], 0
     for count, n, m in pattern.groups(keep_OI.shape[1]):
         keep_NM = keep_OI[:, start : start + count * m].reshape(-1, m)
@@ -207,7 +207,7 @@ def _index(keep_OI: Tensor, pattern: NM) -> list[Tensor]:
 
 
 def _keep(index_B: Tensor, pattern: NM, rows: slice, outputs: int, inputs: int) -> Tensor:
-    """The mask of some rows, of which the first is a multiple of eight."""
+    """The keep mask of some rows, the first of which is a multiple of eight."""
     parts, start, taken = [], 0, rows.stop - rows.start
     for count, n, m in pattern.groups(inputs):
         bits = _way(n, m)[1]
@@ -216,7 +216,7 @@ def _keep(index_B: Tensor, pattern: NM, rows: slice, outputs: int, inputs: int) 
         start += -(-outputs * count * bits // 8)
         keep_NM = _groups(bytes_B, taken * count, n, m)
         if (keep_NM.sum(1, dtype=torch.int32) != n).any():
-            raise ValueError(f"the index names other choices than {n} of {m}: it is damaged")
+            raise ValueError(f"the index is damaged: it has choices that are not {n} of {m}")
         parts.append(keep_NM.view(taken, count * m))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -233,7 +233,7 @@ def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
 
 @lru_cache
 def starts(pattern: NM, inputs: int) -> Tensor:
-    """The first column of the group that each kept weight of a row stands in."""
+    """For each kept weight of a row, the first column of its group."""
     kept = [n for count, n, _ in pattern.groups(inputs) for _ in range(count)]
     return torch.tensor([cut.start for cut, n in zip(pattern.cuts(inputs), kept, strict=True) for _ in range(n)])
 

@@ -1,11 +1,11 @@
-"""What n:m would save, from configurations alone: `python -m esparse.packed.memory [NAME_OR_DIR ...]`.
+"""Bytes that packing would save, from model configurations alone: `python -m esparse.packed.memory [NAME_OR_DIR ...]`.
 
-Without arguments LLaMA-7B to 65B. Models are built on the meta device, and the bytes of all tensors are counted there:
-of the whole model, in which embeddings, norms and head stay dense, as it is in memory and as it lies on disk.
+Without arguments it shows LLaMA-7B to 65B. It builds the models on the meta device and counts the bytes of all their
+tensors, in memory and on disk; embeddings, norms and head stay dense.
 
-E-Sparse (arXiv 2310.15929) publishes savings that come out otherwise. They are reproduced to the last digit by
-counting four d x d and only two d x f matrices per block (LLaMA has three) and one embedding (LLaMA has two, the head
-being one), with a bit per weight for the index: `counted as published`.
+E-Sparse (arXiv 2310.15929) publishes other savings. One gets them to the last digit by counting four d x d and only two
+d x f matrices per block (LLaMA has three) and one embedding (LLaMA has two, counting the head), with one bit per weight
+for the index: `counted as published`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
 
 
 def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
-    """Of a whole model of which all decoder layers are packed, experts too; embeddings, norms and head stay dense."""
+    """Bytes of a whole model: all decoder layers and experts packed, embeddings, norms and head dense."""
     with META:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -43,7 +43,7 @@ def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = to
     for index, block in enumerate(blocks):
         matrices = BlockMatrices(block, f"{prefix}.{index}")
         packed = [of_matrix(pattern, *layer.view().shape, dtype) for layer in matrices.layers()]
-        # Which side of an expert is the input shows when it is used; it matters for a tail of the groups only.
+        # Only a forward pass shows which side of an expert is its input; that matters for a tail of the groups only.
         experts = [parameter.shape for parameter in matrices.parameters().values() if parameter.ndim == 3]
         packed += [of_matrix(pattern, *shape[1:], dtype) * shape[0] for shape in experts]
         for part in packed:
@@ -52,7 +52,7 @@ def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = to
 
 
 def as_published(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
-    """What E-Sparse's figures come from: too few matrices, see above."""
+    """Bytes as E-Sparse counts them, with too few matrices; see the top of the module."""
     width, inner = config.hidden_size, config.intermediate_size
     block = of_matrix(pattern, width, width, dtype) * 4
     block += of_matrix(pattern, inner, width, dtype) + of_matrix(pattern, width, inner, dtype)
@@ -61,7 +61,7 @@ def as_published(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype 
 
 
 def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[list[str]]:
-    """The header and a row for each model and pattern."""
+    """A header, and one row per model and pattern."""
     header = [
         "model",
         "pattern",
@@ -99,13 +99,13 @@ def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[lis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esparse.packed.memory", description=__doc__)
-    parser.add_argument("models", nargs="*", help="names on the hub or directories; without any LLaMA-7B to 65B")
+    parser.add_argument("models", nargs="*", help="hub names or directories (default: LLaMA-7B to 65B)")
     parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with outliers")
     asked = parser.parse_args(arguments)
     try:
         for text in asked.patterns.split(","):
             if not patterns.from_str(text).parts():
-                raise Mistake(f"{text} is no pattern of n:m: nothing of it could be packed")
+                raise Mistake(f"{text} is no n:m pattern, and only n:m can be packed")
         models = {name.rstrip("/").rpartition("/")[2]: _config(name) for name in asked.models or LLAMA}
         rows = table(models, asked.patterns.split(","))
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
-"""Many tokens at once on sparse tensor cores: from a second copy of the packed weights, for those who have the room.
+"""Computes many tokens at once on sparse tensor cores, from a second copy of the packed weights, if memory allows.
 
-A packed layer computes up to 16 tokens from its one copy, and expands a dense one for the time of a call where there
-are more. cuSPARSELt wants a format of its own: for 2:4 in 16 bits 1/16 of the dense bytes more where it begins with
-the values, which is compared and not assumed, and 9/16 where it does not (esparse/kernels/linear.py).
+A packed layer computes up to 16 tokens from its one copy; for more tokens it makes the weight dense for the time of the
+call. cuSPARSELt needs a format of its own. If that format begins with the packed values (which is compared, not
+assumed), it takes 1/16 of the dense bytes for 2:4 in 16 bits, else 9/16 (esparse/kernels/linear.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from esparse.packed.layer import PackedLinear
 
 
 def use_sparse_cores(model: nn.Module, on: bool = True) -> dict[str, str]:
-    """From now on the model's packed layers compute more than 16 tokens on sparse tensor cores, or no longer do.
+    """Switches sparse tensor cores on or off for products of more than 16 tokens in the model's packed layers.
 
-    A layer makes its second copy with its first such call (make one before capturing a CUDA graph), and anew after it
-    was moved. Returns the layers that go on as before, each with the reason; ValueError where that would be all.
+    A layer builds its second copy at its first such call (make that call before you capture a CUDA graph), and again
+    after it was moved. Returns the layers that cannot use them, each with the reason; raises Mistake if none can.
     """
     layers = _layers(model)
     left = {name: why for name, layer in layers.items() if (why := _why_not(layer)) is not None} if on else {}
@@ -31,7 +31,7 @@ def use_sparse_cores(model: nn.Module, on: bool = True) -> dict[str, str]:
 
 
 def second_copy_bytes(model: nn.Module) -> int:
-    """What the second copies cost now, beside the packed weights."""
+    """Bytes that the second copies take now, beyond the packed weights."""
     return sum(layer.second_copy_bytes() for layer in _layers(model).values())
 
 

@@ -1,7 +1,7 @@
-"""What transformers calls when it meets a checkpoint in esparse's format: layers without zeros take the places.
+"""The quantizer that transformers calls for a checkpoint in esparse's format: it puts in packed layers.
 
-`import esparse` registers it (esparse/packed/hook.py); then AutoModelForCausalLM.from_pretrained(DIR) is all. This is
-imported while transformers itself still is: what needs the whole of that is imported in the methods.
+`import esparse` registers it (esparse/packed/hook.py), and AutoModelForCausalLM.from_pretrained(DIR) works. This module
+is imported while transformers is still being imported, so methods import what needs all of transformers.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class EsparseConfig(QuantizationConfigMixin):
         experts: dict[str, dict[str, Any]] | None = None,
         **other: Any,
     ) -> None:
-        """`layers`: the pattern of each packed layer. `files`: the SHA-256 of each file of weights.
+        """`layers`: pattern by packed layer. `files`: SHA-256 by file of weights.
 
-        `biases`: layers with a bias that the family has no place for. With `order=physical` the channels are gathered
-        behind the norms `behind` and in front of the layers `before`; with `original` the layers `ordered` get back
-        their columns' own order while they are loaded. `experts`: of each parameter that holds experts its pattern,
-        whether it lies transposed, and whether its columns are ordered (never physically).
+        `biases`: layers with a bias that other models of the family do not have. If `order` is `physical`, channels are
+        gathered behind the norms `behind` and in front of the layers `before`; if `original`, loading puts the columns
+        of the layers `ordered` back into their own order. `experts`: for each parameter that holds experts its pattern,
+        whether it is stored transposed, and whether its columns are ordered (loading then puts them back).
         """
         if version != VERSION:
-            raise Mistake(f"the checkpoint is in version {version} of esparse's format; this one reads {VERSION}")
+            raise Mistake(f"the checkpoint has version {version} of esparse's format, this esparse reads {VERSION}")
         _check_kinds({"layers": layers, "files": files, "experts": experts or {}}, dict)
         _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
         self.quant_method = FORMAT_NAME
@@ -75,7 +75,7 @@ def _check_kinds(entries: dict[str, Any], kind: type) -> None:
 
 
 def _found(model: PreTrainedModel, name: str, what: str, fits: Callable[[Any], bool]) -> Any:
-    """The module that config.json names; ValueError if the model has none of this name and kind."""
+    """The module that config.json names; raises Mistake if the model has none of this name and kind."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -103,7 +103,7 @@ def _pattern(name: str, text: str) -> Pattern:
 
 @register_quantizer(FORMAT_NAME)
 class EsparseQuantizer(HfQuantizer):
-    """Puts packed layers into the skeleton of a model, and settles them once they are filled."""
+    """Puts packed layers into an empty model, and settles them after their tensors are loaded."""
 
     requires_calibration = True  # a model is packed by a run of esparse, not while it is loaded
 
@@ -152,7 +152,7 @@ class EsparseQuantizer(HfQuantizer):
                 ),
             )
         if config.experts:
-            model.set_experts_implementation("eager")  # the others multiply all experts of a parameter at once
+            model.set_experts_implementation("eager")  # other ways multiply all experts of a parameter at once
         for name in config.behind:
             norm = _found(model, name, "norm", lambda found: "weight" in found._parameters)
             weight = norm.get_parameter("weight")
@@ -179,15 +179,13 @@ class EsparseQuantizer(HfQuantizer):
                 model.get_submodule(name).settle()
             except ValueError as error:
                 raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
-        trim()  # what unpacking took would stay with the process, as much as the packed weights themselves
+        trim()  # memory freed by unpacking, as much as the packed weights, would stay with the process
         if model.device.type == "cpu" and loops(model.dtype) is None:
-            log.warning(
-                "this model computes slowly on a CPU: the loops for packed weights need numba (pip install numba)"
-            )
+            log.warning("this model computes slowly on a CPU: install numba for compiled loops (pip install numba)")
         return model
 
     def is_serializable(self) -> bool:
-        return False  # the run that packed it can be asked for another export
+        return False  # to get another export, repeat the run that packed it with other settings of export
 
     @property
     def is_trainable(self) -> bool:

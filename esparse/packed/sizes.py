@@ -1,4 +1,4 @@
-"""Bytes of matrices, dense and packed, counted on tensors of the meta device, which take no memory."""
+"""Counts the bytes of dense and packed matrices on tensors of the meta device, which take no memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Bytes of a model: dense, in memory, on disk."""
+    """Bytes of a model or matrix: dense, packed in memory, packed on disk."""
 
     dense: int
     in_memory: int
@@ -38,7 +38,7 @@ class Saving:
 
 @lru_cache
 def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype) -> Saving:
-    """Of one pruned matrix; the pattern has parts."""
+    """Bytes of one pruned matrix; the pattern must be n:m, or n:m with outliers."""
     dense = torch.empty(outputs, inputs, dtype=dtype, device=META)
     on_disk = sum(
         torch.empty(shape, dtype=torch.uint8 if name.endswith("index") else dtype, device=META).nbytes
