@@ -1,24 +1,39 @@
-"""Settings of every test: deterministic, offline, no timing."""
+"""Settings of every test: deterministic, offline, no timing; which cases run by default is in tests/kinds.py."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import settings
 
 from esparse import kernels
+from tests import compile_once, kinds
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # chosen before any library imports Triton; runs the kernels on the CPU
-settings.register_profile("esparse", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("esparse")
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
+settings.register_profile("all", settings.get_profile("quick"), max_examples=50)
 torch.set_num_threads(1)  # tensors are tiny here, and two threads that wait for each other on a busy machine are slow
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    kinds.all_of_what_is_named(config)
+    settings.load_profile("quick" if config.option.markexpr == kinds.DEFAULT else "all")
+    if find_spec("numba") is not None:
+        compile_once.begin()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kinds.mark(items)
+    config.stash[kinds.COLLECTED] = list(items)
 
 
 @pytest.fixture(scope="module", params=["compiled", "plain"])

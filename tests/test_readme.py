@@ -43,6 +43,8 @@ ELSEWHERE = {
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }
+# Of the commands that prune: the other ones differ in options, each of which tests/api/test_every_option.py tries.
+QUICK = {"python launch.py", "python launch.py export=dense"}
 # What a machine without a GPU, a queue and internet can only plan.
 PLANNED = re.compile(r"(?:^| )(?:model=(?!tiny|hf)|bench=|hydra/launcher=)")
 
@@ -216,7 +218,13 @@ def at(
     return At(tmp_path, workshop, outputs, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("command", [command for command in ALL if command not in ELSEWHERE])
+def how_long(command: str) -> Any:
+    """As a case of a test: a command that prunes takes a second for each run."""
+    prunes = re.match(r"python launch\.py(?! --help| -cd )", command) and not PLANNED.search(command)
+    return pytest.param(command, marks=pytest.mark.slow if prunes and command not in QUICK else ())
+
+
+@pytest.mark.parametrize("command", [how_long(command) for command in ALL if command not in ELSEWHERE])
 def test_a_command_works(command: str, at: At) -> None:
     carry_out, words = who_carries_out(command)
     carry_out(words, at)

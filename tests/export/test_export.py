@@ -422,6 +422,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     assert "import esparse" in text and f"{facts['bytes']:,} bytes" in text
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("make", [packed, dense])
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_every_family_is_loaded_as_it_was_pruned(family: str, make: Any, tmp_path: Path) -> None:

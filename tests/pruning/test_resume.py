@@ -60,7 +60,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return furnished(tmp_path_factory.mktemp("workshop"), blocks=BLOCKS)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "biases"]
+
+
+@pytest.fixture(scope="module", params=["biases", *OTHERS])
 def undisturbed(request: pytest.FixtureRequest, workshop: Path) -> Undisturbed:
     out = workshop / request.param.replace(" ", "-")
     overrides = small_run(workshop, out) + METHODS[request.param]
@@ -130,6 +133,7 @@ def test_killed_whenever_a_file_is_touched(undisturbed: Undisturbed, tmp_path: P
     killed(undisturbed, tmp_path, 5, attempt)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(undisturbed: Undisturbed, tmp_path: Path) -> None:
     draw = random.Random(1)
 

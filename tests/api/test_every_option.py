@@ -1,0 +1,30 @@
+"""Every option of every group that belongs to the method prunes a model from the first block to the last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import esparse
+from esparse.records.groups import ANY, GROUPS, METHOD
+from tests.models.families import tiny
+
+ROW = "then"  # the class of options that are several others in a row; no option by itself
+OPTIONS = [(group, option) for group in METHOD for option in GROUPS[group].options if option not in (ANY, ROW)]
+TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_an_option_prunes(group: str, option: str) -> None:
+    model = tiny("llama")
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    pattern = "8:16" if group == "allocation" else "2:4"  # of 2:4 a layer has one density only
+    report = esparse.prune(model, None, pattern, calibration=TOKENS_SL, **{group: option})
+    assert report.to_dict()["config"]["choices"][group] == option
+    assert report.pattern_holds
+    assert report.density == pytest.approx(0.5, abs=0.01)
+    assert {name.rpartition(".layers.")[2].partition(".")[0] for name in report.keeps} == {"0", "1", "2"}
+    for name, keep_OI in report.keeps.items():
+        assert not torch.equal(model.get_parameter(name), dense[name])
+        assert not model.get_parameter(name)[~keep_OI].any()
+    assert torch.isfinite(model(TOKENS_SL).logits).all()
