@@ -2,7 +2,7 @@
 
     python launch.py -cd experiments -cn ladder
     python experiments/significance.py outputs/ladder
-    python experiments/significance.py outputs/real --corpus wikitext2 --against wanda    # all that ran, with one of them
+    python experiments/significance.py outputs/real --corpus wikitext2 --against wanda    # all, with one of them
 
 For each pattern and each pair of methods: the ratio of their perplexities (the same windows, averaged over calibration
 seeds), its 95 % interval by a bootstrap over runs of 8 neighbouring windows (neighbours share a document), and in how

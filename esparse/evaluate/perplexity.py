@@ -35,7 +35,7 @@ def window_losses(
     losses = []
     with blocks.ends_resident():
         for batch, ids_BL in enumerate(blocks.micro_batches(windows_WL)):
-            losses += [mean_loss(*window) for window in zip(activations.logits(batch, ids_BL), ids_BL, strict=True)]
+            losses += _mean_losses(activations, batch, ids_BL)
     losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
         raise Mistake("the perplexity is not a finite number: the model's logits hold NaN or Inf")
@@ -48,6 +48,20 @@ def perplexity(losses_W: Tensor) -> float:
 
 
 def mean_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
+    """The loss of a window's tokens that have a predecessor in it."""
+    return float(_losses(logits_LV[:-1], ids_L[1:]).double().mean())
+
+
+def _mean_losses(activations: Activations, batch: int, ids_BL: Tensor) -> list[float]:
+    """`mean_loss` of every window of a micro-batch; nothing holds the logits of a whole window."""
+    found: list[list[Tensor]] = [[] for _ in ids_BL]
+    for part, logits_BTV in activations.logits_in_parts(batch, ids_BL):
+        for losses, logits_TV, ids_L in zip(found, logits_BTV, ids_BL, strict=True):
+            next_T = ids_L[part.start + 1 : part.stop + 1]
+            losses.append(_losses(logits_TV[: len(next_T)], next_T))
+    return [float(torch.cat(losses).double().mean()) for losses in found]
+
+
+def _losses(logits_TV: Tensor, next_T: Tensor) -> Tensor:
     # One window at a time: float32 logits of a large vocabulary are large.
-    targets_L = ids_L[1:].to(logits_LV.device)
-    return float(cross_entropy(logits_LV[:-1].float(), targets_L, reduction="none").double().mean())
+    return cross_entropy(logits_TV.float(), next_T.to(logits_TV.device), reduction="none")

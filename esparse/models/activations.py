@@ -19,6 +19,7 @@ from esparse.models.blocks import BlockModel
 from esparse.models.calls import Call, Carried, Returned, alike
 from esparse.models.forward_check import check
 
+LOGITS_AT_ONCE = 2**23  # values on a CPU: 32 MiB in float32
 Ahead = list[tuple[Tensor, Carried]]  # what flows behind a block, by micro-batch
 
 
@@ -94,6 +95,24 @@ class Activations:
     def logits(self, batch: int, tokens_BL: Tensor) -> Tensor:
         """The model's logits (B x L x V) behind the last block; needs `ends_resident`."""
         return self.blocks.logits(tokens_BL, self.hidden[batch], self._carried[batch])
+
+    def logits_in_parts(
+        self, batch: int, tokens_BL: Tensor, values: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Which tokens of L, and their logits (B x T x V), part by part: those of all at once may be large.
+
+        A part has about as many `values` (by default what suits the device), and at least one token of each sequence.
+        """
+        hidden_BLH, (sequences, length) = self.hidden[batch], tokens_BL.shape
+        head = self.blocks.model.get_input_embeddings().weight.shape[0]
+        most = LOGITS_AT_ONCE if self.blocks.device.type == "cpu" else 8 * LOGITS_AT_ONCE
+        at_once = max(1, most // (sequences * head)) if self.blocks.logits_by_token else length
+        if at_once >= length:
+            yield slice(0, length), self.logits(batch, tokens_BL)
+            return
+        for start in range(0, length, at_once):
+            part = slice(start, min(start + at_once, length))
+            yield part, self.blocks.logits(tokens_BL[:, part], hidden_BLH[:, part])
 
     def _step(self, index: int, batch: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Carried]:
         call = self._calls[batch][index]

@@ -88,6 +88,7 @@ class BlockModel:
         self.stay_dense = plugins.quirks(model)
         self.hands_on = HandsOn.HIDDEN
         self.checked = False  # whether the walk is known to compute what the model does (models/forward_check.py)
+        self.logits_by_token = False  # whether a token's logits are known to depend on its own hidden states alone
         self.routers: set[str] = set()  # layers that were seen to decide which experts run
         self._experts = _expert_configs(model)
         self.prefix, self.blocks, first = self._found(candidates(model))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from esparse.evaluate.perplexity import perplexity, window_losses
+from esparse.models import activations
 from esparse.models.blocks import BlockModel
+from esparse.models.forward_check import check
 from tests.models.families import tiny
 
 IDS_WL = torch.randint(1, 96, (5, 16), generator=torch.Generator().manual_seed(7))
@@ -35,6 +37,42 @@ def test_equals_the_formula(family: str) -> None:
 def test_does_not_depend_on_micro_batches(batch_tokens: int) -> None:
     usual = window_losses(blocks_of("llama"), IDS_WL)
     torch.testing.assert_close(window_losses(blocks_of("llama", batch_tokens), IDS_WL), usual, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt-post-norm", "mixtral"])
+@pytest.mark.parametrize("batch_tokens", [16, 64])
+def test_no_part_of_the_logits_is_larger_than_said_and_the_losses_stay(
+    family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = window_losses(blocks_of(family, batch_tokens), IDS_WL)
+    blocks = blocks_of(family, batch_tokens)
+    check(blocks, IDS_WL)
+    assert blocks.logits_by_token
+    most, made = 5 * 4 * 96, []  # 16 and 5 tokens at once, of one and of four windows
+    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", most)
+    blocks.model.get_output_embeddings().register_forward_hook(lambda _, args, out: made.append(tuple(out.shape)))
+    torch.testing.assert_close(window_losses(blocks, IDS_WL), whole, rtol=1e-6, atol=0)
+    assert {shape[1] for shape in made} == ({16} if batch_tokens == 16 else {5, 1, 16})
+    assert max(math.prod(shape) for shape in made) <= most
+
+
+def test_logits_that_depend_on_other_tokens_are_made_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+
+    class Mixing(torch.nn.Module):
+        """A last norm that adds what stands before a token: causal, and no matter of the token alone."""
+
+        def forward(self, x_BLH: torch.Tensor) -> torch.Tensor:
+            return x_BLH + x_BLH.cumsum(1)
+
+    model.model.norm = Mixing()
+    with torch.inference_mode():
+        log_p = model(IDS_WL).logits.double().log_softmax(-1)
+    expected = -log_p[:, :-1].gather(-1, IDS_WL[:, 1:, None]).squeeze(-1).mean(1)
+    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 96)
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=64)
+    torch.testing.assert_close(window_losses(blocks, IDS_WL), expected, rtol=1e-5, atol=0)
+    assert blocks.checked and not blocks.logits_by_token
 
 
 def test_the_loss_is_computed_in_float32() -> None:
