@@ -36,6 +36,14 @@ class Pattern(ABC):
         """The inputs of each set that `keep_top` can choose by itself, in order, a shorter last one included."""
         return [slice(0, inputs)]
 
+    def sweep_cuts(self, inputs: int, block: int) -> list[slice]:
+        """The inputs of each set that a sweep over the columns, in blocks of so many, chooses when it is there."""
+        return self.cuts(inputs)
+
+    def keep_of_sweep(self, scores_OC: Tensor) -> Tensor:
+        """What survives of the columns of one such set."""
+        return self.keep_top(scores_OC)
+
     def shuffled_groups(self, inputs: int) -> NM | None:
         """The n:m whose groups a shuffle of so many channels forms; None where there is no whole group."""
         return None

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unstructured(Pattern):
-    """Of every row, `removed_percent` per cent of the weights go (rounded down), wherever they stand."""
+    """Of every row, `removed_percent` per cent of the weights go (rounded down), wherever they stand.
+
+    SparseGPT's sweep chooses them otherwise, as its authors do: of each block of columns that many per cent over all
+    rows, the one on the border included. So the pattern holds where a matrix keeps no more than all rows together may.
+    """
 
     removed_percent: float
 
@@ -27,8 +31,16 @@ class Unstructured(Pattern):
     def keep_top(self, scores_OI: Tensor) -> Tensor:
         return top(scores_OI, _left(scores_OI.shape[-1], self.removed_percent))
 
+    def sweep_cuts(self, inputs: int, block: int) -> list[slice]:
+        return [slice(start, min(start + block, inputs)) for start in range(0, inputs, block)]
+
+    def keep_of_sweep(self, scores_OC: Tensor) -> Tensor:
+        # Of SparseGPT's code: the scores in order, what is not above the one at place int(share * number) goes.
+        border = scores_OC.numel() - _left(scores_OC.numel(), self.removed_percent)
+        return scores_OC > scores_OC.flatten().kthvalue(border + 1).values
+
     def holds(self, keep_OI: Tensor) -> bool:
-        return bool((keep_OI.sum(-1) <= _left(keep_OI.shape[-1], self.removed_percent)).all())
+        return int(keep_OI.sum()) <= keep_OI[..., 0].numel() * _left(keep_OI.shape[-1], self.removed_percent)
 
     def metadata_bits(self, outputs: int, inputs: int) -> int:
         return outputs * inputs

@@ -1,7 +1,8 @@
 """RIA's channel permutation (Zhang et al., ICLR 2024, OpenReview Tr0lPx9woF): slots of all groups assigned at once.
 
 Each group has m slots. For one slot after the other, all groups hand in the channel that stands there, and a linear
-assignment problem gives every group the one with which the total kept score is greatest.
+assignment problem gives every group the one with which the total kept score is greatest. RIA's code finds an order for
+every layer; here, as with all shuffles, the layers that read one tensor (q, k, v; gate, up) have one order in common.
 Shapes: O outputs, I inputs, G groups, M slots of a group, R = O rows.
 """
 

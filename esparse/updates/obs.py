@@ -63,7 +63,8 @@ def sweep(
     """The repaired weights and their keep mask, columns in the order in which groups are cut.
 
     `upper_II` is U with U^T U = H^-1. Where `fixed_OI` is None each group of the pattern is chosen when the sweep
-    reaches it, by w^2 / U_jj^2 of the weights as they are by then.
+    reaches it, by w^2 / U_jj^2 of the weights as they are by then; where a share in per cent goes, that share of each
+    block of columns over all rows, as in the authors' code.
     """
     import torch
 
@@ -93,7 +94,7 @@ def _sweep_columns(
     weight_IO = dense_OI.T.contiguous()
     inputs = len(weight_IO)
     if fixed_OI is None:
-        keep_IO, cuts = torch.ones_like(weight_IO, dtype=torch.bool), pattern.cuts(inputs)
+        keep_IO, cuts = torch.ones_like(weight_IO, dtype=torch.bool), pattern.sweep_cuts(inputs, block)
     else:
         keep_IO, cuts = fixed_OI.T.contiguous(), [slice(0, inputs)]
     groups = {cut.start: cut for cut in cuts} if fixed_OI is None else {}
@@ -116,7 +117,7 @@ def _sweep_columns(
         ):
             if column in groups:
                 cut = groups[column]
-                keep_IO[cut] = pattern.keep_top((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
+                keep_IO[cut] = pattern.keep_of_sweep((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
             torch.div(weight_O, pivot, out=error_O).masked_fill_(keep_O, 0.0)
             weight_IO[column:end].addr_(upper_II[column, column:end], error_O, alpha=-1)
 

@@ -57,7 +57,9 @@ def test_obs_and_admm_choose_masks_that_hold(pattern: Pattern, shuffled: bool) -
         assert error(layer, done.weight_OI) < error(layer, torch.zeros_like(done.weight_OI))
         # How many survive depends on how many outliers share a group, or which blocks are smaller.
         if not isinstance(pattern, Outliers | Tiles):
-            assert int(done.keep_OI.sum()) == int(start.keep_OI.sum())
+            # Of a share in per cent the weight on the border goes, too, in each block of columns.
+            border = len(pattern.sweep_cuts(38, 8)) if update is obs and isinstance(pattern, Unstructured) else 0
+            assert int(done.keep_OI.sum()) == int(start.keep_OI.sum()) - border
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, parse("8:16", "16:256")], ids=str)
@@ -65,7 +67,11 @@ def test_obs_and_admm_choose_masks_that_hold(pattern: Pattern, shuffled: bool) -
 def test_where_inputs_do_not_hang_together_obs_chooses_by_the_weights_alone(pattern: Pattern, block: int) -> None:
     dense_OI = torch.randn(6, 600, generator=torch.Generator().manual_seed(0))
     _, keep_OI = sweep(dense_OI, torch.eye(600), pattern, None, block=block)
-    assert torch.equal(keep_OI, pattern.keep_top(dense_OI.square()))
+    cuts = pattern.sweep_cuts(600, block)
+    expected = torch.cat([pattern.keep_of_sweep(dense_OI[:, cut].square()) for cut in cuts], 1)
+    assert torch.equal(keep_OI, expected)
+    if not isinstance(pattern, Unstructured):  # whose share is of each block of columns there
+        assert torch.equal(keep_OI, pattern.keep_top(dense_OI.square()))
 
 
 @patterns
