@@ -29,7 +29,7 @@ LAYERS = [
     {"metrics", "shuffles", "updates", "prepare"},
     {"recoveries", "allocations"},
     {"pruning", "packed", "evaluate", "bench"},
-    {"export"},
+    {"export", "vllm"},
     {"run"},
     {"cli"},
     {"sweeps"},
@@ -54,6 +54,8 @@ FENCES = {
     "datasets": {"data", "evaluate"},
     "lm_eval": {"evaluate"},
     "submitit": {"sweeps"},
+    "vllm": {"vllm"},
+    "peft": {"packed.adapters"},
 }
 LOOSE = 8  # modules that may lie in no folder
 

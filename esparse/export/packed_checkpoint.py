@@ -32,6 +32,7 @@ class _Contents:
     biases: list[str] = field(default_factory=list)
     ordered: list[str] = field(default_factory=list)
     behind: list[str] = field(default_factory=list)
+    readers: dict[str, list[str]] = field(default_factory=dict)
     before: list[str] = field(default_factory=list)
     absorbed: int = 0
     dense_experts: dict[str, int] = field(default_factory=dict)  # bytes of the experts that are not packed
@@ -99,6 +100,7 @@ class Packed(ToFolder):
                 "biases": contents.biases,
                 "ordered": contents.ordered,
                 "behind": contents.behind,
+                "readers": contents.readers,
                 "before": contents.before,
                 "experts": contents.experts,
                 "files": draft.files,
@@ -145,6 +147,7 @@ class Packed(ToFolder):
             packed |= {f"{norm}.output_order": order.int() for norm, order in plan.behind.items()}
             packed |= {f"{layer}.input_order": order.int() for layer, order in plan.before.items()}
             contents.behind += plan.behind
+            contents.readers |= plan.readers
             contents.before += plan.before
             contents.absorbed += plan.absorbed
         rest = {name: plan.stored(name, value) for name, value in tensors.items() if name not in matrices}

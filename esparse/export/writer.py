@@ -28,6 +28,7 @@ from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
 from esparse.models.store import stays_wide
 from esparse.packed.checksums import checksum
+from esparse.packed.format import WITHOUT_ESPARSE
 from esparse.records.report import write_json, write_whole
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Draft:
         config.pop("quantization_config", None)  # it describes weights that were dequantised since
         config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
         if quantization is not None:
-            config["quantization_config"] = quantization
+            config |= {"quantization_config": quantization, "transformers_weights": WITHOUT_ESPARSE}
         if model.can_generate():
             model.generation_config.save_pretrained(self.folder)
         if self.run.tokenizer is not None:  # a caller of the Python API may have none

@@ -34,6 +34,7 @@ class Reordered:
     columns: dict[str, Tensor] = field(default_factory=dict)  # by the weight's name in the state dict
     rows: dict[str, Tensor] = field(default_factory=dict)  # of weight and bias, by the weight's name
     behind: dict[str, Tensor] = field(default_factory=dict)  # gathers behind a norm, by the module's name
+    readers: dict[str, list[str]] = field(default_factory=dict)  # the layers that read such a norm
     before: dict[str, Tensor] = field(default_factory=dict)  # gathers in front of a layer, likewise
     absorbed: int = 0  # tensors that come in their order by themselves
     left: list[str] = field(default_factory=list)  # weights that keep their columns' own order, and had another
@@ -79,6 +80,7 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
             plan.absorbed += 1
         elif norm is not None and _gathered_behind(graph, group, norm[1], order_I):
             plan.behind[norm[0]] = order_I
+            plan.readers[norm[0]] = [matrix.name for matrix in group.matrices]
         else:
             plan.before |= {matrix.name: order_I for matrix in group.matrices}
         plan.columns |= {matrix.entry: order_I for matrix in group.matrices}
@@ -87,17 +89,23 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
 
 
 def gather_behind(norm: nn.Module, order_I: Tensor) -> Any:
-    """From now on the norm returns its channels in this order; returns the hook."""
+    """From now on the norm returns its channels in this order; returns the hook, which can be pickled."""
     norm.register_buffer("output_order", order_I)
-    return norm.register_forward_hook(lambda module, args, out: out.index_select(-1, module.output_order))
+    return norm.register_forward_hook(_output_gathered)
 
 
 def gather_before(layer: nn.Module, order_I: Tensor) -> Any:
-    """From now on the layer gets its channels in this order; returns the hook."""
+    """From now on the layer gets its channels in this order; returns the hook, which can be pickled."""
     layer.register_buffer("input_order", order_I)
-    return layer.register_forward_pre_hook(
-        lambda module, args: (args[0].index_select(-1, module.input_order), *args[1:])
-    )
+    return layer.register_forward_pre_hook(_input_gathered)
+
+
+def _output_gathered(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    return out.index_select(-1, module.get_buffer("output_order"))
+
+
+def _input_gathered(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].index_select(-1, module.get_buffer("input_order")), *args[1:])
 
 
 @torch.no_grad()

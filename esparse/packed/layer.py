@@ -113,16 +113,7 @@ class PackedLinear(nn.Module):
         """x @ W^T + bias (T x O), computed the fastest way for this number of tokens and device; without gradients."""
         if x_TI.is_cuda and self.for_kernels:
             return self.by_kernels(x_TI, bias_O)
-        packed = self.packed()
-        few = len(x_TI) <= LOOP_TOKENS.get(self.values.element_size(), 0) and x_TI.dtype == self.values.dtype
-        compiled = loops(self.values.dtype) if few and x_TI.device.type == "cpu" else None
-        if compiled is not None:
-            y_TO = compiled.product(packed.values_OK, packed.bits_OB, x_TI, outliers(packed))
-            return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
-        y_TO = x_TI.new_empty(len(x_TI), self.out_features)
-        for rows in self.tiles(x_TI.element_size()):
-            y_TO[:, rows] = linear(x_TI, with_zeros(packed, rows), None if bias_O is None else bias_O[rows])
-        return y_TO
+        return multiply(self.packed(), x_TI, bias_O)
 
     def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product, computed by the kernel for this number of tokens (esparse/kernels/linear.py)."""
@@ -130,12 +121,6 @@ class PackedLinear(nn.Module):
         few = few_tokens(x_TI.dtype, x_TI.shape[1], n=nm.n, m=nm.m)
         blob = self.second_copy() if len(x_TI) > few else None  # may move the values
         return packed_linear(self.values, self.bits, x_TI, n=nm.n, m=nm.m, bias_R=bias_O, blob=blob)
-
-    def tiles(self, element_bytes: int) -> Iterator[slice]:
-        """Slices of rows that are made dense at one time."""
-        rows = max(1, TILE_BYTES // (self.in_features * element_bytes))
-        for first in range(0, self.out_features, rows):
-            yield slice(first, min(first + rows, self.out_features))
 
     def second_copy(self) -> Tensor | None:
         """The weights in cuSPARSELt's format, built at the first call; None if this layer is to have none.
@@ -190,11 +175,32 @@ class _Product(torch.autograd.Function):
         grad_TI = grad_O = None
         if ctx.needs_input_grad[0]:
             grad_TI = grad_TO.new_zeros(len(grad_TO), layer.in_features)
-            for rows in layer.tiles(grad_TO.element_size()):
+            for rows in tiles(layer.out_features, layer.in_features, grad_TO.element_size()):
                 grad_TI += grad_TO[:, rows] @ with_zeros(layer.packed(), rows)
         if ctx.needs_input_grad[1]:
             grad_O = grad_TO.sum(0)
         return grad_TI, grad_O, None
+
+
+def multiply(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x @ W^T + bias (T x O) without kernels of a GPU: by compiled loops for a few tokens, else some rows at a time."""
+    outputs, kind = len(packed.values_OK), packed.values_OK.dtype
+    few = len(x_TI) <= LOOP_TOKENS.get(kind.itemsize, 0) and x_TI.dtype == kind
+    compiled = loops(kind) if few and x_TI.device.type == "cpu" else None
+    if compiled is not None:
+        y_TO: Tensor = compiled.product(packed.values_OK, packed.bits_OB, x_TI, outliers(packed))
+        return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+    y_TO = x_TI.new_empty(len(x_TI), outputs)
+    for rows in tiles(outputs, packed.inputs, x_TI.element_size()):
+        y_TO[:, rows] = linear(x_TI, with_zeros(packed, rows), None if bias_O is None else bias_O[rows])
+    return y_TO
+
+
+def tiles(outputs: int, inputs: int, element_bytes: int) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
+    rows = max(1, TILE_BYTES // (inputs * element_bytes))
+    for first in range(0, outputs, rows):
+        yield slice(first, min(first + rows, outputs))
 
 
 @cache

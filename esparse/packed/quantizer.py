@@ -17,12 +17,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from esparse.errors import Mistake
 from esparse.packed.checksums import check_files
-from esparse.packed.format import FORMAT_NAME, VERSION
+from esparse.packed.format import FORMAT_NAME, READS, VERSION, WITHOUT_ESPARSE
 
 log = logging.getLogger("esparse")
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from esparse.patterns import Pattern
 
@@ -42,26 +42,29 @@ class EsparseConfig(QuantizationConfigMixin):
         ordered: Sequence[str] = (),
         behind: Sequence[str] = (),
         before: Sequence[str] = (),
+        readers: dict[str, list[str]] | None = None,
         experts: dict[str, dict[str, Any]] | None = None,
         **other: Any,
     ) -> None:
         """`layers`: pattern by packed layer. `files`: SHA-256 by file of weights.
 
         `biases`: layers with a bias that other models of the family do not have. If `order` is `physical`, channels are
-        gathered behind the norms `behind` and in front of the layers `before`; if `original`, loading puts the columns
-        of the layers `ordered` back into their own order. `experts`: for each parameter that holds experts its pattern,
-        whether it is stored transposed, and whether its columns are ordered (loading then puts them back).
+        gathered behind the norms `behind`, which the layers `readers` read, and in front of the layers `before`; if
+        `original`, loading puts the columns of the layers `ordered` back into their own order. `experts`: for each
+        parameter that holds experts its pattern, whether it is stored transposed, and whether its columns are ordered
+        (loading then puts them back).
         """
-        if version != VERSION:
-            raise Mistake(f"the checkpoint has version {version} of esparse's format, this esparse reads {VERSION}")
-        _check_kinds({"layers": layers, "files": files, "experts": experts or {}}, dict)
+        if version not in READS:
+            reads = " and ".join(map(str, READS))
+            raise Mistake(f"the checkpoint has version {version} of esparse's format, this esparse reads {reads}")
+        _check_kinds({"layers": layers, "files": files, "experts": experts or {}, "readers": readers or {}}, dict)
         _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
         self.quant_method = FORMAT_NAME
         self.version, self.order = version, order
-        self.layers, self.files = layers, files
+        self.layers, self.files = layers or {}, files or {}
         self.biases, self.ordered = list(biases), list(ordered)
         self.behind, self.before = list(behind), list(before)
-        self.experts = experts or {}
+        self.readers, self.experts = readers or {}, experts or {}
 
 
 def _check_kinds(entries: dict[str, Any], kind: type) -> None:
@@ -106,6 +109,18 @@ class EsparseQuantizer(HfQuantizer):
     """Puts packed layers into an empty model, and settles them after their tensors are loaded."""
 
     requires_calibration = True  # a model is packed by a run of esparse, not while it is loaded
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The configuration without the sentence for those who have no esparse (packed/format.py).
+
+        transformers shows a quantizer the configuration here, before it looks for the files; until 5.23 below.
+        """
+        if getattr(config, "transformers_weights", None) == WITHOUT_ESPARSE:
+            del config.transformers_weights
+        return config
+
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -185,8 +200,12 @@ class EsparseQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return False  # to get another export, repeat the run that packed it with other settings of export
+        """Asked when the model is saved: ValueError, as what is in memory is not what lies on disk."""
+        raise Mistake(
+            "a packed model cannot be saved again: copy the folder that it was loaded from, or let a run of esparse "
+            "write another export"
+        )
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # by adapters beside the packed layers, which pass gradients on (packed/adapters.py)

@@ -1,0 +1,18 @@
+"""esparse's packed format in vLLM, as a plug-in of its own: `vllm serve DIR` and `LLM(DIR)` take such a folder.
+
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins` of pyproject.toml) and then
+finds the format by the `quant_method` of config.json. Nothing else of esparse imports this, nor vLLM.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Makes the format known to vLLM and to its transformers; may be called again."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    import esparse  # noqa: F401  transformers then knows the format
+    from esparse.packed.format import FORMAT_NAME
+    from esparse.vllm.served_checkpoint import ServedCheckpoint
+
+    register_quantization_config(FORMAT_NAME)(ServedCheckpoint)
