@@ -14,13 +14,15 @@ from hydra.core.config_store import ConfigStore
 
 from esparse.cli import registry
 from esparse.cli.help_text import store_not_copied
-from esparse.records.groups import GROUPS, METHOD_GROUPS, display_name
+from esparse.records.groups import GROUPS, METHOD_GROUPS, acting, display_name
 from esparse.records.report import run_id
 from esparse.run.settings import Experiment
 from tests.workshop import launch
 
 CONF = Path(__file__).parent.parent / "conf"
-FOLDERS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+# A method sets other groups, and is no part of a run itself.
+FOLDERS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "method"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 OPTIONS = [(group, path.stem) for group in FOLDERS for path in sorted((CONF / group).glob("*.yaml"))]
 ROW = "then"  # the class of options that are several others in a row; no option by itself
 # What an option cannot know by itself.
@@ -99,6 +101,54 @@ def test_sparsegpt_implies_its_update_and_can_do_without() -> None:
     assert type(experiment("metric=sparsegpt", "update=none").update).__name__ == "NoUpdate"
 
 
+def chosen(*overrides: str) -> list[str]:
+    """The options that act, in their order."""
+    return acting(settings(*overrides)["choices"])
+
+
+def test_a_metric_alone_is_its_papers_method() -> None:
+    assert chosen() == chosen("metric=entropy") == ["entropy", "esparse"]
+    assert chosen("metric=wanda") == ["wanda"]
+    assert chosen("metric=sparsegpt") == ["sparsegpt", "sparsegpt"]
+    assert chosen("metric=entropy", "shuffle=none") == ["entropy"]
+    assert chosen("metric=wanda", "shuffle=esparse") == ["wanda", "esparse"]
+
+
+# Of each method the options that do something, from its paper.
+OF_METHODS = {
+    "magnitude": ["magnitude"],
+    "wanda": ["wanda"],
+    "sparsegpt": ["sparsegpt", "sparsegpt"],
+    "ria": ["ria", "lsa"],
+    "esparse": ["entropy", "esparse"],
+    "nowag": ["nowag"],
+    "gblm": ["gradient"],
+    "owl": ["wanda", "owl"],
+    "admm": ["wanda", "admm"],
+    "alps": ["wanda", "alps"],
+    "ebft": ["wanda", "block"],
+    "eight_sixteen": ["equalise", "ria", "variance_block"],
+    "best": ["entropy", "esparse", "joint", "window_parent"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_by_name_sets_every_part_and_each_can_be_changed(name: str) -> None:
+    assert set(OF_METHODS) == set(METHODS)
+    assert chosen(f"method={name}", "pattern=8:16") == OF_METHODS[name]
+    # Whatever else is chosen in front of it or behind it on the command line goes before.
+    changed = ["prepare=none", "metric=ria", "allocation=uniform", "shuffle=gns", "update=obs", "recovery=bias"]
+    assert chosen(*changed, f"method={name}", "pattern=8:16") == ["ria", "gns", "obs", "bias"]
+
+
+def test_a_method_is_the_same_run_as_its_parts() -> None:
+    assert run_id(settings("method=esparse")) == run_id(settings())
+    assert run_id(settings("method=wanda")) == run_id(settings("metric=wanda"))
+    asked = settings("method=eight_sixteen")
+    assert (asked["pattern"], asked["outliers"]) == ("8:16", "16:256")
+    assert settings("method=eight_sixteen", "pattern=2:4")["pattern"] == "2:4"
+
+
 def test_updates_in_a_row_keep_their_classes_in_the_record() -> None:
     update = settings("update=joint")["update"]
     assert (update["_class"], update["first"]["_class"]) == ("Then", "Alps")
@@ -110,7 +160,7 @@ def test_help_names_every_option_and_value() -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr
     text, _, _ = done.stdout.partition("All settings of this command line")
     lines = text.splitlines()
-    for group, option in OPTIONS:
+    for group, option in [*OPTIONS, *(("method", name) for name in METHODS)]:
         start = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{group}="))
         end = next(i for i in range(start + 1, len(lines)) if "=" in lines[i].split("(")[0])
         words = " ".join(lines[start:end]).replace("|", " ").split()
@@ -130,7 +180,8 @@ def test_numbers_live_in_yaml_alone() -> None:
 def test_every_yaml_says_what_it_is() -> None:
     for path in CONF.rglob("*.yaml"):
         if path.parent.name != "help":
-            assert path.read_text().startswith("# "), f"{path} does not open with a sentence"
+            text = path.read_text().removeprefix("# @package _global_\n")
+            assert text.startswith("# "), f"{path} does not open with a sentence"
 
 
 def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:

@@ -59,7 +59,7 @@ def prune(
     pattern: str = "2:4",
     *,
     metric: str | Metric = "entropy",
-    shuffle: str | Shuffle | None = "esparse",
+    shuffle: str | Shuffle | None = IMPLIED,
     update: str | Update | None = IMPLIED,
     recovery: str | Recovery | None = "none",
     prepare: str | Prepare | None = "none",
@@ -77,10 +77,11 @@ def prune(
     """Prunes a causal language model of transformers in place, block after block; E-Sparse unless told otherwise.
 
     A part is a name of the command line, with the numbers of conf/, or an object: `option("metric", "entropy",
-    alpha=0.5)`, or one of your own class; None is none. `calibration`: a corpus by name (builtin, c4, ...), a
-    file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences` and `length`
-    are of what is cut out of a text. `skip`: regular expressions of layer names that stay dense. `device`: computes,
-    block by block, for a model that lies elsewhere. `progress`: a bar; None shows it on a terminal.
+    alpha=0.5)`, or one of your own class; None is none. By itself the shuffle is that of the metric's paper (entropy:
+    esparse; others: none), the update likewise (sparsegpt: its own). `calibration`: a corpus by name (builtin, c4,
+    ...), a file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences` and
+    `length` are of what is cut out of a text. `skip`: regular expressions of layer names that stay dense. `device`:
+    computes, block by block, for a model that lies elsewhere. `progress`: a bar; None shows it on a terminal.
 
     Mode, experts implementation, hooks and requires_grad of the model are afterwards as they were, also after an
     exception; weights of the blocks that were done by then are pruned. Raises ValueError for what cannot be pruned or

@@ -14,7 +14,9 @@ from esparse.parts.plugins import BASES, class_name
 from esparse.records.groups import GROUPS
 
 NEUTRAL = {"shuffle": "none", "update": "none", "recovery": "none", "prepare": "none", "allocation": "uniform"}
-IMPLIED = "implied"  # an update: what the metric wants (SparseGPT's its own), else none
+IMPLIED = (
+    "implied"  # an update or a shuffle: that of the metric's paper (sparsegpt's sweep, entropy's esparse), or none
+)
 
 
 def option(group: str, name: str, /, **changes: Any) -> Any:
@@ -35,7 +37,7 @@ def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[
     """The objects of a method, and what each is called."""
     outside = numbers.usual() | {"seed": seed}
     parts, choices, implied = {}, {}, dict(NEUTRAL)
-    for group, part in asked.items():  # the metric comes first, as it may imply an update
+    for group, part in asked.items():  # the metric comes first, as it may imply a shuffle and an update
         if part is None and group in NEUTRAL:
             part = NEUTRAL[group]
         if part == IMPLIED:
@@ -49,9 +51,16 @@ def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[
         if not isinstance(part, getattr(import_module(module), base)):
             raise Mistake(f"{group} must be the name of an option or an object of a {module}.{base}, got {part!r}")
         parts[group], choices[group] = part, class_name(type(part))
+        implied |= _implied_by(group, type(part))
     for part in parts.values():
         extras.need_part(part)
     return parts, choices
+
+
+def _implied_by(group: str, component: type) -> dict[str, str]:
+    """What the first option with this class implies of other groups; nothing for a class of the caller's own."""
+    names = [name for name in GROUPS[group].options if class_of(group, name) is component]
+    return numbers.implied(group, names[0], class_of) if names else {}
 
 
 def plain(value: Any) -> Any:

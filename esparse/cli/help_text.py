@@ -13,6 +13,21 @@ from omegaconf import OmegaConf
 from esparse.records.groups import GROUPS, Group
 
 WIDTH = 120
+# Sets several groups as the authors of a method do, and is therefore none of GROUPS.
+METHODS = {
+    "method": Group(
+        options={},
+        notes={
+            "esparse": "what runs by itself",
+            **dict.fromkeys(("magnitude", "wanda", "sparsegpt"), ""),
+            "ria": "with its permutation",
+            **dict.fromkeys(("nowag", "gblm", "owl", "admm", "alps"), ""),
+            "ebft": "on Wanda's mask",
+            "eight_sixteen": "8:16+16:256 and all repairs",
+            "best": "ours; each sets the six parts of a method, every one of which can be changed behind it",
+        },
+    )
+}
 INDENT, NAMES = 2, 16  # columns in front of a group's name, and in front of its options
 
 
@@ -24,7 +39,8 @@ def register() -> None:
 def _groups() -> str:
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    return "\n".join(lines(name, group, hydra.config_loader.get_group_options(name)) for name, group in GROUPS.items())
+    find = hydra.config_loader.get_group_options
+    return "\n".join(lines(name, group, find(name)) for name, group in (METHODS | GROUPS).items())
 
 
 def lines(name: str, group: Group, found: Sequence[str]) -> str:

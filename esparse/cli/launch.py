@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from esparse.cli import registry
+from esparse.cli import registry, remarks
 from esparse.cli.attempt import carry_out
 from esparse.cli.main import exit_code, mistakes
 from esparse.parts.conf_folder import conf_folder
@@ -21,5 +21,7 @@ def main() -> int:
 def _run(config: DictConfig) -> None:
     with mistakes():
         experiment = registry.build(config)
-        settings = registry.resolved(config, experiment, HydraConfig.get().runtime.choices)
+        choices = HydraConfig.get().runtime.choices
+        settings = registry.resolved(config, experiment, choices)
+    remarks.say(remarks.remarks(settings, choices))
     carry_out(experiment, settings)

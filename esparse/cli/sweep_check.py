@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from esparse.cli import registry
+from esparse.cli import registry, remarks
 from esparse.cli.attempt import carry_out_all
 from esparse.cli.call import FAILED, call
 from esparse.cli.end_of_sweep import end_of_sweep
@@ -32,8 +32,12 @@ class Sweep(Callback):
         call.sweep = Path(config.hydra.sweep.dir).name
         call.runs.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
-            call.runs.update({tuple(overrides): _composed(config, overrides) for overrides in _jobs(config)})
+            said: list[str] = []
+            for overrides in _jobs(config):
+                call.runs[tuple(overrides)], sentences = _composed(config, overrides)
+                said += sentences
             _check_exports(list(call.runs.values()))
+            remarks.say(said)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if call.submitted or all(settings["dry_run"] for settings in call.runs.values()):
@@ -91,8 +95,11 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-def _composed(sweep: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def _composed(sweep: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of one run, and what is to be said of them."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     config = hydra.config_loader.load_sweep_config(sweep, overrides)
-    return registry.resolved(config, registry.build(config), config.hydra.runtime.choices)
+    choices = config.hydra.runtime.choices
+    settings = registry.resolved(config, registry.build(config), choices)
+    return settings, remarks.remarks(settings, choices)

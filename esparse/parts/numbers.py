@@ -56,6 +56,11 @@ def option(
     return _built(group, name, found, dict(changes or {}), outside), found.implied
 
 
+def implied(group: str, name: str, classes: Classes) -> dict[str, str]:
+    """The options of other groups that an option implies, by group; none for one without a file of its own."""
+    return _settings(group, name, classes).implied if name in names(group) else {}
+
+
 def usual() -> dict[str, Any]:
     """What conf/config.yaml takes where nothing is said: the option of each group, and the plain values."""
     content = _read(conf_folder() / "config.yaml")

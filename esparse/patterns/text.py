@@ -67,8 +67,8 @@ def _parse(text: object) -> Pattern:
 
 def _nm(name: str, text: object, explained: str) -> NM | None:
     """The n:m that a text names, None where it is another text; ValueError for what YAML makes of an unquoted n:m."""
-    if not isinstance(text, str) or re.fullmatch(r"\d+", text):
-        raise Mistake(f"{explained}, got {text!r}: in YAML write it in quotes, unquoted 2:4 is the number 124")
+    if not isinstance(text, str) or re.fullmatch(r"\d+(\.\d+)?", text):
+        raise Mistake(f"{explained}, got {text!r}: {_meant(name, text)}")
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
         return None
@@ -76,3 +76,13 @@ def _nm(name: str, text: object, explained: str) -> NM | None:
     if not 0 < n < m:
         raise Mistake(f"{name} n:m needs 0 < n < m, since n of m weights survive; got {text!r}")
     return NM(n, m)
+
+
+def _meant(name: str, number: object) -> str:
+    """What a bare number stands for: a share whose % is missing, or what YAML makes of n:m, the number 60 n + m."""
+    in_yaml = "in YAML write it in quotes, unquoted 2:4 is the number 124"
+    value = float(str(number)) if isinstance(number, str | int | float) and not isinstance(number, bool) else 0.0
+    if name != "pattern" or not 0 < value < 100:
+        return in_yaml
+    per_cent = f"did you mean {100 * value if value < 1 else value:g}%?"
+    return f"{per_cent} Of n:m: {in_yaml}" if value > 60 else per_cent

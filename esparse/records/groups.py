@@ -80,7 +80,7 @@ GROUPS: dict[str, Group] = {
         },
         method=True,
         column="front",
-        notes={"sparsegpt": "implies update=sparsegpt"},
+        notes={"entropy": "implies shuffle=esparse", "sparsegpt": "implies update=sparsegpt"},
     ),
     "allocation": Group(
         options={

@@ -110,19 +110,21 @@ def test_the_masks_and_numbers_are_those_of_a_run(
 def test_the_defaults_are_those_of_the_command_line() -> None:
     usual = numbers.usual()
     defaults = {k: p.default for k, p in inspect.signature(esparse.prune).parameters.items()}
-    for name in (
-        "metric",
-        "shuffle",
-        "recovery",
-        "prepare",
-        "allocation",
-        "pattern",
-        "outliers",
-        "seed",
-        "calibration",
-    ):
+    for name in ("metric", "recovery", "prepare", "allocation", "pattern", "outliers", "seed", "calibration"):
         assert defaults[name] == usual[name], name
-    assert (defaults["update"], usual["update"]) == ("implied", "none")
+    for follows in ("shuffle", "update"):  # the metric, there by the files of conf/, here by a word
+        assert (defaults[follows], usual[follows]) == ("implied", "none")
+
+
+def test_the_shuffle_and_the_update_follow_the_metric_also_where_it_is_an_object() -> None:
+    def chosen(metric: Any, **other: Any) -> tuple[str, str]:
+        report = pruned(tiny("llama"), metric=metric, **other)
+        return report.config["choices"]["shuffle"], report.config["choices"]["update"]
+
+    assert chosen(esparse.option("metric", "entropy", alpha=0.5)) == ("esparse", "none")
+    assert chosen(esparse.option("metric", "sparsegpt", damp=0.1)) == ("none", "sparsegpt")
+    assert chosen(esparse.option("metric", "wanda")) == chosen("wanda") == ("none", "none")
+    assert chosen("entropy", shuffle=None) == ("none", "none")
 
 
 def test_a_report_has_all_and_prints_as_a_table() -> None:

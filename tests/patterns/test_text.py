@@ -48,6 +48,11 @@ def test_parse_outliers() -> None:
     ("text", "part"),
     [
         ("124", "unquoted 2:4 is the number 124"),
+        (None, "unquoted 2:4 is the number 124"),
+        ("50", "got '50': did you mean 50%?"),
+        (50, "got 50: did you mean 50%?"),
+        ("0.5", "did you mean 50%?"),
+        ("64", "did you mean 64%? Of n:m: in YAML write it in quotes"),
         (124, "unquoted 2:4 is the number 124"),
         (None, "pattern must look like '2:4'"),
         ("4:4", "0 < n < m"),

@@ -1,0 +1,46 @@
+"""What is said of a run's settings before it begins: what was asked for and has no effect, or is not as it seems."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hydra.core.default_element import GroupDefault
+from hydra.core.global_hydra import GlobalHydra
+
+from esparse import patterns
+from esparse.patterns import NM, Outliers
+from esparse.records.groups import METHOD_GROUPS, acts
+
+log = logging.getLogger("esparse")
+
+
+def remarks(settings: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
+    """Sentences about one run. `settings`: resolved; `choices`: the options as Hydra chose them, `method` too."""
+    found = []
+    shuffle = settings["choices"]["shuffle"]
+    pattern = patterns.parse(settings["pattern"], settings["outliers"])
+    if acts("shuffle", shuffle) and not isinstance(pattern, NM | Outliers):
+        found.append(f"shuffle={shuffle} does nothing with pattern={settings['pattern']}, which has no groups of n:m")
+    if name := choices.get("method"):
+        other = [f"{g}={choices[g]} in place of {o}" for g, o in parts_of(name).items() if choices[g] != o]
+        if other:
+            found.append(f"method={name} with {', '.join(other)}")
+    return found
+
+
+def say(sentences: Iterable[str]) -> None:
+    """Each of them once, in the order in which they came."""
+    for sentence in dict.fromkeys(sentences):
+        log.info("%s", sentence)
+
+
+def parts_of(method: str) -> dict[str, str]:
+    """The option of each group of METHOD_GROUPS that a named method sets."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    found = hydra.config_loader.repository.load_config(f"method/{method}")  # type: ignore[attr-defined]
+    defaults = found.defaults_list if found is not None else []
+    groups = {(d.group or "").lstrip("/"): d.value for d in defaults if isinstance(d, GroupDefault) and d.is_override()}
+    return {group: str(option) for group, option in groups.items() if group in METHOD_GROUPS}
