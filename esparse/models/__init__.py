@@ -1,1 +1,1 @@
-"""Models as a list of decoder blocks; this package knows nothing of sparsity."""
+"""Loads models and runs them block by block. This package does not know what sparsity is."""

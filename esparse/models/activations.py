@@ -1,4 +1,4 @@
-"""What flows through the blocks, of all sequences: hidden states, and what blocks leave for others beside them.
+"""The values that flow through the blocks, for all sequences: hidden states, and what blocks pass on beside them.
 
 Shapes: S sequences, B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -20,11 +20,11 @@ from esparse.models.calls import Call, Carried, Returned, alike
 from esparse.models.forward_check import check
 
 LOGITS_AT_ONCE = 2**23  # values on a CPU: 32 MiB in float32
-Ahead = list[tuple[Tensor, Carried]]  # what flows behind a block, by micro-batch
+Ahead = list[tuple[Tensor, Carried]]  # a block's outputs, by micro-batch
 
 
 class Activations:
-    """The hidden states of all sequences on their way; between blocks they lie in the `HiddenStateStore`.
+    """The hidden states of all sequences in front of some block; a `HiddenStateStore` holds them between blocks.
 
     `sequences_at_once`, if given, is the largest number of sequences in a micro-batch. Raises UnsupportedModel if
     the model's blocks, run one after the other, do not compute what the model computes.
@@ -36,8 +36,8 @@ class Activations:
         self.hidden: list[Tensor] = []
         self._carried: list[Carried] = []
         self._calls: list[list[Call | None]] = []
-        # What a block was last given, on the device, by where it lies on the host: a copy from there has to wait for
-        # all that the device still has to do.
+        # Arguments last sent to the device, by their address on the host: sending them again would have to wait
+        # for all pending work of the device.
         self._sent: tuple[int, dict[int, Tensor]] = (-1, {})
         self._keep: Callable[[Tensor], Tensor] | None = None
         cpu = torch.device("cpu")
@@ -46,11 +46,11 @@ class Activations:
                 entered = blocks.enter(tokens_BL)
                 if self._keep is None:
                     size = entered.hidden[0].nbytes * len(tokens_SL)
-                    self._keep = blocks.hidden_store.choose(size * blocks.ranks.size)  # which take as much of one host
+                    self._keep = blocks.hidden_store.choose(size * blocks.ranks.size)  # the ranks share one host
                 self.hidden.append(self._keep(entered.hidden))
                 calls = [None if call is None else call.to(cpu) for call in entered.calls]
                 carried = entered.carried.mapped(lambda tensor: tensor.to(cpu))
-                # Masks and positions are the same for every full micro-batch: one copy is enough.
+                # Masks and positions are the same for all full micro-batches, so one copy is stored.
                 if self._calls:
                     calls = [
                         call if call is None or first is None else call.like(first)
@@ -59,41 +59,41 @@ class Activations:
                     carried = Carried({}, alike(carried.shared, self._carried[0].shared))
                 self._calls.append(calls)
                 self._carried.append(carried)
-        self._first = list(self._carried)  # as the model makes it, before any block has run
+        self._first = list(self._carried)  # as the model passes it to the first block
 
     def observe(self, index: int) -> None:
-        """Runs a block over all micro-batches for those who watch; what flows stays as it is."""
+        """Runs a block over all micro-batches so that hooks see its inputs; discards the outputs."""
         for batch in range(len(self.hidden)):
             self.run(index, batch)
 
     @torch.no_grad()
     def run(self, index: int, batch: int) -> Tensor:
-        """What a block makes of one micro-batch, on the device; what flows stays as it is."""
+        """A block's output for one micro-batch, on the device; the stream stays in front of the block."""
         return self.forward(index, batch)
 
     def forward(self, index: int, batch: int, dtype: torch.dtype | None = None) -> Tensor:
-        """As `run`, but differentiable; for a block that was cast to `dtype`."""
+        """Like `run`, but differentiable, and for a block that was cast to `dtype`."""
         return self._step(index, batch, dtype)[0]
 
     def advance(self, index: int) -> None:
-        """Replaces what flows by what the block makes of it; raises as `advanced` does."""
+        """Replaces the block's inputs by its outputs; raises as `advanced` does."""
         for batch, (hidden, carried) in enumerate(self._outputs(index)):
             self.hidden[batch], self._carried[batch] = hidden, carried
 
     def advanced(self, index: int) -> Ahead:
-        """What the block makes of what flows, which stays as it is; `go_on` takes it.
+        """The block's outputs for all micro-batches, for `go_on`; the stream stays in front of the block.
 
-        Raises ValueError where it is no longer finite.
+        Raises Mistake if an output is NaN or Inf.
         """
         return list(self._outputs(index))
 
     def go_on(self, ahead: Ahead) -> None:
-        """Replaces what flows by what `advanced` returned."""
+        """Moves the stream on to the outputs that `advanced` returned."""
         self.hidden, self._carried = [hidden for hidden, _ in ahead], [carried for _, carried in ahead]
 
     @torch.no_grad()
     def logits(self, batch: int, tokens_BL: Tensor) -> Tensor:
-        """The model's logits (B x L x V) behind the last block; needs `ends_resident`."""
+        """The model's logits (B x L x V), after the last block; needs `ends_resident`."""
         return self.blocks.logits(tokens_BL, self.hidden[batch], self._carried[batch])
 
     def logits_in_parts(
@@ -125,7 +125,7 @@ class Activations:
 
     @torch.no_grad()
     def _outputs(self, index: int) -> Iterator[tuple[Tensor, Carried]]:
-        are_finite = []  # asked for at the end: a GPU would otherwise wait for the host after every micro-batch
+        are_finite = []  # read at the end: otherwise host and GPU would synchronise after every micro-batch
         for batch in range(len(self.hidden)):
             out, carried = self._step(index, batch)
             if out.device.type == "cpu":
@@ -139,12 +139,12 @@ class Activations:
     def _check(self, index: int, is_finite: bool) -> None:
         if not is_finite:
             raise Mistake(
-                f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; where the model is in float16, try "
+                f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; if the model is in float16, try "
                 "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
             )
 
     def saved(self) -> list[Tensor] | None:
-        """All that flows, as tensors that `restore` takes; None if some of it is no tensor in a known container."""
+        """The whole stream as tensors for `restore`; None if it has other values than tensors in known containers."""
         tensors = list(self.hidden)
         notes = []
         for first, carried in zip(self._first, self._carried, strict=True):
@@ -162,7 +162,7 @@ class Activations:
         return [note, *tensors]
 
     def restore(self, saved: Sequence[Tensor]) -> bool:
-        """Goes on with what `saved` returned; False, and nothing is changed, if it is of other micro-batches."""
+        """Replaces the stream by what `saved` returned; False, without changes, if the micro-batches differ."""
         if not saved or saved[0].dtype != torch.uint8:
             return False
         notes = json.loads(bytes(saved[0].tolist()))
@@ -189,7 +189,7 @@ class Activations:
         return True
 
     def twin(self) -> Activations:
-        """Another stream that begins with the same hidden states."""
+        """A copy of the stream that advances by itself."""
         twin = copy.copy(self)
         twin.hidden = list(self.hidden)
         twin._carried = list(self._carried)
@@ -197,7 +197,7 @@ class Activations:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """Whether a container holds the very tensors and values that it held before any block ran."""
+    """Whether a container still holds the same objects as before any block ran."""
     if isinstance(now, MutableMapping):
         return now.keys() == before.keys() and all(_same(now[key], before[key]) for key in now)
     if isinstance(now, list | tuple):
@@ -208,7 +208,7 @@ def _same(now: Any, before: Any) -> bool:
 
 
 def _noted(value: Any, tensors: list[Tensor]) -> list[Any]:
-    """A container as JSON; its tensors are added to the list. Raises TypeError for what JSON cannot hold."""
+    """A container as JSON, with its tensors appended to the list. Raises TypeError for other values."""
     if isinstance(value, Tensor):
         tensors.append(value.contiguous().clone())
         return ["tensor", len(tensors) - 1]
@@ -236,7 +236,7 @@ def _read(note: list[Any], tensors: Sequence[Tensor]) -> Any:
 
 
 def _filled(first: Any, content: Any) -> Any:
-    """A container of the first one's type with other content."""
+    """A container of the type of `first` with this content."""
     if isinstance(first, MutableMapping):
         new = copy.copy(first)
         new.clear()

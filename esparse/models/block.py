@@ -1,4 +1,4 @@
-"""One decoder block on the device, with what flows into it: what a preparation or a recovery works on."""
+"""One decoder block on the device with its inputs, as preparations and recoveries get it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from esparse.models.matrices import BlockMatrices
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """A block, the hidden states that enter it, and those that would enter it if no block before it were pruned."""
+    """A block, its inputs, and the inputs it would have if no block before it were pruned."""
 
     index: int
-    activations: Activations  # what the pruned blocks before it return
-    dense: Activations | None  # what the dense ones would return; None where nobody asked for it
+    activations: Activations  # the inputs, from the pruned blocks before it
+    dense: Activations | None  # the inputs from dense blocks; None unless the recovery asks for them
     skip: Sequence[str]  # regular expressions of layer names that stay dense
     seed: int
 
@@ -30,5 +30,5 @@ class Block:
         return self.activations.blocks.blocks[self.index]
 
     def matrices(self) -> BlockMatrices:
-        """The block's prunable matrices; its input groups are still to be observed."""
+        """The block's prunable matrices; their input groups are unknown until observed."""
         return BlockMatrices(self.module, self.name, self.skip, self.activations.blocks.routers)

@@ -1,10 +1,9 @@
 """A causal language model as embedding, decoder blocks and head, run one block at a time.
 
-Every family's own code computes positions, masks and what else a block wants: the model's forward is run with its
-blocks replaced by recorders, so that nothing is re-implemented and each block is later called with exactly the
-arguments that the model would give it (models/calls.py). models/forward_check.py checks on a few tokens that this
-computes what the model computes. One block is on the device at a time; models/store.py holds the others, and
-models/offload.py the hidden states.
+Every family's own code computes positions, masks and other arguments of its blocks: the model's forward runs with
+recorders in place of the blocks, and each block is later called with exactly the arguments that the model passes
+(models/calls.py). models/forward_check.py checks on a few tokens that this computes what the model computes. One block
+is on the device at a time; models/store.py holds the others, and models/offload.py the hidden states.
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -39,7 +38,7 @@ StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class HandsOn(enum.IntEnum):
-    """What the model reads behind its last block."""
+    """What the model reads after its last block."""
 
     HIDDEN = 0  # the hidden states that it returns
     REST = 1  # what else it returns
@@ -47,12 +46,12 @@ class HandsOn(enum.IntEnum):
 
 
 class _Captured(Exception):
-    """Ends the model's own forward once every block has been asked for."""
+    """Ends the model's own forward once every block has been recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """What enters the first block, the calls of all (None for a block that does not run), and what flows beside."""
+    """The first block's input, each block's call (None if it does not run), and what flows beside hidden states."""
 
     hidden: Tensor
     calls: list[Call | None]
@@ -87,27 +86,28 @@ class BlockModel:
         self.batch_tokens = batch_tokens
         self.stay_dense = plugins.quirks(model)
         self.hands_on = HandsOn.HIDDEN
-        self.checked = False  # whether the walk is known to compute what the model does (models/forward_check.py)
-        self.logits_by_token = False  # whether a token's logits are known to depend on its own hidden states alone
-        self.routers: set[str] = set()  # layers that were seen to decide which experts run
+        self.checked = False  # whether models/forward_check.py has passed
+        self.logits_by_token = False  # whether a token's logits depend on its own hidden states alone, as far as known
+        self.routers: set[str] = set()  # layers that decide which experts run, as far as seen
         self._experts = _expert_configs(model)
         self.prefix, self.blocks, first = self._found(candidates(model))
         if not self.store.whole:
             self._check_separate()
-        self.outputs = [first] * len(self.blocks)  # what each block returns: as the first one, as far as is known
+        self.outputs = [first] * len(self.blocks)  # form of each block's output; at first assumed like the first's
         self.order = list(range(len(self.blocks)))  # the blocks that run, in their order
 
     def micro_batches(self, tokens_SL: Tensor, most: int | None = None) -> list[Tensor]:
         """Cuts sequences into micro-batches of about `batch_tokens` tokens, one to `most` sequences each."""
         sequences = max(1, self.batch_tokens // tokens_SL.shape[1])
         parts = tokens_SL.split(sequences if most is None else min(sequences, most))
-        return [part for part in parts if len(part)]  # there is none where a rank has no sequence
+        return [part for part in parts if len(part)]  # none for a rank without sequences
 
     @torch.no_grad()
     def enter(self, tokens_BL: Tensor) -> Entered:
-        """What the model hands to its blocks; needs `ends_resident`.
+        """Records what the model passes to its blocks; needs `ends_resident`.
 
-        Raises UnsupportedModel if it runs a block twice, or changes the hidden states between two blocks.
+        Raises UnsupportedModel if the model runs a block twice, or changes hidden states in ways that cannot be
+        followed.
         """
         entered: list[Tensor] = []
         recorder = Recorder()
@@ -129,7 +129,7 @@ class BlockModel:
                         f"{self.name(index)} is given what {self.name(place.block)} returned: {_ORDER}"
                     )
                 if place.block == before and place.leaf != self.outputs[before].main:
-                    raise OtherLeaf(before, place.leaf)  # than was taken for the hidden states
+                    raise OtherLeaf(before, place.leaf)  # the hidden states are another leaf than assumed
             entered.append(hidden)
             recorder.calls.append((index, hidden, name, args, kwargs))
             if index == self.order[-1]:
@@ -165,10 +165,10 @@ class BlockModel:
         dtype: torch.dtype | None = None,
         known: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, Carried]:
-        """One block's forward on the device where the block is: the hidden states, and what flows on beside them.
+        """Runs one block on its device; returns its hidden states, and what flows on beside them.
 
-        What the block is given is cast to `dtype`, as the block itself was. `carried` stays as it is. `known`: tensors
-        of calls that were sent to the device before (Call.to).
+        Casts the inputs to `dtype` (for a block that was cast). Does not change `carried`. `known`: tensors that are on
+        the device already (Call.to).
         """
         hidden, passed, own = self.passed(hidden_BLH, call, carried, dtype, known)
         with self.experts_one_by_one():
@@ -188,7 +188,7 @@ class BlockModel:
         dtype: torch.dtype | None = None,
         known: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, Call, Carried]:
-        """What a block is given: hidden states, a call without places, and its own copy of what flows beside."""
+        """A block's inputs: hidden states, the call with its places filled, and a copy of what flows beside them."""
         own = carried.mapped(lambda tensor: moved(tensor, self.device, dtype))
         call = call.to(self.device, dtype, known)
         for between in call.before:
@@ -197,12 +197,12 @@ class BlockModel:
         return hidden, call.filled(own), own
 
     def forward(self, index: int, hidden_BLH: Tensor, call: Call, dtype: torch.dtype | None = None) -> Tensor:
-        """The hidden states that one block returns; for blocks to which nothing flows beside them."""
+        """One block's hidden states; only for blocks that read nothing else from earlier blocks."""
         return self.step(index, hidden_BLH, call, Carried(), dtype)[0]
 
     @torch.no_grad()
     def logits(self, tokens_BL: Tensor, hidden_BLH: Tensor, carried: Carried | None = None) -> Tensor:
-        """The model's own final norm and head (B x L x V) on what the last block returned; needs `ends_resident`."""
+        """The logits (B x L x V) of the last block's output by the model's own norm and head; needs `ends_resident`."""
         values = {} if carried is None else carried.values
 
         def last(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,7 +218,7 @@ class BlockModel:
 
     @contextmanager
     def experts_one_by_one(self) -> Iterator[None]:
-        """While open, transformers multiplies one expert after the other, so that each can be observed."""
+        """While open, transformers computes expert by expert, so that each can be observed."""
         before = [config._experts_implementation_internal for config in self._experts]
         try:
             for config in self._experts:
@@ -241,9 +241,9 @@ class BlockModel:
     def hidden_apart(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str | None, Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The hidden states among a block's arguments: their name, themselves, and the others.
+        """Splits a block's arguments: the name of the hidden states, the hidden states, the other arguments.
 
-        The name is None if they are the first positional argument. Raises UnsupportedModel if there are none.
+        The name is None for the first positional argument. Raises UnsupportedModel if there are no hidden states.
         """
         name = None
         if args:
@@ -254,22 +254,22 @@ class BlockModel:
             hidden, kwargs = kwargs.get(name), {key: value for key, value in kwargs.items() if key != name}
         if not isinstance(hidden, Tensor):
             raise UnsupportedModel(
-                f"{self.name(index)} is given a {type(hidden).__name__} as its first argument; expected were the "
-                "hidden states, as a tensor"
+                f"{self.name(index)} gets a {type(hidden).__name__} as its first argument; the hidden states were "
+                "expected, as a tensor"
             )
         return name, hidden, args, kwargs
 
     @contextmanager
     def resident(self, index: int, *, changed: str | None = None, read_only: bool = False) -> Iterator[nn.Module]:
-        """While open, the block is on the device; what is done to its weights lasts only where `changed` is said.
+        """While open, the block is on the device; changes of its weights are stored only if `changed` is given.
 
-        `changed` begins the name of the file that they are written to. With `read_only`, nothing is done to them.
+        `changed`: first part of the name of the file with the changed weights. `read_only`: the caller changes nothing.
         """
         with self._lent(self._modules(index), None if changed is None else f"{changed}-{index:05}", read_only):
             yield self.blocks[index]
 
     def adopt(self, index: int, file: Path) -> None:
-        """The block's weights are from now on those that were written to this file, biases that it got included."""
+        """From now on takes the block's weights, and biases that it got, from this file."""
         known = _parameters(self._modules(index))
         example = next(iter(known.values()))
         for name in shapes(file).keys() - known.keys():
@@ -283,7 +283,7 @@ class BlockModel:
 
     @contextmanager
     def ends_resident(self) -> Iterator[None]:
-        """While open, all that is not a block (embeddings, final norm, head) is on the device."""
+        """While open, everything but the blocks (embeddings, final norm, head) is on the device."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
         with self._lent({n: m for n, m in self.model.named_modules() if id(m) not in inside}, None, read_only=True):
             yield
@@ -316,7 +316,7 @@ class BlockModel:
             yield
             done = True
         finally:
-            # Asked for again: a correction may have given a layer a bias.
+            # Listed again, because a bias correction may have added biases.
             self.store.take_back(_parameters(modules), home, changed=changed if done else None, read_only=read_only)
             place_buffers(None)
 
@@ -327,7 +327,7 @@ class BlockModel:
         def replacement(index: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: stand_in(index, args, kwargs)
 
-        own = [block.__dict__.get("forward") for block in self.blocks]  # of those who wrapped it, such as accelerate
+        own = [block.__dict__.get("forward") for block in self.blocks]  # set by wrappers such as accelerate
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = replacement(index)
@@ -340,7 +340,7 @@ class BlockModel:
 
     @torch.no_grad()
     def _found(self, candidates: Mapping[str, nn.ModuleList]) -> tuple[str, nn.ModuleList, Output]:
-        """The first list whose first block runs for text, and what that returns: found out by running it once."""
+        """The first list whose first block runs for text, and the form of that block's output; runs the model once."""
         versions = {name: parameter._version for name, parameter in self.model.named_parameters()}
         for prefix, blocks in candidates.items():
             self.prefix, self.blocks = prefix, blocks
@@ -354,7 +354,7 @@ class BlockModel:
 
             with self.ends_resident(), self.resident(0), self.wrapped(observe):
                 self._run_until_captured(torch.zeros(1, 2, dtype=torch.long, device=self.device))
-            if self.store.whole:  # otherwise they change as they come and go
+            if self.store.whole:  # a store's weights change whenever they are loaded
                 self._check_untouched(versions)
             if returned:
                 return prefix, blocks, returned[0]
@@ -363,7 +363,7 @@ class BlockModel:
         )
 
     def _check_untouched(self, versions: Mapping[str, int]) -> None:
-        """Raises UnsupportedModel if weights were written to since they had these versions."""
+        """Raises UnsupportedModel if weights were written to since these versions."""
         changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
         if changed:
             way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
@@ -381,7 +381,7 @@ _ORDER = "esparse runs every block once, in the order of their list"
 
 
 class OtherLeaf(Exception):
-    """Another leaf of what a block returned is the hidden states for the next one."""
+    """Raised if the next block's hidden states are another leaf of a block's output than assumed."""
 
     def __init__(self, block: int, leaf: int) -> None:
         super().__init__(block, leaf)
@@ -389,12 +389,12 @@ class OtherLeaf(Exception):
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks, as far as can be said without running the model."""
+    """The name and the list of the decoder blocks: the best guess without running the model."""
     return next(iter(candidates(model).items()))
 
 
 def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The lists that may be the decoder blocks, by name, the likeliest first.
+    """Lists of modules that may be the decoder blocks, by name, the likeliest first.
 
     They are the lists with one entry per hidden layer of the config, the outermost first, then the list that holds
     most of the weights. Raises UnsupportedModel if there is none.
@@ -428,6 +428,6 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def _expert_configs(model: PreTrainedModel) -> list[Any]:
-    """The configurations that say how experts are multiplied: of the model, of its parts, and of modules inside."""
+    """All configurations (of the model, its parts and modules inside) that set how experts are computed."""
     configs = [model.config, *(getattr(module, "config", None) for module in model.modules())]
     return list({id(c): c for c in configs if hasattr(c, "_experts_implementation_internal")}.values())

@@ -1,7 +1,7 @@
-"""One model as it was loaded, kept for the next run of this process that prunes the same one.
+"""Caches one loaded model for the next run of this process that prunes the same model.
 
-Every run gets weights, buffers, configuration and tokenizer of its own, whatever runs before it did to theirs: what is
-kept is only ever copied, or handed over to the last run that wants it.
+Every run gets its own copy of weights, buffers, configuration and tokenizer; only the last run that needs the cached
+model gets that itself.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esparse")
 
-ROOM = 3  # times the model's bytes that have to be free for one more copy of it
+FREE_MODELS = 3  # a copy is made only if the host has this many times the model's bytes free
 CACHE_LINE = 64  # bytes
 
-# At most one, by all that says which model it is.
+# At most one entry, by `load.identity`.
 _kept: dict[str, tuple[PreTrainedModel, Tokenizer]] = {}
 
 
 def take(identity: str) -> tuple[PreTrainedModel, Tokenizer] | None:
-    """The model that was kept under this name, None where it was another one; none is kept any more."""
+    """Takes the cached model if it is this one, else None; empties the cache in both cases."""
     found = _kept.pop(identity, None)
     _kept.clear()
     return found
 
 
 def keep(identity: str, loaded: tuple[PreTrainedModel, Tokenizer]) -> tuple[PreTrainedModel, Tokenizer]:
-    """Keeps what was loaded and returns a copy; where memory is scarce, or a copy might differ, nothing is kept."""
+    """Caches what was loaded and returns a copy; caches nothing if memory is short or a copy might differ."""
     if not (_is_plain(loaded[0]) and _fits_again(loaded[0])):
         return loaded
     _kept[identity] = loaded
@@ -44,14 +44,14 @@ def keep(identity: str, loaded: tuple[PreTrainedModel, Tokenizer]) -> tuple[PreT
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with memory of its own; what was one weight under several names is one again."""
+    """A copy of the model in new memory; weights that were tied are tied again."""
     weights: dict[int, Tensor] = {id(p): nn.Parameter(_copy(p.data), p.requires_grad) for p in model.parameters()}
     weights |= {id(b): _copy(b) for b in model.buffers()}
     return copy.deepcopy(model, weights)
 
 
 def _copy(x: Tensor) -> Tensor:
-    """Begins at the same place of a cache line: a product of the same values elsewhere may be rounded otherwise."""
+    """A copy with the same offset in a cache line: products may be rounded differently at another offset."""
     if x.device.type != "cpu" or not x.is_contiguous() or x.data_ptr() % x.itemsize:
         return x.clone()
     memory = torch.empty(x.nbytes + CACHE_LINE, dtype=torch.uint8)
@@ -60,11 +60,11 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether it is made of nothing but transformers' own modules and ordinary tensors."""
+    """Whether the model has only modules of transformers and torch, and ordinary tensors."""
     own = all(type(module).__module__.partition(".")[0] in ("transformers", "torch") for module in model.modules())
     return own and getattr(model, "hf_quantizer", None) is None
 
 
 def _fits_again(model: PreTrainedModel) -> bool:
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return ROOM * size <= host_memory.free_host_bytes()
+    return FREE_MODELS * size <= host_memory.free_host_bytes()

@@ -1,10 +1,10 @@
-"""What a model passes to its blocks beside the hidden states, as values that can be kept, moved, copied and saved.
+"""The arguments that a model passes to its blocks, as values that can be stored, moved, copied and saved.
 
-A call is recorded while no block computes. What will only be known once earlier blocks have run stands in it as a
-place: a value that a block returned (Returned), or a container that several blocks are given (Shared), into which one
-may write what another reads: Gemma's dictionary of keys. Such values belong to a stream, one `Carried` for each
-micro-batch: two streams over the same blocks have their own. What the model itself computes between two blocks is
-recorded, too, operation by operation (Between): RWKV halves the hidden states now and then.
+A call is recorded while no block computes. Values that depend on earlier blocks are represented by places: a value that
+a block returned (Returned), or a container that several blocks get (Shared) and may use to pass values on, such as
+Gemma's dictionary of keys. The values themselves belong to a stream: each micro-batch of a stream has one `Carried`.
+Operations that the model computes between two blocks are recorded, too (Between): RWKV halves the hidden states from
+time to time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from esparse.errors import Mistake
 
-# Arguments that carry a key-value cache: replayed, they would leak one sample into the next.
+# Arguments that hold a key-value cache; if replayed, they would leak one sample into the next.
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params")
 
 _PLAIN = (
@@ -44,14 +44,14 @@ _PLAIN = (
 
 
 class UnsupportedModel(Mistake):
-    """The model's blocks cannot be run one after the other as esparse does; one sentence says which, and why."""
+    """Raised if esparse cannot run the model's blocks one after the other; the sentence says which block, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The place of a value that is known once a block has run: one of the leaves of its output.
+    """The place of a value that a block returns: one leaf of its output.
 
-    A negative block is a step that the model itself computes between two blocks (Between).
+    A negative block number stands for a step that the model computes between two blocks (Between).
     """
 
     block: int
@@ -60,20 +60,20 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """The place of a container that several blocks are given."""
+    """The place of a container that several blocks get."""
 
     number: int
 
 
 @dataclass(slots=True)
 class Carried:
-    """What flows from block to block beside the hidden states, of one micro-batch."""
+    """The values that flow from block to block beside the hidden states, for one micro-batch."""
 
     values: dict[Returned, Tensor] = field(default_factory=dict)
     shared: list[Any] = field(default_factory=list)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Carried:
-        """A copy, its containers included, with changed tensors."""
+        """A deep copy with changed tensors."""
         memo: dict[int, Any] = {}
         values = {place: change(value) for place, value in self.values.items()}
         return Carried(values, [mapped(container, change, memo) for container in self.shared])
@@ -81,7 +81,7 @@ class Carried:
 
 @dataclass(slots=True)
 class Between:
-    """One operation that the model computes between two blocks, on what blocks have returned."""
+    """One operation that the model computes between two blocks, on outputs of blocks."""
 
     number: int  # negative, as the block of the places of its results
     function: Callable[..., Any]
@@ -90,10 +90,10 @@ class Between:
     in_place: bool  # whether its result is its first argument, changed
 
     def run(self, carried: Carried) -> dict[Returned, Tensor]:
-        """Its results, by their places."""
+        """Computes the operation; returns its results by their places."""
         args, kwargs = filled((self.args, self.kwargs), carried)
         if self.in_place:
-            args = (args[0].clone(), *args[1:])  # what flows stays as it is
+            args = (args[0].clone(), *args[1:])  # does not change the stream
         out = self.function(*args, **kwargs)
         leaves = pytree.tree_leaves(args[0] if self.in_place else out)
         return {Returned(self.number, i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
@@ -101,21 +101,21 @@ class Between:
 
 @dataclass(slots=True)
 class Call:
-    """What the model passes to one block beside the hidden states."""
+    """The arguments of one block, apart from the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    name: str | None = None  # by which the hidden states are passed; None: they are the first positional argument
-    before: list[Between] = field(default_factory=list)  # what the model computes before it
+    name: str | None = None  # keyword of the hidden states; None: they are the first positional argument
+    before: list[Between] = field(default_factory=list)  # steps that the model computes before the block
     hidden: Returned | None = None  # the hidden states, if they are not what the block before returned
-    keeps: frozenset[Returned] = frozenset()  # what is read behind this block
+    keeps: frozenset[Returned] = frozenset()  # values that are still needed after this block
 
     def to(
         self, device: torch.device, dtype: torch.dtype | None = None, known: dict[int, Tensor] | None = None
     ) -> Call:
-        """A copy whose tensors are on the device; those of floating point are cast to `dtype`.
+        """A copy with its tensors on the device, floating-point tensors cast to `dtype`.
 
-        `known`: tensors that were sent there before, by their identity here; those that come with it are added.
+        `known`: tensors sent there before, by the id of their original; newly sent tensors are added.
         """
 
         def sent(tensor: Tensor) -> Tensor:
@@ -128,12 +128,12 @@ class Call:
         return self._with(lambda parts: mapped(parts, sent, {}))
 
     def filled(self, carried: Carried) -> Call:
-        """The call with the values that belong into its places."""
+        """The call with its places replaced by their values."""
         args, kwargs = filled((self.args, self.kwargs), carried)
         return replace(self, args=args, kwargs=kwargs)
 
     def like(self, first: Call) -> Call:
-        """This call, with the first one's tensors if they hold the same values."""
+        """This call, but sharing the tensors of `first` if all values are equal."""
         return self._with(lambda parts: alike(parts, first._parts()))
 
     def _parts(self) -> list[Any]:
@@ -149,23 +149,23 @@ class Call:
 
 @dataclass(slots=True)
 class Output:
-    """What a block returns: a tensor, tuple, list ..., of which one leaf is the hidden states."""
+    """The form of a block's output: a tensor, tuple, list ..., with the hidden states as one leaf."""
 
     spec: pytree.TreeSpec
-    leaves: list[Any]  # tensors stand for their kind; they are as small as what they were seen in
+    leaves: list[Any]  # tensors show shape and dtype of the small example they were seen in
     main: int
     twins: frozenset[int] = frozenset()  # the leaves that have the hidden states' shape
 
     @classmethod
     def of(cls, out: Any, hidden: Tensor, block: str) -> Output:
-        """The output's form; raises UnsupportedModel if it holds no hidden states."""
+        """The form of an output; raises UnsupportedModel if it holds no hidden states."""
         leaves, spec = pytree.tree_flatten(out)
         tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         fitting = [place for place in tensors if leaves[place].shape == hidden.shape]
         if not tensors:
             raise UnsupportedModel(
-                f"{block} returns a {type(out).__name__}, in which no hidden states were found: esparse passes on "
-                "tensors, and tuples, lists and dictionaries of them"
+                f"{block} returns a {type(out).__name__} without hidden states: esparse passes on tensors, and "
+                "tuples, lists and dictionaries of tensors"
             )
         kinds = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return cls(spec, kinds, (fitting or tensors)[0], frozenset(fitting))
@@ -175,12 +175,12 @@ class Output:
         return self.spec == other.spec and kinds == others
 
     def others(self, block: int) -> frozenset[Returned]:
-        """The places of the tensors that a block returns beside the hidden states."""
+        """The places of the tensors that a block returns apart from the hidden states."""
         tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         return frozenset(Returned(block, place) for place in tensors if place != self.main)
 
     def stand_ins(self, hidden: Tensor) -> dict[int, Tensor]:
-        """Zeros for all leaves that are tensors, as large as these hidden states if they were as large before."""
+        """Zeros for all tensor leaves; leaves that had the hidden states' shape get the shape of `hidden`."""
         return {
             place: torch.zeros_like(hidden if place in self.twins else leaf, device=hidden.device)
             for place, leaf in enumerate(self.leaves)
@@ -188,30 +188,30 @@ class Output:
         }
 
     def with_values(self, values: dict[int, Tensor]) -> Any:
-        """An output of this form; `values`: leaves by their place."""
+        """An output of this form with these leaves, by place."""
         return pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
 
 
 def leaf_of(out: Any, place: int, block: str) -> Tensor:
-    """One leaf of what a block returned; raises UnsupportedModel if it is no tensor."""
+    """One leaf of a block's output; raises UnsupportedModel if it is no tensor."""
     leaves = pytree.tree_leaves(out)
     if place >= len(leaves) or not isinstance(leaves[place], Tensor):
-        raise UnsupportedModel(f"{block} returned another number of values than when it was first run")
+        raise UnsupportedModel(f"{block} returned another number of values than at its first run")
     return leaves[place]
 
 
 class Recorder(TorchFunctionMode):
-    """While open, follows what the model computes from the tensors that stand in for what blocks return."""
+    """While open, follows what the model computes from stand-ins of the blocks' outputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[int, Tensor, str | None, tuple[Any, ...], dict[str, Any]]] = []
         self.places: dict[int, Returned] = {}  # by identity
-        self._kept: list[Any] = []  # so that no identity is used twice
-        self._between: list[tuple[int, Between]] = []  # behind how many calls, and what
+        self._kept: list[Any] = []  # keeps objects alive, so that no id is used twice
+        self._between: list[tuple[int, Between]] = []  # number of calls before it, and the step
 
     def made(self, values: dict[int, Tensor], maker: int) -> None:
-        """Tensors, by leaf, that stand for what a block or a step returns."""
+        """Registers tensors, by leaf, as stand-ins for the output of a block or a step."""
         self._kept += values.values()
         self.places |= {id(value): Returned(maker, leaf) for leaf, value in values.items()}
 
@@ -242,7 +242,7 @@ class Recorder(TorchFunctionMode):
         return mapped(value, note, {} if memo is None else memo)
 
     def templates(self) -> tuple[dict[int, Call], list[Any]]:
-        """The calls by block, with places for what was not known when they were recorded; the shared containers."""
+        """The calls by block, with places for values of earlier blocks, and the shared containers."""
         seen_in: dict[int, set[int]] = {}
         found: dict[int, Any] = {}
         for block, _, _, args, kwargs in self.calls:
@@ -250,7 +250,7 @@ class Recorder(TorchFunctionMode):
                 seen_in.setdefault(id(container), set()).add(block)
                 found[id(container)] = container
         shared = [container for key, container in found.items() if len(seen_in[key]) > 1]
-        # A container inside a shared one comes with it.
+        # A container inside a shared one is part of that one.
         inside = {id(c) for outer in shared for c in _containers([outer]) if c is not outer}
         shared = [container for container in shared if id(container) not in inside]
         memo: dict[int, Any] = {id(container): Shared(number) for number, container in enumerate(shared)}
@@ -269,8 +269,8 @@ class Recorder(TorchFunctionMode):
         return recorded, shared
 
     def _link(self, recorded: dict[int, Call]) -> None:
-        """Gives each call the steps that it needs, and what is to be kept behind it; from the last one backwards."""
-        read: set[Returned] = set()  # further down
+        """Gives each call the steps before it and the values to keep after it, going backwards from the last call."""
+        read: set[Returned] = set()  # by later calls
         for place in range(len(self.calls) - 1, -1, -1):
             call = recorded[self.calls[place][0]]
             call.keeps = frozenset(read)
@@ -281,13 +281,13 @@ class Recorder(TorchFunctionMode):
                     read |= places_in((between.args, between.kwargs))
 
     def read_between(self) -> frozenset[Returned]:
-        """What blocks return and the model reads between blocks."""
+        """The outputs of blocks that the model reads between blocks."""
         places = set().union(*(places_in((between.args, between.kwargs)) for _, between in self._between))
         return frozenset(place for place in places if place.block >= 0)
 
 
 def filled(value: Any, carried: Carried) -> Any:
-    """A copy of nested containers with the values that belong into their places."""
+    """A copy of nested containers with their places replaced by their values."""
 
     def of(place: Any) -> Any:
         return carried.values[place] if isinstance(place, Returned) else carried.shared[place.number]
@@ -302,9 +302,9 @@ def places_in(value: Any) -> set[Returned]:
 
 
 def mapped(value: Any, change: Callable[[Any], Any], memo: dict[int, Any], of: Any = Tensor) -> Any:
-    """A copy of nested containers in which what is an instance of `of` is changed; the rest is the same objects.
+    """A copy of nested containers with every instance of `of` changed; other objects are shared.
 
-    `memo`: by identity, what was copied before, or what is to stand for an object.
+    `memo`: by id, copies made before, or replacements of objects.
     """
     if isinstance(value, of):
         return change(value)
@@ -330,7 +330,7 @@ def mapped(value: Any, change: Callable[[Any], Any], memo: dict[int, Any], of: A
 
 
 def alike(value: Any, first: Any) -> Any:
-    """`value` with the tensors of `first`, nested as it is, if both hold the same values."""
+    """`value`, but with the tensors of `first` if both hold equal values in the same structure."""
     others = iter(tensors(first))
 
     def choose(tensor: Tensor) -> Tensor:
@@ -347,21 +347,21 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested containers, each container looked into once."""
+    """The tensors in nested containers; visits each container once."""
     found: list[Tensor] = []
     mapped(value, lambda tensor: found.append(tensor) or tensor, {})  # type: ignore[func-returns-value]
     return found
 
 
 def _is_container(value: Any) -> bool:
-    """Whether a block may write into it, or find tensors in it: collections, and objects with attributes."""
+    """Whether a value may hold tensors or be written to: collections, and objects with attributes."""
     if isinstance(value, _PLAIN):
         return False
     return isinstance(value, tuple | list | MutableMapping) or (hasattr(value, "__dict__") and not callable(value))
 
 
 def _containers(values: Iterable[Any]) -> list[Any]:
-    """All that a block could write into, however deep it lies."""
+    """All containers in the values, at any depth."""
     found: dict[int, Any] = {}
 
     def visit(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which tensor lies in which file, and the tensors themselves, read one by one."""
+"""Reads the files of a checkpoint: which tensor is in which file, and single tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esparse.errors import Mistake
 
-# In the order in which transformers looks for them.
+# In transformers' order of preference.
 NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -24,10 +24,10 @@ NAMES = (
 
 
 class Checkpoint:
-    """A model's weights on disk; `files` says for every tensor in which file it is, by its name there."""
+    """A model's weights on disk; `files` maps each tensor's name to its file."""
 
     def __init__(self, entry: Path) -> None:
-        """`entry`: the one file that holds all weights, or the index of several."""
+        """`entry`: the file with all weights, or the index of several files."""
         self.paths = paths(entry)
         if entry.name.endswith(".index.json"):
             parts = json.loads(entry.read_text())["weight_map"]
@@ -36,11 +36,11 @@ class Checkpoint:
             self.files = dict.fromkeys(shapes(entry), entry)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every tensor, without reading one."""
+        """The shape of every tensor, without reading any."""
         return {name: shape for path in self.paths for name, shape in shapes(path).items()}
 
     def dtype(self) -> torch.dtype:
-        """That of the first floating-point tensor of the first file."""
+        """The dtype of the first floating-point tensor in the first file."""
         with opened(self.paths[0]) as read:
             for name in shapes(self.paths[0]):
                 if (tensor := read(name)).is_floating_point():
@@ -49,16 +49,16 @@ class Checkpoint:
 
 
 def paths(entry: Path) -> list[Path]:
-    """The files of weights of a checkpoint that begins with this one, none of which is read."""
+    """The files of weights that belong to `entry`; does not read them."""
     if not entry.name.endswith(".index.json"):
         return [entry]
     return sorted({entry.parent / part for part in json.loads(entry.read_text())["weight_map"].values()})
 
 
 def find(path: str, **where: Any) -> Path | None:
-    """The file with which a local directory's or a hub model's checkpoint begins, on this machine; None without one.
+    """The entry file of a local or hub model's checkpoint on this machine; None if there is none.
 
-    A hub model's files are fetched where the cache lacks them, those that transformers would fetch as well.
+    Fetches a hub model's files that the cache lacks, the same files that transformers would fetch.
     """
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -78,7 +78,7 @@ def find(path: str, **where: Any) -> Path | None:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Callable[[str], Tensor]]:
-    """While open, gives tensors of a file by name; what is read may be a view of the file, so copy what is kept."""
+    """While open, gives tensors of a file by name; they may be views of the file, so copy tensors that you keep."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as tensors:
             yield tensors.get_tensor

@@ -1,4 +1,4 @@
-"""Decoding one token behind a context, again and again: what a benchmark of the decode step needs."""
+"""Decodes one token after a context, repeatedly at the same position: the decode step of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 class Context(DynamicCache):
-    """Keys and values of a context. Once it is `closed`, a step sees them and its own, and leaves none of its own.
+    """Keys and values of a context. Once `closed`, it adds a step's own keys and values only for that step.
 
-    Each step then is at the same position and does the same work, and can be captured into a CUDA graph.
+    Every step is then at the same position and does the same work, so it can be captured into a CUDA graph.
     """
 
     closed = False
@@ -26,7 +26,7 @@ class Context(DynamicCache):
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, tokens_BL: Tensor) -> Context:
-    """The closed context of these tokens."""
+    """Runs the tokens; returns their closed context."""
     context = Context(config=model.config)
     model(tokens_BL, past_key_values=context, use_cache=True)
     context.closed = True
@@ -39,5 +39,5 @@ def prefill(model: PreTrainedModel, tokens_BL: Tensor) -> Tensor:
 
 
 def step(model: PreTrainedModel, tokens_B1: Tensor, context: Context) -> Tensor:
-    """The logits behind one more token of each sequence."""
+    """The logits after one more token of each sequence."""
     return model(tokens_B1, past_key_values=context, use_cache=True).logits

@@ -1,9 +1,8 @@
-"""Whether the walk over a model's blocks computes what the model does: tried on a few tokens before anything flows.
+"""Checks on a few tokens that running a model block by block computes what its own forward computes.
 
-The model's own forward runs once. At each block, which is on the device only for its turn, the walk takes the same
-step on what it has itself carried so far, and both results are compared; so are the logits. So every weight is fetched
-once, also where a store reads it from files. The same forward shows which layers decide which experts run, and whether
-a token sees what comes behind it.
+The model's own forward runs once. At each block, esparse takes its own step from its own hidden states, and both
+outputs are compared; so are the logits at the end. Only the current block is on the device, so a store reads every
+weight once. The same forward shows which layers decide which experts run, and whether a token sees later tokens.
 
 Shapes: B sequences, L tokens of a sequence, H hidden width, V vocabulary.
 """
@@ -25,28 +24,28 @@ from esparse.models.routers import Watch
 
 log = logging.getLogger("esparse")
 
-TOKENS = 32  # of two sequences: a 10,000th of a usual calibration
-NOISE = 0.05  # of the largest logit: more is no rounding
-TRIES = 4  # each knows more of what the blocks return
+TOKENS = 32  # in each of two sequences: about a 10,000th of a usual calibration
+NOISE = 0.05  # of the largest logit: a larger difference between two passes is not rounding
+TRIES = 4  # each try knows more about the blocks' outputs
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What one forward pass of the model showed."""
+    """What one forward pass of the model has shown."""
 
     order: list[int] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
-    differs: int | None = None  # the first block whose output the walk misses
-    argument: str | None = None  # of that block, the first that is not what the model passes
+    differs: int | None = None  # the first block whose output differs
+    argument: str | None = None  # of that block, the first argument that differs
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     walked: tuple[Tensor, Carried] | None = None
 
 
 @torch.no_grad()
 def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
-    """Raises UnsupportedModel, naming the first block that differs, unless the walk gives the model's logits.
+    """Raises UnsupportedModel, with the first block that differs, unless both ways give the same logits.
 
-    Also if the model sees later tokens: it is no causal language model then. The blocks are checked once.
+    Raises it also if a token sees later tokens, because that is no causal language model. Checks a model only once.
     """
     if blocks.checked or not len(tokens_SL):
         return
@@ -64,7 +63,7 @@ def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
                 blocks.outputs = [replace(o, main=other.leaf) if o.same_form(form) else o for o in blocks.outputs]
                 seen = _Seen()
                 continue
-            except Exception as error:  # the model, with outputs that are not of the form that it wants
+            except Exception as error:  # the model fails on outputs of a wrong form
                 failed = error
             seen = _forward(blocks, tokens_BL, entered)
             if not _learned(blocks, seen):
@@ -73,18 +72,18 @@ def check(blocks: BlockModel, tokens_SL: Tensor) -> None:
         if entered is None:
             raise _said(blocks, failed)
         _check_logits(blocks, tokens_BL, seen)
-        if blocks.store.whole:  # from files it would take twice as long
+        if blocks.store.whole:  # reading from files would take twice as long
             _check_side_by_side(blocks, tokens_BL, seen.logits)
     _check_causal(blocks, tokens_BL, seen.logits)
     left_out = sorted(set(range(len(blocks.blocks))) - set(seen.order))
     if left_out:
         names = ", ".join(map(blocks.name, left_out))
-        log.warning("%s: the model does not run it for text alone, so it stays dense", names)
+        log.warning("%s: stays dense, because the model does not run it for text alone", names)
     blocks.checked = True
 
 
 def _tokens(tokens_SL: Tensor) -> Tensor:
-    """Two sequences that differ in their last quarter only: what stands before it shows who looks ahead."""
+    """Two sequences that differ only in their last quarter: differences before it show that a token sees later ones."""
     first_L = tokens_SL[0, :TOKENS]
     length = len(first_L)
     quarter = max(1, length // 4)
@@ -95,7 +94,7 @@ def _tokens(tokens_SL: Tensor) -> Tensor:
 
 
 def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> _Seen:
-    """The model's own forward, with the walk's step beside every block for as long as the two go together."""
+    """Runs the model's own forward, and esparse's step beside every block until the two differ."""
     seen = _Seen()
     if entered is not None:
         seen.walked = (entered.hidden, entered.carried)
@@ -109,8 +108,8 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
             if seen.walked is not None and call is not None:
                 if index == blocks.order[-1]:
                     call = replace(call, keeps=call.keeps | blocks.outputs[index].others(index))
-                # As in a run: a pass that only looks, which must leave no trace, then the one that counts. The model's
-                # own comes last, since it may write into what it was given.
+                # As in a run: an observing pass, which must change nothing, then the step. The model's own forward
+                # comes last, since it may write into its inputs.
                 module.forward, wrapper = forward, module.forward
                 try:
                     if seen.differs is None:
@@ -138,7 +137,7 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
 
 
 def _learned(blocks: BlockModel, seen: _Seen) -> bool:
-    """Keeps what is now known of the blocks' order and outputs; whether it is news."""
+    """Stores what the pass showed about the blocks' order and outputs; returns whether it is new."""
     news = False
     for index, output in seen.outputs.items():
         if not output.same_form(blocks.outputs[index]):
@@ -154,9 +153,8 @@ def _check_order(blocks: BlockModel, seen: _Seen) -> None:
     for index in seen.order:
         if (times := seen.order.count(index)) > 1:
             raise UnsupportedModel(
-                f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: a "
-                "block that is used again (a looped model) sees other inputs each time, and esparse prunes it for one "
-                "pass only"
+                f"{blocks.name(index)} runs {times} times in one forward pass of {type(blocks.model).__name__}: it "
+                "gets other inputs each time (a looped model), and esparse can prune a block for one of them only"
             )
     if seen.order != blocks.order:
         raise UnsupportedModel(
@@ -166,14 +164,14 @@ def _check_order(blocks: BlockModel, seen: _Seen) -> None:
 
 
 def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
-    """Raises UnsupportedModel if the walk ends in other logits than the model's."""
+    """Raises UnsupportedModel if the blocks, run one by one, give other logits than the model."""
     plain = seen.logits
     if not all_finite(plain):
-        return  # the run itself will say which weights or activations are damaged
+        return  # the run itself will name the damaged weights or activations
     assert seen.walked is not None
     hidden, rest = seen.walked
     apart = float("inf")
-    for hands_on in HandsOn:  # as little as is enough: all of it is kept for every sequence
+    for hands_on in HandsOn:  # the least that is enough, because it is stored for every sequence
         blocks.hands_on = hands_on
         kept = Carried() if hands_on == HandsOn.HIDDEN else rest
         if hands_on == HandsOn.ALL:
@@ -189,7 +187,7 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             ) <= _rounding(plain)
             return
     blocks.hands_on = HandsOn.HIDDEN
-    # Kernels that add in no fixed order (atomics of a mixture of experts on a GPU) give other logits each time.
+    # Kernels that add in no fixed order (atomics in mixtures of experts on a GPU) give slightly other logits each time.
     noise = _noise(blocks, tokens_BL, plain)
     if apart <= 4 * noise:
         return
@@ -210,21 +208,21 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
 
 
 def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
-    """How far the model's own logits are apart from pass to pass; raises UnsupportedModel if that is far."""
+    """The largest difference of the model's own logits between two passes; raises UnsupportedModel if it is large."""
     noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
     if noise > NOISE * float(plain.abs().max()):
         raise UnsupportedModel(
             f"{type(blocks.model).__name__} gives other logits each time for the same tokens (they differ by "
-            f"{noise / float(plain.abs().max()):.2g} of the largest): is it in training mode, or does it draw at "
-            "random?"
+            f"{noise / float(plain.abs().max()):.2g} of the largest): is it in training mode, or does it use random "
+            "numbers?"
         )
     return noise
 
 
 def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> None:
-    """Raises UnsupportedModel if a block leaves something in itself, or in the model, that the next one reads.
+    """Raises UnsupportedModel if a block stores something in itself, or in the model, that a later block reads.
 
-    As in a run, each block sees two micro-batches before the next one does. What it left is the second one's then.
+    As in a run, each block gets both micro-batches before the next block does; stored values are the second one's then.
     """
     if not all_finite(plain):
         return
@@ -249,13 +247,13 @@ def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) ->
 
 
 def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
-    """Raises UnsupportedModel if tokens that come later change what is said of those before them."""
+    """Raises UnsupportedModel if later tokens change the logits of earlier ones."""
     same_L = (tokens_BL[0] == tokens_BL[1]).long().cumprod(0).bool()
     if not all_finite(logits_BLV) or logits_BLV.shape[1] != len(same_L) or not same_L.any():
         return
     first, second = logits_BLV[0, same_L].float(), logits_BLV[1, same_L].float()
-    # Equal rows are computed alike up to the order of sums; what a later token changes is far more than that, so the
-    # root mean square is compared, on which the rounding of single logits has little weight.
+    # Equal rows differ at most by the order of sums, far less than by a later token. The root mean square is compared,
+    # because rounding of single logits has little weight in it.
     if (first - second).square().mean().sqrt() > max(1e-4, 2 * _eps(logits_BLV)) * first.square().mean().sqrt():
         raise UnsupportedModel(
             f"{type(blocks.model).__name__} sees the tokens behind the one it predicts: it is an encoder, no causal "
@@ -267,7 +265,7 @@ def _check_causal(blocks: BlockModel, tokens_BL: Tensor, logits_BLV: Tensor) -> 
 def _other_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], of_model: tuple[Any, ...], named: dict[str, Any]
 ) -> str | None:
-    """The first argument whose tensors are not those that the model passes."""
+    """The first argument whose tensors differ from those that the model passes."""
     pairs = [(f"argument {place}", *pair) for place, pair in enumerate(zip(args, of_model, strict=False))]
     pairs += [(name, kwargs.get(name), value) for name, value in named.items()]
     for name, mine, models in pairs:
@@ -280,14 +278,14 @@ def _other_argument(
 def _apart(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
-    wide = torch.promote_types(one.dtype, torch.float32)  # or complex: some rotary embeddings are
+    wide = torch.promote_types(one.dtype, torch.float32)  # complex for some rotary embeddings
     return float((one.to(wide) - other.to(one.device, wide)).abs().max()) if one.numel() else 0.0
 
 
 def _rounding(plain: Tensor) -> float:
-    # Both ways call the same kernels on tensors of the same shapes, so they nearly always agree to the last bit. What
-    # may differ is where tensors lie in memory, on which a matrix product's order of sums can depend: less than two
-    # steps of the largest value in the model's own precision. What is wrong is off by far more.
+    # Both ways call the same kernels on tensors of the same shapes, so they nearly always agree bit by bit. Memory
+    # addresses may differ, and a matrix product's order of sums can depend on them: that changes less than two steps
+    # of the largest value in the model's dtype. Real errors are far larger.
     return 2 * _eps(plain) * float(plain.abs().max()) if plain.numel() and _eps(plain) else 0.0
 
 

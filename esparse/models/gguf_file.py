@@ -1,4 +1,4 @@
-"""A model that is one GGUF file, which transformers reads and dequantises."""
+"""Models in one GGUF file, which transformers reads and dequantises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENDING = ".gguf"
-# What transformers notes on a model and on its configuration about the blocks that it has taken apart.
+# Attributes that transformers sets on a model and its configuration to describe the quantisation it has undone.
 NOTES_ON_MODEL = ("hf_quantizer", "quantization_method")
 NOTES_ON_CONFIG = ("quantization_config", "_is_quantized")
 
@@ -22,7 +22,7 @@ def is_named(path: str | Path) -> bool:
 
 
 def check(file: Path) -> None:
-    """Raises Mistake if the file is no GGUF file, is cut short, is one of several, or holds what nobody dequantises."""
+    """Raises Mistake for a damaged GGUF file, one of several parts, or tensors that cannot be dequantised."""
     from gguf import GGUFReader, dequantize
 
     try:
@@ -50,12 +50,12 @@ def check(file: Path) -> None:
 
 
 def reading(file: Path) -> dict[str, Any]:
-    """What `from_pretrained` is told beside the file's folder so that it reads this file."""
+    """Arguments of `from_pretrained`, beside the file's folder, that make it read this file."""
     return {"gguf_file": file.name}
 
 
 def dequantised() -> dict[str, Any]:
-    """What `AutoModelForCausalLM.from_pretrained` is told so that no weight stays in blocks."""
+    """Arguments of `AutoModelForCausalLM.from_pretrained` that make it dequantise all weights."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)  # older versions always dequantise
@@ -63,7 +63,7 @@ def dequantised() -> dict[str, Any]:
 
 
 def made_plain(model: PreTrainedModel, file: Path) -> PreTrainedModel:
-    """The model without the notes that it was quantised once; what lies beside the file is none of its files."""
+    """The model without transformers' marks of quantisation, and without a folder of files beside its weights."""
     for name in NOTES_ON_MODEL:
         vars(model).pop(name, None)
     model.is_quantized = False

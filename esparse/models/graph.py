@@ -1,8 +1,8 @@
-"""Which tensors inside a block connect what makes them with what reads them: found by looking and by trying.
+"""Finds which module produces each tensor inside a block and which layers read it, without a table per family.
 
-Never a table per family. A norm is seen to hand its output to the layers that read it. Whether a matrix makes a tensor
-is tried: its rows are multiplied by powers of two, which rounds nothing in any precision, and the tensor must follow,
-channel by channel. That nobody else reads the tensor is verified on what the block returns.
+Observing a forward pass shows which layers read a norm's output. Whether a matrix makes a tensor is tested: its rows
+are multiplied by powers of two, which is exact in any dtype, and the tensor must follow channel by channel. That no
+other module reads the tensor is verified on the block's output.
 
 Shapes: T tokens, I channels of a tensor, R rows of its producer, V rows of them that make it.
 """
@@ -20,15 +20,15 @@ from esparse.models.block import Block
 from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader
 from esparse.models.producers import Edge, Producer, row_maps, row_sets
 
-SAMPLE = 1024  # tokens on which a producer is tried, spread over a micro-batch
+SAMPLE = 1024  # tokens for testing a producer, spread over a micro-batch
 
 
 class _Seen(Exception):
-    """Ends a block's forward pass: the tensor that was waited for has come."""
+    """Ends a block's forward pass after the wanted tensor was seen."""
 
 
 class BlockGraph:
-    """The dataflow graph of one block; its edges are known after `watch`. Skipped layers belong to it as readers."""
+    """The dataflow graph of one block; `watch` comes first. Skipped layers are in it as readers."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -44,12 +44,12 @@ class BlockGraph:
                 self._routers[name] = module
         self._source: dict[InputGroup, str | None] = {}  # the norm whose output a group reads
         self._router_source: dict[str, str | None] = {}
-        self._busiest: dict[InputGroup, tuple[int, int]] = {}  # its most tokens in one micro-batch, and minus which
+        self._busiest: dict[InputGroup, tuple[int, int]] = {}  # its most tokens in a micro-batch, and minus which
         self._unused: list[nn.Parameter] = []
-        self._returned = torch.empty(0)  # what the block returned for the first micro-batch, computed in float32
+        self._returned = torch.empty(0)  # the block's output for the first micro-batch, in float32
 
     def watch(self, read: Reader) -> None:
-        """Runs the block over all micro-batches; `read(group, x_TI)` gets the input of every group."""
+        """Runs the block over all micro-batches and observes it; `read(group, x_TI)` gets the input of every group."""
         for batch in range(len(self.block.activations.hidden)):
             made: dict[str, Tensor] = {}
 
@@ -66,9 +66,9 @@ class BlockGraph:
         self._settle()
 
     def edges(self) -> tuple[list[list[Edge]], list[InputGroup]]:
-        """The edges, those further down the block first, and the groups for which no producer was found.
+        """The edges, those nearer the block's end first, and the groups without a known producer.
 
-        All that reads one norm's output makes one edge. The edges of one parameter's experts stand in one list.
+        All readers of one norm's output form one edge. The edges of one parameter's experts are in one list.
         """
         edges: list[list[Edge]] = []
         unmatched: list[InputGroup] = []
@@ -92,18 +92,18 @@ class BlockGraph:
         return edges[::-1], unmatched
 
     def producer(self, group: InputGroup) -> Producer | None:
-        """What makes the tensor that a group reads; None where nothing was found that could absorb a change of it."""
+        """The producer of the tensor that a group reads; None if none was found that could absorb a change."""
         norm = self._source[group]
         before_TI = self.tensor(norm, group)
         if norm is not None:
             if any(group.inputs in parameter.shape for parameter in self._unused):
-                return None  # layers that did not run may read it as well
+                return None  # layers that did not run may read it, too
             candidates = (Producer.of_norm(norm, self._norms[norm], offset) for offset in (0.0, 1.0))
             return next((producer for producer in candidates if self.makes(producer, group, before_TI)), None)
         for matrix in self.earlier(group):
             for rows_V in row_sets(matrix.view().shape[0], group.inputs, heads=matrix.expert is None):
                 maps = [Producer.of_matrix(matrix, row_of_I) for row_of_I in row_maps(rows_V, group.inputs)]
-                # First whether these rows make it at all: if not, no way to deal them out will fit.
+                # First test whether these rows make the tensor at all; if not, no row map can fit.
                 if self.makes(maps[0], group, before_TI, alike=True):
                     found = next((producer for producer in maps if self.makes(producer, group, before_TI)), None)
                     if found is not None:
@@ -112,9 +112,9 @@ class BlockGraph:
 
     @torch.no_grad()
     def makes(self, producer: Producer, group: InputGroup, before_TI: Tensor, *, alike: bool = False) -> bool:
-        """Whether the group's input follows when the producer's rows are multiplied by 2, 4 or 8 (`alike`: all by 2).
+        """Whether the group's input follows if the producer's rows are multiplied by 2, 4 or 8 (`alike`: all by 2).
 
-        `before_TI` is what `tensor` returned. The weights are as before afterwards, bit by bit.
+        `before_TI`: what `tensor` returned. Restores the weights bit by bit.
         """
         generator = torch.Generator().manual_seed(0)
         factor_R = 2.0 ** torch.randint(1, 4, (len(producer.parts[0][0]),), generator=generator)
@@ -131,9 +131,9 @@ class BlockGraph:
 
     @torch.no_grad()
     def changed(self, edges: Sequence[Edge], change: Callable[[Edge], None]) -> bool:
-        """Makes a change that must not alter what the block returned for the first micro-batch when it was watched.
+        """Applies a change that must not alter the block's output for the first micro-batch.
 
-        Where it does, False: all weights are again as they were before the change, bit by bit.
+        Returns False if it does, and restores all weights bit by bit.
         """
         saved = [(stored, stored.clone()) for edge in edges for stored in edge.stored()]
         for edge in edges:
@@ -145,10 +145,10 @@ class BlockGraph:
         return False
 
     def same(self) -> bool:
-        """Whether the block returns for the first micro-batch what it returned when it was watched.
+        """Whether the block's output for the first micro-batch is still the one that `watch` saw.
 
-        Both are computed in float32, and their difference is compared with what the block adds to each token: beside
-        the whole hidden state, of which some channels are huge, a wrong block would pass for rounding.
+        Both are computed in float32. Their difference is compared with what the block adds to each token, and not with
+        the hidden state: some of its channels are so large that a wrong block would pass as rounding.
         """
         before, after = self._returned.flatten(0, -2), self._wide().flatten(0, -2)
         wrong_T, size_T, dtype = (after - before).norm(dim=-1), before.norm(dim=-1), self._dtype()
@@ -157,15 +157,15 @@ class BlockGraph:
         if entered.shape == self._returned.shape:
             added_T = (before - entered.to(before.device, torch.float32).flatten(0, -2)).norm(dim=-1)
         right_T = wrong_T <= _ALIKE[dtype.itemsize < 4] * added_T + 8 * torch.finfo(torch.float32).eps * size_T
-        # Rounded weights send some tokens to other experts, which is no fault of the change.
+        # Rounded weights may route some tokens to other experts, which is not an error of the change.
         routed = dtype.itemsize < 4 and bool(self._routers)
         return bool(right_T.float().mean() >= (0.98 if routed else 1.0))
 
     @torch.no_grad()
     def _wide(self) -> Tensor:
-        """What the block makes of the first micro-batch if it computes in float32 with the weights as they are."""
+        """The block's output for the first micro-batch, computed in float32 with the present weights."""
         module, activations = self.block.module, self.block.activations
-        # Not `in_float32`: the weights have to stay where they are, as producers and edges share their memory.
+        # `in_float32` would move the weights, and producers and edges share their memory.
         saved = [(parameter, parameter.data) for parameter in module.parameters()]
         buffers = [(owner, name, value) for owner in module.modules() for name, value in owner._buffers.items()]
         try:
@@ -181,27 +181,27 @@ class BlockGraph:
         return self.matrices.groups[0].matrices[0].parameter.dtype
 
     def follows(self, after_TI: Tensor, expected_TI: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a tensor is what was expected of it, channel by channel, up to the rounding of this precision."""
+        """Whether a tensor equals the expected one, channel by channel, up to the rounding of this dtype."""
         wrong_I = (after_TI - expected_TI).norm(dim=0)
         return bool((wrong_I <= _tolerance(dtype) * expected_TI.norm(dim=0)).all())
 
     def source(self, group: InputGroup) -> str | None:
-        """The norm whose output a group reads; None where it reads something else."""
+        """The norm whose output a group reads; None if it reads another tensor."""
         return self._source[group]
 
     def norm_before(self, group: InputGroup) -> tuple[str, nn.Module] | None:
-        """The norm whose output this group reads and nothing else does, as far as is known; None without one."""
+        """The norm whose output this group alone reads, as far as is known; None if there is none."""
         norm = self._source[group]
         if norm is None or norm in self._router_source.values():
             return None
         if [g for g in self.matrices.groups if self._source[g] == norm] != [group]:
             return None
         if any(group.inputs in parameter.shape for parameter in self._unused):
-            return None  # layers that did not run may read it as well
+            return None  # layers that did not run may read it, too
         return norm, self._norms[norm]
 
     def _settle(self) -> None:
-        """Adds what no token reached: an expert reads what its siblings read, of a layer nothing is known."""
+        """Adds modules without tokens: an expert reads what its siblings read; a layer's source stays unknown."""
         self.matrices.complete()
         of_entry = {group.matrices[0].entry: norm for group, norm in self._source.items()}
         for group in self.matrices.groups:
@@ -210,7 +210,7 @@ class BlockGraph:
         self._unused = [p for entry, p in self.matrices.parameters().items() if entry not in used]
 
     def _together(self, group: InputGroup) -> list[InputGroup]:
-        """The groups for which one producer is looked for: readers of one norm, or the experts of one parameter."""
+        """The groups that share this group's producer: readers of one norm, or the experts of one parameter."""
         norm, first = self._source[group], group.matrices[0]
         if norm is not None:
             return [g for g in self.matrices.groups if self._source[g] == norm]
@@ -219,15 +219,15 @@ class BlockGraph:
         return [g for g in self.matrices.groups if g.matrices[0].entry == first.entry]
 
     def earlier(self, group: InputGroup) -> Iterator[Matrix]:
-        """The matrices used before the group, the last one first; for an expert, its own ones."""
+        """The matrices used before the group, the last one first; for an expert, only its own matrices."""
         groups = self.matrices.groups
         for before in reversed(groups[: groups.index(group)]):
             yield from (m for m in reversed(before.matrices) if m.expert == group.matrices[0].expert)
 
     def tensor(self, norm: str | None, group: InputGroup) -> Tensor:
-        """What the group reads of some tokens, in float32: the norm's output, where there is one.
+        """The group's input for some tokens, in float32; for a group behind a norm, the norm's whole output.
 
-        (Routers deal it out to experts, and would deal it out otherwise while a norm is tried.)
+        (Routers select tokens for experts, and would select other tokens while a norm is changed for a test.)
         """
         seen: list[Tensor] = []
 
@@ -250,11 +250,11 @@ class BlockGraph:
 
     @contextmanager
     def _norms_and_routers(self, made: dict[str, Tensor]) -> Iterator[None]:
-        """While open, `made` collects what the norms return, and it is noted which of that the routers read."""
+        """While open, collects the norms' outputs in `made`, and stores which of them each router reads."""
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
-                # A norm of other widths than its own output's, such as one per head, makes no tensor that layers read.
+                # A norm over another width than its output's, such as one per head, makes no tensor that layers read.
                 if isinstance(out, Tensor) and out.ndim > 1 and out.shape[-1] == len(module.get_parameter("weight")):
                     made[name] = out
 
@@ -278,7 +278,7 @@ class BlockGraph:
 
 
 def _source(x_TI: Tensor, made: dict[str, Tensor]) -> str | None:
-    """Whose output this is: the same memory, or rows taken from it as experts do. All outputs still exist."""
+    """The norm with this output: the same memory, or rows taken from it for an expert. All outputs must still exist."""
     for name, y in made.items():
         if y.data_ptr() == x_TI.data_ptr() and y.numel() == x_TI.numel() and y.shape[-1] == x_TI.shape[-1]:
             return name
@@ -290,9 +290,9 @@ def _source(x_TI: Tensor, made: dict[str, Tensor]) -> str | None:
     return None
 
 
-_ALIKE = (1e-3, 5e-2)  # of what a block adds to a token, what rounding may change: in float32, in half precision
+_ALIKE = (1e-3, 5e-2)  # share of what a block adds to a token that rounding may change: float32, half precision
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The relative error that rounding may cause where weights are rewritten."""
+    """The relative error that rounding of rewritten weights may cause."""
     return 2e-2 if dtype.itemsize < 4 else 1e-4

@@ -1,4 +1,4 @@
-"""How much memory the host still has, and giving back what the process no longer uses."""
+"""Measures the host's free memory, and returns unused memory of the process to the system."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def free_host_bytes() -> int:
-    """What the process may still take: of the machine, of its control group (Slurm, containers), of `ulimit -v`.
+    """Bytes that the process may still allocate: the least of machine, control group (Slurm, containers), `ulimit -v`.
 
-    Where the system does not say what is free (macOS), all memory counts.
+    If the system does not say what is free (macOS), all its memory counts as free.
     """
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
@@ -27,7 +27,7 @@ def free_host_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the process may still take of a device's memory, or of the host's where the device is the CPU."""
+    """Bytes that the process may still allocate on a device; on a CPU, the host's."""
     if device.type == "cpu":
         return free_host_bytes()
     import torch
@@ -37,23 +37,23 @@ def free_bytes(device: torch.device) -> int:
 
 
 def trim() -> None:
-    """Makes the C library give freed memory back to the system, where it is glibc."""
+    """Makes glibc return freed memory to the system; does nothing with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def keep_large_tensors_apart() -> None:
-    """From now on every tensor of a megabyte or more has a mapping of its own, which goes with it; where it is glibc.
+    """Makes glibc map every tensor of a megabyte or more separately, and unmap it when it is freed.
 
-    That library would soon put tensors of up to 32 MB among the small things that stay, and keep holes as large as the
-    blocks that went: the process would grow by about a block per block.
+    By default glibc soon puts tensors of up to 32 MB on the heap among small allocations, which leaves holes as large
+    as the freed blocks: the process would grow by about one block per block.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _process_limit() -> list[int]:
-    """What `ulimit -v` has left of the process' addresses; nothing where it is not limited."""
+    """The address space that `ulimit -v` leaves the process; an empty list if it is not limited."""
     most, own = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
     if most == resource.RLIM_INFINITY or not own.exists():
         return []
@@ -61,7 +61,7 @@ def _process_limit() -> list[int]:
 
 
 def _group_limits() -> list[int]:
-    """What each control group above the process has left (cgroup v2); none where there is none."""
+    """The free bytes of each control group (cgroup v2) around the process; an empty list if there is none."""
     membership, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     if not membership.exists():
         return []

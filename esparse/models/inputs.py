@@ -1,4 +1,4 @@
-"""Whether what a model is asked from can be pruned at all: one sentence at once, before anything large is read."""
+"""Checks that a model's files can be pruned; refuses them in one sentence before anything large is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from esparse.models.checkpoint import find
 
-PLAIN = {"F64", "F32", "F16", "BF16"}  # as safetensors calls what a weight may be stored in
+PLAIN = {"F64", "F32", "F16", "BF16"}  # dtypes of unquantised weights, by safetensors' names
 DEQUANTISED = "a pruning needs weights in 16 or 32 bits: name the original model, or save a dequantised copy first"
 POINTER = b"version https://git-lfs"
 
@@ -17,7 +17,7 @@ POINTER = b"version https://git-lfs"
 def check_files(folder: Path) -> None:
     """Raises FileNotFoundError or ValueError if a local checkpoint lacks a file, or a shard of it is cut short.
 
-    Only the files that would be loaded are looked at.
+    Reads only files that would be loaded.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -73,7 +73,7 @@ def check_config(asked: str, config: Mapping[str, Any]) -> None:
 
 
 def check_hub(path: str, revision: str | None) -> None:
-    """As `check_files`, of a hub model: raises ValueError if the repository holds an adapter and no model."""
+    """`check_files` for a hub model: raises ValueError if the repository holds an adapter and no model."""
     from transformers.utils.hub import cached_file
 
     asked = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -101,7 +101,7 @@ def _check_no_pointer(file: Path) -> None:
 
 
 def _other_format(folder: Path) -> str:
-    """What else lies there, by which people can tell what to do."""
+    """Names files of other formats in the folder, as a hint for the user."""
     known = {
         ".gguf": "a GGUF file: name the file itself, model.path=FILE.gguf",
         ".pth": "weights in the format of the authors' own code (*.pth): give the Hugging Face version of the model",

@@ -1,4 +1,4 @@
-"""Model and tokenizer from the hub, a local directory, or the package itself."""
+"""Loads model and tokenizer from the hub, a local directory, or the package itself."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-FEW_TOKENS = 8  # a vocabulary of so many is a few special tokens
-LONGEST_SAID = 400  # characters of a library's sentence
-# What configurations call the number of positions, the usual names first.
+FEW_TOKENS = 8  # a vocabulary of this size or less holds special tokens only
+LONGEST_SAID = 400  # most characters of a library's message in ours
+# Names of the number of positions in configurations, the usual ones first.
 LENGTHS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length"),
     *("seq_len", "n_ctx", "context_length", "max_context_length", "max_target_positions", "model_max_length"),
@@ -40,9 +40,9 @@ LENGTHS = (
 
 @dataclass(kw_only=True, slots=True)
 class Model:
-    """Which model, in which precision, on which device."""
+    """The group `model`: which model, in which dtype, on which devices."""
 
-    name: str | None  # how reports call it; None: the last part of path
+    name: str | None  # name in reports; None: the last part of path
     path: str  # a name on the Hugging Face hub, a local directory, a GGUF file, or `builtin`
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
@@ -50,8 +50,8 @@ class Model:
     batch_tokens: int | None  # of one forward pass; null: 1024 on a CPU, 8192 on a GPU
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
     activations: str  # where hidden states wait between blocks: auto | host | device | disk
-    skip: list[str]  # regular expressions: layers whose name one of them is found in stay dense
-    trust_remote_code: bool  # whether code that lies beside a hub model may run
+    skip: list[str]  # regular expressions: a layer stays dense if one is found in its name
+    trust_remote_code: bool  # whether Python code that comes with a hub model may run
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -69,7 +69,7 @@ class Model:
             )
 
     def tokens_at_once(self, device: torch.device) -> int:
-        """About how many tokens a forward pass takes."""
+        """The number of tokens of one forward pass, about."""
         return self.batch_tokens or usual_tokens_at_once(device)
 
     @property
@@ -78,16 +78,16 @@ class Model:
 
     @property
     def processes(self) -> int:
-        """How many processes on the CPU are asked for; 1 where it is not processes that are."""
+        """The number of CPU processes that `devices` asks for; 1 if it does not ask for processes."""
         kind, _, number = self.devices.partition(":")
         return int(number) if kind == "cpu" and number.isdecimal() and int(number) else 1
 
     def device(self) -> torch.device:
-        """The first device to compute on; raises as `all_devices` does."""
+        """The first of `all_devices`; raises as that does."""
         return self.all_devices()[0]
 
     def all_devices(self) -> list[torch.device]:
-        """The devices to compute on, one for each process; ValueError where a GPU is asked for that is not there."""
+        """The devices to compute on, one per process; raises Mistake for a GPU that does not exist."""
         import torch
 
         if self.devices == "auto" and torch.cuda.is_available():
@@ -110,19 +110,19 @@ class Model:
 
 
 def usual_tokens_at_once(device: torch.device) -> int:
-    """On a CPU more take memory and no less time."""
+    """The default of `batch_tokens`; on a CPU more tokens would take memory and save no time."""
     return 1024 if device.type == "cpu" else 8192
 
 
 def load(
     model: Model, folder: Path, ranks: Ranks | None = None, *, again: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Store]:
-    """The model in evaluation mode on the host, its tokenizer, and the store that has the weights.
+    """Loads the model in evaluation mode on the host, its tokenizer, and the store that holds the weights.
 
-    `folder` is where the store writes blocks that were changed. Every rank loads the model. `again`: the next run of
-    this process loads the same one, so it is kept beside this one where the host has ample room for both.
-    Raises FileNotFoundError, ValueError or ConnectionError with one sentence that names the file or the name that was
-    asked for: missing or truncated shards, weights that the checkpoint lacks, a hub that cannot be reached.
+    `folder`: the store writes changed blocks there. Every rank loads the model. `again`: the next run of this process
+    loads the same model, so a copy is cached if the host has enough memory. Raises FileNotFoundError, ValueError or
+    ConnectionError with one sentence that names the file or model: missing or truncated shards, weights that the
+    checkpoint lacks, a hub that cannot be reached.
     """
     from transformers import PretrainedConfig
 
@@ -176,7 +176,7 @@ def load(
 
 
 def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer; raises ValueError if it has next to no vocabulary, as that of a folder without its files has."""
+    """The tokenizer; raises Mistake if it has almost no vocabulary, which means that its files are missing."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -185,7 +185,7 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
         raise _explained(model.path, is_local, error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
-    except Exception as error:  # of many types: readers of vocabularies, packages that are not there, remote code
+    except Exception as error:  # of many types: vocabulary readers, missing packages, remote code
         if is_local and not any((Path(path) / name).is_file() for name in VOCABULARIES):
             raise Mistake(
                 f"{model.path} has no tokenizer: none of {', '.join(VOCABULARIES)} lies there; copy the model's own"
@@ -202,7 +202,7 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
 
 
 def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
-    """Warns of what a run can do without, and its user should know."""
+    """Logs warnings about flaws that do not stop a run."""
     from esparse.models.source import say_not_loaded
 
     if not ranks.leads:
@@ -211,7 +211,7 @@ def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         log.warning(
-            "the tokenizer of %s has %d tokens and the model embeds %d: a text with one of the others is refused",
+            "the tokenizer of %s has %d tokens and the model embeds %d: a text with one of the other tokens is refused",
             model.path,
             len(tokenizer),
             rows,
@@ -228,7 +228,7 @@ def _where(model: Model) -> dict[str, Any]:
 
 
 def _place(model: Model) -> Path:
-    """Where on this machine the model lies, unless its path is a name on the hub."""
+    """The model's path on this machine, if its path is not a name on the hub."""
     return BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
 
 
@@ -258,7 +258,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
             dtype=dtype,
             experts_implementation="eager",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by their names
+            ignore_mismatched_sizes=True,  # reported below, by name
             **_where(model),
             **(gguf_file.dequantised() if of_blocks else {}),
         )
@@ -280,7 +280,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
 
 
 def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) -> tuple[PreTrainedModel, ShardStore]:
-    """The model without its weights, which are on the meta device, and the store that reads them from the files."""
+    """The model with its weights on the meta device, and the store that reads them from files."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -291,7 +291,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
     checkpoint = Checkpoint(entry)
     config = AutoConfig.from_pretrained(path, **_where(model))
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or checkpoint.dtype()
-    # Not the meta device for everything: buffers (rotary frequencies) are computed while the model is made.
+    # Buffers stay off the meta device, because the model computes them (rotary frequencies) when it is built.
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
@@ -307,7 +307,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
 
 
 def weight_files(model: Model) -> list[str]:
-    """Name, size and time of change of every file of weights of a local model; none for a hub model."""
+    """Name, size and modification time of each of a local model's files of weights; empty for a hub model."""
     folder = _place(model)
     if folder.is_file():
         return _stamps([folder])
@@ -315,7 +315,7 @@ def weight_files(model: Model) -> list[str]:
 
 
 def identity(model: Model) -> str:
-    """All that says which model it is: the settings and the stamps of its files, of a hub model those in the cache."""
+    """Identifies a model: its settings and the stamps of its files (of a hub model, those in the cache)."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = _place(model)
@@ -332,10 +332,10 @@ def _stamps(files: Iterable[Path]) -> list[str]:
 
 
 def shape_only(model: Model) -> PreTrainedModel:
-    """The model on the meta device, from its configuration alone; no weights are looked for.
+    """The model on the meta device, built from its configuration alone, without weights.
 
-    Without the hub the shapes that ship with esparse (assets/shapes.json) stand in, and the log says so.
-    Raises as `load` does where there is no configuration.
+    If the hub cannot be reached, uses the shapes that come with esparse (assets/shapes.json), and the log says so.
+    Raises as `load` does if there is no configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -348,7 +348,7 @@ def shape_only(model: Model) -> PreTrainedModel:
         config = None if Path(path).is_dir() else published_config(model.path)
         if config is None:
             raise _explained(model.path, Path(path).is_dir(), error) from error
-        log.info("%s is not in reach: its published shape stands in for its configuration", model.path)
+        log.info("%s cannot be reached: its published shape is used as its configuration", model.path)
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
     if _is_slow(model, dtype):
         dtype = torch.float32
@@ -359,7 +359,7 @@ def shape_only(model: Model) -> PreTrainedModel:
 
 
 def published_config(name: str) -> PretrainedConfig | None:
-    """The shape of a hub model that esparse has an option for, as its authors publish it; None for any other name."""
+    """The published configuration of a hub model that esparse has an option for; None for other names."""
     from transformers import AutoConfig
 
     shape = json.loads((ASSETS / "shapes.json").read_text(encoding="utf-8")).get(name)
@@ -371,21 +371,21 @@ def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:
 
 
 def _is_slow(model: Model, dtype: torch.dtype) -> bool:
-    """Whether auto would mean float16 on a CPU, whose arithmetic in it is slow and loses precision: then float32."""
+    """Whether `dtype=auto` would mean float16 on a CPU, which is slow and imprecise there, so float32 is used."""
     import torch
 
     return model.dtype == "auto" and model.device().type == "cpu" and dtype == torch.float16
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """The number of positions the model was made for (2048 if its config names none, as BLOOM's does)."""
+    """The number of positions the model was made for; 2048 if its config has none, like BLOOM's."""
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in LENGTHS)
     return next((int(length) for length in named if isinstance(length, int | float) and length > 0), 2048)
 
 
 def _explained(asked: str, is_local: bool, error: Exception, what: str = "model") -> Exception:
-    """The library's sentences, whole enough to understand, with what was asked for and what to do."""
+    """An error with the library's message (shortened), what was asked for, and what to do."""
     said = " ".join(str(error).split()) or type(error).__name__
     needs_code = "trust_remote_code" in said
     said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."

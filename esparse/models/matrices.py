@@ -1,9 +1,8 @@
-"""The weight matrices of a block, and which of them read the same tensor.
+"""Finds the weight matrices of a block, and which of them read the same tensor.
 
-Both are found by looking and observing, never listed per family: a Linear (or GPT-2's Conv1D) is known by its type, an
-expert's matrix by being used as one while its block runs, however its siblings and it are stored. Two layers that
-receive the same tensor form one input group: they share statistics and a channel order. Routers (models/routers.py)
-are no matrices here.
+There is no table per family: a Linear (or GPT-2's Conv1D) is known by its type, an expert's matrix by its products
+while the block runs, however the experts are stored. Two layers that receive the same tensor form one input group: they
+share statistics and a channel order. Routers (models/routers.py) do not count as matrices.
 
 Shapes: O outputs, I inputs, T tokens.
 """
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from esparse.models import routers
 
-_NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of their weights with what flows
+_NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are in no matrix product
 _EXPERTS = re.compile(r"expert")
 
 
@@ -31,7 +30,7 @@ _EXPERTS = re.compile(r"expert")
 class Matrix:
     """One weight matrix: a Linear's, a Conv1D's (stored inputs x outputs) or one expert's part of a parameter.
 
-    A parameter holds its experts one behind the other: as a first dimension, or in 2 dimensions as runs of rows.
+    A parameter stacks its experts: along a first dimension or, if it has 2 dimensions, as runs of rows.
     """
 
     entry: str  # name in the model's state dict
@@ -40,7 +39,7 @@ class Matrix:
     expert: int | None = None
     layer: nn.Module | None = None  # the Linear or Conv1D; an expert has none
     rows: int = 0  # of each expert, if the parameter has 2 dimensions
-    together: bool = False  # whether an expert is multiplied with all its siblings at once
+    together: bool = False  # whether one operation multiplies all experts
 
     @property
     def name(self) -> str:
@@ -49,25 +48,25 @@ class Matrix:
         return name if self.expert is None else f"{name}[{self.expert}]"
 
     def view(self) -> Tensor:
-        """The stored weights as outputs x inputs, sharing memory with the model."""
+        """The weights as outputs x inputs; shares memory with the model."""
         return self.part_of(self.parameter.data)
 
     def part_of(self, stored: Tensor) -> Tensor:
-        """This matrix's part of a tensor that is stored as its parameter is, as outputs x inputs."""
+        """This matrix's part of a tensor that is laid out like its parameter, as outputs x inputs."""
         stored = stored if self.expert is None else self.stack_of(stored)[self.expert]
         return stored.T if self.transposed else stored
 
     def stack_of(self, stored: Tensor) -> Tensor:
-        """A tensor that is stored as the parameter is, with its experts as the first of three dimensions."""
+        """A tensor that is laid out like the parameter, viewed with the experts as the first of three dimensions."""
         return stored.unflatten(0, (-1, self.rows)) if self.rows else stored
 
     @property
     def experts(self) -> int:
-        """How many experts the parameter holds."""
+        """The number of experts in the parameter."""
         return len(self.parameter) // (self.rows or 1)
 
     def add_to_bias(self, shift_O: Tensor) -> bool:
-        """Adds to the layer's bias, which it gets where it had none; False for an expert, which has no place for it."""
+        """Adds to the layer's bias, creating it if needed; returns False for an expert, which cannot have a bias."""
         if self.layer is None:
             return False
         if self.layer.bias is None:
@@ -79,7 +78,7 @@ class Matrix:
 
 @dataclass(eq=False, slots=True)
 class InputGroup:
-    """Matrices that read the same tensor; `inputs` is its width."""
+    """Matrices that read the same tensor; `inputs` is the tensor's width."""
 
     inputs: int
     matrices: list[Matrix] = field(default_factory=list)
@@ -91,18 +90,18 @@ Member = tuple[str, bool, int | None, int, int, bool]
 
 
 class BlockMatrices:
-    """The prunable matrices of one block; the input groups fill up while the block runs under `observed`."""
+    """The prunable matrices of one block; running the block under `observed` finds their input groups."""
 
     def __init__(
         self, block: nn.Module, prefix: str, skip: Sequence[str] = (), routers_seen: Collection[str] = ()
     ) -> None:
-        """`skip`: regular expressions of names that stay dense. `routers_seen`: layers known to route, by name."""
+        """`skip`: regular expressions of names that stay dense. `routers_seen`: names of known routers."""
         self.block = block
         self._prefix = prefix
         self._left_alone = [re.compile(pattern) for pattern in skip]
         self._layers: dict[nn.Module, Matrix] = {}
         self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # parameters that may hold experts, by identity
-        self._flat: set[str] = set()  # those of 2 dimensions, of which only use shows whether they do
+        self._flat: set[str] = set()  # of these, the ones with 2 dimensions: only their use shows whether they do
         self._group_of: dict[str, InputGroup] = {}
         self.groups: list[InputGroup] = []
         for path, module in block.named_modules():
@@ -127,9 +126,10 @@ class BlockMatrices:
                         self._flat.add(entry)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that hold the matrices, by their names in the state dict.
+        """The parameters with the matrices, by their names in the state dict.
 
-        Of those of 2 dimensions that are no layer's, what is among experts, or was seen to hold some.
+        Parameters of 2 dimensions that belong to no layer count if they lie among experts, or were seen to hold
+        experts.
         """
         used = {matrix.entry for group in self.groups for matrix in group.matrices}
         stacks = {
@@ -140,20 +140,20 @@ class BlockMatrices:
         return {matrix.entry: matrix.parameter for matrix in self._layers.values()} | stacks
 
     def layers(self) -> list[Matrix]:
-        """The matrices that are layers of their own; experts, which are known by their use, are not among them."""
+        """The matrices that are layers; experts inside parameters are not among them."""
         return list(self._layers.values())
 
     @contextmanager
     def observed(self, read: Reader) -> Iterator[None]:
-        """While open, `read(group, x_TI)` gets the input of every group once per forward pass of the block.
+        """While open, calls `read(group, x_TI)` with the input of every group, once per forward pass of the block.
 
-        Which layers share a tensor is settled in the first pass of each layer: what they received is held until that
-        pass ends, so that no address is reused.
+        The first pass of each layer decides which layers share a tensor; it keeps all inputs alive until it ends, so
+        that no address is used twice.
         """
         held: dict[tuple[int, int, int], tuple[Tensor, InputGroup]] = {}
 
         def feed(matrix: Matrix, x: Tensor, seen: Tensor | None = None) -> None:
-            """`seen`: the rows of x that are tokens, if they are not all."""
+            """`seen`: the rows of x that are tokens; default: all."""
             group = self._group_of.get(matrix.name)
             x_TI = (x if seen is None else seen).flatten(0, -2)
             if group is None:
@@ -186,16 +186,16 @@ class BlockMatrices:
                 hook.remove()
 
     def members(self) -> list[list[Member]]:
-        """The groups that were observed, as what can be told to another process."""
+        """The observed groups in a form that can be sent to another process."""
         return [
             [(m.entry, m.transposed, m.expert, group.inputs, m.rows, m.together) for m in group.matrices]
             for group in self.groups
         ]
 
     def unite(self, of_ranks: Sequence[list[list[Member]]]) -> list[list[InputGroup]]:
-        """Replaces the groups by those that the ranks saw between them, in the same order wherever this is called.
+        """Replaces the groups by the union of all ranks' groups, in the same order on every rank.
 
-        An expert may have had tokens on some of the ranks only. Returns, for every group, those that it replaces here.
+        (An expert may get tokens on some ranks only.) Returns for every group the groups that it replaces on this rank.
         """
         united: list[dict[Member, None]] = []
         for member_list in (members for of_rank in of_ranks for members in of_rank):
@@ -226,10 +226,10 @@ class BlockMatrices:
         return Matrix(entry, parameter, transposed, expert, rows=rows, together=together)
 
     def complete(self) -> list[str]:
-        """Adds the experts that no token reached, each a group of its own; returns the names of layers never used.
+        """Adds each expert that no token reached as a group of its own; returns the names of unused layers.
 
-        An unseen expert is stored as its siblings are. Of experts that are modules of a list, siblings are the layers
-        whose names differ in the number only.
+        Such an expert has its siblings' layout. If experts are modules in a list, siblings are the layers whose names
+        differ only in the number.
         """
         for entry, _ in self._stacks.values():
             seen = [m for group in self.groups for m in group.matrices if m.entry == entry]
@@ -257,16 +257,16 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def _numbered(name: str) -> str:
-    """A layer's name without the numbers of lists."""
+    """A layer's name without indices of lists."""
     return _NUMBER.sub(".*", name)
 
 
 class _StackReads(TorchDispatchMode):
-    """Notices when a part of a parameter multiplies something: that is an expert at work.
+    """Sees products with a part of a parameter: each is the product of an expert.
 
-    Where a family keeps all experts of a layer in one parameter, there is no module to hook. Whatever it calls, all
-    products arrive here as a few operations on two operands, of which one lies in the parameter's memory: one expert
-    after the other (mm, mv), or all at once (bmm, grouped_mm).
+    A family that stores all experts of a layer in one parameter has no module per expert to hook. Whatever function
+    it calls, the products arrive here as a few operations on two operands, one of which lies in the parameter's
+    memory: expert by expert (mm, mv), or all at once (bmm, grouped_mm).
     """
 
     def __init__(self, stacks: Iterable[tuple[str, nn.Parameter]], feed: Callable[..., None]) -> None:
@@ -291,7 +291,7 @@ class _StackReads(TorchDispatchMode):
                 left, right = right.mT, left.mT
             if self._at(right) is not None:
                 for x_TI, weight_IO in zip(left, right, strict=True):
-                    # All experts get a row for every token, zeros if the router sends it elsewhere.
+                    # Every expert gets a row for every token, zeros for tokens of other experts.
                     self._product(x_TI, weight_IO, x_TI[x_TI.any(-1)])
         elif operation is getattr(aten, "_grouped_mm", None) and args[1].ndim == 3 and args[0].ndim == 2:
             x_TI, weight_EIO = args[:2]
@@ -302,7 +302,7 @@ class _StackReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _at(self, weight: Tensor) -> tuple[int, str, nn.Parameter] | None:
-        """The parameter in whose memory this begins, and how many elements behind its start."""
+        """The parameter whose memory contains this tensor's start, and the offset in elements."""
         place = weight.data_ptr()
         for begin, end, entry, parameter in self._stacks:
             if begin <= place < end:
@@ -310,14 +310,14 @@ class _StackReads(TorchDispatchMode):
         return None
 
     def _product(self, x_TI: Tensor, weight_IO: Tensor, seen_TI: Tensor | None = None) -> bool:
-        """Feeds the expert that the weight belongs to, if it does; whether it does."""
+        """Feeds the expert that the weight belongs to; returns whether it belongs to one."""
         found = self._at(weight_IO)
         if found is None or weight_IO.ndim != 2:
             return False
         offset, entry, parameter = found
         inputs, outputs = weight_IO.shape
         across, along = parameter.stride()[-2:]
-        # As it is stored, a product on the right has the inputs as rows; a Linear's way is the other one.
+        # The right factor of a product has inputs as rows; a Linear stores its weight the other way round.
         if weight_IO.stride() == (across, along):
             transposed, height, width = True, inputs, outputs
         elif weight_IO.stride() == (along, across):
@@ -326,7 +326,7 @@ class _StackReads(TorchDispatchMode):
             return False
         if parameter.ndim == 3:
             rows, (high, wide) = 0, parameter.shape[1:]
-            # A part of an expert (its gate, its up) reads what the whole reads; the first one stands for all.
+            # Parts of an expert (gate, up) read the same input; the first part counts for the whole.
             whole = (height == high) if transposed else (width == wide)
             expert, rest = divmod(offset, parameter.stride(0))
         else:

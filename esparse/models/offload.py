@@ -1,4 +1,4 @@
-"""Where hidden states wait between two blocks."""
+"""Stores hidden states between two blocks: on the host, on the device, or on disk."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from esparse.models import host_memory
 
 @dataclass(frozen=True, slots=True)
 class HiddenStateStore:
-    """Keeps hidden states on the host, on the device, or in files of a folder."""
+    """Stores hidden states on the host, on the device, or in files of a folder."""
 
     place: str  # auto | host | device | disk
-    folder: Path | None = None  # of disk; None: the system's folder for temporary files
+    folder: Path | None = None  # for `disk`; None: the system's temporary folder
 
     def choose(self, size: int) -> Callable[[Tensor], Tensor]:
-        """What takes a tensor to where it waits; `size`: bytes of one stream of hidden states.
+        """The function that stores a tensor; `size`: bytes of one stream of hidden states.
 
-        auto is the host, but the disk where that would take more than a quarter of the host's free memory: a run may
-        have two streams, and while a block runs the old and the new states of one.
+        auto means the host, or the disk if a stream takes more than a quarter of the host's free memory: a run may
+        have two streams, and while a block runs the old and the new states of one of them.
         """
         place = self.place
         if place == "auto":
@@ -34,11 +34,11 @@ class HiddenStateStore:
         return torch.Tensor.cpu if place == "host" else lambda hidden: hidden
 
     def _on_disk(self, hidden: Tensor) -> Tensor:
-        """A copy whose memory is a file. The file has no name any more: its space is freed with the tensor."""
+        """A copy whose memory is an unnamed file, so that its disk space is freed with the tensor."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="activations-") as file:
-            file.truncate(hidden.nbytes)  # a disk that is full is found out below, where the pages are written
+            file.truncate(hidden.nbytes)  # does not notice a full disk; the next step does
             try:
-                # Room is taken at once: a mapped page without room on the disk would kill the process.
+                # Reserves the space: writing to a mapped page without space on the disk would kill the process.
                 _reserve(file.fileno(), hidden.nbytes)
             except OSError as error:
                 raise OSError(f"no room for activations of {hidden.nbytes:,} bytes in {file.name}: {error}") from error

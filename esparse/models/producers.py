@@ -1,6 +1,6 @@
-"""What makes the tensor that layers read: where in a block a change of its channels can be absorbed.
+"""Producers: the matrix rows or norm weights that make a tensor's channels, and can absorb a change of them.
 
-A producer says which of its rows makes which channel. A scale is written into those rows; so could an order be.
+A producer knows which of its rows makes which channel. A per-channel scale, or an order, can be folded into those rows.
 
 Shapes: I channels of the tensor, O rows of a weight, R rows of a producer, V rows of them that make the tensor.
 """
@@ -19,16 +19,16 @@ from esparse.models.matrices import InputGroup, Matrix
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Producer:
-    """Where in a block the channels of a tensor are made: rows of a matrix, or the weights of a norm."""
+    """The rows of a matrix, or the weights of a norm, that make the channels of a tensor."""
 
     name: str
-    parts: list[tuple[Tensor, float]]  # weight and bias, sharing memory with the model; 1.0: 1 + weight multiplies
-    row_of_I: Tensor  # the row that makes each channel; grouped-query attention makes several with one
+    parts: list[tuple[Tensor, float]]  # weight and bias, sharing the model's memory, and what a norm adds to its weight
+    row_of_I: Tensor  # the row that makes each channel; with grouped-query attention a row makes several channels
     matrix: Matrix | None = None  # None: a norm
 
     @classmethod
     def of_norm(cls, name: str, module: nn.Module, offset: float) -> Producer:
-        """A norm that multiplies by its weight plus `offset`."""
+        """The producer of a norm that multiplies by its weight plus `offset`."""
         weight_I = module.get_parameter("weight").data
         return cls(name, [(weight_I, offset), *_bias(module)], torch.arange(len(weight_I)))
 
@@ -37,19 +37,19 @@ class Producer:
         return cls(matrix.name, [(matrix.view(), 0.0), *_bias(matrix.layer)], row_of_I, matrix)
 
     def of_expert(self, expert: int) -> Producer:
-        """The same rows of another expert of the same parameter."""
+        """The same rows of another expert in the same parameter."""
         assert self.matrix is not None
         sibling = replace(self.matrix, expert=expert)
         return Producer.of_matrix(sibling, self.row_of_I)
 
     def tied(self, value_I: Tensor) -> Tensor:
-        """Gives all channels that one row makes the greatest of their values, none of which may be negative."""
+        """Replaces the values (not negative) of all channels that one row makes by their maximum."""
         row_of_I = self.row_of_I.to(value_I.device)
         value_R = value_I.new_zeros(len(self.parts[0][0])).scatter_reduce(0, row_of_I, value_I, "amax")
         return value_R[row_of_I]
 
     def scale(self, factor_I: Tensor) -> None:
-        """Multiplies every channel; channels that one row makes must have one factor."""
+        """Multiplies every channel by its factor; channels of one row must have the same factor."""
         for stored, offset in self.parts:
             factor_R = torch.ones(len(stored), device=stored.device)
             factor_R[self.row_of_I.to(stored.device)] = factor_I.to(stored.device)
@@ -59,19 +59,19 @@ class Producer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edge:
-    """A tensor inside a block: what makes it, and everything that reads it."""
+    """A tensor inside a block: its producer, and all its readers."""
 
     producer: Producer
     groups: list[InputGroup]
-    routers: list[Tensor]  # weights (outputs x I) that read the tensor too, but are never pruned
+    routers: list[Tensor]  # weights (outputs x I) of routers, which read the tensor and are never pruned
 
     def stored(self) -> list[Tensor]:
-        """All weights that make or read the tensor, sharing memory with the model."""
+        """All weights that make or read the tensor; they share memory with the model."""
         read = [matrix.view() for group in self.groups for matrix in group.matrices]
         return [*(stored for stored, _ in self.producer.parts), *read, *self.routers]
 
     def move(self, scale_I: Tensor) -> None:
-        """Divides the tensor by the scale and multiplies what reads it, so that the block computes the same."""
+        """Divides the tensor by the scale and multiplies its readers, so that the block computes the same."""
         self.producer.scale(1 / scale_I)
         for group in self.groups:
             for matrix in group.matrices:
@@ -81,11 +81,11 @@ class Edge:
 
 
 def row_sets(outputs: int, inputs: int, *, heads: bool) -> Iterator[Tensor]:
-    """Which rows of a matrix may make a tensor of so many channels, each a set of V rows, the likeliest first.
+    """Sets of V rows of a matrix that may make a tensor of `inputs` channels, the likeliest first.
 
-    All of them; or, of a matrix that several are fused in, the last of every chunk, for any number of equal chunks:
-    [gate; up], gate and up in turns, [q; k; v], or q, k and v head by head; of two halves also the first. V divides I:
-    more channels than rows are grouped-query attention's. Without `heads` (in an expert) there is no q, k and v.
+    All rows; or, if the matrix may be several fused ones, the last rows of every chunk, for any number of equal chunks:
+    [gate; up], gate and up in turns, [q; k; v], or q, k and v head by head; of two halves also the first half. V
+    divides I (V < I with grouped-query attention). Without `heads` (in an expert) there are no q, k and v.
     """
     rows = torch.arange(outputs)
     if outputs <= inputs:
@@ -106,7 +106,7 @@ def row_sets(outputs: int, inputs: int, *, heads: bool) -> Iterator[Tensor]:
 
 
 def row_maps(rows_V: Tensor, inputs: int) -> Iterator[Tensor]:
-    """The row that makes each channel, in every way in which consecutive heads may share the rows of one head."""
+    """All maps from channels to rows in which consecutive heads share the rows of one head."""
     sharing = inputs // len(rows_V)
     for heads in _divisors(len(rows_V)) if sharing > 1 else [1]:
         yield rows_V.view(heads, -1).repeat_interleave(sharing, dim=0).flatten()

@@ -1,10 +1,9 @@
-"""Channel orders made physical: the columns of a matrix stored in the order in which its groups are cut.
+"""Makes channel orders physical: stores the columns of a matrix in the order in which its groups are cut.
 
-Then the tensor that it reads must come in that order, too. Where rows of an earlier matrix make it, these are put into
-the order (down_proj's into the rows of gate and up; o_proj's into v_proj's, as far as it stays within the heads), and
-nothing is to be done when the model runs. Everywhere else the tensor is gathered, once for all that read it: behind
-the norm that makes it, if nothing else reads that norm, or in front of the layer. What makes a tensor is found by
-trying (models/graph.py), for every family alike.
+The matrix's input must then come in that order, too. If rows of an earlier matrix make it, these rows are put into the
+order (down_proj's order into the rows of gate and up; o_proj's into those of v_proj, as far as it stays within heads),
+and running the model costs nothing extra. Otherwise the input is gathered, once for all its readers: behind the norm
+that makes it, if nothing else reads that norm, else in front of the layer. models/graph.py finds the producers.
 
 Shapes: T tokens, I channels of a tensor, R rows of a matrix.
 """
@@ -24,24 +23,24 @@ from esparse.models.graph import BlockGraph
 from esparse.models.matrices import InputGroup, Matrix
 from esparse.models.producers import row_maps, row_sets
 
-Rows = list[tuple[Matrix, Tensor]]  # matrices, each with the row that makes each channel of a tensor
+Rows = list[tuple[Matrix, Tensor]]  # matrices, each with its row for each channel of a tensor
 
 
 @dataclass(slots=True)
 class Reordered:
-    """How the weights of one block are to be stored. `order[k]` is the old place of what stands at place k."""
+    """A plan for storing the weights of one block. `order[k]` is the old index of the row or column at index k."""
 
     columns: dict[str, Tensor] = field(default_factory=dict)  # by the weight's name in the state dict
     rows: dict[str, Tensor] = field(default_factory=dict)  # of weight and bias, by the weight's name
     behind: dict[str, Tensor] = field(default_factory=dict)  # gathers behind a norm, by the module's name
     readers: dict[str, list[str]] = field(default_factory=dict)  # the layers that read such a norm
     before: dict[str, Tensor] = field(default_factory=dict)  # gathers in front of a layer, likewise
-    absorbed: int = 0  # tensors that come in their order by themselves
-    left: list[str] = field(default_factory=list)  # weights that keep their columns' own order, and had another
+    absorbed: int = 0  # tensors that earlier rows put into order
+    left: list[str] = field(default_factory=list)  # weights whose order is not made physical
     transposed: set[str] = field(default_factory=set)
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """A tensor of the block by its name in the state dict, as it is to be stored."""
+        """A tensor of the block, by its name in the state dict, in its stored order."""
         columns, outputs = (0, 1) if name in self.transposed else (1, 0)
         if name in self.columns:
             value = value.index_select(columns, self.columns[name].to(value.device))
@@ -54,10 +53,10 @@ class Reordered:
 
 
 def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reordered:
-    """How the orders of this block's weights are made physical; the block is on the device, and stays as it is.
+    """Plans how to make the orders of this block's weights physical; does not change the block, which is on the device.
 
-    Without `gathers` only what can be absorbed is reordered, and the rest is named. So are experts, whose input is
-    dealt out inside of one module.
+    Without `gathers` it plans only orders that can be absorbed, and lists the other weights in `left`. Experts are
+    always in `left`, because their input is selected inside one module.
     """
     plan, graph = Reordered(), BlockGraph(block)
     graph.watch(lambda group, x_TI: None)
@@ -70,7 +69,7 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
             continue
         rows = None if order_I is None else _absorbing(graph, group, order_I)
         if rows is not None and any(matrix.entry in plan.rows for matrix, _ in rows):
-            rows = None  # they are in another tensor's order already
+            rows = None  # these rows are in another tensor's order already
         norm = graph.norm_before(group) if gathers else None
         if order_I is None or (rows is None and not gathers):
             plan.left += [matrix.entry for matrix in ordered if matrix.entry not in plan.left]
@@ -89,13 +88,13 @@ def reorder(block: Block, orders: Mapping[str, Tensor], *, gathers: bool) -> Reo
 
 
 def gather_behind(norm: nn.Module, order_I: Tensor) -> Any:
-    """From now on the norm returns its channels in this order; returns the hook, which can be pickled."""
+    """Makes the norm return its channels in this order; returns the hook, which can be pickled."""
     norm.register_buffer("output_order", order_I)
     return norm.register_forward_hook(_output_gathered)
 
 
 def gather_before(layer: nn.Module, order_I: Tensor) -> Any:
-    """From now on the layer gets its channels in this order; returns the hook, which can be pickled."""
+    """Makes the layer get its channels in this order; returns the hook, which can be pickled."""
     layer.register_buffer("input_order", order_I)
     return layer.register_forward_pre_hook(_input_gathered)
 
@@ -110,7 +109,7 @@ def _input_gathered(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 @torch.no_grad()
 def apply(model: nn.Module, name: str, plan: Reordered) -> None:
-    """Reorders a block in memory, which has this name in the model; it computes what it did before."""
+    """Reorders the block of this name in memory; it computes the same as before."""
     block = model.get_submodule(name)
     for own, parameter in block.named_parameters():
         parameter.data = plan.stored(f"{name}.{own}", parameter.data)
@@ -121,11 +120,11 @@ def apply(model: nn.Module, name: str, plan: Reordered) -> None:
 
 
 def _absorbing(graph: BlockGraph, group: InputGroup, order_I: Tensor) -> Rows | None:
-    """The matrices whose rows make what the group reads, with the order their rows then take; None without any."""
+    """The matrices whose rows make the group's input, each with its new order of rows; None if there are none."""
     before_TI: Tensor | None = None
     for made_by in _candidates(graph, group):
         orders_R = [_row_order(matrix, row_of_I, order_I) for matrix, row_of_I in made_by]
-        # Two halves of one matrix are put into order one after the other.
+        # Two halves of one matrix are reordered one after the other.
         of_matrix: dict[Matrix, Tensor] = {}
         for (matrix, _), order_R in zip(made_by, orders_R, strict=True):
             if order_R is None:
@@ -139,13 +138,13 @@ def _absorbing(graph: BlockGraph, group: InputGroup, order_I: Tensor) -> Rows | 
 
 
 def _candidates(graph: BlockGraph, group: InputGroup) -> Iterator[Rows]:
-    """What may make the tensor that a group reads, the likeliest first.
+    """Possible producers of a group's input, the likeliest first.
 
-    Layers that read one tensor and are multiplied with each other (gate and up); the same two in one matrix, side by
-    side or in turns; rows of one matrix.
+    Two layers with one input whose outputs are multiplied (gate and up); both in one matrix, as halves or in turns;
+    rows of one matrix.
     """
     if graph.source(group) is not None:
-        return  # a norm's weights could be reordered, but not the hidden state in front of it
+        return  # a norm's weights could be reordered, but not its input, the hidden states
     inputs, all_I = group.inputs, torch.arange(group.inputs)
     groups = graph.matrices.groups
     for before in reversed(groups[: groups.index(group)]):
@@ -163,9 +162,9 @@ def _candidates(graph: BlockGraph, group: InputGroup) -> Iterator[Rows]:
 
 
 def _row_order(matrix: Matrix, row_of_I: Tensor, order_I: Tensor) -> Tensor | None:
-    """The order of a matrix's rows that puts the channels they make into this one; None where no order does.
+    """The order of a matrix's rows that puts their channels into `order_I`; None if there is no such order.
 
-    Several channels that one row makes must stay together.
+    Channels that one row makes must stay together.
     """
     order_R = torch.arange(matrix.view().shape[0])
     order_R[row_of_I] = row_of_I[order_I]
@@ -176,7 +175,7 @@ def _row_order(matrix: Matrix, row_of_I: Tensor, order_I: Tensor) -> Tensor | No
 def _follows(
     graph: BlockGraph, group: InputGroup, orders: Mapping[Matrix, Tensor], before_TI: Tensor, order_I: Tensor
 ) -> bool:
-    """Whether the tensor comes in the order once these rows are in theirs, and nothing else reads it."""
+    """Whether reordering these rows puts the tensor into the order, and nothing else reads the tensor."""
     with _restored([*orders, *group.matrices]):
         for matrix, order_R in orders.items():
             _set(matrix.view(), 0, order_R)
@@ -193,7 +192,7 @@ def _follows(
 
 @torch.no_grad()
 def _gathered_behind(graph: BlockGraph, group: InputGroup, norm: nn.Module, order_I: Tensor) -> bool:
-    """Whether the norm's output may be gathered for all that read it: the block still returns the same."""
+    """Whether the block still returns the same if the norm's output is gathered for all its readers."""
     with _restored(group.matrices):
         for matrix in group.matrices:
             _set(matrix.view(), 1, order_I)
@@ -207,7 +206,7 @@ def _gathered_behind(graph: BlockGraph, group: InputGroup, norm: nn.Module, orde
 
 @contextmanager
 def _restored(matrices: list[Matrix]) -> Iterator[None]:
-    """Gives these matrices and their biases back the values they had, whatever happens."""
+    """On exit, restores these matrices and their biases."""
     saved = [(value, value.clone()) for value in (*(m.parameter.data for m in matrices), *_biases(matrices))]
     try:
         yield

@@ -1,9 +1,9 @@
-"""Which layers decide which experts run, or how streams are mixed: a few weights on which everything hangs.
+"""Finds routers: layers that decide which experts run, or how streams are mixed.
 
-They are never pruned. Most are seen at work: what a layer returns is followed through operations that keep its size,
-until experts are chosen (top-k, sort, argmax) or weighed (softmax) by it. What reads a router's decision and turns it
-into coefficients belongs to it. A name helps if the choice is not seen: a kernel of its own, a choice in NumPy. Gates
-that only scale what flows through them are layers like others.
+Routers are tiny and critical, so they are never pruned. Most are seen at work: a layer's output is followed through
+operations that keep its size, until experts are chosen (top-k, sort, argmax) or weighed (softmax) by it. Layers that
+turn a router's decision into coefficients count as routers, too. A layer's name helps if the choice cannot be seen, as
+in a custom kernel or in NumPy. Gates that only scale hidden states are layers like others.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _CHOICES = {
     *(torch.multinomial, Tensor.multinomial, torch.kthvalue, Tensor.kthvalue),
 }
 _GATE = re.compile(r"gate|gating|wg")
-# Modules beside which a gate is a router.
+# Names of modules; a gate beside such a module is a router.
 _EXPERTS = re.compile(r"experts?")
 
 
 def named(block: nn.Module, path: str, outputs: int, inputs: int) -> bool:
-    """Whether a layer's path inside a block, and its shape, say that it is a router."""
+    """Whether a layer is a router by its path inside the block and its shape."""
     parts = path.split(".")
     if any("router" in part for part in parts):
         return True
-    if outputs == 1:  # it weighs a whole expert, or opens a whole layer
+    if outputs == 1:  # it scales a whole expert, or a whole layer
         return "gate" in parts[-1]
     if outputs > inputs // 2:
-        return False  # a gate for every channel
+        return False  # it scales every channel
     for place, part in enumerate(parts):
         if _GATE.fullmatch(part):
             beside = block.get_submodule(".".join(parts[:place]))
@@ -46,15 +46,15 @@ def named(block: nn.Module, path: str, outputs: int, inputs: int) -> bool:
 
 
 class Watch(TorchFunctionMode):
-    """While open, adds to `found` the names of layers in a block that are seen to route; `name` is the block's."""
+    """While open, adds the names of a block's layers that are seen to route to `found`; `name` is the block's name."""
 
     def __init__(self, block: nn.Module, name: str, found: set[str]) -> None:
         super().__init__()
         self._block = block
         self._found = found
         self._names = {m: f"{name}.{path}" for path, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        self._made: dict[int, tuple[Tensor, str]] = {}  # by identity: a tensor, held, and the layer that it is made by
-        self._decisions: dict[int, Tensor] = {}  # what is made of routers' outputs
+        self._made: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive, and the layer that made it
+        self._decisions: dict[int, Tensor] = {}  # tensors computed from routers' outputs
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Watch:

@@ -1,4 +1,4 @@
-"""Where a model came from: the files beside its weights, and the tensors of its checkpoint that it does not load."""
+"""A model's original checkpoint: the files beside its weights, and tensors that the model does not load."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esparse")
 
-# Files that belong to a model whoever loads it: processors, templates, vocabularies, code, licences.
+# Files that belong to a model in any program: processors, templates, vocabularies, code, licences.
 ENDINGS = {".json", ".jinja", ".model", ".tiktoken", ".bpe", ".spm", ".py"}
 TEXTS = re.compile(
     r"(vocab|merges|bpe|dict)[^/]*\.txt$|(licen[cs]e|notice|copying|use_?policy|attribution|terms)[^/]*$", re.I
 )
-# Beside them: what an export writes itself, and what a training or a quantisation left.
+# Files that are not copied: written by the export itself, or left by training or quantisation.
 OWN = {"config.json", "generation_config.json", "esparse.json", "README.md"}
 NOT_OURS = re.compile(
     r"\.index\.json$|^(trainer_state|all_results|train_results|eval_results|adapter_config|quantize_config|quant_config"
@@ -31,22 +31,22 @@ NOT_OURS = re.compile(
 )
 LARGEST = 2**28  # bytes of a file that is copied
 FOLDERS = ("additional_chat_templates",)
-# Buffers that older versions of transformers stored, and that a model computes itself.
+# Buffers that older versions of transformers stored although models compute them.
 OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 
 
 def folder_of(model: PreTrainedModel) -> Path | None:
-    """The folder on this machine that the model was loaded from; None if it was made otherwise, or is gone."""
+    """The folder on this machine that the model was loaded from; None if there is none (any more)."""
     name, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
     if not name:
         return None
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_file():  # GGUF: what lies beside it belongs to others
+    if Path(name).is_file():  # GGUF: files beside it belong to other models
         return None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    with contextlib.suppress(Exception):  # out of reach in many types; then what the cache holds has to do
+    with contextlib.suppress(Exception):  # the hub cannot be reached (errors of many types): the cache has to do
         endings = [f"*{ending}" for ending in sorted(ENDINGS)]
         snapshot_download(name, revision=commit, allow_patterns=[*endings, "*.txt", "*LICEN*", "*NOTICE*", "*POLICY*"])
     with contextlib.suppress(ValueError, OSError):
@@ -56,7 +56,7 @@ def folder_of(model: PreTrainedModel) -> Path | None:
 
 
 def files_beside(folder: Path) -> list[Path]:
-    """The files that go with the model into an export; those that may, and do not, are logged."""
+    """The files that an export copies; logs other files that may belong to the model."""
     found: list[Path] = []
     left: list[str] = []
     for file in sorted(folder.iterdir()):
@@ -71,7 +71,7 @@ def files_beside(folder: Path) -> list[Path]:
         else:
             left.append(file.name)
     if left:
-        log.info("beside the model lie files that the export is without: %s", ", ".join(left))
+        log.info("files beside the model that are not copied into the export: %s", ", ".join(left))
     return found
 
 
@@ -81,10 +81,10 @@ def _holds_weights(file: Path) -> bool:
 
 
 def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that the model came from, and the tensors of it that the model has no place for, by their names.
+    """The model's original checkpoint, and the names of its tensors that the model does not load.
 
-    Such as draft layers for predicting several tokens, or the vision tower beside a text model. None if there is no
-    checkpoint that can be read tensor by tensor.
+    For example draft layers for predicting several tokens, or the vision tower beside a text model. The checkpoint is
+    None if there is none that can be read tensor by tensor.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -110,7 +110,7 @@ def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
 
 
 def say_not_loaded(model: PreTrainedModel) -> None:
-    """Warns of tensors in the checkpoint that the model has no place for."""
+    """Logs a warning about tensors in the checkpoint that the model does not load."""
     _, names = not_loaded(model)
     if names:
         log.warning(
@@ -124,7 +124,7 @@ def say_not_loaded(model: PreTrainedModel) -> None:
 
 
 def tensors(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """These tensors of a checkpoint, file by file."""
+    """Yields these tensors of a checkpoint, file by file."""
     for file in dict.fromkeys(checkpoint.files[name] for name in names):
         with opened(file) as read:
             for name in names:

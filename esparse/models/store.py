@@ -1,8 +1,8 @@
-"""Where the weights of a model live while no block is at work: in memory, or in the files of the checkpoint.
+"""Stores of a model's weights: in memory, or in the files of the checkpoint, with one block at a time on the device.
 
-A block at work has its weights on the device; `lend` puts them there and `take_back` clears the place. A parameter
-stays the same object all the time, so that who holds one (a `Matrix`) finds it filled again at the block's next turn.
-What a run changed is written to files in any case: a run that is stopped goes on from them (pruning/journal.py).
+`lend` puts a block's weights on the device, and `take_back` removes them. Parameters stay the same objects all the
+time, so that a `Matrix` finds its parameter filled again at the block's next turn. Changed weights are always written
+to files, from which a stopped run continues (pruning/journal.py).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ INSTEAD = "it cannot be read block by block: use model.store=memory"
 
 
 def stays_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers keeps a tensor of this name in float32 while it loads the family in `dtype`.
+    """A test whether transformers keeps a tensor of some name in float32 when it loads the model in `dtype`.
 
-    Such as the biases by which DeepSeek chooses experts.
+    For example the biases by which DeepSeek chooses experts.
     """
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def mismatch(asked: str, name: str, there: Iterable[int], here: Iterable[int]) -> str:
-    """The sentence for a weight that has other shapes in the checkpoint and in the model."""
+    """The sentence about a weight whose shapes differ in the checkpoint and in the model."""
     return (
         f"{name} is {list(there)} in the checkpoint {asked}, and {list(here)} by its config.json: one of the two files "
         "is another model's, or config.json was edited (vocab_size, hidden_size, ...); copy both again"
@@ -47,12 +47,12 @@ def mismatch(asked: str, name: str, there: Iterable[int], here: Iterable[int]) -
 
 
 class Store(ABC):
-    """Keeps the weights; parameters are given by their names in the state dict."""
+    """Base class of stores; parameters are given by their names in the state dict."""
 
-    whole: bool  # whether all weights can be used at once
+    whole: bool  # whether all weights are in memory at once
 
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
-        """`folder`: where changed weights are written; None: nowhere. Of several ranks the first one writes."""
+        """`folder`: for files of changed weights; None: they are not written. Only the first rank writes."""
         self.folder = folder
         self.ranks = ranks or Ranks()
 
@@ -69,14 +69,14 @@ class Store(ABC):
         changed: str | None,
         read_only: bool = False,
     ) -> None:
-        """Clears the device; `changed` names what was changed and is to be kept, a file name without its ending.
+        """Removes the weights from the device; `changed`: name (without ending) of a file for changed weights.
 
-        `read_only`: the weights are still those that were lent.
+        `read_only`: the caller did not change the weights.
         """
 
     @abstractmethod
     def adopt(self, parameters: Mapping[str, nn.Parameter], file: Path) -> None:
-        """From now on the parameters are what `take_back` once wrote to this file."""
+        """From now on takes the parameters from this file, which `take_back` wrote."""
 
     def _save(self, parameters: Mapping[str, nn.Parameter], name: str) -> Path:
         assert self.folder is not None
@@ -90,13 +90,13 @@ class Store(ABC):
 
 
 class MemoryStore(Store):
-    """The model is loaded whole; a block at work is moved to the device and back."""
+    """The whole model is in host memory; the current block is moved to the device and back."""
 
     whole = True
 
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
         super().__init__(folder, ranks)
-        # Where the weights of a block at work came from: memory that is new would be given page by page.
+        # Host memory of the weights on the device; new memory would have to be mapped page by page.
         self._homes: dict[nn.Parameter, Tensor] = {}
 
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
@@ -129,10 +129,10 @@ class MemoryStore(Store):
 
 
 class ShardStore(Store):
-    """The weights are in the checkpoint's files, those that were changed in files of the store's own.
+    """The weights are in the checkpoint's files, changed weights in files of the store.
 
-    Outside its turn a parameter is on the meta device: a shape without weights. Raises ValueError where the names or
-    shapes in the checkpoint are not those of the model, which transformers then converts while it loads it whole.
+    A parameter outside the current block is on the meta device, without values. Raises Mistake if names or shapes in
+    the checkpoint differ from the model's; transformers converts such checkpoints while it loads whole models.
     """
 
     whole = False
@@ -146,7 +146,7 @@ class ShardStore(Store):
         folder: Path,
         ranks: Ranks | None = None,
     ) -> None:
-        """`skeleton`: the model with its parameters on the meta device. `dtype`: what a loaded model would be in."""
+        """`skeleton`: the model with its parameters on the meta device. `dtype`: the dtype of a loaded model."""
         super().__init__(folder, ranks)
         host_memory.keep_large_tensors_apart()
         self._dtype = dtype
@@ -165,7 +165,7 @@ class ShardStore(Store):
     def lend(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         for name, value in self._read(parameters):
             parameter = parameters[name]
-            # Through the checkpoint's precision, as a whole model takes that way too; but for what stays in float32.
+            # Rounds to the model's dtype first, as loading the whole model does, except tensors kept in float32.
             through = parameter.dtype != self._dtype and not self._stays_wide(name)
             value = value.to(self._dtype) if through else value
             value = value.to(device=device, dtype=parameter.dtype, copy=True)
@@ -191,7 +191,7 @@ class ShardStore(Store):
         self._places |= {name: (file, name) for name in parameters}
 
     def _read(self, names: Mapping[str, nn.Parameter] | list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of these names, file by file; valid until the next one is asked for."""
+        """Yields the tensors of these names, file by file; each is valid only until the next iteration."""
         for file in dict.fromkeys(self._places[name][0] for name in names):
             with opened(file) as read:
                 for name in names:
@@ -200,12 +200,12 @@ class ShardStore(Store):
 
 
 def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """For every parameter and every buffer that the checkpoint has, its name there."""
+    """The names in the checkpoint of all parameters and buffers that it has."""
     shapes = checkpoint.shapes()
     prefix = f"{skeleton.base_model_prefix}."
 
     def in_file(name: str) -> str | None:
-        # Some checkpoints were saved from the model without its head: BLOOM's has no `transformer.` in its names.
+        # Some checkpoints hold the model without its head: BLOOM's names have no `transformer.`.
         return next((n for n in (name, name.removeprefix(prefix)) if n in shapes), None)
 
     aliases: dict[int, list[str]] = {}
@@ -219,7 +219,7 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         shape = skeleton.get_parameter(names[0]).shape
         if any(shapes[file_name] != shape for file_name in there):
             said = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[there[0]], shape)
-            # What transformers converts while it loads may have other shapes on disk.
+            # Weights that transformers converts while loading may have other shapes on disk.
             converts = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(skeleton))
             raise Mistake(f"{said}; {INSTEAD}" if converts else said)
         if not _all_equal(checkpoint, there):

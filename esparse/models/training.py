@@ -1,4 +1,4 @@
-"""What every training of weights needs: gradients of some parameters, weights that stay in their mask, a way back."""
+"""Tools for training weights: gradients of some parameters, weights that stay in their mask, undoing a training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger("esparse")
 def improved(
     name: str, parameters: Sequence[nn.Parameter], loss: Callable[[], float], train: Callable[[], int]
 ) -> tuple[float, float, int]:
-    """Trains, unless that raises the loss: then the parameters are as before. The loss before and after, and the steps.
+    """Trains; restores the parameters if the loss has risen. Returns the loss before and after, and the steps.
 
-    A copy of the parameters waits on the host. Raises ValueError where the loss is not finite to begin with.
+    Keeps a copy of the parameters on the host. Raises Mistake if the loss is NaN or Inf before training.
     """
     before = loss()
     if not math.isfinite(before):
         raise Mistake(
-            f"the training of {name} cannot begin: its loss is NaN or Inf; where the model is in float16, try "
+            f"the training of {name} cannot begin: its loss is NaN or Inf; if the model is in float16, try "
             "model.dtype=bfloat16 or float32"
         )
     saved = [parameter.data.to("cpu", copy=True) for parameter in parameters]
@@ -40,7 +40,7 @@ def improved(
 
 
 def rate(step: int, total: int, *, warm_up: float, decay: str = "linear", final: float = 0.0) -> float:
-    """The share of the learning rate at a step: it rises for a share of the steps, then falls to `final`."""
+    """The factor of the learning rate at a step: it rises during a share of the steps, then falls to `final`."""
     rise = int(warm_up * total)
     if step < rise:
         return (step + 1) / rise
@@ -51,7 +51,7 @@ def rate(step: int, total: int, *, warm_up: float, decay: str = "linear", final:
 
 @contextmanager
 def requiring_grad(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """While open, of the module's parameters only these require gradients; afterwards each is as before."""
+    """While open, only these of the module's parameters require gradients; restores the flags on exit."""
     wanted = {id(parameter) for parameter in parameters}
     before = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
@@ -68,7 +68,7 @@ def requiring_grad(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Ite
 
 @contextmanager
 def masked(kept: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """While open, a weight where its mask (True = survives, shaped as the parameter) is False has no gradient."""
+    """While open, weights whose mask is False get no gradient; a mask (True = kept) has its parameter's shape."""
 
     def without(gone: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda grad: grad.masked_fill(gone, 0.0)
@@ -83,9 +83,9 @@ def masked(kept: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """While open, the module computes in float32; afterwards each tensor is in its own precision again.
+    """While open, the module computes in float32; on exit each tensor gets its own dtype back.
 
-    What half precision rounds to zero is +0.0.
+    Values that half precision rounds to zero become +0.0.
     """
     parameters = {parameter: parameter.dtype for parameter in module.parameters()}
     buffers = [(owner, name, value) for owner in module.modules() for name, value in owner.named_buffers(recurse=False)]

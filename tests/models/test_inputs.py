@@ -208,7 +208,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_said(
 ) -> None:
     with caplog.at_level(logging.WARNING, "esparse"):
         opened(folder, store=store)
-    assert "has 1024 tokens and the model embeds 96: a text with one of the others is refused" in caplog.text
+    assert "has 1024 tokens and the model embeds 96: a text with one of the other tokens is refused" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,6 @@ def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> No
     done = launch(*args)
     assert done.returncode == 0, done.stderr
     assert "65,285,660,672 in 80 blocks" in done.stdout
-    assert "huggyllama/llama-65b is not in reach: its published shape stands in" in done.stderr
+    assert "huggyllama/llama-65b cannot be reached: its published shape is used" in done.stderr
     assert "peak, prune a block" in done.stdout
     assert not (tmp_path / "out").exists()
