@@ -1,4 +1,4 @@
-"""Every command that README.md tells people to type is carried out: here on small settings, or by what is named here.
+"""Every command that README.md and docs/ tell people to type is carried out: on small settings, or as is named here.
 
 Commands that need a hub, a GPU or a queue are planned (dry_run=true) instead, which composes and checks them whole.
 """
@@ -30,12 +30,13 @@ from tests.reports import test_html_page
 from tests.reports.test_tables import record, write
 from tests.workshop import ROOT, furnished, launch, small_run
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Carried out elsewhere: the file that does it, and the words in it by which it can be told.
 ELSEWHERE = {
     "python3 -m venv .venv": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[all]'": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
+    "python docs/settings.py": ("tests/test_site.py", "settings.page()"),
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),
@@ -62,7 +63,11 @@ def commands(text: str) -> Iterator[str]:
 
 
 ALL = sorted(
-    {command.removeprefix(".venv/bin/") if "launch.py" in command else command for command in commands(README)}
+    {
+        command.removeprefix(".venv/bin/") if "launch.py" in command else command
+        for page in PAGES
+        for command in commands(page.read_text())
+    }
 )
 
 
@@ -183,7 +188,7 @@ def submitted(root: Path) -> Path:
 
 
 def counted(words: list[str], at: At) -> None:
-    assert memory.main([]) == 0
+    assert memory.main([str(at.workshop / "model") if word == "NAME_OR_DIR" else word for word in words]) == 0
 
 
 def edited(words: list[str], at: At) -> None:
@@ -195,7 +200,7 @@ BY: dict[str, Callable[[list[str], At], None]] = {
     r"python launch\.py": launched,
     r"python -m(?= esparse\.(?:tables|published) )": tabled,
     r"python -m esparse\.sweep(?= )": swept,
-    r"python -m esparse\.packed\.memory$": counted,
+    r"python -m esparse\.packed\.memory(?: |$)": counted,
     r"\$EDITOR": edited,
 }
 
@@ -204,7 +209,9 @@ def who_carries_out(command: str) -> tuple[Callable[[list[str], At], None], list
     for begins, carry_out in BY.items():
         if match := re.match(begins, command):
             return carry_out, shlex.split(command[match.end() :])
-    raise LookupError(f"README.md tells people to type {command!r}, and no test carries it out: see BY and ELSEWHERE")
+    raise LookupError(
+        f"README.md or docs/ tell people to type {command!r}, and no test carries it out: see BY and ELSEWHERE"
+    )
 
 
 @pytest.fixture
@@ -233,7 +240,7 @@ def test_a_command_works(command: str, at: At) -> None:
 @pytest.mark.parametrize("command", ELSEWHERE)
 def test_a_command_is_carried_out_elsewhere(command: str) -> None:
     file, words = ELSEWHERE[command]
-    assert command in ALL, "README.md does not have it any more"
+    assert command in ALL, "no page has it any more"
     assert words in (ROOT / file).read_text()
 
 

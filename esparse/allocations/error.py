@@ -48,9 +48,10 @@ class LayerError(Allocation):
     of the three.
     """
 
+    # A spread that cannot change the pattern is refused: 2:4 has steps of 0.25, 8:16 of 0.0625
     spread: float  # most that the density of a layer may differ from the mean
     weigh: str  # what a layer's error counts in the sum: weights (as many times as it has weights) | layers (once)
-    points: float  # of a pattern in per cent: from one percentage that is measured to the next
+    points: float  # with a pattern in per cent: from one percentage that is measured to the next
 
     def __post_init__(self) -> None:
         if not 0 < self.spread < 1:

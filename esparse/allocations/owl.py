@@ -59,6 +59,7 @@ class Owl(Allocation):
     """
 
     threshold: float  # a score is an outlier above so many times the mean (M in the paper)
+    # A spread that cannot change the pattern is refused: 2:4 has steps of 0.25, 8:16 of 0.0625
     spread: float  # half the range of the densities wished for (lambda in the paper)
     per: str  # layers that get one pattern: block (all of a decoder block) | group (those that read one tensor)
 

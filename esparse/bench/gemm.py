@@ -34,15 +34,15 @@ KERNEL_NAMES = ("cusparselt", "cusparselt_default", "cutlass", "packed", "packed
 class Gemm(Bench):
     """Matrix products of the model's own shapes or of published models', random weights pruned to the run's pattern."""
 
-    shapes: list[str]  # own (the pruned model's layers) | names of shapes.NAMED
-    tokens: list[int]
-    dtypes: list[str]
-    kernels: list[str]  # names of products.KERNELS; empty: all
+    shapes: list[str]  # own (the pruned layers') | llama-7b, llama-13b, llama-30b, llama-65b, opt-6.7b, opt-30b
+    tokens: list[int]  # numbers of tokens
+    dtypes: list[str]  # bfloat16, float16, float32, int8, float8_e4m3fn
+    kernels: list[str]  # which sparse kernels (page Results); empty: all
     warm_up: int  # replays that are not counted
     repeats: int  # replays that are
-    least_ms: float  # of one replay, which calls a product as often as that takes
-    graph_below_ms: float  # products that are shorter are captured into a CUDA graph
-    cache: str  # JSON file of the algorithms that were found for cuSPARSELt
+    least_ms: float  # milliseconds of one replay, which makes as many calls as that takes
+    graph_below_ms: float  # calls that are shorter are captured into a CUDA graph
+    cache: str  # JSON file in which the algorithms that were found for cuSPARSELt are kept
 
     def __post_init__(self) -> None:
         _known("bench.shapes", self.shapes, (OWN, *NAMED))

@@ -28,9 +28,9 @@ class ModelBench(Bench):
     batches: list[int]  # sequences at once
     warm_up: int  # replays that are not counted
     repeats: int  # replays that are
-    least_ms: float  # of one replay
-    graph_below_ms: float  # a pass that is shorter is captured into a CUDA graph, where the model lets it
-    cache: str  # JSON file of the algorithms that were found for cuSPARSELt
+    least_ms: float  # milliseconds of one replay, which makes as many calls as that takes
+    graph_below_ms: float  # passes that are shorter are captured into a CUDA graph, if the model allows it
+    cache: str  # JSON file in which the algorithms that were found for cuSPARSELt are kept
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or not self.batches or min(self.batches) < 1:

@@ -22,14 +22,18 @@ SPARE = 16  # a stream of documents holds so many times the tokens asked, where 
 class Calibration:
     """Random sequences of one corpus: windows of its token stream, or for C4 crops of its long documents."""
 
-    corpus: str  # one of corpora.NAMES
-    path: str | None = None  # the file of the corpus `text`
+    corpus: str  # its name: builtin, wikitext2, c4, ptb, text
+    # Rows without text are skipped and counted. Of a file of more than 8 million characters only what is needed is read
+    # into memory and tokenised: its sequences are drawn by characters and begin with a word, those of a shorter one are
+    # drawn by tokens
+    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json or .parquet
     column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
-    chat: bool = False  # whether its rows are chats, which the tokenizer's chat template renders
+    chat: bool = False  # whether its rows are chats (`messages`), which the tokenizer's chat template renders
+    # With auto, for Gemma's families, which have been trained so, and for no others, as the literature has it
     bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each sequence
-    sequences: int  # how many
+    sequences: int  # how many sequences
     length: int | None  # tokens of each; null: 2048, or what the model takes if that is less
-    seed: int
+    seed: int  # which sequences
 
     def __post_init__(self) -> None:
         corpora.check([self.corpus], "calibration", self.path)

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class Perplexity:
     """Which text perplexity is measured on, and in windows of what length."""
 
-    corpora: list[str]  # of corpora.NAMES
-    path: str | None = None  # the file of the corpus `text`
+    corpora: list[str]  # names of corpora: builtin, wikitext2, c4, ptb, text
+    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json or .parquet
     column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
-    chat: bool = False  # whether its rows are chats, which the tokenizer's chat template renders
+    chat: bool = False  # whether its rows are chats (`messages`), which the tokenizer's chat template renders
     bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each window
     length: int | None  # tokens of a window; null: 2048, or what the model takes if that is less
-    max_tokens: int | None  # of each corpus, from its start; null: all
+    # Of a text file then only the beginning is read
+    max_tokens: int | None  # tokens of each corpus, from its start; null: all
 
     def __post_init__(self) -> None:
         corpora.check(self.corpora, "evaluation", self.path)

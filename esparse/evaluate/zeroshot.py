@@ -43,11 +43,13 @@ Scores = dict[str, dict[str, Any]]
 class ZeroShot:
     """Which tasks are measured, dense and pruned, and on how many of their questions."""
 
-    tasks: list[str]  # `builtin`, or names of lm-eval
-    data: str | None = None  # folder of local copies: DATA/<task>/<split>.jsonl or .parquet
+    tasks: list[str]  # `builtin`, or names of tasks, groups or tags of lm-eval
+    # None: the cache of Hugging Face, then the hub
+    data: str | None = None  # folder of local copies: `DATA/TASK/SPLIT.jsonl` or .parquet
     limit: int | None  # questions of each task, the first ones; None: all
     shots: int | None  # examples in front of each question; None: as the task has it, mostly none
-    score: str  # the measure that stands for a task; where a task lacks it, its first one
+    # The record has all measures (`acc_norm`, ...)
+    score: str  # the measure that stands for a task in tables; a task that lacks it has its first one
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

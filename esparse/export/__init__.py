@@ -64,9 +64,11 @@ class NoExport(Export):
 class ToFolder(Export):
     """Base class of exports to a folder."""
 
-    path: str | None  # None: `export` in the run's folder
+    path: str | None  # folder of the checkpoint; None: `export` in the run's folder
     dtype: str  # auto (what the run computed in) | float32 | bfloat16 | float16
-    order: str  # of columns: original | physical (the order in which a shuffle cut the groups)
+    # The physical order is absorbed by the rows of layers before, or else gathered; a dense checkpoint has no place for
+    # gathers, and layers left in their own order are named. Packed, original needs no gathers: it is undone at loading
+    order: str  # of the columns: original (their own) | physical (in which a shuffle cut the groups)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -31,8 +31,9 @@ class Entropy(Metric):
     base: str  # in place of |w|: magnitude (|w| itself) | ria (relative importance) | nowag (normalised, absolute)
     alpha: float  # weight of the norm beside the entropy
     bins: int  # histogram bins per input channel
-    norm: str  # sequence (Wanda's) | rms (per token) | total (over all tokens)
-    range: str  # of the histogram: channel | layer (both look at the tokens twice) | fixed (-limit .. limit)
+    norm: str  # sequence (Wanda's: root of the mean over sequences of the sum of squares) | rms (per token) | total
+    # For channel and layer the tokens are looked at twice: inputs that were kept if there is room, else one more pass
+    range: str  # the histogram spans: channel (each channel's own range) | layer (all channels') | fixed (+- limit)
     limit: float  # the bound of a fixed range, in units of the activations
 
     def __post_init__(self) -> None:

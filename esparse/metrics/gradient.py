@@ -25,7 +25,8 @@ class Gradient(Metric):
     """|w| times (alpha times the size of the weight's gradient + the norm of its input channel)."""
 
     source: str  # of the gradient: model (the loss; GBLM) | block (the norm of the block's output; Wanda++)
-    alpha: float  # weight of the gradient beside the norm
+    # GBLM's code takes the root of the sum over sequences: its 100 is 100 * sqrt(sequences) here, 1131 for 128
+    alpha: float  # weight of the gradient (root of the mean over sequences) beside the norm
 
     def __post_init__(self) -> None:
         check_source(self.source)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Random(Metric):
     """Uniform scores, decided by the seed and the layer's name alone."""
 
-    seed: int
+    seed: int  # of the scores
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         import torch

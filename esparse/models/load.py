@@ -46,10 +46,16 @@ class Model:
     path: str  # a name on the Hugging Face hub, a local directory, a GGUF file, or `builtin`
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
+    # Several GPUs or processes each take a share of the sequences, and what they sum up is added; gradients,
+    # `prepare=equalise` and recoveries that train use one
     devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
-    batch_tokens: int | None  # of one forward pass; null: 1024 on a CPU, 8192 on a GPU
+    # More takes memory on a CPU, and no less time
+    batch_tokens: int | None  # tokens of one forward pass; null: 1024 on a CPU, 8192 on a GPU
+    # With auto, shards if the checkpoint is larger than half of the free memory. Methods that need the whole model
+    # (`metric.source=model`, distillation) need memory
     store: str  # auto | memory (the model is loaded whole) | shards (block by block from its files)
-    activations: str  # where hidden states wait between blocks: auto | host | device | disk
+    # With auto, disk if a stream of them would take over a quarter of the free memory, else host
+    activations: str  # in which memory hidden states wait between blocks: auto | host | device | disk
     skip: list[str]  # regular expressions: a layer stays dense if one is found in its name
     trust_remote_code: bool  # whether Python code that comes with a hub model may run
 

@@ -52,7 +52,7 @@ def option(
     `outside`: the values that its files may refer to, as ${seed}. Raises Mistake for an unknown option or setting, a
     value of the wrong type, or a setting without a value.
     """
-    found = _settings(group, name, classes)
+    found = settings_of(group, name, classes)
     return _built(group, name, found, dict(changes or {}), outside), found.implied
 
 
@@ -75,7 +75,8 @@ def near(word: str, known: Iterable[str]) -> str:
     return f": did you mean {' or '.join(likely)}?" if likely else f"; there is {', '.join(known) or 'none'}"
 
 
-def _settings(group: str, name: str, classes: Classes) -> Settings:
+def settings_of(group: str, name: str, classes: Classes) -> Settings:
+    """What the files of an option say. Raises Mistake for an option that there is not."""
     if name not in names(group):
         raise Mistake(f"there is no {group} {name!r}{near(name, names(group))}")
     if (plugin := plugins.of(group).get(name)) is not None:
@@ -88,14 +89,14 @@ def _settings(group: str, name: str, classes: Classes) -> Settings:
         elif isinstance(entry, str) and (schema := re.fullmatch(r"/schema/(\w+)/(\w+)@_here_", entry)):
             found.component = classes(schema[1], schema[2])
         elif isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry):
-            base = _settings(group, entry, classes)
+            base = settings_of(group, entry, classes)
             found.component = base.component
             found.implied |= base.implied
             _merge(found.values, base.values)
         elif isinstance(entry, dict):
             (where, other), *_ = entry.items()
             if inside := re.fullmatch(r"/(\w+)@(\w+)", where):
-                found.values[inside[2]] = _Nested(inside[1], other, _settings(inside[1], other, classes))
+                found.values[inside[2]] = Nested(inside[1], other, settings_of(inside[1], other, classes))
             elif implied := re.fullmatch(r"override /(\w+)@_global_\.\1", where):
                 found.implied[implied[1]] = other
             else:
@@ -106,7 +107,7 @@ def _settings(group: str, name: str, classes: Classes) -> Settings:
 
 
 @dataclass(slots=True)
-class _Nested:
+class Nested:
     """An option that stands at a setting of another part."""
 
     group: str
@@ -116,7 +117,7 @@ class _Nested:
 
 def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
     for key, value in other.items():
-        if isinstance(into.get(key), _Nested) and isinstance(value, Mapping):
+        if isinstance(into.get(key), Nested) and isinstance(value, Mapping):
             _merge(into[key].settings.values, value)
         else:
             into[key] = value
@@ -134,7 +135,7 @@ def _built(group: str, name: str, found: Settings, changes: dict[str, Any], outs
     hints = _hints(component)
     given = {}
     for setting, value in values.items():
-        if isinstance(value, _Nested):
+        if isinstance(value, Nested):
             given[setting] = _built(value.group, value.name, value.settings, {}, outside)
             continue
         if isinstance(value, str) and (refers := re.fullmatch(r"\$\{(\w+)\}", value)):

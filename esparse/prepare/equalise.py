@@ -32,7 +32,8 @@ class Equalise(Prepare):
     log says so.
     """
 
-    power: float
+    # 0 looks at the weights alone, 1 at the inputs alone
+    power: float  # a column is multiplied by max|X|^power / max|W|^(1 - power)
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 1:

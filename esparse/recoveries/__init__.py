@@ -94,8 +94,8 @@ class NoRecovery(Recovery):
 class Chain(Recovery):
     """Two recoveries in a row, on every scale."""
 
-    first: Recovery
-    second: Recovery
+    first: Recovery  # the recovery that acts first; its settings stand behind it
+    second: Recovery  # the one that acts on what the first left: `recovery.second.epochs=5`
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()

@@ -24,16 +24,17 @@ class Distill(Recovery):
     """Minimises KL(parent || student) over the calibration tokens, once all blocks are pruned."""
 
     train: str  # full (the kept weights of pruned matrices themselves) | lora (a low-rank addition to each matrix)
-    all_parameters: bool  # of full: norms, biases, embeddings, the head and layers that stayed dense too
-    rank: int  # of lora
-    alpha: float  # of lora: the addition counts alpha / rank times
-    learning_rate: float
+    all_parameters: bool  # with train=full: norms, biases, embeddings, the head and layers that stayed dense, too
+    rank: int  # with train=lora: of the addition
+    alpha: float  # with train=lora: the addition counts alpha / rank times
+    # A loss that ends higher than it began is undone, and the log says so
+    learning_rate: float  # of AdamW
     warm_up: float  # share of the steps in which the learning rate rises; then it falls linearly to 0
-    epochs: int
+    epochs: int  # passes over the calibration sequences
     batch: int  # sequences of one step
-    clip: float | None  # greatest norm of a step's gradient
+    clip: float | None  # greatest norm of a step's gradient; None: any
     temperature: float  # by which both models' logits are divided
-    lasso: float  # weight of the group LASSO, a sum over all groups of all matrices; 0: none
+    lasso: float  # weight of the group LASSO on the kept weights, the sum of the norms of all groups of m; 0: none
     dropout: float  # probability with which a step does without a group of a matrix's inputs; 0: never
 
     def __post_init__(self) -> None:

@@ -41,9 +41,10 @@ class Dsnot(Recovery):
     What an update or another recovery made of the weights before is lost with it.
     """
 
-    cycles: int  # steps per row, at most
-    threshold: float  # of |e|, for the mean sequence: a row below it is left alone
-    power: float  # of the variance
+    cycles: int  # exchanges per row, at most
+    threshold: float  # rows whose mean error, summed over the tokens of a sequence, is below it are left alone
+    power: float  # of the input's variance, by which the weight that comes back is chosen
+    # The authors skip LLaMA's `mlp`
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay as they are
 
     def __post_init__(self) -> None:

@@ -30,19 +30,22 @@ KNOWN = {
 class Window(Recovery):
     """Minimises the mean squared error to the dense output, window after window, block after block."""
 
+    # The loss is taken behind each submodule that holds layers and then, for what is left, behind the block; or behind
+    # the block only
     window: str  # submodule (attention, then the rest of the block) | block
-    inputs: str  # what enters the block: the hidden states of the dense model, or what the pruned blocks return
+    inputs: str  # what enters a block: dense (what the dense model has there) | propagated (what pruned blocks return)
     targets: str  # block (what the dense block makes of the same inputs) | parent (what the dense model has there)
     train: str  # weights (the kept weights of pruned matrices) | all (norms, biases and skipped layers too)
-    learning_rate: float
-    final_rate: float  # share of the learning rate that the decay ends at
-    decay: str  # linear | cosine
+    # A loss that ends higher than it began is undone, and the log says so
+    learning_rate: float  # of AdamW
+    final_rate: float  # share of the learning rate at the end
+    decay: str  # the way to the final rate: linear | cosine
     warm_up: float  # share of the steps in which the learning rate rises
-    epochs: int
+    epochs: int  # passes over the calibration sequences
     batch: int  # sequences of one step
     beta2: float  # of AdamW
     weight_decay: float  # of AdamW
-    clip: float | None  # greatest norm of a step's gradient
+    clip: float | None  # greatest norm of a step's gradient; None: any
 
     def __post_init__(self) -> None:
         for setting, known in KNOWN.items():

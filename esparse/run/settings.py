@@ -56,14 +56,22 @@ class Experiment:
     bench: Bench
     export: Export
     tracking: Tracking
-    pattern: str  # n:m (n of m survive), P% (P per cent of each row are removed), P%@columns, ...
-    outliers: str | None  # k:256: in every run of 256 k weights survive beside the pattern
+    # `P%@columns`, `P%@rows`: P per cent of a matrix's inputs or outputs are removed whole, those with the lowest mean
+    # score. `P%@16x16`: of the blocks of 16 outputs by 16 inputs that stand side by side, P per cent are removed whole,
+    # likewise (a block at the edge may be smaller). Rounded down to whole weights, columns, rows or blocks. In YAML
+    # write it in quotes: unquoted, 2:4 is the number 124
+    pattern: str  # `n:m`: n of every m consecutive weights of a row survive. `P%`: P per cent of each row are removed
+    # 256 is a multiple of m
+    outliers: str | None  # `k:256`: of every 256 weights of a row the k best survive that an n:m pattern would remove
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
-    profile: bool  # report zeros and near zeros in weights, activations and attention, and keep the channels' values
+    # Each channel's entropy, norm and mean score are kept, too
+    profile: bool  # zeros and near zeros in weights, activations and attention are counted, dense and pruned
     rerun: bool  # repeat a finished run
-    snapshot_seconds: float | None  # between two writings of hidden states, for a resumed run; None: never
-    dry_run: bool  # only say what the run would take
+    # Without them all finished blocks are run once more
+    snapshot_seconds: float | None  # between two writings of the hidden states, for a resumed run; None: never
+    # From the model's configuration alone, for the named models also without internet
+    dry_run: bool  # only say what the run would take: bytes, peak memory by stage, passes
 
     def __post_init__(self) -> None:
         self.output_root = expanded(self.output_root)

@@ -84,13 +84,16 @@ class Wandb(Tracking):
     server or a key goes on offline. Raises ValueError for a setting that W&B would refuse.
     """
 
-    mode: str  # offline | online | disabled
-    project: str
-    entity: str | None  # user or team; None: the account's default
-    group: str | None  # null: in a sweep the sweep's folder
-    tags: list[str]
-    artifacts: list[str]  # masks: the run's keep masks and channel orders; checkpoint: what `export` wrote
-    timeout_s: float  # for the server: to answer at the start, to receive the rest at the end
+    # W&B's other variables are followed too (`WANDB_NAME`, `WANDB_DIR`, ...), but for `WANDB_RUN_ID`
+    mode: str  # offline | online (goes on offline if the server cannot be reached) | disabled
+    project: str  # W&B project
+    entity: str | None  # user or team that owns it; None: the account's default
+    group: str | None  # a common name for several runs; None: in a sweep its folder's
+    tags: list[str]  # of the W&B run; none: those of `WANDB_TAGS`
+    # A checkpoint is not copied, so that it has to stay in its place until it is uploaded
+    artifacts: list[str]  # what is uploaded: masks (with channel orders), checkpoint (what `export` wrote)
+    # Online a checkpoint has to get through in them, else the command that uploads the rest is said
+    timeout_s: float  # seconds that a W&B server may take at the start and at the end
 
     def __post_init__(self) -> None:
         self.mode = ALSO.get(self.mode, self.mode)

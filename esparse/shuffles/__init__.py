@@ -73,7 +73,8 @@ class Search(Shuffle):
     keep beside its groups, are not foreseen.
     """
 
-    objective: str  # score: the kept score alone | error: then the layers' squared error on the calibration tokens
+    # With error, swaps go on from the order by score that lower the error; if no token came, the score alone decides
+    objective: str  # score (the kept score alone) | error (then the layers' error on the calibration tokens)
     block: int  # channels of a block within which swaps are tried; rounded down to whole groups
 
     def __post_init__(self) -> None:

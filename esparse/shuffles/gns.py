@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Gns(Shuffle):
     """The channels, sorted by mean score, are dealt out to the groups like cards."""
 
-    deal: str  # "straight": every round begins at the first group; "serpentine": every second one at the last
+    deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
 
     def __post_init__(self) -> None:
         check_deal(self.deal)

@@ -34,7 +34,7 @@ class Lbs(Search):
 class Esparse(Search):
     """`Gns`, then `Lbs` in blocks of the order that it dealt."""
 
-    deal: str  # as in `Gns`
+    deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
 
     def __post_init__(self) -> None:
         Search.__post_init__(self)

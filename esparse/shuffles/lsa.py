@@ -28,7 +28,7 @@ class Lsa(Search):
     The assignments know no blocks: `block` is for the search that `objective=error` adds.
     """
 
-    deal: str  # as in `Gns`; the published code deals serpentine
+    deal: str  # straight | serpentine (as the published code deals)
     rounds: int  # passes over all slots, at most; a pass that gains nothing is the last
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Alternating(Search):
     The better of the two ends is taken: a greedy search from the dealt order alone was seen to end lower.
     """
 
-    deal: str  # as in `Gns`
+    deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
     rounds: int  # of assignments and swaps, at most
 
     def __post_init__(self) -> None:

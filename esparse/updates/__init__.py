@@ -78,8 +78,8 @@ class NoUpdate(Update):
 class Chain(Update):
     """Two updates in a row."""
 
-    first: Update
-    second: Update
+    first: Update  # the update that acts first; its settings stand behind it: `update.first.damp=0.1`
+    second: Update  # the one that acts on what the first left: `update.second.steps=50`
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()

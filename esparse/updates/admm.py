@@ -26,11 +26,11 @@ MASKS = ("start", "own")
 class Admm(Update):
     """Boza's iteration; with mask=start only the weights are found."""
 
-    mask: str  # own: found by the iteration | start: as the metric, or the update before, chose it
+    mask: str  # own (found by the iteration) | start (as the metric, or the update before, chose it)
     damp: float  # added to the diagonal of the scaled Gram matrix, which is 1; it also holds W to the dense weights
-    penalty: float  # rho
-    iterations: int
-    prune_iterations: int  # of them, the first, during which the mask still shrinks
+    penalty: float  # rho, at the beginning
+    iterations: int  # how many
+    prune_iterations: int  # the first iterations, in which the mask shrinks
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:

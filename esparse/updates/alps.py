@@ -23,11 +23,12 @@ SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, once i
 class Alps(Update):
     """The mask and the weights of least layer error that the penalty method finds, from the dense weights."""
 
+    # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
-    penalty: float  # rho at the beginning
+    penalty: float  # rho, at the beginning
     iterations: int  # of the penalty method, at most
     gradient_iterations: int  # of conjugate gradients on the support
-    tolerance: float  # of the residual beside the first one, where the gradients may end
+    tolerance: float  # conjugate gradients end once the residual is so small a share of the first one
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

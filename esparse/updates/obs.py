@@ -27,7 +27,8 @@ ROWS = 256  # that one core sweeps at a time
 class Obs(Update):
     """The sweep on the mask that it is given, or on one that it chooses group by group as it goes."""
 
-    mask: str  # start: as the metric, or the update before, chose it | own: chosen anew from the repaired weights
+    mask: str  # start (as the metric, or the update before, chose it) | own (chosen from the repaired weights)
+    # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     block: int  # columns whose repair of all later columns is done in one product
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Support(Update):
     """The mask stays; its weights become those of least error on the calibration tokens."""
 
+    # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     iterations: int  # of conjugate gradients, at most
-    tolerance: float  # of the residual beside the first one, where the iterations may end
+    tolerance: float  # conjugate gradients end once the residual is so small a share of the first one
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

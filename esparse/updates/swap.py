@@ -31,6 +31,7 @@ class Swap(Update):
     """Every row takes its best swap, again and again, until none lowers its error."""
 
     values: str  # of a weight that comes back: dense (its own) | best (what lowers the error most)
+    # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     steps: int  # swaps per row, at most
 

@@ -17,9 +17,9 @@ from tests.workshop import ROOT, furnished, launch, small_run
 FROM = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 
 
-def readmes_example() -> str:
-    """The README's example of loading, and what kinds of layers it got."""
-    text = (ROOT / "README.md").read_text().partition("## Export and serve")[2]
+def pages_example() -> str:
+    """The example of docs/export.md of loading, and what kinds of layers it got."""
+    text = (ROOT / "docs" / "export.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, flags=re.S)[0]
     kinds = "{type(m).__name__ for n, m in model.named_modules() if n.endswith('proj')}"
     return code.replace('"DIR"', "sys.argv[1]") + f"print('KINDS', sorted({kinds}))"
@@ -50,7 +50,7 @@ def test_a_packed_run_is_loaded_after_import_esparse(workshop: Path, tmp_path: P
     assert not list(folder.glob("export.*"))
     assert all(layer["packed_bytes"] < layer["dense_bytes"] for layer in record["layers"])
     for first in ("import sys", f"import sys\n{FROM}"):  # the order of the imports must not matter
-        read = python(f"{first}\n{readmes_example()}", record["export"]["path"])
+        read = python(f"{first}\n{pages_example()}", record["export"]["path"])
         assert "KINDS ['PackedLinear']" in read.stdout, read.stderr
 
 
@@ -58,7 +58,7 @@ def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -
     place = tmp_path / "there"
     done = launch(*small_run(workshop, tmp_path / "out"), "export=dense", f"export.path={place}", "model.store=shards")
     assert done.returncode == 0, done.stderr
-    read = python("import sys\n" + readmes_example().partition("\n")[2], str(place))
+    read = python("import sys\n" + pages_example().partition("\n")[2], str(place))
     assert "KINDS ['Linear']" in read.stdout, read.stderr
 
 

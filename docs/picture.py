@@ -1,0 +1,118 @@
+"""Draws overview.svg beside this file, the picture of README.md, from committed results.
+
+    python docs/picture.py
+
+Left: experiments/everything.csv. Right: experiments/results/gpu-NVIDIA-H200-*.json. A test compares the numbers that
+the picture shows with these files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+
+ROOT = Path(__file__).parents[1]
+PICTURE = Path(__file__).with_name("overview.svg")
+TABLE = ROOT / "experiments" / "everything.csv"
+GPU = ROOT / "experiments" / "results" / "gpu-NVIDIA-H200-2026-11-28.json"
+PREFILL = GPU.with_name("gpu-NVIDIA-H200-2026-11-28-prefill.json")
+# What each bar is called, and its metric, shuffle, update and recovery in the table.
+BARS = {
+    "magnitude": ("magnitude", "none", "none", "none"),
+    "Wanda": ("wanda", "none", "none", "none"),
+    "entropy": ("entropy", "none", "none", "none"),
+    "+ shuffle": ("entropy", "best3", "none", "none"),
+    "+ ALPS": ("entropy", "none", "alps", "none"),
+    "+ shuffle, ALPS, window": ("entropy", "best3", "alps", "small"),
+}
+KERNELS = {"packed": "esparse's kernel", "cusparselt": "cuSPARSELt"}
+GREY, DARK, LIGHT, LINE = "#7a7a7a", "#00796b", "#80cbc4", "#c62828"
+
+
+def perplexities(pattern: str = "2:4") -> tuple[dict[str, float], float]:
+    """The mean over seeds for each bar, and the dense model's."""
+    rows = [row for row in csv.DictReader(TABLE.open()) if row["pattern"] == pattern]
+    parts = ("metric", "shuffle", "update", "recovery")
+    means = {}
+    for name, wanted in BARS.items():
+        means[name] = mean(float(row["builtin ppl pruned"]) for row in rows if tuple(map(row.get, parts)) == wanted)
+    (dense,) = {float(row["builtin ppl dense"]) for row in rows}
+    return means, dense
+
+
+def speedups(pattern: str = "2:4") -> dict[str, dict[int, float]]:
+    """By kernel and number of tokens: dense time over sparse time of all products of a LLaMA-7B block."""
+    decode, prefill = (
+        [row for row in json.loads(path.read_text())["parts"][part]["rows"] if row.get("pattern") == pattern]
+        for path, part in ((GPU, "decode"), (PREFILL, "prefill"))
+    )
+    few = {row["tokens"] for row in decode}  # of which the later call has the numbers
+    rows = [*decode, *(row for row in prefill if row["tokens"] not in few)]
+    found: dict[str, dict[int, float]] = {}
+    for kernel in KERNELS:
+        these = [row for row in rows if row["kernel"] == kernel and row["sparse_ms"]]
+        for tokens in sorted({row["tokens"] for row in these}):
+            at = [row for row in these if row["tokens"] == tokens]
+            dense, sparse = (sum(row[f"{kind}_ms"] * row["matrices"] for row in at) for kind in ("dense", "sparse"))
+            found.setdefault(kernel, {})[tokens] = dense / sparse
+    return found
+
+
+def draw() -> None:
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "esparse"}
+    with pyplot.rc_context(style):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.15, 1), layout="constrained")
+        bars(left)
+        lines(right)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(PICTURE, metadata={"Date": None}, facecolor="white")
+
+
+def bars(axes) -> None:  # noqa: ANN001 - matplotlib's
+    values, dense = perplexities()
+    colours = [GREY, GREY, LIGHT, LIGHT, LIGHT, DARK]
+    drawn = axes.barh(list(values), list(values.values()), color=colours)
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(dense, color=LINE, linewidth=1.5)
+    axes.text(dense, -0.75, f"dense {dense:.2f}", color=LINE, ha="center", va="bottom")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 29)
+    axes.set_xlabel("perplexity, lower is better")
+    axes.set_title("2:4 on the built-in model (2.4 M parameters)\n", fontsize=11)
+
+
+def lines(axes) -> None:  # noqa: ANN001
+    for (kernel, by_tokens), colour in zip(speedups().items(), (DARK, GREY), strict=True):
+        axes.plot(list(by_tokens), list(by_tokens.values()), "o-", color=colour, label=KERNELS[kernel])
+        for place in (0, -1):
+            tokens = list(by_tokens)[place]
+            axes.annotate(
+                f"{by_tokens[tokens]:.2f}",
+                (tokens, by_tokens[tokens]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+            )
+    axes.axhline(1, color=LINE, linewidth=1.5)
+    axes.text(9000, 1.02, "dense", color=LINE, ha="right", va="bottom")
+    axes.set_xscale("log", base=2, nonpositive="mask")
+    axes.set_xticks([1, 4, 16, 64, 512, 2048, 8192], ["1", "4", "16", "64", "512", "2048", "8192"])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.9)
+    axes.set_xlabel("tokens at once")
+    axes.set_ylabel("times as fast as dense")
+    axes.set_title("2:4 on one H200, a LLaMA-7B block's products\n", fontsize=11)
+    axes.legend(frameon=False, loc="lower right")
+
+
+if __name__ == "__main__":
+    draw()
+    print(PICTURE)
