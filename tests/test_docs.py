@@ -38,8 +38,8 @@ def commands(page: Path) -> Iterator[str]:
                 yield match.group(1).strip()
 
 
-# --help, the experiments (-cn) and the example of a metric have tests of their own.
-ALL = sorted({c for page in PAGES for c in commands(page) if not re.search(r"--help|-cn|=power", c)})
+# --help, experiments (-cn), GGUF files and the example of a metric have tests of their own.
+ALL = sorted({c for page in PAGES for c in commands(page) if not re.search(r"--help|-cn|=power|\.gguf", c)})
 
 
 def test_there_are_commands() -> None:

@@ -36,6 +36,9 @@ ELSEWHERE = {
     "python3 -m venv .venv": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[all]'": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
+    "python -m pytest -n 0 -k NAME": (".ci/run", "-m pytest"),
+    "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
+    "python launch.py model=hf model.path=FILE.gguf": ("tests/models/test_gguf_file.py", "small.gguf"),
     "python docs/settings.py": ("tests/test_site.py", "settings.page()"),
     ". .venv/bin/activate": (".ci/run", "<!-- tests -->"),
     ".venv/bin/python -m pytest": (".ci/run", "<!-- tests -->"),
@@ -47,7 +50,7 @@ ELSEWHERE = {
 # Of the commands that prune: the other ones differ in options, each of which tests/api/test_every_option.py tries.
 QUICK = {"python launch.py", "python launch.py export=dense"}
 # What a machine without a GPU, a queue and internet can only plan.
-PLANNED = re.compile(r"(?:^| )(?:model=(?!tiny|hf)|bench=|hydra/launcher=)")
+PLANNED = re.compile(r"(?:^| )(?:model=(?!tiny|hf)|bench=|hydra/launcher=|dry_run=true)")
 
 
 def commands(text: str) -> Iterator[str]:
