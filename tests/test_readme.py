@@ -37,6 +37,7 @@ ELSEWHERE = {
     ".venv/bin/pip install -q -e '.[all]'": (".ci/run", "<!-- tests -->"),
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
     "python -m pytest -n 0 -k NAME": (".ci/run", "-m pytest"),
+    "python experiments/families.py": ("tests/models/test_forward_check.py", "families.py"),
     "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
     "python launch.py model=hf model.path=FILE.gguf": ("tests/models/test_gguf_file.py", "small.gguf"),
     "python docs/settings.py": ("tests/test_site.py", "settings.page()"),
