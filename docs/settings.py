@@ -57,7 +57,7 @@ class Setting:
 
 
 def page() -> str:
-    return "\n".join([HEAD, plain_values(), *(group(name) for name in GROUPS), launchers()])
+    return "\n".join([HEAD, plain_values(), methods(), *(group(name) for name in GROUPS), launchers()])
 
 
 def plain_values() -> str:
@@ -68,6 +68,25 @@ def plain_values() -> str:
         if name not in GROUPS
     ]
     return "\n".join(["## Plain values\n", *table(rows, ""), ""])
+
+
+def methods() -> str:
+    """The published methods by name, with the options that each of them sets."""
+    lines = [
+        "## method\n",
+        "A published method by name: it sets the parts as its authors do. Single ones may be changed behind it "
+        "(`method=ria shuffle=none`); parts that are not named here stay off.\n",
+        "| option | what it is | sets |",
+        "|---|---|---|",
+    ]
+    for path in sorted((CONF / "method").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        parts = [list(entry.items())[0] for entry in content.pop("defaults") if isinstance(entry, dict)]
+        set_here = {where.rpartition("/")[2]: option for where, option in parts} | content
+        acting = [f"`{name}={value}`" for name, value in set_here.items() if value not in ("none", "uniform")]
+        text = cell(sentence(first_comment(path).removeprefix("@package _global_").strip()))
+        lines.append(f"| `{path.stem}` | {text} | {' '.join(acting)} |")
+    return "\n".join([*lines, ""])
 
 
 def group(name: str) -> str:
