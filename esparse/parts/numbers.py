@@ -58,7 +58,7 @@ def option(
 
 def implied(group: str, name: str, classes: Classes) -> dict[str, str]:
     """The options of other groups that an option implies, by group; none for one without a file of its own."""
-    return _settings(group, name, classes).implied if name in names(group) else {}
+    return settings_of(group, name, classes).implied if name in names(group) else {}
 
 
 def usual() -> dict[str, Any]:
