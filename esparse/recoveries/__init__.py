@@ -1,9 +1,9 @@
-"""Recoveries: what is done once weights are gone, the keep masks held (DSnoT alone moves them, within the pattern).
+"""Recoveries: repair a pruned model and leave its keep masks unchanged (only DSnoT moves them, within the pattern).
 
-A recovery may work on three scales, and implements the methods of those it works on: on each layer right after its
-update, on each block once its layers are pruned, on the whole model at the end.
+A recovery works on one or more of three scales, and implements the methods of these scales: each layer right after its
+update, each block after its layers are pruned, and the whole model at the end.
 
-Shapes: O outputs, I inputs, S sequences, L tokens. Polarity: True in `keep` means the weight survives.
+Shapes: O outputs, I inputs, S sequences, L tokens. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from esparse.stats import Factory
     from esparse.updates import Layer, Solution
 
-# Takes the keep masks of all layers pruned so far, by the weight's name in the state dict.
+# Called with the keep masks of all layers pruned so far, by the weight's name in the state dict.
 Finish = Callable[[Mapping[str, "Tensor"]], "list[RecoveryReport]"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrunedModel:
-    """A model whose blocks are all pruned, and what a recovery of the whole of it may look at."""
+    """A fully pruned model, and what a recovery of the whole model may use."""
 
     blocks: BlockModel
-    parent: nn.Module | None  # the dense model, where the recovery asked for it
+    parent: nn.Module | None  # the dense model, if the recovery asked for it
     tokens_SL: Tensor  # of the calibration
     keeps: Mapping[str, Tensor]  # by the weight's name in the state dict
     groupings: Sequence[tuple[Matrix, Grouping]]  # how each matrix was cut into groups
@@ -41,58 +41,58 @@ class PrunedModel:
 
 
 @dataclass(kw_only=True, slots=True)
-class Recovery(ABC):  # noqa: B024 - a recovery works on one scale or another, so no method must be there
-    """Repairs what pruning did; does nothing by itself."""
+class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no method is abstract
+    """Base class of recoveries; does nothing by itself."""
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of a layer's input that `layer` will look up in `layer.stats`, by name; none by default."""
+        """The input statistics that `layer` finds in `layer.stats`, by name; default: none."""
         return {}
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where the recovery makes no sense for this pattern; called before anything runs."""
+        """Raises Mistake if the recovery does not fit this pattern; called before anything runs."""
         return None
 
     def sequences_at_once(self) -> int | None:
-        """At most how many calibration sequences a micro-batch may hold; None: the recovery does not mind."""
+        """The most calibration sequences of a micro-batch; None: any number."""
         return None
 
     def needs_dense_stream(self) -> bool:
-        """Whether `Block.dense` is wanted: the hidden states of the dense model beside those of the pruned one."""
+        """Whether the recovery needs `Block.dense`, the hidden states of the dense model."""
         return False
 
     def needs_sequences(self) -> bool:
-        """Whether more of the calibration sequences is looked at than the statistics of a layer's input."""
+        """Whether the recovery uses the calibration sequences themselves, not only statistics of them."""
         return type(self).begin is not Recovery.begin or type(self).whole is not Recovery.whole
 
     def needs_parent(self) -> bool:
-        """Whether `whole` is given the dense model: a copy of it is kept on the host then."""
+        """Whether `whole` needs the dense model, of which a copy is then kept on the host."""
         return False
 
     def adds_biases(self) -> bool:
-        """Whether `layer` may give a bias to a layer that has none."""
+        """Whether `layer` may add a bias to a layer without one."""
         return False
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
-        """The layer after the recovery, where `pruned` is how the update left it."""
+        """The layer after the recovery; `pruned`: the layer after the update."""
         return pruned
 
     def begin(self, block: Block) -> Finish:
-        """Called while a block is dense; what it returns is called once the block is pruned, and reports."""
+        """Called while a block is still dense; returns a function that repairs the block after pruning, and reports."""
         return lambda keeps: []
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
-        """Called once, when all blocks are pruned."""
+        """Repairs the whole model; called once, after all blocks are pruned."""
         return []
 
 
 @dataclass(kw_only=True, slots=True)
 class NoRecovery(Recovery):
-    """One-shot pruning: nothing is done."""
+    """One-shot pruning: no recovery."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Chain(Recovery):
-    """Two recoveries in a row, on every scale."""
+    """Two recoveries, one after the other, on every scale."""
 
     first: Recovery  # the recovery that acts first; its settings stand behind it
     second: Recovery  # the one that acts on what the first left: `recovery.second.epochs=5`

@@ -1,4 +1,4 @@
-"""Bias correction: the bias takes over what the pruned weights gave on average.
+"""Bias correction: the bias compensates the average contribution of the pruned weights.
 
 Shapes: O outputs, I inputs.
 """
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Bias(Recovery):
-    """The mean of every output on the calibration tokens is what it would be with the dense weights.
+    """Restores the mean of every output on the calibration tokens to its value with dense weights.
 
-    The bias gets (W_dense - W) E[x]. A layer without one is given one, which the model's configuration does not tell;
-    experts that share a parameter have no place for it, and the log says so. A shift that the bias is to get already
-    is part of the correction, not added to it: the mean is restored either way.
+    The bias is shifted by (W_dense - W) E[x]. A layer without a bias gets one, which the model's configuration does not
+    show. Experts that share a parameter cannot have a bias: they are skipped, and the log says so. An earlier bias
+    shift is replaced, not added to: the mean is restored in both cases.
     """
 
     def collects(self) -> dict[str, Factory]:

@@ -1,9 +1,8 @@
-"""Distillation: the whole pruned model is trained to predict what its dense parent predicts, the keep masks held.
+"""Distillation: trains the whole pruned model, with fixed keep masks, to predict what its dense parent predicts.
 
-The loss is Hinton et al.'s (2015, arXiv 1503.02531) with the parent's distribution alone as target. With
-`train=lora` only low-rank additions under the mask are trained, the MaskLoRA of PERP (Zimmer et al. 2023,
-arXiv 2312.15230). Two regularisers ask for structure while the model is trained: a group LASSO (Yuan and Lin 2006) on
-the pattern's groups, and a dropout of whole groups of inputs.
+The loss is Hinton et al.'s (2015, arXiv 1503.02531) with the parent's distribution as the only target. `train=lora`
+trains only low-rank additions under the mask: MaskLoRA of PERP (Zimmer et al. 2023, arXiv 2312.15230). Two regularisers
+are available: a group LASSO (Yuan and Lin 2006) on the pattern's groups, and dropout of whole groups of inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Distill(Recovery):
-    """Minimises KL(parent || student) over the calibration tokens, once all blocks are pruned."""
+    """Minimises KL(parent || student) over the calibration tokens, after all blocks are pruned."""
 
     train: str  # full (the kept weights of pruned matrices themselves) | lora (a low-rank addition to each matrix)
     all_parameters: bool  # with train=full: norms, biases, embeddings, the head and layers that stayed dense, too
@@ -42,8 +41,8 @@ class Distill(Recovery):
             raise Mistake(f"recovery.train must be full or lora, got {self.train!r}")
         if self.all_parameters and self.train == "lora":
             raise Mistake(
-                "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: "
-                "use recovery.train=full with it, or leave it out"
+                "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: use it with "
+                "recovery.train=full, or leave it out"
             )
         for name in ("rank", "epochs", "batch"):
             if getattr(self, name) < 1:

@@ -1,10 +1,10 @@
-"""The training behind `recovery=distill`.
+"""The training of `recovery=distill`.
 
-Parent and student are on the device whole. The student is trained in float32 whatever its precision: 4 bytes per
-parameter, and per trained weight 12 more (its gradient, two moments of AdamW) and 2 for masks. With LoRA it is 4
-more per pruned weight, since the model computes with a second copy, and next to nothing for what is trained. The
-activations of a micro-batch come on top, of all blocks at once: where they do not fit, lower `model.batch_tokens`. A
-copy of what may have to be undone waits on the host.
+The whole parent and the whole student are on the device. The student is trained in float32, whatever its dtype: 4 bytes
+per parameter, and per trained weight 12 bytes more (gradient, two moments of AdamW) and 2 for masks. LoRA takes 4 bytes
+more per pruned weight, because the model computes with a second copy, and almost nothing for the trained weights. The
+activations of a micro-batch in all blocks come on top; if they do not fit, lower `model.batch_tokens`. A copy of the
+trained parameters stays on the host, in case the training has to be undone.
 
 Shapes: S sequences, L tokens, B sequences of a micro-batch, V vocabulary.
 """
@@ -37,14 +37,14 @@ log = logging.getLogger("esparse")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """The pruned model and the dense one it came from."""
+    """The pruned model (student) and the dense model that it came from (parent)."""
 
     student: BlockModel
     parent: nn.Module
     temperature: float
 
     def divergence(self, tokens_BL: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """`divergence` of a micro-batch, summed, where the student computes with these weights in place of its own."""
+        """`divergence` of a micro-batch, summed, of the student with these weights in place of its own."""
         inputs = {"input_ids": tokens_BL.to(self.student.device), "use_cache": False}
         with torch.no_grad():
             wanted_BLV = self.parent(**inputs).logits
@@ -53,7 +53,7 @@ class Pair:
 
     @torch.no_grad()
     def mean(self, tokens_SL: Tensor) -> float:
-        """The divergence per token over all sequences, of the student as it is."""
+        """The present student's divergence per token over all sequences."""
         parts = self.student.micro_batches(tokens_SL)
         return math.fsum(float(self.divergence(tokens_BL, {})) for tokens_BL in parts) / tokens_SL.numel()
 
@@ -61,7 +61,7 @@ class Pair:
 def divergence(parent_BLV: Tensor, student_BLV: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(parent / T) || softmax(student / T)) in nats, summed over all tokens.
 
-    The factor keeps the size of the gradients. Computed in float32.
+    The factor T^2 keeps the size of the gradients. Computed in float32.
     """
     log_p, log_q = (log_softmax(logits.float() / temperature, dim=-1) for logits in (parent_BLV, student_BLV))
     of_token_BL = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
@@ -76,9 +76,9 @@ def distill(
     weights: Sequence[MaskedParameter],
     seed: int,
 ) -> RecoveryReport:
-    """Trains the student; it stays as it was where that would raise the loss on the calibration tokens.
+    """Trains the student; restores it if the loss on the calibration tokens has risen.
 
-    Raises ValueError where the loss is not finite to begin with.
+    Raises Mistake if the loss is NaN or Inf before training.
     """
     start, pair = time.perf_counter(), Pair(student, parent, settings.temperature)
     with _on_device(student.model, student.device), _on_device(parent, student.device):
@@ -100,7 +100,7 @@ def _train(
     parameters: Sequence[nn.Parameter],
     generator: torch.Generator,
 ) -> int:
-    """Trains the parameters, or LoRA on those that are held; returns the number of steps."""
+    """Trains the parameters, or LoRA on the masked parameters; returns the number of steps."""
     model = pair.student.model
     with in_float32(model):
         trained: Whole | Lora = Whole(weights, parameters)
@@ -150,7 +150,7 @@ def _backward(
     regularised: Sequence[MaskedParameter],
     factors: Mapping[str, Tensor],
 ) -> float:
-    """Adds up the gradients of one step; returns the divergence, summed over the step's tokens."""
+    """Accumulates the gradients of one step; returns the divergence, summed over the step's tokens."""
     seen = 0.0
     for part_BL in pair.student.micro_batches(tokens_BL):
         weights = trained.weights()
@@ -164,10 +164,10 @@ def _backward(
 
 
 def _with_groups(weights: Sequence[MaskedParameter]) -> list[MaskedParameter]:
-    """Those that the regularisers can work on; the log names the others."""
+    """The parameters with groups, on which the regularisers work; the log names the others."""
     left_out = [of.entry for of in weights if any(grouping.pattern.swap_width is None for grouping in of.groupings)]
     if left_out:
-        log.warning("lasso and dropout pass over what a pattern without groups prunes: %s", ", ".join(left_out))
+        log.warning("lasso and dropout skip layers with a pattern without groups: %s", ", ".join(left_out))
     return [of for of in weights if of.entry not in left_out]
 
 

@@ -1,14 +1,14 @@
-"""DSnoT: kept and pruned weights change places until each output's mean is about what it was.
+"""DSnoT: exchanges kept and pruned weights until each output's mean is near its dense value.
 
-Dynamic Sparse No Training (Zhang et al. 2023, arXiv 2310.08915). A weight gives c_ij = W_ij s_j to its output, where
-s_j is the sum of channel j over the tokens of a sequence, averaged over sequences: the unit of the authors' code, on
-which the threshold depends. Pruning took e_i = sum of c_ij over pruned j from row i (dense minus pruned). Each step
-regrows the pruned weight with the largest sign(e) c_ij / Var(x_j)^power among those with sign(e) c_ij > 0, and prunes,
-in its group, the kept weight with the lowest |W_ij| ||x_j|| among those with sign(e) c_ij < 0: both move e towards 0.
+Dynamic Sparse No Training (Zhang et al. 2023, arXiv 2310.08915). A weight contributes c_ij = W_ij s_j to its output;
+s_j is the sum of channel j over the tokens of a sequence, averaged over sequences (the unit of the authors' code, on
+which the threshold depends). Row i has lost e_i, the sum of c_ij over pruned j (dense minus pruned). Each step regrows
+the pruned weight with the largest sign(e) c_ij / Var(x_j)^power among those with sign(e) c_ij > 0, and prunes, in the
+same group, the kept weight with the lowest |W_ij| ||x_j|| among those with sign(e) c_ij < 0: both move e towards 0.
 
-Where the paper is silent, and other than its code: only weights whose group has such a partner can come back; the
-code's n:m branch prunes whatever its sign; it stops where e changes its sign, here a step must lower |e|, and a weight
-may move more than once. By default the code leaves LLaMA's MLP alone: here that is recovery.skip=[mlp].
+Differences from the authors' code, on points that the paper leaves open: a weight comes back only if its group has such
+a partner (the code's n:m branch prunes a weight of any sign); every step must lower |e| (the code stops if e changes
+its sign); a weight may move more than once. The code skips LLaMA's MLP by default: here that is recovery.skip=[mlp].
 Shapes: O outputs, I inputs, R rows that may still gain, G groups, M weights of a group.
 """
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from esparse.stats import Factory
     from esparse.updates import Layer
 
-VALUES_AT_ONCE = 2**24  # of a layer: bounds the memory for float64 copies
-LEAST_VARIANCE = 1e-30  # instead of 0: of channels that never change, those that give most come back first
+VALUES_AT_ONCE = 2**24  # of a layer; limits the memory of float64 copies
+LEAST_VARIANCE = 1e-30  # replaces 0, so that of constant channels those with the largest contribution come back first
 
 
 @dataclass(kw_only=True, slots=True)
 class Dsnot(Recovery):
-    """Moves the mask within the pattern, and takes the mask alone: all kept weights get their dense values.
+    """Moves the mask within the pattern; all kept weights get their dense values.
 
-    What an update or another recovery made of the weights before is lost with it.
+    Changes of weights by an update or an earlier recovery are lost.
     """
 
     cycles: int  # exchanges per row, at most
@@ -102,17 +102,17 @@ class Dsnot(Recovery):
 def exchange(
     keep_OI: Tensor, gives_OI: Tensor, rank_OI: Tensor, score_OI: Tensor, *, m: int, cycles: int, threshold: float
 ) -> Tensor:
-    """The keep mask after the steps, columns in the order in which groups are cut; the last group may be shorter.
+    """The keep mask after the steps, with columns in group order; the last group may be shorter.
 
-    Of every weight: what it gives to its row's mean output, the rank (signed) by which it comes back, the score by
-    which it goes.
+    `gives`: each weight's contribution to its row's mean output; `rank` (signed): order of coming back; `score`: order
+    of being pruned.
     """
     import torch
 
     from esparse.patterns.nm import filled
 
     inputs = keep_OI.shape[1]
-    # What fills up the last group gives nothing, so that it neither comes nor goes.
+    # The padding of the last group contributes nothing, so it is never chosen.
     keep_OI, gives_OI, rank_OI, score_OI = (filled(x_OI, m) for x_OI in (keep_OI.clone(), gives_OI, rank_OI, score_OI))
     error_O = gives_OI.masked_fill(keep_OI, 0.0).sum(1)
     rows_R = torch.arange(len(keep_OI), device=keep_OI.device)
@@ -135,11 +135,11 @@ def exchange(
 def _choice(
     sign_R: Tensor, keep_RI: Tensor, gives_RI: Tensor, rank_RI: Tensor, score_RI: Tensor, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The column that comes back in each row, the one that goes for it, and whether there are such two."""
+    """For each row the column that comes back, the column that is pruned for it, and whether both exist."""
     toward_RI = gives_RI * sign_R[:, None]
     goes_RGM = (keep_RI & (toward_RI < 0)).unflatten(1, (-1, m))
     comes_RI = ~keep_RI & (toward_RI > 0) & goes_RGM.any(2).repeat_interleave(m, 1)
-    come_R = (rank_RI * sign_R[:, None]).masked_fill(~comes_RI, -float("inf")).argmax(1)  # the first of equals
+    come_R = (rank_RI * sign_R[:, None]).masked_fill(~comes_RI, -float("inf")).argmax(1)  # the first of ties
     group_R = (come_R // m)[:, None, None].expand(-1, 1, m)
     score_RM = score_RI.unflatten(1, (-1, m)).gather(1, group_R).squeeze(1)
     go_RM = goes_RGM.gather(1, group_R).squeeze(1)

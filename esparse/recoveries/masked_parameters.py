@@ -1,7 +1,7 @@
-"""Pruned parameters that are trained while their masks are held: whole or as LoRA, and regularised by their groups.
+"""Pruned parameters trained under fixed masks: the weights themselves or LoRA, and regularisers on their groups.
 
-Shapes: O outputs, I inputs, G groups, M places of a group, R rank, * an expert dimension where there are experts.
-Polarity: True in `keep` means the weight survives. "As stored" is how the parameter stores it: I x O in a Conv1D.
+Shapes: O outputs, I inputs, G groups, M places of a group, R rank, * an expert dimension, if there are experts.
+Polarity: True in `keep` means the weight is kept. "As stored" means in the parameter's layout: I x O for a Conv1D.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from esparse.patterns.nm import filled
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskedParameter:
-    """One pruned parameter, its mask as stored, and how the groups of its matrix, or of each expert's, are cut."""
+    """One pruned parameter, its mask as stored, and the grouping of its matrix, or of each expert's matrix."""
 
     entry: str  # name in the model's state dict
     parameter: nn.Parameter
@@ -30,30 +30,30 @@ class MaskedParameter:
     rows: int = 0  # of each expert, if the parameter holds its experts in 2 dimensions
 
     def outputs_first(self, stored: Tensor) -> Tensor:
-        """* x O x I of what is as stored."""
+        """Converts a tensor as stored to * x O x I."""
         stored = stored.unflatten(0, (-1, self.rows)) if self.rows else stored
         return stored.mT if self.transposed else stored
 
     def as_stored(self, outputs_first: Tensor) -> Tensor:
-        """As stored, of what is * x O x I."""
+        """Converts * x O x I to as stored."""
         stored = outputs_first.mT if self.transposed else outputs_first
         return stored.flatten(0, 1) if self.rows else stored
 
     def matrices(self, stored: Tensor) -> Iterator[tuple[Tensor, Grouping]]:
         """Each matrix (O x I) of a tensor as stored, with its grouping."""
-        # unbind and not stored[expert]: the gradient of each such slice would be as large as all experts together.
+        # unbind, because the gradient of each slice stored[expert] would be as large as all experts together.
         matrices = self.outputs_first(stored)
         return zip(matrices.unbind() if matrices.ndim == 3 else [matrices], self.groupings, strict=True)
 
     def settle(self) -> None:
-        """Pruned weights become +0.0, and so do kept weights that are zero, which half precision may have made -0.0."""
+        """Sets pruned weights to +0.0, and kept weights that are zero, too (rounding may have made them -0.0)."""
         self.parameter.data.masked_fill_(~self.keep | (self.parameter.data == 0), 0.0)
 
 
 def masked_parameters(
     keeps: Mapping[str, Tensor], groupings: Sequence[tuple[Matrix, Grouping]], device: torch.device
 ) -> list[MaskedParameter]:
-    """The pruned parameters with their masks (by name; outputs x inputs), everything beside them on the device."""
+    """The pruned parameters with their masks (by name; outputs x inputs); masks and orders go to the device."""
     matrices: dict[str, list[tuple[Matrix, Grouping]]] = {}
     for matrix, grouping in groupings:
         matrices.setdefault(matrix.entry, []).append((matrix, grouping))
@@ -68,7 +68,7 @@ def masked_parameters(
 
 
 class Whole:
-    """The surviving weights themselves are trained, and what else `parameters` holds."""
+    """Trains the kept weights themselves, and the other `parameters`."""
 
     def __init__(self, masked: Sequence[MaskedParameter], parameters: Sequence[nn.Parameter]) -> None:
         self.leaves: list[Tensor] = list(parameters)
@@ -76,17 +76,17 @@ class Whole:
         self._held = masked
 
     def weights(self) -> dict[str, Tensor]:
-        """What the model computes with, by name and as stored."""
+        """The weights with which the model computes, by name, as stored."""
         return {of.entry: of.parameter for of in self._held}
 
     def merge(self) -> None:
-        """Nothing to do: the parameters hold what was trained."""
+        """Does nothing: the parameters already hold the trained values."""
 
 
 class Lora:
     """W' = W + keep * (B A) * alpha / rank for every matrix; A (* x R x I) begins random, B (* x O x R) at zero.
 
-    A is uniform between -1 and 1 over the root of its inputs. The model's own parameters stay as they are till `merge`.
+    A is uniform between -1 and 1 over the root of its inputs. The model's own parameters do not change before `merge`.
     """
 
     def __init__(self, masked: Sequence[MaskedParameter], rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -103,12 +103,12 @@ class Lora:
             self._adapted.append((of, down, up))
 
     def weights(self) -> dict[str, Tensor]:
-        """What the model computes with, by name and as stored; made anew each time."""
+        """The weights with which the model computes, by name, as stored; computed at every call."""
         return {of.entry: self._added(of, down, up) for of, down, up in self._adapted}
 
     @torch.no_grad()
     def merge(self) -> None:
-        """The parameters become what the model computed with."""
+        """Writes the trained weights into the model's parameters."""
         for of, down, up in self._adapted:
             of.parameter.copy_(self._added(of, down, up))
 
@@ -118,7 +118,7 @@ class Lora:
 
 
 def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> Tensor:
-    """sum over all groups g of all rows of ||w_g||_2, a group being the M places in which a pattern is held."""
+    """The sum over all groups g of all rows of ||w_g||_2; a group is a group of M places of the pattern."""
     total = torch.zeros((), device=masked[0].parameter.device)
     for of in masked:
         for weight_OI, grouping in of.matrices(weights[of.entry]):
@@ -130,10 +130,9 @@ def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> T
 
 
 def dropped(masked: Sequence[MaskedParameter], probability: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Factors for the weights, by name: 0 for the inputs of a group that is dropped, else 1 / (1 - probability).
+    """Factors for the weights, by name: 0 for the inputs of a dropped group, else 1 / (1 - probability).
 
-    Each matrix draws for each of its groups. The factors are the same for all its rows: their shape goes with the
-    weight's as stored.
+    Each matrix draws once per group, for all its rows; the factors broadcast to the weight as stored.
     """
     factors = {}
     for of in masked:

@@ -1,7 +1,7 @@
-"""Variance correction: the kept weights are scaled until the weights vary as much as they did before pruning.
+"""Variance correction: scales the kept weights so that the weights' variance is as before pruning.
 
 After Maximov et al. 2025 (arXiv 2507.03052), our reconstruction: W_s <- W_s sqrt(Var(W) / Var(W_s)), the variances over
-all entries, zeros included. Whether the paper takes them of each output or of the whole layer is not known to us.
+all entries, zeros included. We do not know whether the paper takes them per output or per layer.
 Shapes: O outputs, I inputs, R rows whose variance is taken (the outputs, or one), K values of such a row.
 """
 
@@ -23,12 +23,12 @@ GRANULARITIES = ("row", "layer")
 
 @dataclass(kw_only=True, slots=True)
 class Variance(Recovery):
-    """One factor per output, or one for the layer, gives the weights their variance back.
+    """Restores the variance of the weights by one factor per output, or one per layer.
 
-    A shift of the bias stays as it was: where both are wanted, the bias is corrected last.
+    It does not change a bias shift, so with both corrections the bias comes last.
     """
 
-    granularity: str  # of which values the variance is taken: row (those of one output) | layer (all)
+    granularity: str  # values over which the variance is taken: row (one output) | layer (all)
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -41,13 +41,13 @@ class Variance(Recovery):
 
 
 def variance_scale(dense_RK: Tensor, pruned_RK: Tensor) -> Tensor:
-    """The factor for each pruned row; 1 where all values of the dense or of the pruned one are equal."""
+    """The factor for each pruned row; 1 if all values of the dense or of the pruned row are equal."""
     import torch
 
     spread_R = torch.ones_like(dense_RK[:, 0], dtype=torch.bool)
     for weight_RK in (dense_RK, pruned_RK):
         low_R, high_R = weight_RK.aminmax(dim=1)
-        spread_R &= low_R < high_R  # exact, where the variance of equal values may be a rounding error
-    # Population or sample variance: the ratio is the same.
+        spread_R &= low_R < high_R  # exact; the variance of equal values may be a rounding error instead of 0
+    # The ratio is the same for population and sample variances.
     scale_R = (dense_RK.var(1) / pruned_RK.var(1)).sqrt()
     return torch.where(spread_R, scale_R, 1.0)

@@ -1,8 +1,8 @@
-"""Block reconstruction: the surviving weights of a pruned block are trained to return what the dense block returned.
+"""Block reconstruction: trains the kept weights of a pruned block to return what the dense block returned.
 
-EBFT (Guo et al. 2024, arXiv 2402.12419) trains a block as a whole; "A Free Lunch in LLM Compression" (2025,
-arXiv 2510.14444) attention and MLP apart, on the dense model's activations; the transformer matching of 3BASiL (2026,
-arXiv 2603.01376) all parameters of a block. They are settings of one method here.
+EBFT (Guo et al. 2024, arXiv 2402.12419) trains the whole block; "A Free Lunch in LLM Compression" (2025,
+arXiv 2510.14444) trains attention and MLP separately, on the dense model's activations; the transformer matching of
+3BASiL (2026, arXiv 2603.01376) trains all parameters of a block. Here they are settings of one method.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The training behind `recovery=window`: targets are taken while the block is dense, the rest once it is pruned.
+"""The training of `recovery=window`: records targets while the block is dense, and trains after it is pruned.
 
-A window ends in a tap, the tensor on which its loss is measured: the output of a submodule that holds matrices (the
-attention of most families), and for the matrices behind it the output of the whole block. So the last window also
-repairs what the windows before it left. Shapes: B sequences of a micro-batch, L tokens, H hidden width.
+Each window is trained on the output of its last module (its tap): a submodule with matrices (in most families the
+attention), and for the matrices after it the whole block. The last window thus also repairs errors that earlier windows
+left. Shapes: B sequences of a micro-batch, L tokens, H hidden width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Reached(Exception):
-    """Ends a block's forward at the tap: what lies behind it is not needed."""
+    """Ends a block's forward at the tap."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class _Part:
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """One window to be trained, with its inputs and targets by micro-batch."""
+    """One window to train, with its inputs and targets by micro-batch."""
 
     part: _Part
     index: int
@@ -51,7 +51,7 @@ class _Task:
     targets: list[Tensor]
 
     def output(self, batch: int) -> Tensor:
-        """What the window returns for one micro-batch in float32, differentiable."""
+        """The window's output for one micro-batch (float32, differentiable)."""
         with _tapped([self.part.tap], stop=True) as seen:
             try:
                 return self.stream.forward(self.index, batch, torch.float32)
@@ -59,7 +59,7 @@ class _Task:
                 return seen[0]
 
     def loss(self, batch: int) -> Tensor:
-        """Mean squared error of one micro-batch."""
+        """The mean squared error of one micro-batch."""
         out_BLH = self.output(batch)
         return mse_loss(out_BLH, self.targets[batch].to(out_BLH.device, torch.float32))
 
@@ -71,7 +71,7 @@ class _Task:
 
 
 def begin(settings: Window, block: Block) -> Finish:
-    """Takes the targets of a dense block; what it returns trains the block once it is pruned."""
+    """Records the targets of a dense block; returns the function that trains the block after pruning."""
     stream = block.dense if settings.inputs == "dense" else block.activations
     source = block.dense if settings.targets == "parent" else stream
     assert stream is not None
@@ -91,19 +91,19 @@ def begin(settings: Window, block: Block) -> Finish:
 
 
 def _parts(block: Block, window: str) -> Iterator[_Part]:
-    """The windows of a block: submodules that hold matrices, then all that is left, measured on the block's output."""
+    """The windows of a block: submodules with matrices, then all other matrices, with the block's output as tap."""
     left = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     if window == "submodule":
         masked = set(block.matrices().parameters())
         inside = {
             name: (child, {entry for entry in left if entry.startswith(f"{block.name}.{name}.")})
             for name, child in block.module.named_children()
-            if list(child.children())  # OPT's fc1 and fc2 stand in the block itself
+            if list(child.children())  # OPT's fc1 and fc2 are direct children of the block
         }
         inside = {name: (child, entries) for name, (child, entries) in inside.items() if entries & masked}
         outside = masked.difference(*(entries for _, entries in inside.values()))
         if not outside:
-            inside.popitem()  # the last submodule is left for the block's output
+            inside.popitem()  # the last submodule belongs to the window with the block's output
         for name, (child, entries) in inside.items():
             yield _Part(f"{block.name}.{name}", child, {entry: left.pop(entry) for entry in sorted(entries)})
     yield _Part(block.name, None, left)
@@ -111,7 +111,7 @@ def _parts(block: Block, window: str) -> Iterator[_Part]:
 
 @torch.no_grad()
 def _targets(source: Activations, index: int, taps: Sequence[nn.Module | None]) -> list[list[Tensor]]:
-    """What the dense block returns at each tap, by tap and micro-batch, on the host."""
+    """The dense block's outputs at each tap, by tap and micro-batch, on the host."""
     found: list[list[Tensor]] = [[] for _ in taps]
     for batch in range(len(source.hidden)):
         with _tapped(taps, stop=False) as seen:
@@ -123,7 +123,7 @@ def _targets(source: Activations, index: int, taps: Sequence[nn.Module | None]) 
 
 @contextmanager
 def _tapped(taps: Sequence[nn.Module | None], *, stop: bool) -> Iterator[dict[int, Tensor]]:
-    """While open, keeps what the taps return, by their place in the list."""
+    """While open, records the taps' outputs, by index in `taps`."""
     seen: dict[int, Tensor] = {}
 
     def remember(place: int) -> Callable[..., None]:
@@ -143,8 +143,8 @@ def _tapped(taps: Sequence[nn.Module | None], *, stop: bool) -> Iterator[dict[in
 
 
 def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed: int) -> list[RecoveryReport]:
-    """Trains one window; its weights stay as they were where that would raise the loss."""
-    # A pruned weight is one that is stored as zero: so the mask needs no knowledge of how a layer stores its weights.
+    """Trains one window; restores its weights if the loss has risen."""
+    # The mask is taken from the zeros in the stored weight, so that the layer's layout does not matter.
     pruned = {name: p for name, p in task.part.parameters.items() if name in keeps}
     trained = list((task.part.parameters if settings.train == "all" else pruned).values())
     if not pruned:
@@ -161,11 +161,11 @@ def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed
 
 
 def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator: torch.Generator) -> int:
-    """Runs AdamW over the micro-batches; returns how many steps that were."""
+    """Runs AdamW over the micro-batches; returns the number of steps."""
     optimiser = torch.optim.AdamW(
         trained, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
     )
-    # Micro-batches may be smaller than a step's batch, where a metric or the device wanted that.
+    # Micro-batches may be smaller than a step's batch, if a metric or the device requires it.
     together = math.ceil(settings.batch / len(task.targets[0]))
     total = settings.epochs * math.ceil(len(task.targets) / together)
     shape: dict[str, Any] = {"warm_up": settings.warm_up, "decay": settings.decay, "final": settings.final_rate}

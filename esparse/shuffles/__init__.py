@@ -1,8 +1,8 @@
 """Shuffles: the order of the input channels in which a pattern's groups are cut.
 
-A shuffle is a grouping: it decides which m channels compete with each other, and the keep mask is written back in the
-channels' own order. Quality is therefore measured on the ordinary model; only what runs on sparse hardware needs the
-order made physical. All layers that read the same tensor share one order: their score rows are stacked.
+A shuffle is a grouping: it decides which m channels compete, and the keep mask is then written back in the channels'
+own order. Quality is therefore measured on the ordinary model; only sparse hardware needs the order made physical. All
+layers that read the same tensor share one order: their score rows are stacked.
 
 Shapes: O outputs (rows of all layers that share the order), I inputs. `order_I[k]` is the channel at place k.
 """
@@ -26,9 +26,9 @@ OBJECTIVES = ("score", "error")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layers:
-    """The layers that share an order: their dense weights, rows stacked as the scores, and their input's Gram matrix.
+    """The layers that share an order: their dense weights (rows stacked like the scores) and their input's Gram matrix.
 
-    Both in float32; G = X^T X is I x I.
+    Both are float32; G = X^T X is I x I.
     """
 
     dense_OI: Tensor
@@ -37,23 +37,23 @@ class Layers:
 
 @dataclass(kw_only=True, slots=True)
 class Shuffle(ABC):
-    """A way to choose the channels of each group from the scores."""
+    """Base class of shuffles: chooses the channels of each group from the scores."""
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of the input that `order` wants in `layers`, by name; none by default."""
+        """The input statistics that `order` needs in `layers`, by name; default: none."""
         return {}
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where the settings make no sense for this pattern; called before anything runs."""
+        """Raises Mistake if the settings do not fit this pattern; called before anything runs."""
         return None
 
     @abstractmethod
     def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:
         """The channel at each place (int64), or None for the channels' own order.
 
-        Within a group the channels ascend, so that of equal scores the lowest channel survives as without a shuffle.
-        The channels of a tail that m does not divide stay where they are. `layers` is None where nothing of them was
-        asked for, and where no token came.
+        Channels ascend within a group, so that of equal scores the lowest channel is kept, as without a shuffle. If m
+        does not divide the width, the last channels (the tail) stay in place. `layers` is None if `collects` is empty
+        or no token reached the layers.
         """
 
 
@@ -67,10 +67,10 @@ class NoShuffle(Shuffle):
 
 @dataclass(kw_only=True, slots=True)
 class Search(Shuffle):
-    """A shuffle that raises the kept score, from where with `objective=error` a search lowers the layers' true error.
+    """A shuffle that raises the kept score; with `objective=error` a search then lowers the layers' true error.
 
-    Whatever the objective, the scores choose which weights of a group survive. Outliers, which a pattern may
-    keep beside its groups, are not foreseen.
+    With both objectives the scores choose which weights of a group are kept. The search does not take account of
+    outliers that a pattern keeps beside its groups.
     """
 
     # With error, swaps go on from the order by score that lower the error; if no token came, the score alone decides
@@ -90,8 +90,8 @@ class Search(Shuffle):
         m = pattern.swap_width
         if m is not None and self.block < 2 * m:
             raise Mistake(
-                f"shuffle.block={self.block} holds fewer than two groups of {m}, between which channels could "
-                f"be swapped: use at least {2 * m}"
+                f"shuffle.block={self.block} holds fewer than two groups of {m}, so no channels could be "
+                f"swapped: use at least {2 * m}"
             )
 
     def order(self, scores_OI: Tensor, pattern: Pattern, layers: Layers | None = None) -> Tensor | None:

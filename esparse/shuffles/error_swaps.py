@@ -1,12 +1,12 @@
-"""Swaps of channels that lower the layers' true error: the search under `objective=error`.
+"""Swaps channels to lower the layers' true error: the search of `objective=error`.
 
-The scores still choose which weights of a group survive; the search only chooses which channels form a group. With D
-the pruned part of the dense weights, one row d per output, and G the Gram matrix of the input it lowers the squared
-error on the calibration tokens, E = sum_d d G d^T. The method and its formulas are our own.
+The scores still choose which weights of a group are kept; the search only chooses which channels form a group. Let D be
+the pruned part of the dense weights, with one row d per output, and G the Gram matrix of the input. The search lowers
+the squared error on the calibration tokens, E = sum_d d G d^T. The method and its formulas are our own.
 
-Every sweep plays a tournament between the groups of a block, in which any two meet once. In each round all pairs
-propose the best of their m^2 swaps (error_changes.py), and of the proposals those are made, from the best
-on, that lower E by their exact joint change.
+Every sweep is a tournament between the groups of a block, in which any two meet once. In each round every pair proposes
+the best of its m^2 swaps (error_changes.py). From the best proposal on, proposals are carried out as long as their
+exact joint change lowers E.
 
 Shapes: O outputs (rows of all layers that share the order), I inputs; C channels of a block, R = O rows, G groups of a
 block, M channels of a group, P pairs of groups, K proposed swaps, X = K * 2 * M channels of their groups.
@@ -25,20 +25,20 @@ from esparse.patterns import NM, Grouping
 from esparse.shuffles.error_changes import ChannelBlock, lost
 from esparse.shuffles.score_swaps import block_width
 
-SWEEPS = 50  # at most; of the built-in model's layers none wanted more than 15
-# A sweep that gains less than this part of the error is the last one. Where layers are wide, to go on until no swap
-# gains took twice as long and lowered the error by another half per cent; where they are narrow it is soon reached.
+SWEEPS = 50  # at most; no layer of the built-in model needed more than 15
+# A sweep that gains less than this share of the error is the last one. In wide layers, going on until no swap gains
+# took twice as long and lowered the error by only another half per cent; in narrow layers the end comes soon anyway.
 ENOUGH = 1e-3
-# A swap must lower the error by more than this part of an average group's share of it: below is float32's noise.
+# A swap must lower the error by more than this part of an average group's share of it; less is float32's noise.
 TOLERANCE = 1e-5
 
 
 def swap_by_error(
     scores_OI: Tensor, dense_OI: Tensor, gram_II: Tensor, start_I: Tensor, *, n: int, m: int, block: int
 ) -> Tensor:
-    """The order after the swaps, whose error is never above that of the start order.
+    """The order after the swaps; its error is never above that of the start order.
 
-    Blocks are cut and groups written as in `swap_in_blocks`.
+    Cuts blocks and writes groups like `swap_in_blocks`.
     """
     scores_OI, dense_OI = scores_OI.detach(), dense_OI.detach()
     width, whole = block_width(block, m), len(start_I) - len(start_I) % m
@@ -49,7 +49,7 @@ def swap_by_error(
     with each_core() as pool:
         for _ in range(SWEEPS):
             gained = 0.0
-            for places_C in order_I[:whole].split(width):  # views, into which the new order is written
+            for places_C in order_I[:whole].split(width):  # views; the new order is written into them
                 channels_C = places_C.clone()
                 part = block_of(channels_C, rank_OI, dense_OI, lost_OI, gram_II, n=n, m=m)
                 gained += tournament(part, worth, pool)
@@ -66,7 +66,7 @@ def squared_error(lost_OI: Tensor, gram_II: Tensor) -> float:
 
 
 def ranks(scores_OI: Tensor) -> Tensor:
-    """The place of each channel in its row, 0 for the highest score and the lowest of equal channels first (int32)."""
+    """The rank of each channel in its row (int32): 0 for the highest score, ties to the lowest channel."""
     place_I = torch.arange(scores_OI.shape[1], dtype=torch.int32, device=scores_OI.device)
     by_score_OI = scores_OI.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(by_score_OI, dtype=torch.int32).scatter_(1, by_score_OI, place_I.expand_as(by_score_OI))
@@ -75,7 +75,7 @@ def ranks(scores_OI: Tensor) -> Tensor:
 def block_of(
     channels_C: Tensor, rank_OI: Tensor, dense_OI: Tensor, lost_OI: Tensor, gram_II: Tensor, *, n: int, m: int
 ) -> ChannelBlock:
-    """These channels, in groups of m, with what the whole layer loses."""
+    """The block of these channels in groups of m, with the slope of the whole layer's error."""
     return ChannelBlock.begin(
         rank_CR=rank_OI[:, channels_C].T.float().contiguous(),
         dense_CR=dense_OI[:, channels_C].T.contiguous(),
@@ -87,7 +87,7 @@ def block_of(
 
 
 def tournament(block: ChannelBlock, worth: float, pool: ThreadPoolExecutor) -> float:
-    """By how much the error is lower after all pairs of the block's groups met once."""
+    """Lets all pairs of the block's groups meet once; returns the gain, by how much the error has fallen."""
     gained = 0.0
     for left_P, right_P in rounds(len(block.groups_GM), block.groups_GM.device):
         change_P, swap_P = block.changes(left_P, right_P, pool).flatten(1).min(dim=1)
@@ -103,25 +103,25 @@ def tournament(block: ChannelBlock, worth: float, pool: ThreadPoolExecutor) -> f
 
 
 def rounds(groups: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of groups, in each round of all of them (one sits out where they are odd), until any two have met once."""
-    players = groups + groups % 2  # where they are odd the last one does not exist
+    """Rounds of pairs of groups until any two have met once; each round has all groups, but one if they are odd."""
+    players = groups + groups % 2  # if the number is odd, the last player does not exist
     step_P = torch.arange(players // 2, device=device)
     for turn in range(players - 1):
         left_P, right_P = (turn + step_P) % (players - 1), (turn - step_P) % (players - 1)
-        right_P[0] = players - 1  # the others turn in a circle around it
+        right_P[0] = players - 1  # the others rotate around it
         here_P = right_P < groups
         yield left_P[here_P], right_P[here_P]
 
 
 def _swapped(channels_K2M: Tensor, swap_K: Tensor) -> Tensor:
-    """The channels of two groups after the swap number `swap_K` of their m^2."""
+    """The channels of two groups after swap number `swap_K` of their m^2 swaps."""
     m = channels_K2M.shape[2]
     places_K2 = torch.stack([swap_K // m, swap_K % m], dim=1)[..., None]
     return channels_K2M.scatter(2, places_K2, channels_K2M.gather(2, places_K2).flip(1))
 
 
 def together(block: ChannelBlock, channels_K2M: Tensor, worth: float) -> tuple[list[int], float]:
-    """Which of the proposed groupings are worth making, from the best on, and their joint change of the error."""
+    """The indices of the proposals to carry out, the best first, and their joint change of the error."""
     where_X = channels_K2M.flatten()
     after_XR = lost(block.rank_CR, block.dense_CR, channels_K2M.flatten(0, 1), block.n).flatten(0, 1)
     change_XR = after_XR - block.lost_CR[where_X]

@@ -1,4 +1,4 @@
-"""The global naive shuffle of E-Sparse (arXiv 2310.15929): channels of close mean score part company.
+"""The global naive shuffle of E-Sparse (arXiv 2310.15929): spreads channels of similar mean score over all groups.
 
 Shapes: O outputs, I inputs, G groups, M channels of a group.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Gns(Shuffle):
-    """The channels, sorted by mean score, are dealt out to the groups like cards."""
+    """Assigns the channels, sorted by mean score, to the groups in turn."""
 
     deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
 
@@ -32,22 +32,22 @@ class Gns(Shuffle):
 
 
 def check_deal(deal: str) -> None:
-    """Raises ValueError for an unknown deal."""
+    """Raises Mistake for an unknown deal."""
     if deal not in ("straight", "serpentine"):
-        raise Mistake(f"a deal is 'straight' or 'serpentine', got {deal!r}")
+        raise Mistake(f"shuffle.deal must be 'straight' or 'serpentine', got {deal!r}")
 
 
 def dealt(scores_OI: Tensor, pattern: NM, *, deal: str) -> Tensor:
-    """The order after the deal, of at least one whole group."""
+    """The order after the deal; the scores have at least one whole group."""
     import torch
 
     inputs = scores_OI.shape[1]
     whole = pattern.grouped_inputs(inputs)
-    # float64: the sort should not depend on the order in which a device adds up the rows.
+    # float64, so that the sort does not depend on a device's order of summation.
     mean_I = scores_OI[:, :whole].mean(dim=0, dtype=torch.float64)
     rounds_MG = mean_I.argsort(descending=True, stable=True).unflatten(0, (pattern.m, -1))
-    # Which deal the paper means is not known. The straight one favours the first groups in every round; the
-    # serpentine one, which RIA's code has (OpenReview Tr0lPx9woF), evens this out.
+    # The paper does not say which deal it means. The straight deal favours the first groups in every round; the
+    # serpentine deal, used by RIA's code (OpenReview Tr0lPx9woF), evens this out.
     if deal == "serpentine":
         rounds_MG[1::2] = rounds_MG[1::2].flip(1)
     tail = torch.arange(whole, inputs, device=scores_OI.device)

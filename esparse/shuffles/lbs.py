@@ -1,4 +1,4 @@
-"""The local block shuffle of E-Sparse (arXiv 2310.15929), and its whole shuffle: the global deal, then the local swaps.
+"""The local block shuffle of E-Sparse (arXiv 2310.15929), and its full shuffle: the global deal, then local swaps.
 
 Shapes: O outputs, I inputs.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Lbs(Search):
-    """Channels of different groups of a block are swapped until no swap raises the total kept score."""
+    """Swaps channels between the groups of a block until no swap raises the total kept score."""
 
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         import torch
@@ -32,13 +32,13 @@ class Lbs(Search):
 
 @dataclass(kw_only=True, slots=True)
 class Esparse(Search):
-    """`Gns`, then `Lbs` in blocks of the order that it dealt."""
+    """`Gns`, then `Lbs` in blocks of the order that results."""
 
     deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
 
     def __post_init__(self) -> None:
         Search.__post_init__(self)
-        check_deal(self.deal)  # an unknown deal should fail before a job is submitted
+        check_deal(self.deal)  # here, so that it fails before a job is submitted
 
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:
         from esparse.shuffles.score_swaps import swap_in_blocks

@@ -1,8 +1,8 @@
-"""RIA's channel permutation (Zhang et al., ICLR 2024, OpenReview Tr0lPx9woF): slots of all groups assigned at once.
+"""RIA's channel permutation (Zhang et al., ICLR 2024, OpenReview Tr0lPx9woF): assigns channels slot by slot.
 
-Each group has m slots. For one slot after the other, all groups hand in the channel that stands there, and a linear
-assignment problem gives every group the one with which the total kept score is greatest. RIA's code finds an order for
-every layer; here, as with all shuffles, the layers that read one tensor (q, k, v; gate, up) have one order in common.
+Each group has m slots. For one slot after the other, all groups give up their channel in it, and a linear assignment
+problem redistributes these channels so that the total kept score is greatest. RIA's code finds an order for every
+layer; here, as with all shuffles, layers that read one tensor (q, k, v; gate, up) share an order.
 Shapes: O outputs, I inputs, G groups, M slots of a group, R = O rows.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Lsa(Search):
     """The global deal (as in `Gns`), then `rounds` passes of assignments over all slots.
 
-    The assignments know no blocks: `block` is for the search that `objective=error` adds.
+    Assignments are not bound to blocks: `block` is for the search that `objective=error` adds.
     """
 
     deal: str  # straight | serpentine (as the published code deals)
@@ -54,9 +54,9 @@ class Lsa(Search):
 
 @dataclass(kw_only=True, slots=True)
 class Alternating(Search):
-    """Assignments and swaps in turn, until neither gains, from the channels' own order and from a global deal.
+    """Alternates assignments and swaps until neither gains, starting from the own order and from a global deal.
 
-    The better of the two ends is taken: a greedy search from the dealt order alone was seen to end lower.
+    Takes the better of both results: the greedy search from the dealt order alone sometimes ended lower.
     """
 
     deal: str  # straight (every round begins at the first group) | serpentine (every second one at the last)
@@ -84,7 +84,7 @@ class Alternating(Search):
             swapped_I = swap_in_blocks(scores_OI, order_I, n=pattern.n, m=pattern.m, block=self.block)
             better_I = assign_slots(scores_OI, swapped_I, n=pattern.n, m=pattern.m)
             now = kept_score(scores_OI, better_I, pattern)
-            if now <= kept * (1 + 1e-6):  # the float32 scores carry no more digits
+            if now <= kept * (1 + 1e-6):  # float32 scores have no more digits
                 break
             order_I, kept = better_I, now
         return order_I
@@ -96,7 +96,7 @@ def _check_rounds(rounds: int) -> None:
 
 
 def kept_score(scores_OI: Tensor, order_I: Tensor, pattern: NM) -> float:
-    """The total score that survives where groups are cut in this order."""
+    """The total kept score if groups are cut in this order."""
     import torch
 
     ordered_OI = scores_OI[:, order_I]

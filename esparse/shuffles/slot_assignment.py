@@ -1,8 +1,8 @@
-"""Slot-wise assignment of channels to groups: the search under RIA's channel permutation.
+"""Slot-wise assignment of channels to groups: the search of RIA's channel permutation.
 
 Leave out slot k of a group: the n-th largest of the others is b, and with the value x in the slot the group keeps
-max(b, x) beside what does not depend on x. So the gain of giving channel c to group g is sum_r max(b_g[r], x_c[r]), and
-the best exchange of all groups' channels of one slot is a linear assignment problem.
+max(b, x) and scores that do not depend on x. So giving channel c to group g is worth sum_r max(b_g[r], x_c[r]), and the
+best exchange of all groups' channels in one slot is a linear assignment problem.
 Shapes: O outputs, I inputs, G groups, M slots of a group, R = O rows.
 """
 
@@ -17,9 +17,9 @@ from esparse.shuffles.score_swaps import TOLERANCE, largest, summed_maxima
 
 
 def assign_slots(scores_OI: Tensor, order_I: Tensor, *, n: int, m: int) -> Tensor:
-    """The order after one pass over all slots; it never keeps less, and without a gain it is the order given.
+    """The order after one pass over all slots; its kept score never falls, and without a gain the order stays the same.
 
-    Channels ascend within each group; those behind the last whole group stay in place.
+    Channels ascend within each group; channels after the last whole group stay in place.
     """
     whole = len(order_I) - len(order_I) % m
     channels_GM = order_I[:whole].unflatten(0, (-1, m)).clone()
@@ -31,7 +31,7 @@ def assign_slots(scores_OI: Tensor, order_I: Tensor, *, n: int, m: int) -> Tenso
 
 
 def _assigned(scores_RI: Tensor, columns_IR: Tensor, channels_GM: Tensor, slot: int, n: int) -> Tensor:
-    """Which of the slot's channels each group gets (G values)."""
+    """The channel of the slot that each group gets (G values)."""
     others = [k for k in range(channels_GM.shape[1]) if k != slot]
     threshold_GR = largest(columns_IR[channels_GM[:, others]], n)[-1]
     handed_RG = scores_RI[:, channels_GM[:, slot]]
@@ -39,13 +39,13 @@ def _assigned(scores_RI: Tensor, columns_IR: Tensor, channels_GM: Tensor, slot: 
     groups, gets = linear_sum_assignment(worth_GG.cpu().numpy(), maximize=True)
     staying = float(worth_GG.diagonal().sum())
     moving = float(worth_GG[groups, gets].sum())
-    if moving <= staying * (1 + TOLERANCE):  # equal assignments leave the channels where they are
+    if moving <= staying * (1 + TOLERANCE):  # assignments without a gain change nothing
         return channels_GM[:, slot]
     return channels_GM[torch.as_tensor(gets, device=channels_GM.device), slot]
 
 
 def _worth(threshold_GR: Tensor, handed_RG: Tensor) -> Tensor:
-    """sum_r max(b_g[r], x_c[r]) for each group g and each channel c that is handed in (G x G, float64)."""
+    """sum_r max(b_g[r], x_c[r]) for each group g and each of the slot's channels c (G x G, float64)."""
     exchange = kernels.triton("exchange", threshold_GR.device)
     if exchange is None:
         return summed_maxima(threshold_GR[:, None], torch.ones_like(threshold_GR)[:, None, None], handed_RG)[:, 0]

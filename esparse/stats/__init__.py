@@ -1,11 +1,10 @@
-"""Streaming statistics of one layer's input: a metric names what it needs, the block loop feeds it.
+"""Streaming statistics of one layer's input: metrics name the statistics they need, the block loop feeds them.
 
 Shapes: T tokens of one micro-batch, I input channels, K histogram bins, S sampled tokens.
-Every statistic gives the same value however the tokens are cut into micro-batches, but for rounding: sums of a channel
-are kept in float64 (in float32 over the rows of one tile), the Gram matrix in float32, counts in integers, and what
-needs the whole range first asks for a second look at the same tokens. Where several ranks each see a share of the
-tokens, `unite` makes of their statistics that of all tokens: what is counted or compared is the same as in one process,
-sums but for their rounding.
+A statistic does not depend on how the tokens are cut into micro-batches, apart from rounding: sums of a channel are
+kept in float64 (float32 within a tile), the Gram matrix in float32, counts as integers, and a statistic that needs the
+value range first passes over the tokens twice. If several ranks each see a share of the tokens, `unite` combines their
+statistics: counts and extremes equal those of one process exactly, sums up to rounding.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from esparse.linalg import inverse_factor, multiplies_into_float32
 from esparse.parallel.cores import each_core
 from esparse.parallel.ranks import Ranks
 
-# Tokens whose columns are reduced at a time: a tile stays in the cache of a CPU, a whole micro-batch does not.
+# Tokens reduced at a time: a tile stays in a CPU's cache, a whole micro-batch does not.
 TILE = 256
-# Channels whose histograms one core of a CPU fills at a time: the bins of more would not stay in its cache.
+# Channels whose histograms one CPU core fills at a time: the bins of more would not stay in its cache.
 CHANNELS = 192
 
 
 class Statistic(ABC):
-    """Something that is summed up over all tokens a layer reads.
+    """A quantity that is accumulated over all tokens a layer reads.
 
-    `looks` says how often the tokens have to pass: 2 where the first pass only finds out the range of the values.
+    `passes`: passes over the tokens that the statistic needs; 2 if the first only finds the value range.
     """
 
     passes = 1
 
     def __init__(self, *, inputs: int, sequences: int, device: torch.device, before: int = 0) -> None:
-        """`sequences`: of all ranks; `before`: how many tokens the ranks before this one have, before any routing."""
+        """`sequences`: number on all ranks; `before`: number of tokens on earlier ranks, before any routing."""
         self.inputs = inputs
         self.sequences = sequences
         self.device = device
@@ -46,17 +45,17 @@ class Statistic(ABC):
 
     @abstractmethod
     def add(self, x_TI: Tensor, pass_index: int) -> None:
-        """Takes the inputs of some tokens, for the first (`look` 0) or second time."""
+        """Adds the inputs of some tokens, in the first (`pass_index` 0) or second pass."""
 
     def add_all(self, parts: Sequence[Tensor], pass_index: int) -> None:
-        """Takes the inputs of several micro-batches."""
+        """Adds the inputs of several micro-batches."""
         for x_TI in parts:
             self.add(x_TI, pass_index)
 
     def unite(self, ranks: Ranks, pass_index: int, tokens: Sequence[int]) -> None:
-        """Makes it the statistic of all ranks' tokens, on every rank; to be called on all of them after each look.
+        """Combines the ranks' statistics, on every rank; all ranks must call it after each pass.
 
-        `tokens`: those that the statistics of the ranks have by then.
+        `tokens`: number of tokens that each rank's statistic has by then.
         """
         if pass_index == self.passes - 1:
             self._unite(ranks, tokens)
@@ -64,10 +63,10 @@ class Statistic(ABC):
 
     @abstractmethod
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
-        """After the last look; `tokens` of each rank."""
+        """Combines after the last pass; `tokens`: number on each rank."""
 
 
-# Builds a statistic from (inputs, sequences, device); a metric returns a dictionary of them.
+# Builds a statistic from (inputs, sequences, device); `collects` methods return dictionaries of factories.
 Factory = Callable[..., Statistic]
 
 
@@ -92,11 +91,11 @@ class ColumnNorm(Statistic):
         ranks.sum_(self.sum_sq_I)
 
     def norm_I(self, convention: str) -> Tensor:
-        """The norms (float32, I values) by one of three conventions.
+        """The norms (float32, I values) in one of three conventions.
 
         sequence: root of the mean over sequences of the per-sequence sum of squares (Wanda's code, arXiv 2306.11695);
-        rms: root of the mean over tokens; total: root of the sum over all tokens (the formula as it is printed).
-        A ranking by |w| * norm cannot tell them apart; E-Sparse adds an entropy to the norm and can.
+        rms: root of the mean over tokens; total: root of the sum over all tokens (the formula as printed). They rank
+        |w| * norm alike, but E-Sparse adds an entropy to the norm, so there the convention matters.
         """
         count = {"sequence": self.sequences, "rms": max(self.tokens, 1), "total": 1}[convention]
         return (self.sum_sq_I / count).sqrt().float()
@@ -105,8 +104,8 @@ class ColumnNorm(Statistic):
 class ColumnMoments(Statistic):
     """Mean and variance of each input channel over the calibration tokens.
 
-    Sums are those of the distance from the first token: a channel that never changes has a variance of exactly 0, and
-    one far from 0 keeps its digits.
+    It sums distances from the first token, so that a constant channel has a variance of exactly 0 and a channel far
+    from 0 loses no digits.
     """
 
     def __init__(self, **size: Any) -> None:
@@ -121,14 +120,14 @@ class ColumnMoments(Statistic):
         if self.tokens == 0:
             self.first_I = x_TI[0].double()
         self.tokens += x_TI.shape[0]
-        # About 4 M values at a time: in float64 they would otherwise be up to four times the input.
+        # About 4 M values at a time, because the float64 copies take up to four times the input's memory.
         for part_TI in x_TI.split(max(1, 2**22 // self.inputs)):
             distance_TI = part_TI.double() - self.first_I
             self.sum_I += distance_TI.sum(0)
             self.sum_sq_I += distance_TI.square_().sum(0)
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
-        # Each rank has the distances from its own first token: they become those from the first token of all.
+        # Each rank has distances from its own first token; converts them to distances from the very first token.
         first_I = ranks.joined(self.first_I[None] if self.tokens else self.first_I.new_zeros(0, self.inputs))[:1].sum(0)
         moved_I = self.first_I - first_I if self.tokens else torch.zeros_like(first_I)
         self.sum_sq_I += (2 * self.sum_I + self.tokens * moved_I) * moved_I
@@ -138,11 +137,11 @@ class ColumnMoments(Statistic):
         ranks.sum_(self.sum_sq_I)
 
     def mean_I(self) -> Tensor:
-        """The means (float32, I values), 0 where no token came."""
+        """The means (float32, I values); 0 without tokens."""
         return (self.first_I + self.sum_I / max(self.tokens, 1)).float()
 
     def variance_I(self) -> Tensor:
-        """The mean squared distances from the mean (float32, I values), 0 where no token came."""
+        """The population variances (float32, I values); 0 without tokens."""
         count = max(self.tokens, 1)
         return (self.sum_sq_I / count - (self.sum_I / count).square()).clamp_(min=0).float()
 
@@ -167,9 +166,9 @@ class ColumnMax(Statistic):
 class ColumnEntropy(Statistic):
     """The entropy (nats) of each input channel's values, from a histogram of K equal bins (E-Sparse, arXiv 2310.15929).
 
-    `range` fixes where the bins lie. channel: from the channel's least to its greatest value; layer: from the least to
-    the greatest value of all channels of the input. Both are exact and look at the tokens twice. fixed: from -limit to
-    +limit, one look; what lies outside counts into the outermost bins.
+    `range` sets the bins' range. channel: the channel's least to greatest value; layer: the least to greatest value of
+    all channels. Both are exact and take two passes over the tokens. fixed: -limit to +limit, one pass; values outside
+    count into the outermost bins.
     """
 
     def __init__(self, *, bins: int, range: str, limit: float, **size: Any) -> None:
@@ -197,7 +196,7 @@ class ColumnEntropy(Statistic):
             self._count([x_TI])
 
     def add_all(self, parts: Sequence[Tensor], pass_index: int) -> None:
-        if pass_index == 1:  # together, so that the cores have more to do before they wait for each other
+        if pass_index == 1:  # together, so that cores wait for each other less often
             self._count(parts)
         else:
             super().add_all(parts, pass_index)
@@ -217,13 +216,13 @@ class ColumnEntropy(Statistic):
         if self.range == "layer":
             low_I, high_I = low_I.min().expand_as(low_I), high_I.max().expand_as(high_I)
         width_I = high_I - low_I
-        # Of a range near the ends of float32 the width or its reciprocal overflows: powers of two move it, exactly.
+        # For ranges near the limits of float32 the width or its reciprocal overflows; a power of two rescales exactly.
         lift_I = torch.where((width_I > 0) & (width_I < 2.0**-100), 2.0**100, 1.0)
         lift_I = torch.where(high_I / 2 - low_I / 2 > 2.0**126, 2.0**-10, lift_I)
         if bool((lift_I != 1).any()):
             parts, low_I, high_I = [x_TI * lift_I for x_TI in parts], low_I * lift_I, high_I * lift_I
             width_I = high_I - low_I
-        # A channel that never changes has one bin and no entropy.
+        # A constant channel has one bin and an entropy of 0.
         scale_I = torch.where(width_I > 0, self.bins / width_I, 0.0)
         tally = kernels.triton("tally", self.device)
         if tally is not None:
@@ -234,7 +233,7 @@ class ColumnEntropy(Statistic):
             return
         on_cpu = self.device.type == "cpu"
         compiled = kernels.loops("histogram") if on_cpu and all(map(_is_plain, parts)) else None
-        # Some million values at a time: the indices beside it would otherwise be as large as the input.
+        # About a million values at a time, because the bin indices take as much memory as the values.
         step = max(1, (2**20 if on_cpu else 2**21) // min(self.inputs, CHANNELS if on_cpu else self.inputs))
 
         def count(channels: slice) -> None:
@@ -244,10 +243,10 @@ class ColumnEntropy(Statistic):
                     compiled.count(x_TI.numpy(), channels.start, channels.stop, *arrays)
                 return
             low, scale, counts_CK = low_I[channels], scale_I[channels], self.counts_IK[channels]
-            # Indices of 32 bits are counted faster than those of 64.
+            # 32-bit indices are counted faster than 64-bit ones.
             place_C = torch.arange(0, counts_CK.numel(), self.bins, dtype=torch.int32, device=self.device)
             size = (min(step, max(map(len, parts))), len(place_C))
-            # Made once: in a thread, memory that is let go of is taken from it at once.
+            # Allocated once: memory that a thread frees is unmapped at once and would be mapped again page by page.
             bins_TC = torch.empty(size, device=self.device)
             places_TC = torch.empty(size, dtype=torch.int32, device=self.device)
             for x_TI in parts:
@@ -266,24 +265,24 @@ class ColumnEntropy(Statistic):
             count(slice(0, self.inputs))
 
     def entropy_I(self) -> Tensor:
-        """IR_c = -sum_k p_k log p_k (float32, I values), 0 where no token came."""
+        """IR_c = -sum_k p_k log p_k (float32, I values); 0 without tokens."""
         share_IK = self.counts_IK.double() / max(self.tokens, 1)
         return torch.special.entr(share_IK).sum(-1).float()
 
 
 def _is_plain(x_TI: Tensor) -> bool:
-    """Whether a compiled loop can read it as it lies."""
+    """Whether a compiled loop can read the tensor in place."""
     return x_TI.dtype == torch.float32 and x_TI.is_contiguous()
 
 
 class Gram(Statistic):
-    """G = X^T X of the input in float32: I x I values, so 0.5 GB for 11008 channels.
+    """The Gram matrix G = X^T X in float32 (I x I; 0.5 GB for 11008 channels), SparseGPT's and GPTQ's "Hessian".
 
-    On a GPU the matrix units multiply inputs in half precision as they are: their products are exact in float32.
+    On a GPU the matrix units multiply half-precision inputs directly: their products are exact in float32.
     """
 
-    PANELS = 8  # what lies below the panels on the diagonal is not computed: 7/16 of all products
-    WIDE = 2048  # channels of a panel on a GPU, at least: fewer would leave a part of it idle
+    PANELS = 8  # panels of columns; entries below the diagonal panels (7/16) are not computed, as G is symmetric
+    WIDE = 2048  # least channels of a panel on a GPU: with fewer, part of the GPU is idle
 
     def __init__(self, **size: Any) -> None:
         super().__init__(**size)
@@ -318,27 +317,27 @@ class Gram(Statistic):
         ranks.sum_(self.gram_II)
 
     def inverse_factor(self, order_I: Tensor | None, damp: float) -> Tensor:
-        """`linalg.inverse_factor` of the Gram matrix with its channels in that order; layers of a group share it."""
+        """`linalg.inverse_factor` of G with its channels in this order; layers of one input group share it."""
         key = (damp, None if order_I is None else tuple(order_I.tolist()))
         if key not in self._factors:
             gram_II = self.gram_II if order_I is None else self.gram_II[order_I][:, order_I]
-            self._factors = {key: inverse_factor(gram_II, damp)}  # one at a time: each is as large as G
+            self._factors = {key: inverse_factor(gram_II, damp)}  # caches one only, because it is as large as G
         return self._factors[key]
 
 
 class TokenSample(Statistic):
-    """The inputs of up to `most` tokens, spread evenly over all of them: those of the lowest turns.
+    """The inputs of up to `most` tokens, spread evenly over all tokens: the tokens with the lowest turns.
 
-    The turn of the i-th token is (i + 1) / golden ratio modulo 1 (Fibonacci hashing). So the distances in between take
-    three values at most, and none that sequences of some length would repeat: a stride of 2^k would in every sequence
-    meet the first token, whose activations are like no other's. Of an expert of several ranks, the i-th token is
-    counted on its rank, so that the sample is not that of one process, but drawn alike.
+    The turn of the i-th token is (i + 1) / golden ratio modulo 1 (Fibonacci hashing). The distances between sampled
+    tokens then take at most three values, and no period: a stride of 2^k would meet the first token of every sequence,
+    whose activations are like no other's. Experts count i on their own rank, so that on several ranks the sample
+    differs from that of one process, but is drawn in the same way.
     """
 
     def __init__(self, *, most: int, **size: Any) -> None:
         super().__init__(**size)
         self.most = most
-        # Tokens by number, on the host so that a GPU is not waited for, and their inputs; both in any order.
+        # Token numbers (on the host, so that a GPU need not be waited for) and their inputs, in any order.
         self._token_S = torch.zeros(0, dtype=torch.int64)
         self._x_SI = torch.zeros(0, self.inputs, device=self.device)
 
@@ -349,9 +348,9 @@ class TokenSample(Statistic):
             self._take(torch.arange(first, first + x_TI.shape[0]), x_TI)
 
     def _take(self, token_T: Tensor, x_TI: Tensor) -> None:
-        """Puts the inputs of early tokens into the places of later ones."""
+        """Replaces sampled tokens by new ones with lower turns."""
         held, near_T = len(self._token_S), torch.arange(len(token_T))
-        if held == self.most:  # so that a later turn than all of them comes too late
+        if held == self.most:  # drops new tokens with later turns than all sampled ones
             near_T = (_turn(token_T) < _turn(self._token_S).max()).nonzero()[:, 0]
             token_T = token_T[near_T]
         turn_N = _turn(torch.cat([self._token_S, token_T]))
@@ -360,9 +359,9 @@ class TokenSample(Statistic):
         if not len(come_T):
             return
         place_T = (~is_early[:held]).nonzero()[:, 0]
-        if len(place_T) < len(come_T):  # not full yet
+        if len(place_T) < len(come_T):  # the sample is not full yet
             size = min(self.most, len(turn_N))
-            if size > len(self._x_SI):  # room for all there will be, unless they are few: experts may see few tokens
+            if size > len(self._x_SI):  # allocates all rows at once, unless there are few: experts may see few tokens
                 room_SI = torch.empty(self.most if held else size, self.inputs, dtype=x_TI.dtype, device=self.device)
                 room_SI[:held] = self._x_SI[:held]
                 self._x_SI = room_SI
@@ -386,19 +385,19 @@ class TokenSample(Statistic):
 
 
 def _turn(token_T: Tensor) -> Tensor:
-    """(i + 1) / golden ratio modulo 1, in units of 2^-32: no two of 2^32 tokens have the same one."""
+    """(i + 1) / golden ratio modulo 1, in units of 2^-32; distinct for 2^32 tokens."""
     return (token_T + 1) * 2654435769 % 2**32
 
 
 class WeightGradient:
-    """The gradients of one layer's weights on the calibration sequences; a metric asks for them by `gradients()`."""
+    """Gradients of one layer's weights on the calibration sequences, for metrics that ask for them by `gradients()`."""
 
     def __init__(self, mean_square_OI: Tensor) -> None:
-        self.mean_square_OI = mean_square_OI  # over sequences
+        self.mean_square_OI = mean_square_OI  # mean over sequences
 
 
 class LayerStats(Mapping[str, Any]):
-    """What a metric may look at: the statistics it asked for by their names, the layer's name and its token count."""
+    """What a metric may use: the statistics that it asked for, by name, the layer's name and its number of tokens."""
 
     def __init__(self, name: str, statistics: Mapping[str, Any], tokens: int) -> None:
         self.name = name

@@ -1,9 +1,8 @@
-"""Updates: what happens to a layer once its scores have chosen a keep mask.
+"""Updates: change a layer's weights, its keep mask, or both, after its scores have chosen a mask.
 
-An update may change the surviving weights, the mask, or both. Each takes the layer as the one before left it, so that
-updates can be put in a row (`Then`).
+An update starts from the result of the update before it, so that updates can be chained (`Chain`).
 
-Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """What an update may look at: the dense weights (float32), how groups are cut, and the input's statistics."""
+    """What an update may use: the dense weights (float32), the grouping, and the input's statistics."""
 
     dense_OI: Tensor
     grouping: Grouping
@@ -30,7 +29,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """A layer's weights (float32) and which of them survive; the weights are 0 wherever `keep_OI` is False.
+    """A layer's weights (float32) and its keep mask; weights are 0 if `keep_OI` is False.
 
     `bias_shift_O`, if given, is to be added to the layer's bias.
     """
@@ -41,34 +40,34 @@ class Solution:
 
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
-        """The kept weights as they are."""
-        return cls((dense_OI * keep_OI).add_(0.0), keep_OI)  # which makes 0.0 of -0.0
+        """The dense values of the kept weights."""
+        return cls((dense_OI * keep_OI).add_(0.0), keep_OI)  # adding 0.0 turns -0.0 into 0.0
 
 
 @dataclass(kw_only=True, slots=True)
 class Update(ABC):
-    """Improves a pruned layer."""
+    """Base class of updates."""
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of the layer's input that `apply` will look up in `layer.stats`, by name; none by default."""
+        """The input statistics that `apply` finds in `layer.stats`, by name; default: none."""
         return {}
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where the update makes no sense for this pattern; called before anything runs."""
+        """Raises Mistake if the update does not fit this pattern; called before anything runs."""
         return None
 
     def by_rows(self, pattern: Pattern) -> bool:
-        """Whether what becomes of a row depends on no other, so that layers that read one tensor may come as one."""
+        """Whether rows are updated independently, so that layers with one input may be updated as one stacked layer."""
         return False
 
     @abstractmethod
     def apply(self, layer: Layer, start: Solution) -> Solution:
-        """The layer after the update, where `start` is how the metric, or the update before, left it."""
+        """The layer after the update; `start`: the layer after the metric, or after the update before."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NoUpdate(Update):
-    """The kept weights keep their values (E-Sparse, Wanda)."""
+    """Changes nothing: kept weights keep their values (E-Sparse, Wanda)."""
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         return start
@@ -76,7 +75,7 @@ class NoUpdate(Update):
 
 @dataclass(kw_only=True, slots=True)
 class Chain(Update):
-    """Two updates in a row."""
+    """Two updates, one after the other."""
 
     first: Update  # the update that acts first; its settings stand behind it: `update.first.damp=0.1`
     second: Update  # the one that acts on what the first left: `update.second.steps=50`

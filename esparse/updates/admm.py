@@ -1,8 +1,8 @@
-"""ADMM pruning (Boza 2024, arXiv 2401.02938): weights and mask together, by a gradual schedule, for any n:m.
+"""ADMM pruning (Boza 2024, arXiv 2401.02938): finds weights and mask together with a gradual schedule, for any n:m.
 
-The input's channels are first scaled to norm 1. Each iteration projects W + U on a mask that lets more and more weights
-go, and solves for the weights that are near the projection and true to the layer's output.
-Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+The input's channels are first scaled to norm 1. Each iteration projects W + U onto a mask that prunes more and more
+weights, and solves for weights near the projection that reproduce the layer's output.
+Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MASKS = ("start", "own")
 
 @dataclass(kw_only=True, slots=True)
 class Admm(Update):
-    """Boza's iteration; with mask=start only the weights are found."""
+    """Boza's iteration; with mask=start it finds only the weights."""
 
     mask: str  # own (found by the iteration) | start (as the metric, or the update before, chose it)
     damp: float  # added to the diagonal of the scaled Gram matrix, which is 1; it also holds W to the dense weights
@@ -71,7 +71,7 @@ class Admm(Update):
 
 
 def gradual_keep(scores_OI: Tensor, grouping: Grouping, share: float) -> Tensor:
-    """The pattern's mask, except that of the weights it prunes only the `share` with the lowest scores go yet."""
+    """The pattern's mask, but with only the `share` of its pruned weights that have the lowest scores pruned yet."""
     import torch
 
     keep_OI = grouping.keep_top(scores_OI)

@@ -1,7 +1,7 @@
-"""ALPS (Meng et al. 2024, arXiv 2406.07831): ADMM on the layer error with a penalty that grows until the support rests,
+"""ALPS (Meng et al. 2024, arXiv 2406.07831): ADMM on the layer error with a growing penalty until the support settles,
 then conjugate gradients on that support.
 
-Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from esparse.updates import Layer, Solution, Update
 if TYPE_CHECKING:
     from esparse.stats import Factory
 
-CHECK_EVERY = 3  # iterations between two looks at the support
-PENALTY_STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where the support's change exceeds the first: times the second
-SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, once it is so old
+CHECK_EVERY = 3  # iterations between two checks of the support
+PENALTY_STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of the penalty)
+SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, after at least so many iterations
 
 
 @dataclass(kw_only=True, slots=True)
 class Alps(Update):
-    """The mask and the weights of least layer error that the penalty method finds, from the dense weights."""
+    """Finds mask and weights of small layer error by the penalty method, from the dense weights."""
 
     # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
@@ -59,7 +59,7 @@ class Alps(Update):
             change = int((keep_OI != last_OI).sum()) / max(1, int(keep_OI.sum()))
             last_OI = keep_OI
             if change == 0 and not raised and penalty > self.penalty * 1e-3:
-                # The penalty was so strong from the beginning that it froze the first support: a weaker one, anew.
+                # The initial penalty was so strong that it froze the first support: starts again with a weaker one.
                 penalty /= 5
                 split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
                 continue

@@ -1,7 +1,7 @@
 """SparseGPT's column sweep (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
 
-Column by column, what pruning a weight costs is moved to the columns that are still to come, by the inverse of the
-input's Gram matrix. Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight survives.
+Column by column, the error of the pruned weights is compensated in the columns that follow, by the inverse of the
+input's Gram matrix (the "Hessian"). Shapes: O outputs, I inputs. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from esparse.stats import Factory
 
 MASKS = ("start", "own")
-INNER = 16  # columns
+INNER = 16  # columns of a block inside a block
 ROWS = 256  # that one core sweeps at a time
 
 
 @dataclass(kw_only=True, slots=True)
 class Obs(Update):
-    """The sweep on the mask that it is given, or on one that it chooses group by group as it goes."""
+    """The sweep, on a given mask or on one that it chooses group by group."""
 
     mask: str  # start (as the metric, or the update before, chose it) | own (chosen from the repaired weights)
     # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
-    block: int  # columns whose repair of all later columns is done in one product
+    block: int  # columns that repair all later columns in one product
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
@@ -61,11 +61,11 @@ class Obs(Update):
 def sweep(
     dense_OI: Tensor, upper_II: Tensor, pattern: Pattern, fixed_OI: Tensor | None, *, block: int
 ) -> tuple[Tensor, Tensor]:
-    """The repaired weights and their keep mask, columns in the order in which groups are cut.
+    """The repaired weights and their keep mask, with columns in group order.
 
-    `upper_II` is U with U^T U = H^-1. Where `fixed_OI` is None each group of the pattern is chosen when the sweep
-    reaches it, by w^2 / U_jj^2 of the weights as they are by then; where a share in per cent goes, that share of each
-    block of columns over all rows, as in the authors' code.
+    `upper_II` is U with U^T U = H^-1. If `fixed_OI` is None, each group of the pattern is chosen when the sweep reaches
+    it, by w^2 / U_jj^2 of the repaired weights; of a pattern in per cent, that share of each block of columns over all
+    rows, as in the authors' code.
     """
     import torch
 
@@ -88,10 +88,10 @@ def sweep(
 def _sweep_columns(
     dense_OI: Tensor, upper_II: Tensor, pattern: Pattern, fixed_OI: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Column after column, all rows at once."""
+    """Sweeps column after column, all rows at once."""
     import torch
 
-    # Transposed, a column lies in one piece.
+    # Transposed, so that a column is contiguous.
     weight_IO = dense_OI.T.contiguous()
     inputs = len(weight_IO)
     if fixed_OI is None:
@@ -103,13 +103,13 @@ def _sweep_columns(
     errors_IO = torch.empty_like(weight_IO)
 
     def advance(start: int, end: int, sizes: tuple[int, ...]) -> None:
-        """Prunes the columns from start to end, and repairs those up to end."""
+        """Prunes the columns from `start` to before `end`, and repairs columns before `end`."""
         if sizes:
             for first, last in _blocks(_clipped(cuts, start, end), sizes[0]):
                 advance(first, last, sizes[1:])
                 weight_IO[last:end].addmm_(upper_II[first:last, last:end].T, errors_IO[first:last], alpha=-1)
             return
-        # All views at once: for few rows, cutting them one by one takes longer than what is done to them.
+        # Cuts all views at once: with few rows, cutting them one by one takes longer than the arithmetic.
         weights, keeps, errors, diagonal = (
             whole[start:end].unbind() for whole in (weight_IO, keep_IO, errors_IO, diagonal_I)
         )
@@ -122,7 +122,7 @@ def _sweep_columns(
             torch.div(weight_O, pivot, out=error_O).masked_fill_(keep_O, 0.0)
             weight_IO[column:end].addr_(upper_II[column, column:end], error_O, alpha=-1)
 
-    # Within a block again blocks: what is repaired column by column should stay in the cache.
+    # Blocks inside blocks, so that columns repaired one by one stay in the cache.
     advance(0, inputs, (block, INNER) if block > INNER else (block,))
     weight_IO.masked_fill_(~keep_IO, 0.0)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
@@ -131,7 +131,7 @@ def _sweep_columns(
 def _sweep_blocks(
     repair: Any, dense_OI: Tensor, upper_II: Tensor, chosen: NM | None, fixed_OI: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Block after block of columns, all rows at once, on a GPU."""
+    """Sweeps block after block of columns, all rows at once, on a GPU."""
     import torch
 
     inputs = dense_OI.shape[1]
@@ -145,7 +145,7 @@ def _sweep_blocks(
 
 
 def _own_groups(chosen: NM | None, inputs: int) -> tuple[list[slice], tuple[int, int, int]]:
-    """Where the groups to choose are, and their m, n and the n of a shorter last one; zeros if nothing is chosen."""
+    """The column ranges of groups to choose, their m, n and the n of a shorter last group; zeros for a fixed mask."""
     if chosen is None:
         return [slice(0, inputs)], (0, 0, 0)
     return chosen.cuts(inputs), (chosen.m, chosen.n, chosen.kept_per_row(inputs % chosen.m))
@@ -154,7 +154,7 @@ def _own_groups(chosen: NM | None, inputs: int) -> tuple[list[slice], tuple[int,
 def _sweep_rows(
     loops: Any, dense_OI: Tensor, upper_II: Tensor, chosen: NM | None, fixed_OI: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Row after row, on each core some of its own."""
+    """Sweeps row after row; each core has its own rows."""
     import torch
 
     from esparse.parallel.cores import each_core
@@ -166,7 +166,7 @@ def _sweep_rows(
     blocks = _blocks(cuts, block)
     own = [upper_II[start:end, start:end].contiguous().numpy() for start, end in blocks]
 
-    @torch.inference_mode()  # of each thread its own
+    @torch.inference_mode()  # the mode belongs to a thread
     def rows(part: slice) -> None:
         weight_RI, keep_RI = weight_OI[part], keep_OI[part]
         errors_RB = weight_RI.new_empty(len(weight_RI), max(end - start for start, end in blocks))
@@ -181,15 +181,16 @@ def _sweep_rows(
 
 
 def _clipped(cuts: list[slice], start: int, end: int) -> list[slice]:
-    """The parts of the cuts from start to end."""
+    """The parts of the ranges between `start` and `end`."""
     inside = (slice(max(cut.start, start), min(cut.stop, end)) for cut in cuts)
     return [cut for cut in inside if cut.start < cut.stop]
 
 
 def _blocks(cuts: list[slice], block: int) -> list[tuple[int, int]]:
-    """Blocks of at most `block` columns, in none of which a group begins that does not end there.
+    """Blocks of at most `block` columns, such that no group straddles a block boundary.
 
-    So all repairs of a group's columns are done when it is chosen. A group longer than a block begins with one.
+    All repairs of a group's columns are then done when it is chosen. A group longer than a block starts at a block's
+    start.
     """
     blocks, start = [], cuts[0].start
     for cut in cuts:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Support(Update):
-    """The mask stays; its weights become those of least error on the calibration tokens."""
+    """Keeps the mask; sets the kept weights to those of least error on the calibration tokens."""
 
     # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean

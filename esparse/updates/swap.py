@@ -1,12 +1,12 @@
-"""1-swap refinement: exchanges a kept and a pruned weight of one group wherever that lowers the true layer error.
+"""1-swap refinement: exchanges a kept and a pruned weight of a group if that lowers the true layer error.
 
-With D = W_dense - W, v = d G for one row d of D, and G the Gram matrix of the input: to prune the kept weight p and to
-keep q with the value x instead changes d G d^T by
+Let D = W_dense - W, let d be a row of D, G the Gram matrix of the input and v = d G. Pruning the kept weight p and
+keeping q with the value x instead changes d G d^T by
 
     2 w_p v_p + w_p^2 G_pp - 2 x v_q + x^2 G_qq - 2 w_p x G_pq,
 
-which x = (v_q + w_p G_pq) / G_qq makes least. The idea is that of SparseSwaps (Zimmer et al. 2025); the formula is
-our own derivation. Shapes: O outputs, I inputs, K groups, M = m weights of a group.
+which is least for x = (v_q + w_p G_pq) / G_qq. The idea is from SparseSwaps (Zimmer et al. 2025); the formula is our
+own derivation. Shapes: O outputs, I inputs, K groups, M = m weights of a group.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ VALUES = ("dense", "best")
 
 @dataclass(kw_only=True, slots=True)
 class Swap(Update):
-    """Every row takes its best swap, again and again, until none lowers its error."""
+    """Makes the best swap of every row, repeatedly, until no swap lowers the row's error."""
 
     values: str  # of a weight that comes back: dense (its own) | best (what lowers the error most)
     # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
-    steps: int  # swaps per row, at most
+    steps: int  # most swaps per row
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
@@ -71,7 +71,7 @@ class Swap(Update):
 def refine(
     dense_OI: Tensor, weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, *, m: int, values: str, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights and mask after the swaps, columns in the order in which groups are cut; a tail shorter than m stays."""
+    """Weights and mask after the swaps, with columns in group order; a tail shorter than m is not changed."""
     import torch
 
     weight_OI, keep_OI = weight_OI.clone(), keep_OI.clone()
@@ -93,8 +93,8 @@ def refine(
             values,
         )
         change_R, where_R = gain_RKMM.flatten(1).min(dim=1)
-        # Float32: a change below a millionth of the row's own scale may be none, and a swap and its reverse could
-        # follow each other for ever.
+        # In float32 a change below a millionth of the row's scale may be noise, and a swap and its reverse could
+        # alternate for ever.
         scale_R = (weight_OI[rows_R].square() * diagonal_I).sum(1)
         worth_R = change_R < -1e-6 * scale_R
         if not worth_R.any():
@@ -113,7 +113,7 @@ def refine(
 def _gains(
     dense_RKM: Tensor, weight_RKM: Tensor, keep_RKM: Tensor, pull_RKM: Tensor, blocks_KMM: Tensor, values: str
 ) -> tuple[Tensor, Tensor]:
-    """What each swap (kept p, pruned q) of each group changes in the row's error, and the value that q would have."""
+    """The change of the row's error by each swap (kept p, pruned q) of each group, and the value of q after it."""
     diagonal_KM = blocks_KMM.diagonal(dim1=1, dim2=2)
     out_RKM = 2 * weight_RKM * pull_RKM + weight_RKM.square() * diagonal_KM
     toward_RKMM = pull_RKM[..., None, :] + weight_RKM[..., :, None] * blocks_KMM  # v_q + w_p G_pq
