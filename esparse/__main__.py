@@ -3,6 +3,7 @@
     esparse                                                the built-in model with E-Sparse at 2:4
     esparse -m metric=entropy,wanda pattern=2:4,4:8        a sweep
     esparse --help                                         every group and setting
+    esparse --version                                      the version alone
 
 `python -m esparse` and, in a checkout, `python launch.py` are the same command.
 Exit code: 0 all runs finished (now or before), 1 a run failed, 2 a mistake on the command line.
@@ -10,11 +11,15 @@ Exit code: 0 all runs finished (now or before), 1 a run failed, 2 a mistake on t
 
 import sys
 
+from esparse import __version__
 from esparse.parts import extras
 
 
 def main() -> int:
     """The console command `esparse`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"esparse {__version__}")
+        return 0
     return extras.explained(_launched, program="the command line")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +14,53 @@ from omegaconf.errors import MissingMandatoryValue
 
 from esparse.cli.call import FAILED, MISTAKE, call
 from esparse.cli.help_text import store_not_copied
-from esparse.cli.messages import say_how_tasks_are_named, say_how_to_write, sentence, wrong_word
+from esparse.cli.hydra_errors import explained
+from esparse.cli.messages import sentence
+from esparse.cli.typed_words import arranged, check, doubled, without_no_method
+from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
+
+IN_FULL = "HYDRA_FULL_ERROR"  # the variable that makes Hydra raise, and that asks for a traceback
 
 
 def exit_code(main: Callable[[], Any]) -> int:
     """Runs Hydra's main function; 2 if it stopped at the command line, 1 if a run failed, else 0."""
     log_to_terminal()
-    if (wrong := wrong_word(sys.argv[1:])) is not None:
-        print(f"esparse: {wrong}", file=sys.stderr)
-        return MISTAKE
     try:
-        with store_not_copied():
+        sys.argv[1:] = words = without_no_method(arranged(sys.argv[1:]))
+        check(words)
+        for sentence_ in doubled(words):
+            log.warning("%s", sentence_)
+        with store_not_copied(), _errors_come_through():
             main()
     except SystemExit as stop:
-        # Hydra ends with 1 when it cannot compose the configuration: nothing has begun then.
         if stop.code not in (0, None) and not call.begun:
-            say_how_tasks_are_named(sys.argv[1:])
-            say_how_to_write(sys.argv[1:])
             return MISTAKE
         return stop.code if isinstance(stop.code, int) else FAILED
     except KeyboardInterrupt:
         print("esparse: interrupted; finished runs are kept", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = None if call.begun else str(error) if isinstance(error, Mistake) else explained(error, sys.argv[1:])
+        if said is None or IN_FULL in os.environ:
+            raise
+        print(f"esparse: {said}", file=sys.stderr)
+        return MISTAKE
     return call.code
+
+
+@contextmanager
+def _errors_come_through() -> Iterator[None]:
+    """Within it Hydra raises what it refuses, in place of printing it and ending the process."""
+    if IN_FULL in os.environ:
+        yield
+        return
+    os.environ[IN_FULL] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[IN_FULL]
 
 
 @contextmanager
@@ -49,7 +72,7 @@ def mistakes() -> Iterator[None]:
         print(f"esparse: {error.full_key} has no value yet: set {error.full_key}=...", file=sys.stderr)
         raise SystemExit(MISTAKE) from None
     except ValueError as error:
-        print(f"esparse: {sentence(error)}", file=sys.stderr)
+        print(f"esparse: {explained(error, sys.argv[1:]) or sentence(error)}", file=sys.stderr)
         raise SystemExit(MISTAKE) from None
 
 

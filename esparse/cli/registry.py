@@ -6,6 +6,7 @@ runs; `build` turns the composed configuration into the objects.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from esparse.cli import help_text
+from esparse.cli.hydra_errors import check_added
 from esparse.errors import Mistake
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.parts import extras, plugins
@@ -43,7 +45,9 @@ def register() -> None:
 
 def build(config: DictConfig) -> Experiment:
     """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
-    experiment = OmegaConf.to_object(_without_hydra(config))
+    plain = _without_hydra(config)
+    check_added(plain, sys.argv[1:])
+    experiment = OmegaConf.to_object(plain)
     assert isinstance(experiment, Experiment)
     extras.check(experiment)
     return experiment

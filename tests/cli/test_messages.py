@@ -1,10 +1,13 @@
-"""What people are told who wrote a setting in a way that Hydra takes for something else."""
+"""What people are told who wrote a setting in a way that Hydra takes for something else, or does not take."""
 
 from __future__ import annotations
 
 import pytest
 
-from esparse.cli.messages import say_how_to_write, wrong_word
+from esparse.cli.hydra_errors import how_to_write
+from esparse.cli.typed_words import arranged, check, doubled
+from esparse.errors import Mistake
+from tests.workshop import ROOT, launch
 
 
 @pytest.mark.parametrize(
@@ -14,26 +17,106 @@ from esparse.cli.messages import say_how_to_write, wrong_word
         (["model.path=~/m"], """'model.path="~/m"'"""),
         (["-m", "calibration.path=/a=1/t.txt,~/u.txt"], """'calibration.path="/a=1/t.txt,~/u.txt"'"""),
         (["model.path=/x/a(b"], """'model.path="/x/a(b"'"""),
+        (["metric=wanda", "gns"], "gns is no setting: write shuffle=gns"),
+        (["nonsense"], "nonsense is no setting: write KEY=VALUE"),
+        (["metric"], "metric needs an option"),
     ],
 )
-def test_how_to_quote_is_said(words: list[str], better: str, capsys: pytest.CaptureFixture[str]) -> None:
-    say_how_to_write(words)
-    said = capsys.readouterr().err
-    assert said.count("esparse: ") == 1 and better in said
+def test_how_to_write_is_said(words: list[str], better: str) -> None:
+    assert better in str(how_to_write(words))
 
 
-@pytest.mark.parametrize("words", [["-cd", "x", "metric=wanda"], ["-m", "metric=glob([w*,m*])", "pattern=2:4,4:8"]])
-def test_nothing_is_said_of_what_can_be_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    say_how_to_write(words)
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("words", [["-cd", "metric=wanda"], ["-m", "metric=glob([w*,m*])", "pattern=2:4,4:8"]])
+def test_nothing_is_said_of_what_can_be_read(words: list[str]) -> None:
+    assert how_to_write(words) is None
 
 
-def test_an_override_in_front_of_m(capsys: pytest.CaptureFixture[str]) -> None:
-    say_how_to_write(["metric=wanda", "-m", "seed=0,1"])
-    assert "-m stands in front of all settings" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["metric=wanda", "-m", "seed=0,1"], ["-m"]),
+        (["seed=0", "-cd", "experiments", "pattern=4:8", "-cn", "best"], ["-cd", "experiments", "-cn", "best"]),
+        (["seed=0", "--info", "pattern=4:8"], ["--info"]),
+        (["seed=0", "--info", "defaults", "pattern=4:8"], ["--info", "defaults"]),
+        (["seed=0", "--cfg=job"], ["--cfg=job"]),
+    ],
+)
+def test_flags_may_stand_anywhere(words: list[str], flags: list[str]) -> None:
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    assert arranged(words) == [*flags, *settings]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--multirn", "there is no flag --multirn: did you mean --multirun?"),
+        ("--metric=wanda", "settings have no dashes: metric=wanda"),
+        ("--shuffle", "settings have no dashes: shuffle=OPTION"),
+    ],
+)
+def test_a_flag_that_there_is_not(word: str, said: str) -> None:
+    with pytest.raises(Mistake) as error:
+        arranged(["seed=1", word])
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("word", ["hydra.launcher=a100", "hydra.sweeper=basic", "+hydra.launcher=local"])
 def test_a_group_of_hydras_with_a_dot(word: str) -> None:
-    assert f"hydra/{word.partition('.')[2]} chooses it" in str(wrong_word([word]))
-    assert wrong_word(["hydra.launcher.timeout_min=5", "hydra/launcher=a100", "hydra.run.dir=x", "seed=1"]) is None
+    with pytest.raises(Mistake, match=f"hydra/{word.partition('.')[2]} chooses it"):
+        check([word])
+    check(["hydra.launcher.timeout_min=5", "hydra/launcher=a100", "hydra.run.dir=x", "seed=1", "method=wanda"])
+
+
+def test_a_setting_that_is_given_twice() -> None:
+    (said,) = doubled(["metric=wanda", "seed=1", "seed=1", "+metric=entropy", "pattern=2:4"])
+    assert said == "metric is given twice: +metric=entropy counts, metric=wanda does not"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["metric.alfa=0.5"], "did you mean metric.alpha? metric=entropy takes alpha, base, bins, limit, norm, range"),
+        (["metric=wanda", "metric.alpha=1"], "metric=wanda takes no settings; alpha is a setting of metric=entropy"),
+        (["patern=2:4"], "there is no setting patern: did you mean pattern"),
+        (["update=joint", "update.second.frist=1"], "did you mean update.second.first?"),
+        (["+metric.alfa=0.5"], "did you mean metric.alpha?"),
+        (["++foo=1"], "there is no setting foo: there is model, "),
+        (["+metric.alpha=0.5"], "metric.alpha is there already: leave out the +"),
+        (["~metric.alpha"], "a setting cannot be taken away"),
+        (["metric=null"], "metric takes one of its options, not null"),
+        (["shuffle=null"], "shuffle=none does nothing"),
+        (["metric=[wanda,ria]"], "metric takes one option, not a list of them"),
+        (["metric="], "metric= needs an option: entropy, "),
+        (["method=wandaa"], "there is no method 'wandaa': did you mean wanda?"),
+        (["hydra/launcher=a1000"], "there is no hydra/launcher 'a1000': did you mean a100"),
+        (["-m", "hydra/launcher=local", "hydra.launcher.wiat=true"], "did you mean hydra.launcher.wait?"),
+        (
+            ["-cd", "experiments", "-cn", "laddr"],
+            "no laddr.yaml in experiments: did you mean ladder? There is ablation",
+        ),
+        (["-cd", "nowhere", "-cn", "ladder"], "-cd nowhere: there is no such folder"),
+        (["pattern=2:4,4:8"], "-m makes a sweep of them"),
+        (["zeroshot.tasks=hellaswag"], "zeroshot.tasks takes a list: zeroshot.tasks=[hellaswag]"),
+        (["seed=null"], "seed needs a value"),
+        (["rerun=maybe"], "rerun takes true or false, got 'maybe'"),
+        (["model.name=[1]"], "model.name takes a text, got '[1]'"),
+        (["metric.alpha.x=1"], "metric.alpha is one value"),
+        (["model.name=${foo}"], "model.name refers to a setting that there is not"),
+    ],
+)
+def test_what_hydra_refuses_is_one_sentence_and_no_traceback(words: list[str], said: str) -> None:
+    done = launch(*words, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith("esparse: ") and done.stderr.count("\n") == 1
+
+
+def test_a_setting_given_twice_is_said_and_goes_on() -> None:
+    done = launch("metric=wanda", "--cfg", "job", "metric=magnitude", cwd=ROOT)
+    assert done.returncode == 0
+    assert "metric is given twice: metric=magnitude counts, metric=wanda does not" in done.stderr
+
+
+def test_the_version() -> None:
+    done = launch("--version")
+    assert done.stdout.startswith("esparse ") and done.stdout.count("\n") == 1

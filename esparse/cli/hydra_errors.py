@@ -1,0 +1,212 @@
+"""What Hydra and OmegaConf refuse, as sentences: what came, what is nearest to it, what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+    SearchPathException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from esparse.cli.typed_words import METHOD, SETTING
+from esparse.errors import Mistake
+from esparse.parts import plugins
+from esparse.parts.conf_folder import conf_folder
+from esparse.parts.numbers import near
+from esparse.records.groups import ANY, GROUPS
+
+KINDS = (  # of settings, by what OmegaConf says of a value that is none
+    ("could not be converted to Integer", "a whole number"),
+    ("could not be converted to Float", "a number"),
+    ("is not a valid bool", "true or false"),
+    ("to string", "a text"),
+)
+
+
+def explained(error: BaseException, words: Sequence[str]) -> str | None:
+    """What was wrong with the words that were typed; None if the error is none of Hydra's."""
+    chain = list(_causes(error))
+    for one in chain:
+        if isinstance(one, MissingConfigException):
+            return _no_option(one, words)
+        if isinstance(one, SearchPathException):
+            return f"-cd {_flag(words, '-cd', '--config-dir')}: there is no such folder"
+        if isinstance(one, OverrideParseException):
+            return how_to_write(words) or f"{one.override} cannot be read: settings are written KEY=VALUE"
+        if isinstance(one, ConfigKeyError | ConfigAttributeError) and one.full_key:
+            return unknown_key(one.full_key, one.object_type, words)
+        if isinstance(one, InterpolationKeyError) and one.full_key:
+            return f"{one.full_key} refers to a setting that there is not ({str(one).splitlines()[0]})"
+        if isinstance(one, ValidationError) and one.full_key:
+            return _wrong_value(one, words)
+    for one in chain:
+        if isinstance(one, ConfigCompositionException) and (said := _composition(str(one))) is not None:
+            return said
+    if any(isinstance(one, HydraException | OmegaConfBaseException) for one in chain):
+        return " ".join(str(chain[0]).split())
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
+    """A setting that there is not: `owner` is the class that was to have it."""
+    *above, key = path.split(".")
+    known, where, said = _settings(owner), ".".join(above), f"there is no setting {path}"
+    if not above:
+        known = [*known, METHOD]
+    likely = [f"{where}.{name}" if where else name for name in get_close_matches(key, known, n=3)]
+    said += f": did you mean {' or '.join(likely)}?" if likely else ""
+    end = "" if likely else ":"
+    if not above:
+        return said if likely else f"{said}: there is {', '.join(known)}"
+    takes = ", ".join(sorted(known)) or "no settings"
+    if above[0] not in GROUPS:
+        return f"{said}{end} {where} takes {takes}"
+    one_class = len(above) > 1 or ANY in GROUPS[where].options
+    who = where if one_class else f"{where}={_option(where, owner, words)}"
+    others = [name for name, component in _classes(above[0]).items() if key in _settings(component)]
+    more = f"; {key} is a setting of {where}={', '.join(others)}" if others and len(above) == 1 else ""
+    return f"{said}{end} {who} takes {takes}{more}"
+
+
+def check_added(config: DictConfig, words: Sequence[str]) -> None:
+    """Raises Mistake for a setting that + put where nothing reads it."""
+    owner = OmegaConf.get_type(config)
+    if not is_dataclass(owner):
+        return
+    known = {field.name for field in fields(owner)}
+    for key in config:
+        if key not in known:
+            raise Mistake(unknown_key(config._get_full_key(key), owner, words))
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, str(key)):
+            value = config._get_node(key)
+            if isinstance(value, DictConfig) and not value._is_none():
+                check_added(value, words)
+
+
+def _settings(owner: Any) -> list[str]:
+    return [field.name for field in fields(owner) if not field.name.startswith("_")] if is_dataclass(owner) else []
+
+
+def _classes(group: str) -> dict[str, type]:
+    """The class of each option that has one of its own."""
+    own = {name: GROUPS[group].component(name) for name in GROUPS[group].options if name not in (ANY, "then")}
+    return own | plugins.of(group)
+
+
+def _option(group: str, owner: Any, words: Sequence[str]) -> str:
+    """The option that was typed, or else one that has this class."""
+    typed = [m[3] for word in words if (m := SETTING.fullmatch(word)) and m[2] == group]
+    options = [name for name, component in _classes(group).items() if component is owner]
+    several = [name for values in typed for name in values.split(",") if name in options or not options]
+    return (several or options or ["..."])[-1]
+
+
+def _no_option(error: MissingConfigException, words: Sequence[str]) -> str:
+    """An option, or an experiment (-cn), that there is not."""
+    missing = error.missing_cfg_file or ""
+    group, _, option = missing.rpartition("/")
+    if group and error.options is not None:
+        known = sorted(error.options)
+        if not option:
+            return f"{group}= needs an option: {', '.join(known)}"
+        likely = near(option, known)
+        tasks = (
+            f"; tasks are named by zeroshot.tasks=[{option}], not by zeroshot={option}" if group == "zeroshot" else ""
+        )
+        more = f" There is {', '.join(known)}" if "mean" in likely else ""
+        return f"there is no {group} {option!r}{likely}{more}{tasks}"
+    folder = _flag(words, "-cd", "--config-dir")
+    folders = [conf_folder(), *([Path(folder)] if folder else [])]
+    known = sorted({path.stem for place in folders for path in place.glob("*.yaml")} - {"config"})
+    hint = near(missing, known) if known else "; -cd FOLDER says where experiments lie"
+    more = f" There is {', '.join(known)}" if "mean" in hint else ""
+    return f"-cn {missing}: there is no {missing}.yaml in {folder or conf_folder()}{hint}{more}"
+
+
+def _flag(words: Sequence[str], *names: str) -> str | None:
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else next(iter(words[i + 1 :]), None)
+    return None
+
+
+def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
+    key, said = str(error.full_key), str(error).partition("\n")[0]
+    typed = [m[3] for word in words if (m := SETTING.fullmatch(word)) and m[2] == key]
+    value = typed[-1] if typed else None
+    got = f", got {value!r}" if value is not None else ""
+    if "is not a ListConfig" in said:
+        return f"{key} takes a list{f': {key}=[{value}]' if value else ''}"
+    if "is not Optional" in said:
+        return f"{key} needs a value: null is none"
+    if value is None and "of type 'dict'" in said:
+        return f"{key} is one value and has no settings of its own"
+    for words_of_it, kind in KINDS:
+        if words_of_it in said:
+            return f"{key} takes {kind}{got or f' ({said})'}"
+    return f"{key}: {said}{got}"
+
+
+def _composition(said: str) -> str | None:
+    if given := re.match(r"Ambiguous value for argument '(.*?)'\n", said, flags=re.S):
+        return f"{given[1]} are several values, of which one run takes one: -m makes a sweep of them, [...] a list"
+    if given := re.match(r"Could not append to config. An item is already at '(.*?)'", said):
+        return f"{given[1]} is there already: leave out the +"
+    if given := re.match(r"Could not delete from config. (.*)", said):
+        return f"there is nothing to take away (~): {given[1]}"
+    if given := re.match(r"Error merging override (~\S+)", said):
+        return f"{given[1]}: a setting cannot be taken away, only changed"
+    if given := re.match(r"Could not override '(.*?)'", said):
+        return f"there is no {given[1]}: groups are {', '.join([*GROUPS, METHOD])}"
+    return None
+
+
+def how_to_write(words: Sequence[str]) -> str | None:
+    """What to write instead of words that Hydra's grammar refuses; None if all can be read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    def reads(word: str) -> bool:
+        try:
+            OverridesParser.create().parse_override(word)
+            return True
+        except HydraException:
+            return False
+
+    for word in words:
+        if word.startswith("-") or reads(word):
+            continue
+        key, equals, value = word.partition("=")
+        if not equals:
+            group = next((g for g in GROUPS if word in _classes(g)), None) if word not in GROUPS else None
+            if word in (*GROUPS, METHOD):
+                return f"{word} needs an option: {word}=..., of which --help lists them all"
+            return f"{word} is no setting: write {f'{group}={word}' if group else 'KEY=VALUE'}"
+        for parts in ([value], value.split(",")):  # one value, or several of a sweep
+            better = f"{key}=" + ",".join(f'"{part}"' for part in parts)
+            if reads(better):
+                return f"= ~ and other signs in a value need quotes inside quotes: '{better}'"
+    return None
