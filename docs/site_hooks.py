@@ -57,4 +57,5 @@ def on_page_content(content: str, **_: Any) -> str:
 def formula(found: re.Match[str]) -> str:
     inline = found[1] == "span"
     drawn = convert(html.unescape(found[2]), display="inline" if inline else "block")
+    drawn = drawn.replace("<mo>&#x0007C;</mo>", '<mo lspace="0.1em" rspace="0.1em">&#x0007C;</mo>')  # no infix: |w|
     return drawn if inline else f'<div class="formula">{drawn}</div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import shutil
@@ -41,6 +42,25 @@ def test_the_readmes_fifteen_lines_work(
     assert "2:4 entropy esparse: 50.00%" in said
     assert re.search(r"^[\d.]+ -> [\d.]+$", said, flags=re.M)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "DIR").config.num_hidden_layers == 1
+
+
+def test_the_page_of_the_api_shows_a_metric_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    shutil.move(furnished(tmp_path, blocks=1) / "model", tmp_path / "NAME_OR_DIR")
+    names: dict[str, Any] = {"__name__": "tests.api.test_examples"}
+    carry_out(code, names)
+    assert "'pattern': '4:8'" in capsys.readouterr().out
+    assert names["report"].to_dict()["sparsity"]["density"] == 0.5
+
+
+def test_the_page_of_the_api_names_all_that_there_is() -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    assert not [name for name in esparse.__all__ if not re.search(rf"`esparse\.{name}\b", text)]
+    known = inspect.signature(esparse.prune).parameters
+    assert not [name for name in re.findall(r"^\| `(\w+)` \|", text, flags=re.M) if name not in known]
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
