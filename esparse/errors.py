@@ -1,10 +1,10 @@
-"""The one kind of error that says: what was asked for cannot be had, and asking again will not help."""
+"""The error class for requests that cannot be met and that a retry would not help."""
 
 
 class Mistake(ValueError):
-    """A setting, a file or a model that esparse's own checks refuse; its text is one sentence for the user.
+    """Raised if esparse's checks refuse a setting, a file or a model; its text is one sentence for the user.
 
-    A sentence says what came, what was expected and what to do. Exit code 2 follows before a run begins, 1 within one,
-    and the run's finished blocks are deleted, since another attempt would end the same way. Every other ValueError
-    comes from a library or from a fault in esparse: it keeps the blocks and names the traceback.
+    The sentence says what came, what was expected and what to do. The exit code is 2 before a run begins, 1 within a
+    run; the run's finished blocks are deleted, because a retry would fail the same way. Any other ValueError comes from
+    a library or from a bug in esparse: finished blocks are kept, and the message names the traceback's file.
     """

@@ -1,6 +1,6 @@
 """Linear algebra on the Gram matrix G = X^T X of a layer's input, for the layer error tr(D G D^T), D = W_dense - W.
 
-Shapes: O outputs, I inputs; each row of a weight matrix is a problem of its own.
+Shapes: O outputs, I inputs; each row of a weight matrix is a separate problem.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
-MOST_DAMPING = 100.0  # of the mean of the diagonal; beyond it the matrix is the identity for all purposes
+MOST_DAMPING = 100.0  # times the mean of the diagonal; beyond it the matrix is practically the identity
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or Inf: as a rule in one look at each, as the sum is not finite where one is not."""
+    """Whether no value is NaN or Inf; usually one pass, because the sum is finite only if all values are."""
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
 def finite(x: Tensor) -> Tensor:
-    """`all_finite` as a value on the device, for which nothing waits; no finite sum of less than float64 overflows."""
+    """`all_finite` as a tensor on the device, without waiting; float64 sums of narrower values cannot overflow."""
     return torch.isfinite(x.sum(dtype=torch.float64))
 
 
 def multiplies_into_float32(x: Tensor) -> bool:
-    """Whether `torch.mm(x.T, x, out_dtype=torch.float32)` is there for it: matrix units, which add up in float32."""
+    """Whether `torch.mm(x.T, x, out_dtype=torch.float32)` supports x: matrix units with float32 sums."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and x.device.type == "cuda"
@@ -41,8 +41,8 @@ def multiplies_into_float32(x: Tensor) -> bool:
 def damped(gram_II: Tensor, share: float) -> Tensor:
     """G with `share` of its mean diagonal added to the diagonal.
 
-    A channel that is zero on all tokens has a zero row and column: its diagonal becomes the mean too, so that it stands
-    for itself and disturbs nobody.
+    A channel that is zero on all tokens has a row and a column of zeros; its diagonal entry becomes the mean, too, so
+    that it does not affect other channels.
     """
     diagonal_I = gram_II.diagonal()
     mean = diagonal_I.mean()
@@ -54,16 +54,16 @@ def damped(gram_II: Tensor, share: float) -> Tensor:
 def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     """The upper triangular U with U^T U = (G + damping)^-1, as SparseGPT's sweep needs it (float32, I x I).
 
-    The damping begins at `damp` times the mean of the diagonal; where a Cholesky factor does not exist in float32,
-    float64 is tried, and after it ten times the damping, which the log says. Raises ValueError where G is not finite.
+    The damping starts at `damp` times the mean of the diagonal. If there is no Cholesky factor in float32, float64 is
+    tried, then ten times the damping, and so on; the log says so. Raises Mistake if G holds NaN or Inf.
     """
     if not all_finite(gram_II):
         raise Mistake("the Gram matrix of a layer's input holds NaN or Inf: try model.dtype=float32")
     share = damp
     while share <= MOST_DAMPING:
         for dtype in (torch.float32, torch.float64):
-            # With the channels in reverse order the factor M M^T becomes R R^T with R upper triangular: one
-            # factorisation and one triangular inverse, where inverting first would take two factorisations.
+            # With the channels in reverse order the factor M M^T becomes R R^T with R upper triangular: that takes one
+            # factorisation and one triangular inverse; inverting first would take two factorisations.
             flipped_II = damped(gram_II.to(dtype), share).flip(0, 1)
             lower_II, failed = torch.linalg.cholesky_ex(flipped_II)
             if failed == 0:
@@ -80,7 +80,7 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
 
 
 def eigh(gram_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (none below 0) and eigenvectors (in columns) of G in its own precision; float64 where that fails."""
+    """Eigenvalues (none below 0) and eigenvectors (in columns) of G, in its dtype, or in float64 if that fails."""
     try:
         values_I, vectors_II = torch.linalg.eigh(gram_II)
     except torch.linalg.LinAlgError:
@@ -90,7 +90,7 @@ def eigh(gram_II: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse(gram_II: Tensor) -> Tensor:
-    """G^-1, with the precision and the damping of `inverse_factor`, which begins without any."""
+    """G^-1, with the dtypes and damping of `inverse_factor`, starting without damping."""
     upper_II = inverse_factor(gram_II, 0.0)
     return upper_II.T @ upper_II
 
@@ -98,10 +98,10 @@ def inverse(gram_II: Tensor) -> Tensor:
 def solve_on_support(
     gram_II: Tensor, dense_OI: Tensor, keep_OI: Tensor, start_OI: Tensor, *, iterations: int, tolerance: float
 ) -> Tensor:
-    """The weights on the kept places that minimise tr((W_dense - W) G (W_dense - W)^T), all rows at once.
+    """The kept weights that minimise tr((W_dense - W) G (W_dense - W)^T), for all rows at once.
 
-    Conjugate gradients with the diagonal as preconditioner, from `start_OI`; ends after `iterations` or where the
-    residual of every row has fallen to `tolerance` of its first. The error of no row ever rises.
+    Conjugate gradients with the diagonal as preconditioner, from `start_OI`; ends after `iterations`, or when every
+    row's residual has fallen to `tolerance` times its first value. No row's error ever rises.
     """
     inverse_I = gram_II.diagonal().clamp_min(torch.finfo(gram_II.dtype).tiny).reciprocal()
     weight_OI = start_OI * keep_OI
@@ -125,6 +125,6 @@ def solve_on_support(
 
 
 def scaled(gram_II: Tensor) -> tuple[Tensor, Tensor]:
-    """G with every channel scaled to norm 1, and the norms: W * norm is then the weight matrix for the scaled input."""
+    """G with every channel scaled to norm 1, and the norms; W * norm is the weight matrix for the scaled input."""
     norm_I = gram_II.diagonal().clamp_min(0).sqrt() + 1e-8
     return gram_II / (norm_I[:, None] * norm_I), norm_I

@@ -1,7 +1,7 @@
-"""Allocations: which layer gets which density, at a fixed mean.
+"""Allocations: choose the density of each layer, at a fixed mean.
 
-An allocation that is not uniform first walks once through the dense model and measures every layer, then decides for
-all of them at once. Shapes: O outputs, I inputs.
+Allocations other than `uniform` first run the dense model once and measure every layer, then decide for all layers at
+once. Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """One layer of the dense model, and what `Allocation.measure` made of it."""
+    """One layer of the dense model, and the result of `Allocation.measure` for it."""
 
     name: str
     block: int
@@ -32,32 +32,32 @@ class Measured:
 
 @dataclass(kw_only=True, slots=True)
 class Allocation(ABC):
-    """A way to spread the weights that survive over the layers."""
+    """Base class of allocations: distributes the kept weights over the layers."""
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where the settings make no sense for this pattern; called before anything runs."""
+        """Raises Mistake if the settings do not fit this pattern; called before anything runs."""
         return None
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of a layer's input that `measure` will look up in `layer.stats`, by name."""
+        """The input statistics that `measure` finds in `layer.stats`, by name."""
         return {}
 
     @abstractmethod
     def measures(self) -> bool:
-        """Whether the dense model has to be walked through first."""
+        """Whether a pass over the dense model comes first."""
 
     @abstractmethod
     def measure(self, layer: Layer, score_OI: Tensor) -> Any:
-        """What the plan needs to know of a dense layer whose weights have these scores."""
+        """Measures what `plan` needs about a dense layer, given the scores of its weights."""
 
     @abstractmethod
     def plan(self, layers: Sequence[Measured], pattern: Pattern) -> dict[str, Pattern]:
-        """The pattern of each layer by its name; a layer without an entry gets the pattern that was asked for."""
+        """The pattern of each layer, by name; a layer without an entry gets the method's pattern."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Uniform(Allocation):
-    """Every layer gets the pattern that was asked for."""
+    """Every layer gets the method's pattern."""
 
     def measures(self) -> bool:
         return False

@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 
 from esparse.patterns import Outliers, Pattern
 
-LARGEST = 2 * 10**8  # sums that the search for the least one may try, which takes about a second
+LARGEST = 2 * 10**8  # most sums that the exact search tries, which takes about a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Layers that get one pattern: those that they may get, from the sparsest to the densest.
+    """Layers that get the same pattern, and the patterns that they may get, from the sparsest to the densest.
 
-    `kept[k]`, which ascend strictly, is how many of their weights survive under `patterns[k]`.
+    `kept[k]` (strictly ascending) is the number of their weights that `patterns[k]` keeps.
     """
 
     names: tuple[str, ...]
     weights: int
     patterns: tuple[Pattern, ...]
     kept: tuple[int, ...]
-    asked: int  # the place of the pattern that was asked for
+    asked: int  # index of the method's pattern
 
     @classmethod
     def of(cls, layers: Sequence[Shape], asked: Pattern, patterns: Sequence[Pattern]) -> Unit:
-        """Of patterns that let equally many weights survive, the one nearest to the one asked for stands for all.
+        """The unit of these layers; of patterns that keep equally many weights, only the nearest to `asked` counts.
 
-        `patterns` ascend in density, and the one asked for is among them.
+        `patterns` ascend in density and include `asked`.
         """
         place = patterns.index(asked)
         by_kept: dict[int, Pattern] = {}
@@ -57,7 +57,7 @@ class Unit:
 
 
 def count(layers: Sequence[Shape], pattern: Pattern) -> int:
-    """How many weights of these layers survive. Outliers, which are as many whatever the base, do not count."""
+    """The number of weights of these layers that the pattern keeps, without outliers (the same for every base)."""
     return sum(layer.outputs * _of_row(pattern, layer.inputs) for layer in layers)
 
 
@@ -70,13 +70,13 @@ def _of_row(pattern: Pattern, inputs: int) -> int:
 
 
 def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, Pattern]:
-    """The pattern of each layer that does not get the one asked for, by name: the least sum of costs in the budget.
+    """The patterns with the least sum of costs within the budget, by layer; omits layers with the method's pattern.
 
-    `costs[u][k]` is that of pattern k of unit u. The budget is what would survive uniformly: never more, and in the end
-    no unit's next pattern would fit in. The sum is the least there is, except where a model has so many units and
-    patterns that this would take long (LARGEST): there every unit starts at its sparsest pattern, and the step that
-    saves most per weight is taken until none fits. Of convex costs, that is off by at most what the last steps save. A
-    choice that costs no less than the uniform one is not made.
+    `costs[u][k]` is the cost of pattern k of unit u. The budget is the number of weights that the uniform pattern
+    keeps; at the end no unit's next pattern fits into it. The sum is the minimum, unless the model has so many units
+    and patterns that the exact search would take long (LARGEST). Then every unit starts at its sparsest pattern, and
+    the step that saves most per weight is taken until none fits; with convex costs, the loss against the minimum is at
+    most what the last steps save. A choice that is not better than the uniform one is discarded.
     """
     uniform = [unit.asked for unit in units]
     budget = sum(unit.kept[unit.asked] - unit.kept[0] for unit in units)
@@ -93,7 +93,7 @@ def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, 
 
 
 def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The places of the patterns with the least sum of costs (a knapsack by dynamic programming); 0s if too many."""
+    """The indices of the patterns with the least sum of costs (a knapsack, by dynamic programming); 0s if too many."""
     import torch
 
     sizes = [[kept - unit.kept[0] for kept in unit.kept] for unit in units]
@@ -101,7 +101,7 @@ def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: i
     most = budget // quantum
     if sum(map(len, sizes)) * most > LARGEST:
         return [0] * len(units)
-    # Shapes: B = budgets of 0 to `most` quanta, K = patterns of one unit.
+    # Shapes: B = budgets from 0 to `most` quanta, K = patterns of one unit.
     least_B = torch.zeros(most + 1, dtype=torch.float64)
     choices = []
     for size, cost in zip(sizes, costs, strict=True):
@@ -119,12 +119,12 @@ def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: i
 
 
 def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[int], budget: int) -> None:
-    """Takes steps, in place, until none fits into what is left, the one that saves most per weight first."""
+    """Takes steps, in place, the one that saves most per weight first, until none fits into the rest of the budget."""
 
     def step(place: int) -> tuple[float, int, int]:
         at, kept, cost = chosen[place], units[place].kept, costs[place]
         size = kept[at + 1] - kept[at]
-        return (cost[at + 1] - cost[at]) / size, place, size  # of equal savings the first unit's steps come first
+        return (cost[at + 1] - cost[at]) / size, place, size  # ties go to the first unit
 
     def has_next(place: int) -> bool:
         return chosen[place] + 1 < len(units[place].kept)

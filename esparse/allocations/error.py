@@ -1,4 +1,4 @@
-"""An allocation by what every density costs each layer, measured on the dense model.
+"""Allocates densities by each layer's error at each density, measured on the dense model.
 
 Shapes: O outputs, I inputs.
 """
@@ -28,7 +28,7 @@ WEIGH = ("weights", "layers")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Errors:
-    """The relative squared error of one layer under each of the patterns tried, from the sparsest to the densest."""
+    """The relative squared errors of one layer under the tried patterns, from the sparsest to the densest."""
 
     shape: Shape
     errors: list[float]
@@ -36,16 +36,16 @@ class Errors:
 
 @dataclass(kw_only=True, slots=True)
 class LayerError(Allocation):
-    """The patterns that make the sum of all layers' relative squared errors least (our own).
+    """Chooses the patterns with the least sum of all layers' relative squared errors (our own method).
 
     The error is tr(D G D^T) / tr(W G W^T), with D the pruned part of the dense weights W and G the Gram matrix of the
-    input. The mask is the one by the scores, in the channels' own order and without an update. Layers that read the
-    same tensor get one pattern. Of a pattern in per cent only percentages `points` apart are measured, and between
-    them a straight line is taken. A layer that no token reached keeps the pattern that was asked for.
+    input, for the mask by scores, in the channels' own order and without an update. Layers that read the same tensor
+    get the same pattern. For a pattern in per cent, errors are measured at percentages `points` apart and interpolated
+    linearly. A layer that no token reached keeps the method's pattern.
 
-    What errors of early blocks do to later ones is not in the sum, hence a small `spread`. Where layers count once,
-    the small ones of attention gain at the cost of the large ones, and one layer of q, k and v together counts a third
-    of the three.
+    The sum ignores the effect of early blocks' errors on later blocks, hence a small `spread`. With `weigh=layers`,
+    attention's small layers gain at the cost of large ones, and one fused layer of q, k and v counts a third of three
+    separate ones.
     """
 
     # A spread that cannot change the pattern is refused: 2:4 has steps of 0.25, 8:16 of 0.0625
@@ -104,14 +104,14 @@ class LayerError(Allocation):
         return spend(units, costs)
 
     def _sums(self, group: Sequence[Errors]) -> list[float]:
-        """What each pattern that was measured adds to the sum through the layers of one group."""
+        """The cost of each measured pattern: its errors summed over the layers of one group."""
         counts = [layer.shape.outputs * layer.shape.inputs if self.weigh == "weights" else 1 for layer in group]
         columns = zip(*(layer.errors for layer in group), strict=True)
         return [sum(error * n for error, n in zip(errors, counts, strict=True)) for errors in columns]
 
 
 def between(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> list[float]:
-    """The values at `at`, from the least to the greatest x, on straight lines between points whose x never falls."""
+    """Linear interpolation of y at `at`; x must not fall, and `at` must lie within its range."""
     values = []
     for place in at:
         right = bisect_left(x, place)

@@ -1,4 +1,4 @@
-"""OWL (Yin et al. 2023, arXiv 2310.05175): where there are more outliers, more weights survive.
+"""OWL (Yin et al. 2023, arXiv 2310.05175): layers with more outliers keep more weights.
 
 Shapes: O outputs, I inputs, K classes of scores.
 """
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from esparse.updates import Layer
 
 PER = ("block", "group")
-# Scores are counted by their float32 without its lowest 15 bits, so in classes that are 0.4 % wide: all scores of a
-# block at once would be as large as the block, and its mean is known only at its end.
+# Scores are counted in classes by their float32 without its lowest 15 bits (0.4 % wide), because storing all scores
+# until the block's mean is known would take as much memory as the block.
 DROPPED_BITS = 15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """How the Wanda scores of one layer are distributed."""
+    """A histogram of one layer's Wanda scores."""
 
     shape: Shape
     sum: float
-    classes_K: Tensor  # int32, ascending: the classes in which there are scores
+    classes_K: Tensor  # int32, ascending: the classes with scores
     counts_K: Tensor
 
     def above(self, bound: float) -> float:
-        """How many lie above the bound, taken as evenly spread over the width of its class."""
+        """The number of scores above the bound, assuming an even spread within the bound's class."""
         import torch
 
         of_bound = torch.tensor(bound, dtype=torch.float32)
@@ -50,12 +50,12 @@ class Scores:
 
 @dataclass(kw_only=True, slots=True)
 class Owl(Allocation):
-    """The density rises with the share of outliers, which are scores far above the mean.
+    """The density rises with the layer's share of outliers, which are scores far above the mean.
 
-    Scores are Wanda's whatever the metric. As in the authors' code the densities wished for span 2 * spread and their
-    mean is kept, so where the shares are skewed one end lies farther than `spread` from the mean. Their n:m variant
-    rounds every block by itself and loses the mean; here those n are taken which keep it and have the least squared
-    distance to the wishes, weight for weight. A layer that no token reached keeps the pattern that was asked for.
+    The scores are Wanda's, whatever the metric. As in the authors' code, the target densities span 2 * spread and have
+    the given mean, so if the shares are skewed, one end is farther than `spread` from the mean. The authors' n:m
+    variant rounds every block by itself and loses the mean; here n is chosen so that the mean is kept and the squared
+    distance to the targets, over all weights, is least. A layer that no token reached keeps the method's pattern.
     """
 
     threshold: float  # a score is an outlier above so many times the mean (M in the paper)
@@ -72,7 +72,7 @@ class Owl(Allocation):
             raise Mistake(f"allocation.spread must lie between 0 and 1, got {self.spread}")
 
     def check(self, pattern: Pattern) -> None:
-        # Where all wishes lie within less than one step of each other, no change of n comes nearer to them.
+        # If all targets lie within less than one step of each other, no change of n comes nearer to them.
         refuse_what_cannot_change("owl", pattern, self.spread, reach=2 * self.spread, points=POINTS)
 
     def collects(self) -> dict[str, Factory]:
@@ -112,19 +112,19 @@ class Owl(Allocation):
 
 
 def outlier_ratio(layers: Sequence[Scores], threshold: float) -> float:
-    """The share of these layers' scores that are above `threshold` times the mean of all of them."""
+    """The share of these layers' scores above `threshold` times their common mean."""
     weights = sum(scores.shape.outputs * scores.shape.inputs for scores in layers)
     bound = threshold * sum(scores.sum for scores in layers) / weights
-    if not bound:  # all scores are 0, and none is above another
+    if not bound:  # all scores are 0, so none is an outlier
         return 0.0
     return sum(scores.above(bound) for scores in layers) / weights
 
 
 def offsets(ratios: Sequence[float], weights: Sequence[int], spread: float) -> list[float]:
-    """By how much the density wished for is above the mean; the mean over all weights is 0, the range 2 * spread.
+    """The targets' distances above the mean density; their mean over all weights is 0, their range 2 * spread.
 
     With outlier ratios D the paper's sparsity is 1 - density - offset, and
-    offset_l = 2 * spread * (D_l - min D) / (max D - min D), less the mean of that; all 0 where all D are equal.
+    offset_l = 2 * spread * (D_l - min D) / (max D - min D), less its mean; all 0 if all D are equal.
     """
     low, high = min(ratios, default=0.0), max(ratios, default=0.0)
     if low == high:
@@ -135,6 +135,6 @@ def offsets(ratios: Sequence[float], weights: Sequence[int], spread: float) -> l
 
 
 def _distances(unit: Unit, offset: float) -> list[float]:
-    """What each pattern costs: the squared distance of its density to the one wished for, times the weights."""
+    """The cost of each pattern: its density's squared distance to the target, times the number of weights."""
     wish = unit.kept[unit.asked] / unit.weights + offset
     return [unit.weights * (kept / unit.weights - wish) ** 2 for kept in unit.kept]

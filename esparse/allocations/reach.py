@@ -1,4 +1,4 @@
-"""Which other patterns a layer may get in place of the one that was asked for."""
+"""The other patterns that a layer may get in place of the method's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 from esparse.errors import Mistake
 from esparse.patterns import NM, Outliers, Pattern, Unstructured
 
-POINTS = 0.1  # between one percentage and the next that a layer may get
-ROUNDING = 1e-9  # what a sum of decimal fractions may be off
+POINTS = 0.1  # step between percentages that a layer may get
+ROUNDING = 1e-9  # largest rounding error of a sum of decimal fractions
 
 
 def others(pattern: Pattern, reach: float, points: float = POINTS) -> list[Pattern]:
-    """The patterns whose density lies within `reach` of this one's, from the sparsest to the densest, itself included.
+    """The patterns with a density within `reach` of this pattern's, from the sparsest to the densest, including itself.
 
-    Of n:m, beside outliers or not, other n from 1 to m - 1; of per cent, those at a distance of `points` from
-    each other, between 0 and 100. Raises TypeError for a pattern that has no such others.
+    For n:m, with or without outliers, other n from 1 to m - 1; for per cent, steps of `points` between 0 and 100.
+    Raises TypeError for other kinds of patterns.
     """
     if isinstance(pattern, Outliers):
         return [dataclasses.replace(pattern, base=base) for base in _other_n(pattern.base, reach)]
@@ -35,7 +35,7 @@ def _other_n(pattern: NM, reach: float) -> list[NM]:
 
 
 def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, reach: float, points: float) -> None:
-    """Raises ValueError where within this reach no layer could get another pattern than the one asked for."""
+    """Raises Mistake if no layer could get another pattern within this reach."""
     base = pattern.base if isinstance(pattern, Outliers) else pattern
     if isinstance(base, Unstructured):
         if reach < points / 100 - ROUNDING:
@@ -46,8 +46,8 @@ def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, r
         return
     if not isinstance(base, NM):
         raise Mistake(
-            f"allocation={option} chooses n of n:m, or how many per cent of each row go, and {pattern} is neither: use "
-            "a pattern such as 8:16 or 60%, or allocation=uniform"
+            f"allocation={option} chooses n of n:m, or the percentage removed from each row, and {pattern} has "
+            "neither: use a pattern such as 8:16 or 60%, or allocation=uniform"
         )
     if reach < 1 / base.m - ROUNDING:
         finer = base
@@ -59,6 +59,6 @@ def refuse_what_cannot_change(option: str, pattern: Pattern, spread: float, *, r
         )
     if base.n in (1, base.m - 1):
         raise Mistake(
-            f"allocation={option} cannot change {pattern}: what one layer gains another must lose, and an n of 0 or "
-            f"{base.m} is not to be had; use {2 * base.n}:{2 * base.m}, or allocation=uniform"
+            f"allocation={option} cannot change {pattern}: what one layer gains another must lose, and n cannot be 0 "
+            f"or {base.m}; use {2 * base.n}:{2 * base.m}, or allocation=uniform"
         )

@@ -1,4 +1,4 @@
-"""Metrics: what a weight is worth. Pure functions of a weight matrix and its input's statistics.
+"""Metrics: score weights, as pure functions of a weight matrix and its input's statistics.
 
 A metric is one file, one dataclass and one line in esparse/cli/registry.py. Files in this folder import torch only
 inside their methods, so that the command line answers before torch is loaded.
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Metric(ABC):
-    """Scores the weights of one matrix; in each of a pattern's groups the highest scores survive."""
+    """Base class of metrics: scores a matrix's weights; the highest scores of each group of the pattern are kept."""
 
     def collects(self) -> dict[str, Factory]:
-        """The statistics of the layer's input that `score` will look up in `stats`, by name; none by default."""
+        """The input statistics that `score` finds in `stats`, by name; default: none."""
         return {}
 
     def gradients(self) -> str:
-        """none | block | model: of what loss `stats["gradient"]` shall hold the gradients (pruning/gradients.py)."""
+        """The loss whose gradients `stats["gradient"]` holds: none | block | model (pruning/gradients.py)."""
         return "none"
 
     @abstractmethod
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
-        """The score of every weight (float32, outputs x inputs), never negative."""
+        """The scores of all weights (float32, outputs x inputs), never negative."""

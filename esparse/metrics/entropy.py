@@ -1,10 +1,10 @@
-"""E-Sparse's metric (Li et al. 2023, arXiv 2310.15929): information richness beside the norm.
+"""E-Sparse's metric (Li et al. 2023, arXiv 2310.15929): the channel's entropy plus its norm, times |w|.
 
-The paper gives K = 100 bins; alpha, the base of the logarithm, the bins' range and the norm's convention are not known
-for certain. Here: natural logarithm, and the rest are settings. The norm's convention is part of the method: an
-entropy is at most ln K = 4.6, and beside a norm summed over all tokens it would vanish.
+The paper gives K = 100 bins, but not for certain alpha, the base of the logarithm, the bins' range and the norm's
+convention. Here the logarithm is natural, and the others are settings. The norm's convention is part of the method: an
+entropy is at most ln K = 4.6, and vanishes beside a norm summed over all tokens.
 
-Other measures of the weight itself may stand in place of |w|: mixtures with RIA and NoWag.
+Other measures of the weight can replace |w|, which gives mixtures with RIA and NoWag.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Entropy(Metric):
-    """|w|, or what stands in its place, times (entropy of the channel + alpha times its norm)."""
+    """|w|, or its replacement `base`, times (entropy of the channel + alpha times its norm)."""
 
     base: str  # in place of |w|: magnitude (|w| itself) | ria (relative importance) | nowag (normalised, absolute)
     alpha: float  # weight of the norm beside the entropy

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Fisher(Metric):
-    """w^2 E[g^2], the mean being over sequences: w^2 h / 2 estimates by how much the loss rises without the weight.
+    """w^2 E[g^2], with the mean over sequences: w^2 h / 2 estimates the rise of the loss without the weight.
 
-    The Fisher information E[g^2] stands for the curvature h; the factor of 1/2 cannot change a ranking.
+    The Fisher information E[g^2] replaces the curvature h; the factor 1/2 does not change a ranking.
     """
 
     source: str  # of the gradient: model (of the loss) | block (of the norm of the block's output)

@@ -1,9 +1,9 @@
-"""Gradients beside the norm: GBLM (Das et al. 2023, arXiv 2311.04902) and Wanda++ (Yang et al. 2025, 2503.04992).
+"""Wanda's norm plus gradients: GBLM (Das et al. 2023, arXiv 2311.04902), Wanda++ (Yang et al. 2025, 2503.04992).
 
-Both add a multiple of the weight's gradient to Wanda's norm. GBLM's is that of the language model's loss, Wanda++'s
-that of the l2 norm of the block's output ("regional"). ||g|| is here the root of the mean over sequences of the
-squared gradient, as in Wanda++. GBLM's code takes the root of their sum: its alpha of 100 is 100 * sqrt(sequences)
-here, 1131 for 128 sequences.
+Both add a multiple of the weight's gradient to Wanda's norm: GBLM the gradient of the language model's loss, Wanda++
+that of the l2 norm of the block's output ("regional"). ||g|| is here the root of the mean over sequences of the squared
+gradient, as in Wanda++. GBLM's code takes the root of the sum: its alpha of 100 is 100 * sqrt(sequences) here, 1131
+for 128 sequences.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Gradient(Metric):
 
 
 def check_source(source: str) -> None:
-    """Raises ValueError where `source` names no gradient that there is."""
+    """Raises Mistake for an unknown `source`."""
     if source not in ("model", "block"):
         raise Mistake(f"metric.source must be one of model, block, got {source!r}")
 
 
 def mean_square_gradient(weight_OI: Tensor, stats: LayerStats) -> Tensor:
-    """E[g^2] over sequences, where the weight is: the squares of a whole model wait on the host."""
+    """E[g^2] over sequences, on the weight's device (the squares of a whole model are on the host)."""
     mean_square_OI: Tensor = stats["gradient"].mean_square_OI
     return mean_square_OI.to(weight_OI.device)

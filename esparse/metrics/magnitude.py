@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Magnitude(Metric):
-    """|w|: looks at no data."""
+    """|w|; uses no data."""
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         return weight_OI.abs()

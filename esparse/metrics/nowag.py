@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class NoWag(Metric):
-    """Wbar_ij^2 E[x_j^2], where W is divided by its columns' l2 norms first and by its rows' then."""
+    """Wbar_ij^2 E[x_j^2]; Wbar is W divided by its columns' l2 norms, then by its rows' norms."""
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import ColumnNorm
@@ -27,6 +27,6 @@ class NoWag(Metric):
 
 
 def normalised(weight_OI: Tensor) -> Tensor:
-    """Wbar: the weights divided by their columns' l2 norms, what comes of it by its rows'; 0 where all of one are 0."""
+    """Wbar: the weights divided by their columns' l2 norms, then by their rows'; 0 in rows and columns of zeros."""
     by_column_OI = weight_OI / weight_OI.norm(dim=0, keepdim=True).clamp_min(1e-30)
     return by_column_OI / by_column_OI.norm(dim=1, keepdim=True).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""Random scores: the control that every metric has to beat."""
+"""Random scores: the control that every metric must beat."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Random(Metric):
-    """Uniform scores, decided by the seed and the layer's name alone."""
+    """Uniform scores that depend only on the seed and the layer's name."""
 
     seed: int  # of the scores
 
     def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         import torch
 
-        # A CPU generator looks at 32 bits of its seed only, so both go through one hash.
+        # A CPU generator uses only 32 bits of its seed, so both go through one hash.
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {stats.name}".encode()))
         return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)

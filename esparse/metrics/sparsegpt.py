@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class SparseGpt(Metric):
-    """w^2 / [H^-1]_jj with H the damped Gram matrix: the layer error that pruning this weight alone would leave.
+    """w^2 / [H^-1]_jj with H the damped Gram matrix: the layer error after pruning only this weight.
 
-    Taken once, from the dense weights. `update=sparsegpt`, which `metric=sparsegpt` implies, takes it anew for every
-    group from the weights repaired so far, and then only the shuffle sees these scores.
+    Computed once, from the dense weights. `update=sparsegpt`, which `metric=sparsegpt` implies, recomputes scores for
+    every group from the repaired weights, and then only the shuffle uses the scores here.
     """
 
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean

@@ -1,1 +1,1 @@
-"""Several processes and several cores at work on one run."""
+"""Runs one run on several processes (ranks) and on several CPU cores."""

@@ -1,4 +1,4 @@
-"""The cores of a CPU, each at work on its own part: small operations would otherwise wait for each other every time."""
+"""Runs independent small tasks on one CPU thread each; threading every small operation costs a barrier each time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 
 class _Callers:
-    """The threads of the process that are inside `each_core`, each with the number of threads that it had before.
+    """The threads inside `each_core`, each with torch's number of threads for it before.
 
-    torch keeps that number for every thread, and one more for threads that never asked: a second caller would take
-    the first one's 1 for its own, and leave the process with it.
+    torch stores that number per thread, and one more as the default of new threads: a second caller would save the
+    first one's 1 as its own number, and restore that for the whole process.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ _callers = _Callers()
 
 @contextmanager
 def each_core() -> Iterator[ThreadPoolExecutor]:
-    """A pool of as many threads as torch uses; inside, torch runs each operation in the thread that calls it.
+    """A pool with as many threads as torch uses; while open, torch runs each operation in its caller's thread.
 
-    Several threads may be inside at once.
+    Several threads may enter at the same time.
     """
     me = threading.get_ident()
     if me in _callers.before:  # inside already
@@ -44,7 +44,7 @@ def each_core() -> Iterator[ThreadPoolExecutor]:
             _callers.usual = own
         before = _callers.before[me] = own if own > 1 else _callers.usual
         torch.set_num_threads(1)
-        pool = _pool(before)  # its threads begin now, so that each has a torch thread to itself
+        pool = _pool(before)  # starts its threads now, with one torch thread each
     try:
         yield pool
     finally:
@@ -55,12 +55,12 @@ def each_core() -> Iterator[ThreadPoolExecutor]:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Always the same threads: the memory that they let go of waits for their next tensors, page by page in place."""
+    """The pool is reused so that each thread's freed memory is still mapped for its next tensors."""
     pool = ThreadPoolExecutor(threads, "esparse-core")
     all_there = threading.Barrier(threads)
 
     def begin(_: int) -> None:
-        torch.get_num_threads()  # from now on this thread has the number of now
+        torch.get_num_threads()  # fixes this thread's number of torch threads
         all_there.wait()
 
     list(pool.map(begin, range(threads)))
@@ -68,7 +68,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _begin_anew() -> None:
-    """In a forked process, which has the pool but not its threads, and none of the other callers."""
+    """Resets the state in a forked process, which inherits the pool without its threads and none of the callers."""
     global _callers
     _pool.cache_clear()
     _callers = _Callers()

@@ -1,10 +1,10 @@
-"""Several processes that carry out one run together, each on its own device with its own share of the sequences.
+"""Ranks: processes that carry out one run together, each on its own device with its share of the sequences.
 
-Every rank runs the same program. What it summed up over its share becomes, by a `Ranks`, what all of them saw; from
-there on each computes the same. The first rank alone writes files. The process that asked for all this only watches:
-it holds no device and takes part in nothing, so that it can end the ranks whatever state they are in.
+Every rank runs the same program. A `Ranks` object combines the ranks' statistics, and from there on all ranks compute
+the same. Only the first rank writes files. The parent process only watches: it uses no GPU and runs no collectives, so
+that it can end the ranks in any state.
 
-Shapes: S what is dealt out (sequences, windows), N the rest.
+Shapes: S sequences or windows that are shared, N all other dimensions.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-VALUES_AT_ONCE = 2**24  # of a float32 tensor that is summed in float64
-START = "spawn"  # not a fork: a process that looked at its GPUs cannot be forked into one that uses them
-GRACE = 5.0  # seconds that the other ranks have to end by themselves once one has failed
+VALUES_AT_ONCE = 2**24  # values of a float32 tensor that are summed in float64 at a time
+START = "spawn"  # a forked child cannot use GPUs if its parent has initialised CUDA
+GRACE = 5.0  # seconds for the other ranks to end by themselves after one has failed
 
 
 class Ranks:
-    """The process that runs alone: what it has is what all have."""
+    """The only process of a run; every collective operation returns its argument."""
 
     rank = 0
     size = 1
@@ -48,11 +48,11 @@ class Ranks:
         return self.rank == 0
 
     def before(self, count: int) -> int:
-        """Of so many things that are dealt out in a row, how many the ranks before this one have."""
+        """The number of items that the ranks before this one get if `count` consecutive items are shared."""
         return self.rank * (count // self.size) + min(self.rank, count % self.size)
 
     def share(self, x_SN: Tensor) -> Tensor:
-        """This rank's rows: of no rank more than one above another's, maybe none."""
+        """This rank's rows; the ranks' numbers of rows differ by at most one, and may be 0."""
         return x_SN.tensor_split(self.size)[self.rank]
 
     def gather(self, value: T) -> list[T]:
@@ -60,38 +60,38 @@ class Ranks:
         return [value]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank; it is not called on another."""
+        """The result of `make` on the first rank, which alone calls it."""
         return make()
 
     def joined(self, x_SN: Tensor) -> Tensor:
-        """The rows of all ranks, those of the first rank first."""
+        """The rows of all ranks, in the order of the ranks."""
         return x_SN
 
     def sum_(self, x: Tensor) -> None:
         """Replaces x by its sum over the ranks, taken in float64 or in integers."""
 
     def min_(self, x: Tensor) -> None:
-        """Replaces x by the least value that any rank has, entry by entry."""
+        """Replaces x by its minimum over the ranks, entry by entry."""
 
     def max_(self, x: Tensor) -> None:
-        """Replaces x by the greatest value that any rank has, entry by entry."""
+        """Replaces x by its maximum over the ranks, entry by entry."""
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Gives the tensors the values that they have on the first rank, bit by bit."""
+        """Replaces the tensors' values by the first rank's, bit by bit."""
 
     def wait(self) -> None:
-        """Returns once every rank is here."""
+        """Waits until every rank has called it."""
 
 
 class RankLost(RuntimeError):
-    """Another rank does not answer: it failed, and its own error says why."""
+    """Raised if another rank does not answer; that rank's own error gives the reason."""
 
 
 class DistributedRanks(Ranks):
-    """One of several ranks: torch.distributed, with gloo for what is on the CPU and NCCL for what is on a GPU."""
+    """One of several ranks, by torch.distributed: gloo for CPU tensors and NCCL for GPU tensors."""
 
     def __init__(self, rank: int, devices: Sequence[torch.device], meeting: str) -> None:
-        """`meeting`: the path of a file, not yet there, by which the ranks find each other."""
+        """`meeting`: path of a file that does not exist yet, by which the ranks find each other."""
         self.rank, self.size = rank, len(devices)
         with _listening():
             on_gpu = devices[rank].type == "cuda"
@@ -102,7 +102,7 @@ class DistributedRanks(Ranks):
                 init_method=f"file://{meeting}",
                 rank=rank,
                 world_size=self.size,
-                timeout=timedelta(days=1),  # the first rank may write for long; one that fails is noticed elsewhere
+                timeout=timedelta(days=1),  # the first rank may write for long; failures are noticed elsewhere
             )
 
     def gather(self, value: T) -> list[T]:
@@ -118,7 +118,7 @@ class DistributedRanks(Ranks):
         return value[0]  # type: ignore[return-value]
 
     def joined(self, x_SN: Tensor) -> Tensor:
-        # A rank without rows need not know their type.
+        # A rank without rows may not know their dtype.
         sizes = self.gather((len(x_SN), x_SN.dtype))
         dtype = next((dtype for rows, dtype in sizes if rows), x_SN.dtype)
         most = max(rows for rows, _ in sizes)
@@ -158,7 +158,7 @@ class DistributedRanks(Ranks):
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """The memory of x; not every backend knows every type."""
+    """The memory of x as bytes, because backends do not support all dtypes."""
     return x.view(-1).view(torch.uint8)
 
 
@@ -172,10 +172,10 @@ def _listening() -> Iterator[None]:
 
 
 def together(devices: Sequence[torch.device], work: Callable[..., T], *args: Any) -> T:
-    """Calls `work(ranks, *args)` in a process for each device; what it returns on the first rank.
+    """Calls `work(ranks, *args)` in one process per device; returns the first rank's result.
 
-    Raises what the first rank to fail raised (with the rank's traceback as a note), ChildProcessError where one was
-    killed. No process is left then, nor when this one is interrupted or killed.
+    Raises the exception of the first rank that failed (with its traceback as a note), or ChildProcessError if a rank
+    was killed. All processes are ended then, and also if this process is interrupted or killed.
     """
     context: Any = multiprocessing.get_context(START)
     processes: list[BaseProcess] = []
@@ -187,7 +187,7 @@ def together(devices: Sequence[torch.device], work: Callable[..., T], *args: Any
                 arguments = (rank, devices, os.path.join(folder, "meeting"), writer, pickle.dumps((work, args)))
                 processes.append(context.Process(target=_member, args=arguments))
                 processes[-1].start()
-                writer.close()  # so that the pipe ends where the process does
+                writer.close()  # so that the pipe closes when the process ends
                 readers.append(reader)
             return _outcome(processes, readers)
         finally:
@@ -223,7 +223,7 @@ def _outcome(processes: Sequence[BaseProcess], readers: Sequence[Connection]) ->
             reader.close()
             deadline = deadline or time.monotonic() + GRACE
     if failures:
-        # A rank that lost another one says nothing about the reason.
+        # The error of a rank that lost another one does not give the reason.
         raise next((error for error in failures if not isinstance(error, RankLost)), failures[0])
     return results[0]
 
@@ -247,9 +247,9 @@ def _member(
     writer: Connection,
     job: bytes,
 ) -> None:
-    """The whole life of one rank's process.
+    """The main function of one rank's process.
 
-    What comes in and goes out is pickled here: multiprocessing would pass tensors on as memory of this process.
+    Arguments and results are pickled here, because multiprocessing would pass tensors as shared memory of this process.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if sys.platform == "linux":  # all ranks are on this machine, whatever its name resolves to
@@ -262,15 +262,15 @@ def _member(
         ranks.wait()
         writer.send_bytes(pickle.dumps((result if ranks.leads else None, None, None)))
         dist.destroy_process_group()
-    except BaseException as error:  # an interruption, too: the process that watches says what is to be said
+    except BaseException as error:  # also an interruption: the parent process reports it
         writer.send_bytes(pickle.dumps((None, _portable(error), traceback.format_exc())))
 
 
 def _portable(error: BaseException) -> Exception:
-    """The error, or one that says the same where it cannot be passed on to another process."""
+    """The error, or one with the same message if the error cannot be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # its constructor is called with what it passed on, and may raise anything
+    except Exception:  # unpickling calls the error's constructor, which may raise anything
         copy = None
     return copy if isinstance(copy, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 

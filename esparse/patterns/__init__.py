@@ -1,7 +1,7 @@
-"""Sparsity patterns: which weights may survive together. The only place that knows groups of m.
+"""Sparsity patterns: rules for which weights may be kept together. The only place that knows groups of m.
 
-Polarity: a boolean mask is always called `keep`; True means the weight survives. In `n:m`, n weights survive.
-Ties: of equal scores the one with the lowest index survives.
+Polarity: a boolean mask is always called `keep`; True means the weight is kept. In `n:m`, n weights of m are kept.
+Ties: of equal scores the lowest index is kept.
 """
 
 from esparse.patterns.nm import NM, Pattern

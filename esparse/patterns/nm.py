@@ -1,6 +1,6 @@
-"""What every pattern can do, and the pattern of groups, n:m.
+"""The base class of patterns, and the pattern of groups, n:m.
 
-Shapes: O outputs, I inputs, G groups, M = m weights of one group, that compete with each other.
+Shapes: O outputs, I inputs, G groups, M = m competing weights of a group.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Pattern(ABC):
-    """A rule that says how many weights of which sets survive; by default a row is cut into no groups."""
+    """A rule for how many weights of which sets are kept; by default rows are not cut into groups."""
 
     @abstractmethod
     def keep_top(self, scores_OI: Tensor) -> Tensor:
-        """The highest scores that the pattern lets survive: a boolean keep mask of the same shape."""
+        """The keep mask (bool, same shape) of the highest scores that the pattern allows."""
 
     @abstractmethod
     def holds(self, keep_OI: Tensor) -> bool:
@@ -27,50 +27,50 @@ class Pattern(ABC):
 
     @abstractmethod
     def metadata_bits(self, outputs: int, inputs: int) -> int:
-        """Bits that say which weights of one matrix survive, every group in the fewest bits that tell its choices.
+        """The bits that record which weights of a matrix are kept, with the fewest bits per group.
 
-        Without groups a flag per weight, or per column, row or block. What a kernel's format takes may be more.
+        Patterns without groups take one bit per weight, or per column, row or block. A kernel's format may take more.
         """
 
     def cuts(self, inputs: int) -> list[slice]:
-        """The inputs of each set that `keep_top` can choose by itself, in order, a shorter last one included."""
+        """The inputs of each set that `keep_top` chooses independently, in order, including a shorter last set."""
         return [slice(0, inputs)]
 
     def sweep_cuts(self, inputs: int, block: int) -> list[slice]:
-        """The inputs of each set that a sweep over the columns, in blocks of so many, chooses when it is there."""
+        """The inputs of each set that a column sweep in blocks of `block` columns chooses at one time."""
         return self.cuts(inputs)
 
     def keep_of_sweep(self, scores_OC: Tensor) -> Tensor:
-        """What survives of the columns of one such set."""
+        """The keep mask of one such set's columns."""
         return self.keep_top(scores_OC)
 
     def shuffled_groups(self, inputs: int) -> NM | None:
-        """The n:m whose groups a shuffle of so many channels forms; None where there is no whole group."""
+        """The n:m whose groups a shuffle of `inputs` channels forms; None if there is no whole group."""
         return None
 
     def parts(self) -> tuple[NM, ...]:
-        """The n:m that the pattern is the sum of, each of which can be stored by itself; none where there are none."""
+        """The n:m patterns that add up to this pattern and can be stored separately; empty for patterns without n:m."""
         return ()
 
     def split(self, keep_OI: Tensor) -> list[Tensor]:
-        """A mask that holds the pattern as one for each of `parts`, which between them keep all that it keeps.
+        """Splits a mask that holds the pattern into one mask for each of `parts`, whose union covers it.
 
-        Each keeps exactly as many as may survive of each of its groups: pruned weights, too, where there are too few.
+        Each of them keeps exactly the allowed number in each group, and includes pruned weights if there are too few.
         """
         return []
 
     @property
     def swap_width(self) -> int | None:
-        """Within groups of so many inputs a kept and a pruned weight may change places; None where there are none."""
+        """The width of groups in which a kept and a pruned weight may be exchanged; None if there are no groups."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class NM(Pattern):
-    """Of every `m` consecutive inputs of a row, `n` weights survive.
+    """Keeps `n` weights of every `m` consecutive inputs of a row.
 
-    A width that `m` does not divide ends in one shorter group of r weights, of which ceil(r * n / m) survive: the
-    tail never loses more than its share. Hardware kernels refuse such widths; quality can still be measured.
+    If `m` does not divide the width, a row ends in a shorter group (the tail) of r weights, of which ceil(r * n / m)
+    are kept, so the tail never loses more than its share. Hardware kernels refuse such widths; quality can be measured.
     """
 
     n: int
@@ -93,7 +93,7 @@ class NM(Pattern):
         return not self.excess(keep_OI).any()
 
     def excess(self, counts_OI: Tensor) -> Tensor:
-        """By how much each group's sum is above what may survive of it (O x G, a shorter last group included)."""
+        """The excess of each group's sum over the allowed number (O x G, including a shorter last group)."""
         return (self._counts(counts_OI) - self._allowed(counts_OI)).clamp_(min=0)
 
     def _counts(self, counts_OI: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class NM(Pattern):
         if self.m > 32:
             return groups_OGM.sum(-1)
         sum_OG = groups_OGM[..., 0].to(torch.int32)
-        for place in range(1, self.m):  # several times as fast as a sum over so short a dimension
+        for place in range(1, self.m):  # several times faster than a sum over such a short dimension
             sum_OG += groups_OGM[..., place]
         return sum_OG
 
@@ -118,7 +118,7 @@ class NM(Pattern):
         return outputs * (groups * _bits(self.n, self.m) + _bits(self._tail_kept(tail), tail))
 
     def grouped_inputs(self, inputs: int) -> int:
-        """How many of a row's leading inputs stand in whole groups, so that a shuffle can move them between groups."""
+        """The number of a row's inputs in whole groups, which a shuffle can move between groups."""
         return inputs - inputs % self.m
 
     def cuts(self, inputs: int) -> list[slice]:
@@ -134,22 +134,22 @@ class NM(Pattern):
         return [self.exactly(keep_OI)]
 
     def kept_per_row(self, inputs: int) -> int:
-        """How many weights of a row survive."""
+        """The number of kept weights of a row."""
         return sum(count * n for count, n, _ in self.groups(inputs))
 
     def groups(self, inputs: int) -> list[tuple[int, int, int]]:
-        """How many groups a row is cut into, how many weights of each survive, and of how many: whole ones, the tail.
+        """(number of groups, kept weights, weights) of a row's whole groups and of its tail.
 
-        Without those that a row has none of.
+        Leaves out whichever a row does not have.
         """
         count, tail = divmod(inputs, self.m)
         cut = [(count, self.n, self.m), (1, self._tail_kept(tail), tail)]
         return [(count, n, m) for count, n, m in cut if count * m]
 
     def exactly(self, keep_OI: Tensor) -> Tensor:
-        """A mask that keeps of every group exactly as many as may survive.
+        """A mask that keeps exactly the allowed number in every group.
 
-        Of too many kept weights those with the lowest index, and where there are too few, pruned weights likewise.
+        Of too many kept weights it keeps the lowest indices; if there are too few, it adds the lowest pruned ones.
         """
         import torch
 
@@ -175,14 +175,14 @@ class NM(Pattern):
 
 
 def top(scores_M: Tensor, n: int) -> Tensor:
-    """Keeps the `n` highest of the last dimension, the lowest index first among equals."""
+    """The keep mask of the `n` highest values of the last dimension; ties go to the lowest index."""
     import torch
 
     m = scores_M.shape[-1]
     if m > 16:
         order = scores_M.argsort(dim=-1, descending=True, stable=True)[..., :n]
         return torch.zeros_like(scores_M, dtype=torch.bool).scatter_(-1, order, True)
-    # All pairs are compared: for the usual small groups 2 to 5 times faster than sorting.
+    # Compares all pairs: for the usual small groups 2 to 5 times faster than sorting.
     columns = scores_M.movedim(-1, 0).contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.int8, device=columns.device)
     for left in range(m):
@@ -194,7 +194,7 @@ def top(scores_M: Tensor, n: int) -> Tensor:
 
 
 def filled(x_OI: Tensor, size: int) -> Tensor:
-    """The rows, ended with zeros so that `size` divides their length."""
+    """The rows, padded with zeros so that `size` divides their length."""
     from torch.nn.functional import pad
 
     missing = -x_OI.shape[-1] % size

@@ -1,4 +1,4 @@
-"""A pattern whose groups are cut in another order of the channels.
+"""Patterns whose groups are cut in another order of the channels.
 
 Shapes: O outputs, I inputs.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_order(order_I: Tensor, inputs: int) -> None:
-    """Raises ValueError if this is no order of so many channels; one from a file may be anything."""
+    """Raises ValueError if a tensor, for instance from a file, is not an order of this many channels."""
     import torch
 
     if order_I.ndim != 1 or not torch.equal(order_I.long().sort().values, torch.arange(inputs, device=order_I.device)):
@@ -28,7 +28,7 @@ def check_order(order_I: Tensor, inputs: int) -> None:
 class Grouping:
     """A pattern whose groups are cut in an order of the channels; masks and scores stay in the channels' own order.
 
-    `order_I[k]` is the channel that stands at place k; None is the channels' own order.
+    `order_I[k]` is the channel at place k; None is the channels' own order.
     """
 
     pattern: Pattern
@@ -43,7 +43,7 @@ class Grouping:
         return self.pattern.holds(self.ordered(keep_OI))
 
     def ordered(self, x_OI: Tensor) -> Tensor:
-        """The columns as they stand when the groups are cut."""
+        """The columns in group order."""
         return x_OI if self.order_I is None else x_OI[:, self.order_I]
 
     def restored(self, x_OI: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""n:m beside outliers.
+"""n:m with outliers: some more weights of long groups are kept beside the n:m pattern.
 
 Shapes: O outputs, I inputs.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outliers(Pattern):
-    """`base` keeps the n best of each group, and of all others the best of long groups (`outliers`) survive as well.
+    """Keeps the n best weights of each group of `base`, and of the others the k best of each long group of `outliers`.
 
-    Structured outliers come from Maximov et al. 2025 (arXiv 2507.03052), where 4, 8 or 16 of 256 stand beside
-    2:4 or 8:16. Whether an outlier there takes one of its group's n places is not known to us. Here the places
-    go first, and what they cannot hold is recovered: of all masks that the two formats can store together, that is the
-    one with the highest scores, and a share of n/m + k/K survives. `outliers.m` is a multiple of `base.m`, both are
-    cut in one order, and both have tails as in `NM`.
+    Structured outliers come from Maximov et al. 2025 (arXiv 2507.03052): 4, 8 or 16 of 256 beside 2:4 or 8:16. We do
+    not know whether an outlier there takes one of its group's n places. Here the n places are filled first, and the
+    outliers come from the rest: of all masks that the two formats can store together, this one has the highest scores,
+    and it keeps a share of n/m + k/K. `outliers.m` is a multiple of `base.m`, both are cut in the same order, and both
+    have tails as in `NM`.
     """
 
     base: NM
@@ -34,13 +34,13 @@ class Outliers(Pattern):
 
     def keep_top(self, scores_OI: Tensor) -> Tensor:
         placed_OI = self.base.keep_top(scores_OI)
-        # Where fewer than k others are left, the outliers take weights again that survive, which changes nothing.
+        # If fewer than k others are left, the outliers include weights that are kept already, which changes nothing.
         return placed_OI | self.outliers.keep_top(scores_OI.masked_fill(placed_OI, -math.inf))
 
     def holds(self, keep_OI: Tensor) -> bool:
         import torch
 
-        # What a group keeps beyond its n must be outliers; the sum of that is written at the group's first input.
+        # Weights that a group keeps beyond its n must be outliers; their number is written at the group's first input.
         beyond_OI = torch.zeros_like(keep_OI, dtype=torch.int32)
         beyond_OI[..., :: self.base.m] = self.base.excess(keep_OI).int()
         return not self.outliers.excess(beyond_OI).any()
@@ -59,9 +59,9 @@ class Outliers(Pattern):
         return [placed_OI, self.outliers.exactly(keep_OI & ~placed_OI)]
 
     def shuffled_groups(self, inputs: int) -> NM | None:
-        """That of the base: what its groups can hold need not be recovered."""
+        """The base's groups: a shuffle that fills them better needs fewer outliers."""
         return self.base.shuffled_groups(inputs)
 
     @property
     def swap_width(self) -> int:
-        return self.base.m  # a swap keeps the count of its group, and with it what is beyond n
+        return self.base.m  # a swap does not change the number of weights beyond n

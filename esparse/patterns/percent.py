@@ -1,4 +1,4 @@
-"""Patterns that remove a share in per cent: unstructured, and the structured ones it is compared with.
+"""Patterns that remove a percentage: unstructured, and structured ones for comparison.
 
 Shapes: O outputs, I inputs, S strips of rows, B blocks of one strip.
 """
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unstructured(Pattern):
-    """Of every row, `removed_percent` per cent of the weights go (rounded down), wherever they stand.
+    """Removes `removed_percent` per cent (rounded down) of every row's weights, in any places.
 
-    SparseGPT's sweep chooses them otherwise, as its authors do: of each block of columns that many per cent over all
-    rows, the one on the border included. So the pattern holds where a matrix keeps no more than all rows together may.
+    SparseGPT's sweep chooses differently, as its authors do: that percentage of each block of columns over all rows,
+    including the weight on the border. Therefore the pattern holds if a matrix keeps no more than all rows together
+    may.
     """
 
     removed_percent: float
@@ -35,7 +36,7 @@ class Unstructured(Pattern):
         return [slice(start, min(start + block, inputs)) for start in range(0, inputs, block)]
 
     def keep_of_sweep(self, scores_OC: Tensor) -> Tensor:
-        # Of SparseGPT's code: the scores in order, what is not above the one at place int(share * number) goes.
+        # As in SparseGPT's code: removes all scores up to the one at place int(share * number) of the sorted scores.
         border = scores_OC.numel() - _left(scores_OC.numel(), self.removed_percent)
         return scores_OC > scores_OC.flatten().kthvalue(border + 1).values
 
@@ -48,7 +49,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True, slots=True)
 class Columns(Pattern):
-    """Of a matrix's inputs, the `removed_percent` per cent (rounded down) with the lowest mean score go whole."""
+    """Removes whole columns: `removed_percent` per cent (rounded down) of the inputs, of the lowest mean scores."""
 
     removed_percent: float
 
@@ -58,7 +59,7 @@ class Columns(Pattern):
     def keep_top(self, scores_OI: Tensor) -> Tensor:
         import torch
 
-        # float64: the choice should not depend on the order in which a device adds up.
+        # float64, so that the choice does not depend on a device's order of summation.
         keep_I = top(scores_OI.mean(0, dtype=torch.float64), _left(scores_OI.shape[1], self.removed_percent))
         return keep_I.repeat(len(scores_OI), 1)
 
@@ -71,7 +72,7 @@ class Columns(Pattern):
 
 @dataclass(frozen=True, slots=True)
 class Rows(Pattern):
-    """Of a matrix's outputs, the `removed_percent` per cent (rounded down) with the lowest mean score go whole."""
+    """Removes whole rows: `removed_percent` per cent (rounded down) of the outputs, of the lowest mean scores."""
 
     removed_percent: float
 
@@ -93,10 +94,10 @@ class Rows(Pattern):
 
 @dataclass(frozen=True, slots=True)
 class Tiles(Pattern):
-    """Of the blocks of each strip of `height` outputs, `removed_percent` per cent (rounded down) go whole.
+    """Removes whole tiles: `removed_percent` per cent (rounded down) of the tiles of each strip of `height` outputs.
 
-    A block is `width` inputs wide. The blocks with the lowest mean score go: at the lower and the right edge, where a
-    matrix may end inside a block, blocks are smaller, and a sum would put them last.
+    A tile is `width` inputs wide. Tiles with the lowest mean score are removed; a sum would favour the smaller tiles at
+    the lower and the right edge of the matrix.
     """
 
     removed_percent: float
@@ -125,7 +126,7 @@ class Tiles(Pattern):
         return len(_sizes(outputs, self.height)) * len(_sizes(inputs, self.width))
 
     def _blocks(self, x_OI: Tensor) -> Tensor:
-        """Strips x height x blocks x width, zeros where the matrix ends before its last block."""
+        """Strips x height x blocks x width, padded with zeros."""
         filled_OI = filled(filled(x_OI, self.width).T, self.height).T
         return filled_OI.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
 
@@ -135,10 +136,10 @@ def _percent(percent: float) -> str:
 
 
 def _left(count: int, removed_percent: float) -> int:
-    """How many of so many survive where that per cent, rounded down, go."""
+    """The number that remains of `count` after removing this percentage, rounded down."""
     return count - int(count * removed_percent / 100 + 1e-9)
 
 
 def _sizes(length: int, size: int) -> list[int]:
-    """How long the parts are when a length is cut into parts of that size."""
+    """The lengths of the parts if a length is cut into parts of this size."""
     return [min(size, length - start) for start in range(0, length, size)]

@@ -1,4 +1,4 @@
-"""Patterns as people write them."""
+"""Parses patterns as users write them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OUTLIERS_EXPLAINED = "outliers must look like '16:256' (of every 256 consecutive
 
 
 def parse(text: object, outliers: object = None) -> Pattern:
-    """The pattern that texts such as '2:4', '50%', '50%@16x16', or '8:16' with outliers '16:256' name.
+    """Parses texts such as '2:4', '50%', '50%@16x16', or '8:16' with outliers '16:256'.
 
-    Raises ValueError with what was expected otherwise.
+    Raises Mistake that says what was expected.
     """
     pattern = _parse(text)
     if outliers is None:
@@ -42,7 +42,7 @@ def parse(text: object, outliers: object = None) -> Pattern:
 
 
 def from_str(text: str) -> Pattern:
-    """The pattern whose `str` this is."""
+    """The pattern with this `str`."""
     return parse(*text.split("+"))
 
 
@@ -66,7 +66,7 @@ def _parse(text: object) -> Pattern:
 
 
 def _nm(name: str, text: object, explained: str) -> NM | None:
-    """The n:m that a text names, None where it is another text; ValueError for what YAML makes of an unquoted n:m."""
+    """The n:m of a text; None for another text. Raises Mistake for a number, which YAML makes of an unquoted n:m."""
     if not isinstance(text, str) or re.fullmatch(r"\d+(\.\d+)?", text):
         raise Mistake(f"{explained}, got {text!r}: {_meant(name, text)}")
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -79,7 +79,7 @@ def _nm(name: str, text: object, explained: str) -> NM | None:
 
 
 def _meant(name: str, number: object) -> str:
-    """What a bare number stands for: a share whose % is missing, or what YAML makes of n:m, the number 60 n + m."""
+    """A hint about a bare number: a percentage without its %, or YAML's reading of n:m as the number 60 n + m."""
     in_yaml = "in YAML write it in quotes, unquoted 2:4 is the number 124"
     value = float(str(number)) if isinstance(number, str | int | float) and not isinstance(number, bool) else 0.0
     if name != "pattern" or not 0 < value < 100:

@@ -1,4 +1,4 @@
-"""Preparations: what is done to a block before it is scored, without changing what it computes."""
+"""Preparations: rewrite a block's weights before scoring, without changing what the block computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Prepare(ABC):
-    """Rewrites a block's weights so that they prune better; the block's function stays the same."""
+    """Base class of preparations: rewrites a block's weights so that they prune better; its function stays the same."""
 
     @abstractmethod
     def block(self, block: Block) -> None:
@@ -21,7 +21,7 @@ class Prepare(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class NoPreparation(Prepare):
-    """The weights as they are."""
+    """Changes nothing."""
 
     def block(self, block: Block) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Weight equalisation: part of what sets a layer's input channels apart moves from the input into the weights."""
+"""Weight equalisation: moves part of the differences in scale between input channels from the input to the weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esparse")
 
-LIMIT = 1e3  # no scale lies outside 1/LIMIT to LIMIT, so that no weight leaves the range of half precision
+LIMIT = 1e3  # scales are limited to 1/LIMIT ... LIMIT, so that weights stay within the range of half precision
 
 
 @dataclass(kw_only=True, slots=True)
 class Equalise(Prepare):
-    """SmoothQuant's scales (arXiv 2211.10438, eq. 4), with which the 8:16 paper (arXiv 2507.03052) begins.
+    """SmoothQuant's scales (arXiv 2211.10438, eq. 4), the first step of the 8:16 paper (arXiv 2507.03052).
 
-    The columns of all layers that read one tensor are multiplied by max|X_j|^power / max|W_j|^(1 - power), and what
-    makes the tensor is divided by it. Where nothing is found that could be divided, layers stay as they are, and the
-    log says so.
+    The columns of all layers that read one tensor are multiplied by max|X_j|^power / max|W_j|^(1 - power), and the
+    tensor's producer is divided by it. Layers without a known producer are not changed, and the log says so.
     """
 
     # 0 looks at the weights alone, 1 at the inputs alone
@@ -59,7 +58,7 @@ class Equalise(Prepare):
             if (scale_I := self._scale_I(edge, largest, pruned)) is not None:
                 edge.move(scale_I)
 
-        # The last ones first: a matrix's columns are measured once its rows have been divided.
+        # From the block's end on, so that a matrix's rows are divided before its columns are measured.
         for together in edges:
             if not graph.changed(together, divide):
                 left += [group for edge in together for group in edge.groups]
@@ -68,7 +67,7 @@ class Equalise(Prepare):
             log.warning("not equalised, since nothing before them can absorb it: %s", ", ".join(names))
 
     def _scale_I(self, edge: Edge, largest: Mapping[InputGroup, ColumnMax], pruned: set[str]) -> Tensor | None:
-        """What an edge's columns are to be multiplied by; None where no token came or nothing of it is pruned."""
+        """The factors of an edge's columns; None if no token reached it or none of its readers is pruned."""
         import torch
 
         weights = [m.view().abs().amax(dim=0).float() for g in edge.groups for m in g.matrices if m.entry in pruned]

@@ -1,1 +1,1 @@
-"""Pruning a model block by block: what is done to a block, and what a run goes on from."""
+"""Prunes a model block by block, and keeps a journal from which a stopped run continues."""

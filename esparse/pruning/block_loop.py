@@ -1,4 +1,4 @@
-"""The one loop over a model's blocks: whoever wants to look at all of them, or to change them, is a visitor here.
+"""The loop over a model's blocks: a visitor gets every block with its observed inputs, and may change it.
 
 Shapes: S sequences, L tokens of a sequence, T tokens, I inputs.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger("esparse")
 
 @dataclass(slots=True, eq=False)
 class Observed:
-    """An input group of one block, what its tokens summed up to, and the gradients of its weights, where asked for."""
+    """An input group of one block, the statistics of its input, and the gradients of its weights (if asked for)."""
 
     inputs: InputGroup
     statistics: dict[str, Statistic]
@@ -45,13 +45,13 @@ class Observed:
 
 @dataclass(slots=True)
 class BlockLoop:
-    """The loop through the blocks of a model."""
+    """Runs the blocks of a model one after the other and calls a visitor for each."""
 
     blocks: BlockModel
     tokens_SL: Tensor
     skip: Sequence[str]
     stages: Stages
-    of_model: Mapping[str, Tensor] = field(default_factory=dict)  # gradients, where the metric wants the whole model's
+    of_model: Mapping[str, Tensor] = field(default_factory=dict)  # gradients, if the metric needs the whole model's
     _cannot_save: bool = False
 
     def __call__(
@@ -63,14 +63,14 @@ class BlockLoop:
         changes: str | None,
         journal: Journal | None = None,
     ) -> None:
-        """Shows every block, prepared, with what its inputs summed up to, and passes on what it returns afterwards.
+        """Calls `visit` with every prepared block and its observed inputs, then passes its outputs to the next block.
 
-        `changes` begins the names of the files for the blocks as the preparation and the visitor leave them; None:
-        nothing is kept. With a journal, the walk takes up where that ends, and writes down what the visitor returns.
+        `changes`: first part of the names of the files for changed blocks; None: changes are not stored. With a
+        journal, the loop starts after the journal's last block, and writes the visitor's entries into it.
         """
         blocks, ranks, stages = self.blocks, self.blocks.ranks, self.stages
         done = journal.finished if journal else 0
-        if done == len(blocks.blocks):  # only what comes after the walk is left to do
+        if done == len(blocks.blocks):  # all blocks are done; only the steps after the loop are left
             self._adopt(range(done), journal)
             return
         with stages("calibrate"):
@@ -95,8 +95,8 @@ class BlockLoop:
                 entry = visit(block, groups)
                 with stages("calibrate"):
                     if changes is not None:
-                        # All ranks computed the same, but on devices that may round differently. What the first one
-                        # has is written, so that the hidden states of all must come from it.
+                        # All ranks computed the same, but their devices may round differently. The first rank's block
+                        # is written to disk, so all hidden states must come from it.
                         ranks.copy_from_first(block.module.parameters())
                     if not last:
                         activations.advance(index)
@@ -104,11 +104,11 @@ class BlockLoop:
                         dense.go_on(ahead)
             if journal is not None and entry is not None:
                 journal.write(index, entry, stages)
-                if not last and ranks.size == 1:  # of several, each has its share only
+                if not last and ranks.size == 1:  # with several ranks, each has only its share
                     self._snapshot(index + 1, streams, journal)
 
     def _snapshot(self, index: int, streams: Mapping[str, Activations], journal: Journal) -> None:
-        """Writes down what enters a block, if it is time to and it can be written."""
+        """Writes a snapshot of the hidden states in front of a block, if one is due and they can be saved."""
         if not journal.snapshot_due():
             return
         saved = {name: stream.saved() for name, stream in streams.items()}
@@ -117,20 +117,20 @@ class BlockLoop:
             journal.snapshot(index, whole)
         elif not self._cannot_save:
             self._cannot_save = True
-            log.warning("what flows between the blocks cannot be written down: a resumed run computes it anew")
+            log.warning("the values that flow between the blocks cannot be saved: a resumed run computes them anew")
 
     def _restored(self, streams: Mapping[str, Activations], journal: Journal | None) -> int:
-        """Gives the streams the hidden states that an earlier attempt wrote down; the block that they enter."""
+        """Loads the hidden states that an earlier attempt saved; returns the index of the block that they enter."""
         first = 0 if journal is None else journal.snapshot_before()
         if journal is None or not first or self.blocks.ranks.size > 1:
             return 0
         if not all([stream.restore(journal.hidden(name)) for name, stream in streams.items()]):
-            return 0  # another model.batch_tokens cuts other micro-batches
+            return 0  # with another model.batch_tokens the micro-batches differ
         self._adopt(range(first), journal)
         return first
 
     def _pass_on(self, block: Block, method: Method, journal: Journal | None) -> None:
-        """Lets the hidden states through a block that an earlier attempt finished."""
+        """Advances the hidden states through a block that an earlier attempt finished."""
         ahead = None
         if block.dense is not None:
             with self.blocks.resident(block.index):
@@ -151,7 +151,7 @@ class BlockLoop:
 
 
 class InputCache:
-    """Inputs of a block that are looked at twice, from the first look to the second, as far as there is room."""
+    """Keeps a block's inputs from the first pass of the statistics to the second, as far as memory allows."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget  # bytes
@@ -165,7 +165,7 @@ class InputCache:
             self._parts.append((x_TI, x_TI._version, statistic))
 
     def whole(self) -> dict[Statistic, list[Tensor]] | None:
-        """All that was held; None where room was short, or where the block wrote over what it had given to a layer."""
+        """All inputs; None if memory was short, or if the block has overwritten an input of a layer."""
         if self._parts is None or any(x_TI._version != version for x_TI, version, _ in self._parts):
             return None
         inputs: dict[Statistic, list[Tensor]] = {}
@@ -177,9 +177,9 @@ class InputCache:
 def _observe(
     block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], shape_SL: tuple[int, ...]
 ) -> list[Observed]:
-    """The input groups of one block, each with what its tokens summed up to over all ranks.
+    """The input groups of one block, each with its statistics over all ranks' tokens.
 
-    `shape_SL`: of the calibration tokens of all ranks.
+    `shape_SL`: shape of the calibration tokens of all ranks.
     """
     activations, device, ranks = block.activations, block.activations.blocks.device, block.activations.blocks.ranks
     matrices = block.matrices()
@@ -194,11 +194,11 @@ def _observe(
 
     def unite(pass_index: int) -> None:
         united = [statistic for group in matrices.groups for statistic in statistics_of(group).values()]
-        counts = ranks.gather([statistic.tokens for statistic in united])  # of all at once: there may be many experts
+        counts = ranks.gather([statistic.tokens for statistic in united])  # at once, as there may be many experts
         for statistic, *tokens in zip(united, *counts, strict=True):
             statistic.unite(ranks, pass_index, tokens)
 
-    # Processes on the CPU share its memory.
+    # Ranks on the CPU share the host's memory.
     cache = InputCache(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
 
     def read(group: InputGroup, x_TI: Tensor) -> None:
@@ -216,19 +216,19 @@ def _observe(
         activations.observe(block.index)
     replaced = matrices.unite(ranks.gather(matrices.members()))
     for group, own in zip(matrices.groups, replaced, strict=True):
-        if own:  # of several that turned out to read one tensor, some may have been seen without tokens
+        if own:  # of groups that were united into one, some may have seen no tokens
             statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
     unite(0)
     if any(statistic.passes > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
         inputs = cache.whole()
-        if inputs is None:  # there was no room for all inputs, so they are computed once more
+        if inputs is None:  # memory was short, so the inputs are computed once more
             with matrices.observed(read_again):
                 activations.observe(block.index)
         for statistic, parts in (inputs or {}).items():
             statistic.add_all(parts, 1)
         unite(1)
     for name in matrices.complete():
-        log.warning("%s took no part in the forward pass and stays dense", name)
+        log.warning("%s was not used in the forward pass and stays dense", name)
     for group in matrices.groups:
         gram = statistics_of(group).get("gram")
         if isinstance(gram, Gram) and not all_finite(gram.gram_II):

@@ -1,8 +1,8 @@
-"""Gradients of the dense weights on the calibration sequences, for the metrics that want them.
+"""Gradients of the dense weights on the calibration sequences, for metrics that need them.
 
-Both functions give, for every prunable parameter as it is stored, the mean over sequences of the squared gradient
-(float32), and leave the model as it was. A gradient is squared and freed as soon as its matrix has it, so that the
-gradients of a whole model never stand in memory at once.
+Both functions return, for every prunable parameter in its own layout, the mean over sequences of the squared gradient
+(float32), and do not change the model. Each gradient is squared and freed at once, so that the gradients of a whole
+model are never in memory together.
 
 Shapes: S sequences, L tokens of a sequence, V vocabulary.
 """
@@ -24,10 +24,10 @@ from esparse.models.training import requiring_grad
 
 
 def of_block(block: Block) -> dict[str, Tensor]:
-    """Of the l2 norm of the block's output, sequence by sequence: Wanda++'s regional gradients (arXiv 2503.04992).
+    """Gradients of the l2 norm of the block's output, per sequence: Wanda++'s regional gradients (arXiv 2503.04992).
 
-    Costs 4 bytes per weight of one block for the squares, and the block's activations on one sequence. The block's
-    stream must hold one sequence per micro-batch.
+    Takes 4 bytes per weight of one block for the squares, and the block's activations for one sequence. The block's
+    stream must have one sequence per micro-batch.
     """
     parameters = block.matrices().parameters()
     sequences = len(block.activations.hidden)
@@ -39,11 +39,11 @@ def of_block(block: Block) -> dict[str, Tensor]:
 
 
 def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Of the language model's mean loss on each sequence (GBLM, arXiv 2311.04902); the squares lie on the host.
+    """Gradients of the model's mean loss on each sequence (GBLM, arXiv 2311.04902); the squares are on the host.
 
-    Costs the whole model on the device, 4 bytes per prunable weight for the squares, so 13 GB + 26 GB for a 7B model in
-    half precision, and the activations of all blocks on one sequence. Raises ValueError where that does not fit, and
-    where a sequence has no second token to predict.
+    Needs the whole model on the device, 4 bytes per prunable weight for the squares (13 GB + 26 GB for a 7B model in
+    half precision), and the activations of all blocks for one sequence. Raises Mistake if that does not fit, and if
+    sequences have only one token.
     """
     length = tokens_SL.shape[1]
     if length < 2:
@@ -54,7 +54,7 @@ def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) ->
     home = next(blocks.model.parameters()).device
     try:
         model = blocks.model.to(blocks.device)
-        # The loss is summed and the squares divided instead: in float16 the gradients of a mean would underflow.
+        # Sums the loss and divides the squares, because in float16 the gradients of a mean would underflow.
         count = len(tokens_SL) * (length - 1) ** 2
         with requiring_grad(model, parameters.values()), _squared(parameters, count) as squares:
             for tokens_L in tokens_SL.to(blocks.device) if parameters else ():
@@ -63,7 +63,7 @@ def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) ->
     except torch.OutOfMemoryError as error:
         raise Mistake(
             f"the whole model and its squared gradients do not fit on {blocks.device}: use metric.source=block, which "
-            "needs one block"
+            "needs only one block"
         ) from error
     finally:
         blocks.model.to(home)
@@ -72,9 +72,9 @@ def of_model(blocks: BlockModel, tokens_SL: Tensor, skip: Sequence[str] = ()) ->
 
 @contextmanager
 def _squared(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict[str, Tensor]]:
-    """While open, every backward pass adds its squared gradients, divided by `count`, to what this gives.
+    """While open, every backward pass adds its squared gradients, divided by `count`, to the yielded tensors.
 
-    A parameter that a pass did not reach (an expert without tokens) adds nothing.
+    A pass adds nothing for parameters that it did not reach (experts without tokens).
     """
     squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
 

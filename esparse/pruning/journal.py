@@ -1,12 +1,12 @@
-"""What a run leaves on disk block after block, so that it goes on where it was stopped.
+"""The journal of a run: files on disk, block after block, from which a stopped run continues.
 
-In RUN/blocks, each file whole or not there: journal.json (whose run it is), pruned-00003.safetensors (the weights of a
-pruned block, written by the model's store), done-00003.safetensors (its keep masks and orders, and as metadata its
+Files in RUN/blocks, each complete or absent: journal.json (identifies the run), pruned-00003.safetensors (the weights
+of a pruned block, written by the model's store), done-00003.safetensors (its keep masks and orders, and as metadata its
 reports; its presence means that the block is finished), hidden.safetensors (the hidden states in front of some block)
-and dense.safetensors (what was measured on the dense model). Nothing of it is left once result.json is there.
+and dense.safetensors (measurements of the dense model). All are deleted after result.json is written.
 
-What flows between the blocks is by far the largest part of a run's state, and can be computed anew by running the
-finished blocks once more. So it is written only every so many seconds.
+The hidden states are by far the largest part of a run's state, and running the finished blocks again recomputes them,
+so they are written only from time to time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("esparse")
 
 @dataclass(slots=True)
 class Entry:
-    """What pruning one block left beside its weights; `facts` is what fits into JSON, `channels` only of a profile."""
+    """The results of pruning one block, without its weights; `facts` fit into JSON, `channels` come with a profile."""
 
     keeps: Masks
     orders: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Dense:
-    """What was measured on a dense model, and the id of the run that did: a corpus's losses, a task's scores."""
+    """Measurements of a dense model (losses by corpus, scores by task), and the id of the run that made them."""
 
     run: str
     losses: dict[str, Tensor]
@@ -61,18 +61,18 @@ class Journal:
     """
 
     folder: Path
-    snapshot_seconds: float | None  # between two writings of the hidden states; None: never
-    finished: int = 0  # blocks
-    resumed: list[int] = field(default_factory=list)  # the blocks with which later attempts began
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage, of the attempts before this one
-    writes: bool = True  # of several ranks only the first one's does
+    snapshot_seconds: float | None  # time between two snapshots of the hidden states; None: no snapshots
+    finished: int = 0  # number of finished blocks
+    resumed: list[int] = field(default_factory=list)  # the blocks at which later attempts started
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, of earlier attempts
+    writes: bool = True  # False on all ranks but the first
     _written: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, folder: Path, run: Mapping[str, Any], *, snapshot_seconds: float | None) -> Journal:
-        """The journal in this folder, an empty one where there is none or where it is another run's.
+        """Opens the journal in this folder; starts a new one if there is none or if it belongs to another run.
 
-        `run` is all that the state depends on, as JSON has it.
+        `run`: everything that the state depends on, in JSON types.
         """
         journal = cls(folder, snapshot_seconds)
         try:
@@ -84,11 +84,11 @@ class Journal:
             while journal._done(journal.finished).exists() and journal.weights(journal.finished).exists():
                 journal.finished += 1
         elif there:
-            log.info("what %s holds is of another version, model or text: the run begins anew", folder)
+            log.info("%s belongs to another version, model or text: the run begins anew", folder)
         if journal.finished:
             journal.resumed.append(journal.finished)
             journal.seconds = journal.read(journal.finished - 1).facts["seconds"]
-            log.info("an earlier attempt finished %d blocks: the run goes on behind them", journal.finished)
+            log.info("an earlier attempt finished %d blocks: the run continues after them", journal.finished)
         elif not journal._dense.exists() or there.get("run") != run:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,15 +103,15 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def with_earlier(self, stages: Stages) -> dict[str, float]:
-        """Seconds by stage, those of the attempts before this one included."""
+        """Seconds by stage, including earlier attempts."""
         return {s: self.seconds.get(s, 0.0) + stages.seconds.get(s, 0.0) for s in self.seconds | stages.seconds}
 
     def weights(self, index: int) -> Path:
-        """Where the store puts a pruned block."""
+        """The file for the weights of a pruned block."""
         return self.folder / f"pruned-{index:05}.safetensors"
 
     def write(self, index: int, entry: Entry, stages: Stages) -> None:
-        """A block is finished; its weights are on disk already."""
+        """Writes the entry of a finished block, whose weights are on disk already."""
         if not self.writes:
             return
         facts = {"facts": entry.facts | {"seconds": self.with_earlier(stages)}, "shapes": entry.keeps.shapes}
@@ -122,7 +122,7 @@ class Journal:
         write_whole(self._done(index), lambda draft: save_file(tensors, draft, metadata=metadata))
 
     def read(self, index: int) -> Entry:
-        """What `write` was given, and in the facts the seconds by stage until then."""
+        """The entry of a block, with the seconds by stage until then in its facts."""
         with safe_open(self._done(index), framework="pt") as file:
             written = json.loads(file.metadata()["json"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -143,7 +143,7 @@ class Journal:
         return self.snapshot_seconds is not None and time.monotonic() - self._written >= self.snapshot_seconds
 
     def snapshot(self, index: int, streams: Mapping[str, list[Tensor]]) -> None:
-        """Writes what enters this block, by stream, if it is time to."""
+        """Writes the hidden states that enter this block, by stream, if a snapshot is due."""
         if not self.snapshot_due():
             return
         tensors = {f"{name}/{i:06}": t.cpu() for name, hidden in streams.items() for i, t in enumerate(hidden)}
@@ -152,9 +152,9 @@ class Journal:
         self._written = time.monotonic()
 
     def snapshot_before(self) -> int:
-        """The block whose hidden states are on disk; 0 if there are none, or if they entered a block too far ahead.
+        """The block whose hidden states are on disk; 0 if there are none, or if they enter a block too far ahead.
 
-        That block lies ahead if a crash of the machine, or somebody, removed files of finished blocks.
+        The latter happens if a crash, or a user, removed files of finished blocks.
         """
         try:
             with safe_open(self._hidden, framework="pt") as file:
@@ -162,23 +162,23 @@ class Journal:
         except (FileNotFoundError, SafetensorError):
             return 0
         if index > self.finished:
-            log.info("the hidden states on disk entered block %d, but %d blocks are whole", index, self.finished)
+            log.info("the hidden states on disk enter block %d, but only %d blocks are finished", index, self.finished)
             return 0
         return index
 
     def hidden(self, stream: str) -> list[Tensor]:
-        """What was written of one stream."""
+        """The saved hidden states of one stream."""
         with safe_open(self._hidden, framework="pt") as file:
             return [file.get_tensor(n) for n in sorted(file.keys()) if n.startswith(f"{stream}/")]
 
     def write_dense(self, dense: Dense) -> None:
-        """What was measured on the dense model."""
+        """Writes the measurements of the dense model."""
         if self.writes:
             facts = {"json": json.dumps({"run": dense.run, "zeroshot": dense.zeroshot})}
             write_whole(self._dense, lambda draft: save_file(dense.losses, draft, metadata=facts))
 
     def dense(self) -> Dense | None:
-        """What `write_dense` was given; None where it was given nothing."""
+        """The measurements of the dense model; None if they were not written."""
         if not self._dense.exists():
             return None
         with safe_open(self._dense, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""What a run does to a model, as one value."""
+"""The pruning method of a run, as one value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from esparse.updates import NoUpdate, Update
 if TYPE_CHECKING:
     from esparse.stats import Factory
 
-ERROR_TOKENS = 1024  # tokens on which a layer's relative error is measured
+ERROR_TOKENS = 1024  # tokens for measuring a layer's relative error
 
 
 @dataclass(kw_only=True, slots=True)
 class Method:
-    """Everything that decides which weights survive and what becomes of them."""
+    """Everything that decides which weights are kept, and their values."""
 
     metric: Metric
     pattern: Pattern
@@ -35,7 +35,7 @@ class Method:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError if the parts do not go together, or not with the pattern; loads no torch."""
+        """Raises Mistake if the parts do not fit each other or the pattern; does not load torch."""
         for part in (self.allocation, self.shuffle, self.update, self.recovery):
             part.check(self.pattern)
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
@@ -54,11 +54,11 @@ class Method:
         return asked | {name: build for part in parts for name, build in part.collects().items()}
 
     def sequences_at_once(self) -> int | None:
-        """At most how many sequences a micro-batch may hold: one where the gradient of each is wanted."""
+        """The most sequences of a micro-batch (1 if gradients per sequence are needed); None: any number."""
         return 1 if self.metric.gradients() == "block" else self.recovery.sequences_at_once()
 
     def needs_all_sequences(self) -> str | None:
-        """What needs all calibration sequences in one process, as the beginning of a sentence; None: nothing does."""
+        """Why one process needs all calibration sequences, as the first half of a sentence; None: it does not."""
         if self.metric.gradients() != "none":
             return f"metric.source={self.metric.gradients()} takes gradients on all calibration sequences"
         if not isinstance(self.prepare, NoPreparation):
@@ -68,7 +68,7 @@ class Method:
         return None
 
     def needs_whole_model(self) -> str | None:
-        """What needs all weights of the model at once, as the beginning of a sentence; None where nothing does."""
+        """Why all weights must be in memory, as the first half of a sentence; None: they need not."""
         if self.metric.gradients() == "model":
             return "metric.source=model takes gradients of the whole model"
         return "distillation trains the whole model" if self.recovery.needs_parent() else None

@@ -1,6 +1,6 @@
-"""What pruning does at each block: score, shuffle, keep, update, recover. The one place that writes masks.
+"""Prunes each block: score, shuffle, keep, update, recover. The only module that writes masks.
 
-Shapes: O outputs, I inputs, S sequences, L tokens of a sequence. Polarity: True in `keep` means the weight survives.
+Shapes: O outputs, I inputs, S sequences, L tokens of a sequence. Polarity: True in `keep` means the weight is kept.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from esparse.updates import Layer, Solution, Update
 
 log = logging.getLogger("esparse")
 
-# Weights of several layers that are updated as one, at most: an update holds float32 copies of all of them at once.
+# Upper limit on the total weights of layers that are updated jointly: an update has float32 copies of all of them.
 JOINED_WEIGHTS = 2**27
-MOST = 0.95  # of the blocks' weights: if fewer were pruned, a warning names what was left
-FEW_ZEROS = 0.01  # of the weights that were pruned: a dense model has fewer
-BINS = 100  # of a profile's entropies, where the metric has none of its own
+MOST = 0.95  # share of the blocks' weights: if less was pruned, a warning names the rest
+FEW_ZEROS = 0.01  # share of zeros in the weights: a dense model has fewer
+BINS = 100  # bins of a profile's entropies, if the metric has no entropy
 
 
 @dataclass(slots=True)
 class Pruned:
-    """What pruning leaves beside the model: reports, keep masks (bool, outputs x inputs) and channel orders.
+    """The results of pruning apart from the weights: reports, keep masks (bool, outputs x inputs), channel orders.
 
-    Masks and orders are keyed by the weight's name in the state dict; experts of one parameter are stacked in front.
-    `channels`, of a profile: I values each, by what they are and by the first layer that reads the channels.
+    Masks and orders are keyed by the weight's name in the state dict, with experts of one parameter as a leading
+    dimension. `channels` of a profile: I values each, keyed by their kind and the first layer that reads the channels.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -65,16 +65,16 @@ class Pruned:
     weights: int = 0
     kept: int = 0
     metadata_bits: float = 0.0
-    block_weights: int = 0  # of all parameters of the blocks that are matrices or stacks of them, pruned or not
-    left_dense: dict[str, int] = field(default_factory=dict)  # weights of those that are not, the largest first
+    block_weights: int = 0  # weights of all matrices in the blocks, pruned or not
+    left_dense: dict[str, int] = field(default_factory=dict)  # number of weights by dense matrix, the largest first
 
     @property
     def share_of_blocks(self) -> float:
-        """How much of the blocks' weights were pruned."""
+        """The share of the blocks' weights that was pruned."""
         return 1 - sum(self.left_dense.values()) / self.block_weights
 
     def take(self, other: Pruned) -> None:
-        """Adds what pruning another block left; its totals are counted at the end."""
+        """Adds the results of another block, but no totals, which are counted at the end."""
         self.layers += other.layers
         self.recoveries += other.recoveries
         self.keeps.take(other.keeps)
@@ -83,7 +83,7 @@ class Pruned:
         self.groupings += other.groupings
 
     def entry(self) -> Entry:
-        """All of it that cannot be counted on the weights, for the journal."""
+        """The journal's entry: all results that cannot be recomputed from the weights."""
         facts = {
             "layers": as_dicts(self.layers),
             "recoveries": as_dicts(self.recoveries),
@@ -107,12 +107,12 @@ def prune(
     journal: Journal | None = None,
     profile: bool = False,
 ) -> Pruned:
-    """Prunes the model in place, block after block; later blocks see what the pruned ones before them return.
+    """Prunes the model in place, block after block; a block's inputs come from the pruned blocks before it.
 
-    Where `blocks.ranks` are several, `tokens_SL` are the tokens of all, and all are left with the same weights.
-    `skip` holds regular expressions of layer names that stay dense. Blocks that the journal has are taken from it, and
-    those that are finished go into it. With `profile`, the channels' entropies, norms and mean scores are kept. Raises
-    ValueError for weights or activations that are not finite, naming the layer.
+    With several `blocks.ranks`, `tokens_SL` are the tokens of all ranks, and all ranks end with the same weights.
+    `skip`: regular expressions of layer names that stay dense. `journal`: finished blocks are read from it and written
+    to it. `profile`: keeps the channels' entropies, norms and mean scores. Raises Mistake, with the layer's name, for
+    weights or activations that are NaN or Inf.
     """
     check_store(blocks, method)
     skip = [*skip, *blocks.stay_dense]
@@ -140,7 +140,7 @@ def prune(
         pruned.take(of_block)
         return of_block.entry()
 
-    if method.allocation.measures():  # which walked through the blocks already, and prepared them
+    if method.allocation.measures():  # its pass over the blocks has prepared them already
         method = dataclasses.replace(method, prepare=NoPreparation())
     collects = method.collects()
     if profile:
@@ -158,7 +158,7 @@ def prune(
 
 
 def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Pruned:
-    """What an earlier attempt wrote down of one block."""
+    """The results of one block from an earlier attempt's journal."""
     assert journal is not None
     entry, module, name = journal.read(index), blocks.blocks[index], f"{blocks.prefix}.{index}"
     pruned = Pruned(keeps=entry.keeps, orders=entry.orders, channels=entry.channels)
@@ -177,14 +177,14 @@ def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Prun
 
 
 def check_store(blocks: BlockModel, method: Method) -> None:
-    """Raises ValueError where the method needs the whole model, which is not in memory."""
+    """Raises Mistake if the method needs the whole model and the model is not in memory."""
     why = method.needs_whole_model()
     if why is not None and not blocks.store.whole:
         raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
 def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
-    """The patterns of those layers that get another one than the rest, by name."""
+    """The patterns of layers with another pattern than the method's, by name."""
     allocation = method.allocation
     if not allocation.measures():
         return {}
@@ -201,9 +201,9 @@ def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
                     value = allocation.measure(Layer(weight_OI, grouping, stats), score_OI)
                     layers.append(Measured(matrix.name, block.index, number, weight_OI.numel(), value))
 
-    # Only what the scores and the allocation need: no update, no recovery, no shuffle.
+    # The part of the method that scores and allocation need: no update, no recovery, no shuffle.
     bare = Method(metric=method.metric, pattern=method.pattern, shuffle=NoShuffle(), prepare=method.prepare)
-    # In memory the blocks stay as they were prepared without being written.
+    # Prepared blocks that stay in memory need not be written.
     changes = None if isinstance(method.prepare, NoPreparation) or loop.blocks.store.whole else "prepared"
     loop(bare, bare.collects() | allocation.collects(), measure, changes=changes)
     return loop.blocks.ranks.from_first(lambda: allocation.plan(layers, method.pattern))
@@ -218,7 +218,7 @@ def _prune_group(
     stages: Stages,
     profile: bool,
 ) -> list[LayerReport]:
-    """Prunes the matrices that read one tensor: they share its statistics and one channel order."""
+    """Prunes the matrices of one input group, which share statistics and a channel order."""
     start = time.perf_counter()
     matrices = group.inputs.matrices
     with stages("score"):
@@ -266,9 +266,9 @@ def _prune_group(
 
 
 def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
-    """What a shuffle evens out, of each input channel: entropy (nats), root mean square, mean of its column's scores.
+    """Per input channel: entropy (nats), RMS and mean score (what a shuffle balances).
 
-    The scores are those of all matrices that read the tensor; what a metric takes for its entropy is taken here, too.
+    The scores are those of all matrices that read the tensor; the entropy is the metric's, if it has one.
     """
     values = {
         "entropy": stats["entropy"].entropy_I(),
@@ -279,7 +279,7 @@ def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]) -> list[Solution]:
-    """The layers of a group after the update: where they may, as one, which takes a third of the steps for q, k, v."""
+    """The layers of a group after the update; updated as one if possible, which saves 2/3 of the steps of q, k, v."""
     grouping, sizes = layers[0].grouping, [len(layer.dense_OI) for layer in layers]
     if (
         len(layers) == 1
@@ -295,15 +295,15 @@ def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies even a single one
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat would copy even a single part
 
 
 def _write(matrix: Matrix, solution: Solution) -> None:
-    # A product leaves -0.0, on which packing kernels were seen to fail, and so does half precision of a tiny negative
-    # kept weight: -0.0 + 0.0 is 0.0. Filling under a mask would take seven times as long.
+    # Products, and rounding of tiny negative weights to half precision, leave -0.0, on which packing kernels have
+    # failed; -0.0 + 0.0 is 0.0. Filling under a mask would take seven times as long.
     matrix.view().copy_(solution.weight_OI * solution.keep_OI).add_(0.0)
     if solution.bias_shift_O is not None and not matrix.add_to_bias(solution.bias_shift_O):
-        log.warning("%s has no place for a bias: it stays without its correction", matrix.name)
+        log.warning("%s: experts have no bias, so the bias correction is skipped", matrix.name)
 
 
 def _finite(matrix: Matrix) -> Tensor:
@@ -339,7 +339,7 @@ def _remember(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Groupin
 
 
 def _measure(pruned: Pruned, blocks: BlockModel) -> None:
-    """Density, and whether the pattern holds, measured at the very end on the weights as they are stored."""
+    """Measures, at the very end and on the stored weights, the density and whether the pattern holds."""
     for index in range(len(blocks.blocks)):
         inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
         with blocks.resident(index, read_only=True):
@@ -352,7 +352,7 @@ def _measure(pruned: Pruned, blocks: BlockModel) -> None:
 
 
 def _say_sparse_already(pruned: Pruned) -> None:
-    """Warns if the model came with zeros: what was measured is then no pruning of a dense model."""
+    """Warns if the model had zeros before pruning, so that the run is not a pruning of a dense model."""
     sizes = [math.prod(layer.shape) for layer in pruned.layers]
     zeros = sum(layer.zeros_before * size for layer, size in zip(pruned.layers, sizes, strict=True))
     if zeros > FEW_ZEROS * sum(sizes):
@@ -360,7 +360,7 @@ def _say_sparse_already(pruned: Pruned) -> None:
             layer.zeros_filled * layer.zeros_before * size for layer, size in zip(pruned.layers, sizes, strict=True)
         )
         log.warning(
-            "the model is sparse already: %.1f %% of the weights that were pruned had been zero before; %.1f %% of "
+            "the model was sparse already: %.1f %% of the weights in the pruned layers were zero before; %.1f %% of "
             "these are not zero now",
             100 * zeros / sum(sizes),
             100 * filled / zeros,
@@ -368,8 +368,8 @@ def _say_sparse_already(pruned: Pruned) -> None:
 
 
 def _count_dense(pruned: Pruned, blocks: BlockModel) -> None:
-    """Notes which parameters of the blocks were not pruned, and says so if they are many."""
-    done = {id(matrix.parameter) for matrix, _ in pruned.groupings}  # by several names, if blocks share it
+    """Records which parameters of the blocks were not pruned, and warns if they are many."""
+    done = {id(matrix.parameter) for matrix, _ in pruned.groupings}  # a parameter that blocks share has several names
     known: set[int] = set()
     left: dict[str, int] = {}
     for index, block in enumerate(blocks.blocks):
@@ -422,5 +422,5 @@ def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Ten
 
 
 def _total(score_OI: Tensor) -> float:
-    # Rows in float32, as a sum of all in float64 takes many times as long.
+    # Sums rows in float32, because summing everything in float64 takes many times as long.
     return float(score_OI.sum(1).sum(dtype=torch.float64))
