@@ -25,6 +25,7 @@ EXTRAS = {
     "lm_eval": ("lm-eval", "eval"),
     "submitit": ("submitit", "slurm"),
     "matplotlib": ("matplotlib", "plot"),
+    "vl_convert": ("vl-convert-python", "page"),
     "numba": ("numba", "cpu"),
     "gguf": ("gguf", "gguf"),
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from esparse.errors import Mistake
 from esparse.reports.figures.catalogue import FORMATS, PICTURES, plot
-from esparse.reports.html_page import page
 from esparse.reports.latex import latex_of
+from esparse.reports.page import vega
+from esparse.reports.page.html_page import page
 from esparse.reports.pairs import pairs
 from esparse.reports.pivot import pivot
 from esparse.reports.reading import Record, read_records, stop
@@ -36,9 +38,12 @@ def latex(records: Sequence[Record], *, mean: bool = False, best: bool = False, 
 
 
 def html(records: Sequence[Record], *, mean: bool = False, best: bool = False, **asked: Any) -> str:
-    """A page for a browser, in one file: the table, which sorts by any column, and all pictures."""
-    title, corpus = asked.pop("title"), asked.get("corpus")
-    return page(_table(records, mean, asked), records, title=title, corpus=corpus, best=best)
+    """A page for a browser, in one file: the table, which sorts by any column, and all pictures.
+
+    Links to records are relative to `start`, the folder in which the page will lie.
+    """
+    title, start, corpus = asked.pop("title"), asked.pop("start", None), asked.get("corpus")
+    return page(_table(records, mean, asked), records, title=title, corpus=corpus, best=best, start=start)
 
 
 def _table(records: Sequence[Record], mean: bool, asked: dict[str, Any]) -> Table:
@@ -111,8 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in ("across", "columns"):
                 given = getattr(options, name)
                 asked[name] = given.split(",") if given else None
+            if kind == "html" and vega.library() is None:
+                print(f"esparse: the page has no figures: {vega.missing()}", file=sys.stderr)
             if kind == "html":
                 asked["title"] = f"Runs in {options.folder.resolve().name}"
+                asked["start"] = (options.out or Path("page")).absolute().parent
             if options.best:
                 asked["best"] = True
             asked_mean = options.mean or (bool(options.across) and not options.pairs)

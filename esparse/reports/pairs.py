@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from esparse.errors import Mistake
-from esparse.reports.pivot import known
+from esparse.reports.pivot import comparable, known
 from esparse.reports.table import Table, exact, natural, spread, text
 
 
@@ -20,9 +20,10 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
     The two runs of a pair have all other columns in common, the seed too; `across` gives rows to each value of those
     columns. Settings of the column's own choice (shuffle.block beside shuffle) belong to its value. `value` is the
     first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that the table
-    lacks, and where no two runs make a pair.
+    lacks, where no two runs make a pair, and for kept scores of two metrics.
     """
     value = known(table, (column, *across), value)
+    comparable(value, (column,))
     own = [c for c in table.asked if c.startswith(f"{column}.")]
     same = [c for c in table.asked if c not in ("id", column, *own, *across)]
     names: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from esparse.errors import Mistake
-from esparse.reports.table import Table, exact, natural, text
+from esparse.reports.table import IDS, Table, exact, ids_of, natural, text
 
 
 def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Table:
@@ -16,6 +16,7 @@ def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Tabl
     the table lacks.
     """
     value = known(table, across, value)
+    comparable(value, across)
     down = [c for c in table.asked if c not in (*across, "id", "runs")]
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     names: dict[str, dict[str, Any]] = {}
@@ -23,7 +24,8 @@ def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Tabl
         name = ", ".join(text(c, row.get(c)) or "-" for c in across)
         names.setdefault(name, {c: row.get(c) for c in across})
         key = tuple(exact(row.get(c)) for c in down)
-        rows.setdefault(key, {c: row.get(c) for c in down})[name] = row.get(value)
+        turned = rows.setdefault(key, {c: row.get(c) for c in down})
+        turned |= {name: row.get(value), IDS: ids_of([turned, row])}
     columns = sorted(names, key=lambda name: [natural(names[name][c]) for c in across])
     return Table(down, columns, list(rows.values()), like=dict.fromkeys(columns, value), stands=names)
 
@@ -36,3 +38,9 @@ def known(table: Table, columns: Sequence[str], value: str | None) -> str:
             found = ", ".join(c for c in there if c in table.columns and c not in ("id", "runs"))
             raise Mistake(f"no column {column!r}; there is {found or 'nothing'}")
     return value
+
+
+def comparable(value: str, columns: Sequence[str]) -> None:
+    """Raises ValueError if kept scores were to be compared between metrics."""
+    if value == "kept" and any(c == "metric" or c.startswith("metric.") for c in columns):
+        raise Mistake("a kept score is a share of the metric's own score: those of two metrics cannot be compared")

@@ -12,6 +12,7 @@ from typing import Any
 from esparse.errors import Mistake
 from esparse.reports.reading import NUMBER
 
+IDS = "ids"  # beside the columns of a row that stands for several runs: which these are
 SAME = ("model", "pattern", "outliers")  # what two runs must have in common for one to be ahead of the other
 
 
@@ -92,6 +93,11 @@ class Table:
             return (column in self.asked and column not in ("id", "runs")) or (dense and len(self.rows) > 1)
 
         return [c for c in self.columns if sayable(c) and len({exact(row.get(c)) for row in self.rows}) == 1]
+
+
+def ids_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The runs that these rows stand for."""
+    return list(dict.fromkeys(i for row in rows for i in row.get(IDS) or ([row["id"]] if "id" in row else [])))
 
 
 def cells(table: Table) -> tuple[str, list[str], list[bool], list[list[str]]]:

@@ -15,7 +15,7 @@ from esparse.errors import Mistake
 from esparse.records.groups import GROUPS
 from esparse.records.report import NOT_IDENTITY, asks_for_nothing
 from esparse.reports.reading import Record, at, keys
-from esparse.reports.table import Table, exact, mean, natural, spread
+from esparse.reports.table import IDS, Table, exact, ids_of, mean, natural, spread, text
 
 # The groups whose options are the first columns, and those that other columns tell.
 FRONT = tuple(name for name, group in GROUPS.items() if group.column == "front")
@@ -53,7 +53,10 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     if sort is not None and sort not in table.columns:
         raise Mistake(f"no column {sort!r} to sort by; there is {', '.join(table.columns)}")
     order = ["model", "pattern", *asked, "id"] if sort is None else [sort]
-    rows.sort(key=lambda row: [natural(row.get(column)) for column in order])
+    if sort == "kept":  # each metric has a score of its own
+        rows.sort(key=lambda row: [natural(scored_by(row, table)), natural(row.get("kept"))])
+    else:
+        rows.sort(key=lambda row: [natural(row.get(column)) for column in order])
     return table
 
 
@@ -144,6 +147,12 @@ def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def scored_by(row: dict[str, Any], table: Table) -> str:
+    """Whose score a run kept a share of: its metric, with the settings of it in which runs of the table differ."""
+    own = [c for c in table.asked if c.startswith("metric.") and row.get(c) is not None]
+    return ", ".join([str(row.get("metric") or "-"), *(f"{c.removeprefix('metric.')}={text(c, row[c])}" for c in own)])
+
+
 def _place(corpora: list[str]) -> Any:
     """Density, perplexities, tasks, then what the run cost."""
     first = ["density", *[f"{c} {what}" for c in corpora for what in ("ppl dense", "ppl pruned", "ratio")]]
@@ -161,6 +170,6 @@ def means(table: Table) -> Table:
     rows = []
     for runs in alike.values():
         values = {c: [run[c] for run in runs if run.get(c) is not None] for c in table.measured}
-        same: dict[str, Any] = {c: runs[0].get(c) for c in asked} | {"runs": len(runs)}
+        same: dict[str, Any] = {c: runs[0].get(c) for c in asked} | {"runs": len(runs), IDS: ids_of(runs)}
         rows.append(same | {column: spread(of_runs) for column, of_runs in values.items()})
     return Table([*asked, "runs"], table.measured, rows)

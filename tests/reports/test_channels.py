@@ -19,7 +19,7 @@ from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.pruning.prune import BINS, Method, Pruned, prune
 from esparse.records.report import Stages
-from esparse.reports.figures.channels import _side_by_side, channels, evenness
+from esparse.reports.figures.channels import channels, evenness, side_by_side
 from esparse.reports.reading import read_records
 from esparse.shuffles import NoShuffle
 from esparse.shuffles.gns import Gns
@@ -100,7 +100,7 @@ def test_only_runs_that_differ_by_nothing_but_the_shuffle_stand_together(tmp_pat
     kept(tmp_path, "d", "gns", deal="serpentine")
     kept(tmp_path, "e", "gns", deal="straight")
     kept(tmp_path, "f", "lbs")
-    runs = _side_by_side(read_records(tmp_path))
+    runs = side_by_side(read_records(tmp_path))
     assert {label: run["id"] for label, run in runs.items()} == {
         "gns, deal=serpentine": "d",
         "gns, deal=straight": "e",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +44,8 @@ PICTURES = {
     ),
     "kept": Picture(
         "Kept score along depth",
-        "The share of a layer's total score that its surviving weights have, as a mean over the layers of a block.",
+        "The share of a layer's total score that its surviving weights have, as a mean over the layers of a block. "
+        "Each metric has a panel, as it has a score of its own.",
         "with layers",
         curves.kept,
     ),
@@ -116,21 +115,3 @@ def plot(
     if figure is None:
         raise Mistake(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
     figure.savefig(path, dpi=200)
-
-
-def svg(name: str, figure: Figure) -> str:
-    """The picture as an <svg> element for a page; text stays text, and ids are its own."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        # dpi: of the parts that are pixels.
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, dpi=200)
-    element = buffer.getvalue()
-    element = element[element.index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    # Ids of groups (figure_1, axes_1) would be there once per picture.
-    element = re.sub(r'<g id="[^"]*">', "<g>", element)
-    label = f"{PICTURES[name].title}. {PICTURES[name].caption}".replace('"', "&quot;").replace("&quot;", "'")
-    least = round(0.72 * 96 * figure.get_figwidth())  # pixels below which letters are too small: it then scrolls
-    return element.replace("<svg ", f'<svg role="img" aria-label="{label}" style="min-width: {least}px" ', 1)

@@ -68,13 +68,13 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    runs = _side_by_side(records)
+    runs = side_by_side(records)
     if not runs:
         return None
     first = next(iter(runs.values()))
-    name = _chosen(_names(first), layer)
-    shown = [(OWN, _input(runs.get("none", first), name), False)]
-    shown += [(label, _input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
+    name = chosen(input_names(first), layer)
+    shown = [(OWN, read_input(runs.get("none", first), name), False)]
+    shown += [(label, read_input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
     width = min(3.6, 11.4 / len(shown))
     figure = Figure(figsize=(width * len(shown), 1.9 * len(KINDS) + 0.6), layout="constrained")
     axes = figure.subplots(len(KINDS), len(shown), squeeze=False, sharex=True, sharey="row")
@@ -84,7 +84,7 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
             if kind == next(iter(KINDS)):
                 ax.set_title(label, fontsize=10, loc="left")
         row[0].set_ylabel(what, fontsize=9)
-        if _far_apart([of_input.values[kind] for _, of_input, _ in shown]):
+        if far_apart([of_input.values[kind] for _, of_input, _ in shown]):
             row[0].set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("place of the channel", fontsize=9)
@@ -101,8 +101,8 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
 
 def evenness(records: Sequence[Record]) -> Figure | None:
     """How much the groups' means differ in each block, without a shuffle and with each."""
-    runs = _side_by_side(records)
-    inputs = {label: [_input(run, name) for name in _names(run)] for label, run in runs.items()}
+    runs = side_by_side(records)
+    inputs = {label: [read_input(run, name) for name in input_names(run)] for label, run in runs.items()}
     if not any(of_input.m is not None for of_run in inputs.values() for of_input in of_run):
         return None
     own = inputs.get("none", next(iter(inputs.values())))
@@ -143,7 +143,7 @@ def _places(ax: Axes, of_input: Input, kind: str, *, shuffled: bool) -> None:
     ax.tick_params(labelsize=8)
 
 
-def _far_apart(values: Sequence[Values]) -> bool:
+def far_apart(values: Sequence[Values]) -> bool:
     """Whether a few channels would press all others together."""
     import numpy
 
@@ -151,7 +151,7 @@ def _far_apart(values: Sequence[Values]) -> bool:
     return bool(joined.max() > 20 * numpy.median(joined) > 0)
 
 
-def _side_by_side(records: Sequence[Record]) -> dict[str, Record]:
+def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     """The profiled runs that differ by nothing but their shuffle, by its name: of all such the most, or the first."""
     profiled = {r["id"]: r for r in records if "folder" in r and (r["folder"] / "channels.safetensors").is_file()}
     alike: dict[str, list[Record]] = {}
@@ -177,7 +177,7 @@ def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
         yield row["id"], ", ".join([str(row["shuffle"]), *said])
 
 
-def _names(record: Record) -> list[str]:
+def input_names(record: Record) -> list[str]:
     """The inputs of a run, each by the first layer that reads it, in the order of the layers."""
     from safetensors import safe_open
 
@@ -186,7 +186,7 @@ def _names(record: Record) -> list[str]:
     return [layer["name"] for layer in record["layers"] if f"norm/{layer['name']}" in there]
 
 
-def _chosen(names: Sequence[str], layer: str | None) -> str:
+def chosen(names: Sequence[str], layer: str | None) -> str:
     if layer is not None:
         found = [name for name in names if layer in name]
         if not found:
@@ -196,7 +196,7 @@ def _chosen(names: Sequence[str], layer: str | None) -> str:
     return next(name for name in names if block_of(name) == blocks[len(blocks) // 2])
 
 
-def _input(record: Record, name: str) -> Input:
+def read_input(record: Record, name: str) -> Input:
     from safetensors import safe_open
 
     folder = record["folder"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from esparse.reports.figures.plots import COLORS, MARKERS, SIDE_BY_SIDE, legend, method, styles
+from esparse.reports.figures.plots import COLORS, MARKERS, SIDE_BY_SIDE, legend, namer, styles
 from esparse.reports.reading import Record, keys
-from esparse.reports.tabulate import means, table_of
+from esparse.reports.tabulate import means, scored_by, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Bytes of a value that goes into a product and of one that comes out, where they are not 2.
 ELEMENT = {"int8": (1, 4), "float8_e4m3fn": (1, 2), "float32": (4, 4)}
+
+PANELS = 24  # at most, of a picture with a panel per metric
 
 # A value of one run at a place of the x axis.
 Points = dict[Any, list[float]]
@@ -28,8 +31,11 @@ def errors(records: Sequence[Record]) -> Figure | None:
 
 
 def kept(records: Sequence[Record]) -> Figure | None:
-    """The share of its layers' scores that survived, along the depth of the model; of many methods the highest."""
-    return _along_depth(records, "kept_score", "mean kept score of a block's layers", best=max)
+    """The share of its layers' scores that survived, along the depth of the model; of many methods the highest.
+
+    A panel per metric, each with a range of its own: a metric's score says nothing of another's.
+    """
+    return _along_depth(records, "kept_score", "mean kept score of a block's layers", best=max, by_metric=True)
 
 
 def tasks(records: Sequence[Record]) -> Figure | None:
@@ -66,7 +72,7 @@ def tasks(records: Sequence[Record]) -> Figure | None:
 
 def latency(records: Sequence[Record]) -> Figure | None:
     """Milliseconds against tokens, dense and sparse, a panel per shape of a layer and dtype."""
-    rows = _latencies(records)
+    rows = timed_rows(records)
     if not rows:
         return None
     panels = list(dict.fromkeys((row["n"], row["k"], row.get("dtype")) for row in rows))
@@ -76,7 +82,7 @@ def latency(records: Sequence[Record]) -> Figure | None:
         inside = [row for row in rows if (row["n"], row["k"], row.get("dtype")) == (n, k, dtype)]
         lines = {"dense": _by_place((row["tokens"], row["dense_ms"]) for row in inside)}
         for row in inside:
-            lines.setdefault(_kernel(row, rows), {}).setdefault(row["tokens"], []).append(row["sparse_ms"])
+            lines.setdefault(kernel_name(row, rows), {}).setdefault(row["tokens"], []).append(row["sparse_ms"])
         for name, points in lines.items():
             line(ax, points, color=style[name][0], marker=style[name][1], label=name)
         ax.set_xscale("log", base=2)
@@ -94,7 +100,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
     weight, input and output. The roof is what the same runs measured: a copy's rate times the intensity, and the rate
     of a large dense product; a sparse kernel, which reads and computes less, may stand above it.
     """
-    rows = _latencies(records)
+    rows = timed_rows(records)
     if not rows:
         return None
     dtypes = list(dict.fromkeys(row.get("dtype") for row in rows))
@@ -103,12 +109,9 @@ def roofline(records: Sequence[Record]) -> Figure | None:
     for ax, dtype in zip(axes, dtypes, strict=False):
         lines: dict[str, Points] = {}
         for row in (row for row in rows if row.get("dtype") == dtype):
-            tokens, n, k = row["tokens"], row["n"], row["k"]
-            work = 2.0 * tokens * n * k
-            element, result = ELEMENT.get(str(dtype), (2, 2))
-            intensity = work / (element * (n * k + tokens * k) + result * tokens * n)
-            for name, ms in (("dense", row["dense_ms"]), (_kernel(row, rows), row["sparse_ms"])):
-                lines.setdefault(name, {}).setdefault(intensity, []).append(work / ms / 1e9)
+            work, moved = work_of(row)
+            for name, ms in (("dense", row["dense_ms"]), (kernel_name(row, rows), row["sparse_ms"])):
+                lines.setdefault(name, {}).setdefault(work / moved, []).append(work / ms / 1e9)
         for name, points in lines.items():
             line(ax, points, color=style[name][0], marker=style[name][1], label=name, linestyle="none")
         _roofs(ax, records, dtype, sorted(place for points in lines.values() for place in points))
@@ -118,6 +121,13 @@ def roofline(records: Sequence[Record]) -> Figure | None:
         ax.set_xlabel("FLOP of the dense product per byte", fontsize=9)
         ax.set_ylabel("TFLOP/s of the dense product", fontsize=9)
     return finished(figure)
+
+
+def work_of(row: dict[str, Any]) -> tuple[float, float]:
+    """FLOP of the dense product of a timed row, and the bytes of its weight, input and output."""
+    tokens, n, k = row["tokens"], row["n"], row["k"]
+    element, result = ELEMENT.get(str(row.get("dtype")), (2, 2))
+    return 2.0 * tokens * n * k, element * (n * k + tokens * k) + result * tokens * n
 
 
 def _roofs(ax: Axes, records: Sequence[Record], dtype: str | None, places: Sequence[float]) -> None:
@@ -164,14 +174,16 @@ def profile(records: Sequence[Record]) -> Figure | None:
     return finished(figure)
 
 
-def _along_depth(records: Sequence[Record], field: str, what: str, *, best: Callable[..., float]) -> Figure | None:
+def _along_depth(
+    records: Sequence[Record], field: str, what: str, *, best: Callable[..., float], by_metric: bool = False
+) -> Figure | None:
     def mean(record: Record) -> float | None:
         return _mean(layer.get(field) for layer in record.get("layers", []))
 
-    runs = [run for run in _runs(records) if mean(run[2]) is not None]
+    runs = [run for run in _runs(records, by_metric=by_metric) if mean(run[2]) is not None]
     if not runs:
         return None
-    runs, said = _few(runs, mean, best)
+    runs, said = _few_of_each(runs, mean, best) if by_metric else _few(runs, mean, best)
     style = styles([name for _, name, _ in runs])
     figure, panels = _panels(runs, width=3.6)
     for ax, of_panel in panels:
@@ -184,7 +196,8 @@ def _along_depth(records: Sequence[Record], field: str, what: str, *, best: Call
             line(ax, points, color=style[name][0], marker=style[name][1], label=name)
         ax.set_xlabel("block", fontsize=9)
         ax.set_ylabel(what, fontsize=9)
-    _same_heights([ax for ax, _ in panels])
+    if not by_metric:
+        _same_heights([ax for ax, _ in panels])
     return finished(figure, said)
 
 
@@ -216,12 +229,46 @@ def _few(
     return [run for run in runs if run[1] in ahead], f"the {SIDE_BY_SIDE} {which} of {len(places)} methods"
 
 
-def _runs(records: Sequence[Record]) -> list[tuple[str, str, Record]]:
-    """Every run with its panel (model and pattern) and its method's name; runs with other seeds have the same."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as pictures call it: `method` as legends do, the same for other seeds; `scored`: by which metric."""
+
+    id: str
+    model: str
+    pattern: str
+    method: str
+    scored: str
+    record: Record
+
+
+def named_runs(records: Sequence[Record]) -> list[Run]:
+    """Every run, in the order of tables."""
     table, by_id = table_of(records), {record["id"]: record for record in records}
-    merged = means(table)
-    rows = table.rows
-    return [(f"{row['model']}, {row['pattern']}", method(row, merged), by_id[row["id"]]) for row in rows]
+    name = namer(means(table))
+    return [
+        Run(row["id"], row["model"], row["pattern"], name(row), scored_by(row, table), by_id[row["id"]])
+        for row in table.rows
+    ]
+
+
+def _few_of_each(
+    runs: list[tuple[str, str, Record]], value: Callable[[Record], float | None], best: Callable[..., float]
+) -> tuple[list[tuple[str, str, Record]], str]:
+    """The same of each panel by itself, and of no more panels than a page has room for."""
+    names = list(dict.fromkeys(panel for panel, _, _ in runs))
+    few = [_few([run for run in runs if run[0] == name], value, best) for name in names[:PANELS]]
+    which = "lowest" if best is min else "highest"
+    said = [f"the first {PANELS} of {len(names)} panels"] if len(names) > PANELS else []
+    said += [f"in each at most the {SIDE_BY_SIDE} {which}"] if any(left_out for _, left_out in few) else []
+    return [run for of_panel, _ in few for run in of_panel], ", ".join(said)
+
+
+def _runs(records: Sequence[Record], *, by_metric: bool = False) -> list[tuple[str, str, Record]]:
+    """Every run with its panel (model and pattern, and the metric if asked for) and its method's name."""
+    return [
+        (", ".join([run.model, run.pattern, *([run.scored] if by_metric else [])]), run.method, run.record)
+        for run in named_runs(records)
+    ]
 
 
 def _panels(
@@ -275,14 +322,14 @@ def finished(figure: Figure, said: str = "") -> Figure:
     return figure
 
 
-def _latencies(records: Sequence[Record]) -> list[dict[str, Any]]:
+def timed_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The rows that were measured in full: a kernel that a machine lacks has no time."""
     needed = ("tokens", "n", "k", "dense_ms", "sparse_ms")
     rows = [row for record in records for row in record.get("latency") or []]
     return [row for row in rows if all(isinstance(row.get(n), int | float) and row[n] > 0 for n in needed)]
 
 
-def _kernel(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def kernel_name(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """How a legend calls it: with the pattern where several were timed."""
     several = len({other.get("pattern") for other in rows}) > 1
     return " ".join(filter(None, (str(row.get("kernel") or "sparse"), row.get("pattern") if several else None)))
@@ -290,7 +337,7 @@ def _kernel(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 def _kernels(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     """Color and marker of the dense product and of each kernel, the same in every panel."""
-    names = list(dict.fromkeys(_kernel(row, rows) for row in rows))
+    names = list(dict.fromkeys(kernel_name(row, rows) for row in rows))
     drawn = {name: (COLORS[i % len(COLORS)], MARKERS[(i + 1) % len(MARKERS)]) for i, name in enumerate(names)}
     return {"dense": ("black", MARKERS[0])} | drawn
 

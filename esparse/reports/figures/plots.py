@@ -37,8 +37,9 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
     if not keys(records, "quality"):
         return None
     table = means(table_of(records, corpus=corpus))
+    name = namer(table)
     for row in table.rows:
-        row["method"] = method(row, table)
+        row["method"] = name(row)
     corpora = [corpus] if corpus is not None else keys(records, "quality")
     models = list(dict.fromkeys(row["model"] for row in table.rows))
     methods = list(dict.fromkeys(row["method"] for row in table.rows))
@@ -140,13 +141,16 @@ def _logarithmic(axis: Axis, set_scale: Callable[[str], Any]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def method(row: dict[str, Any], table: Table) -> str:
-    """How a legend calls a row: its choices that do something, and the settings that differ."""
-    chosen = acting(row, FRONT)
-    known = {"model", "pattern", "runs", "method", *FRONT}
-    varied = [c for c in table.columns if c in table.asked and c not in known and c not in table.shared()]
-    settings = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in varied if row.get(c) is not None]
-    return ", ".join([" + ".join(chosen), *settings])
+def namer(table: Table) -> Callable[[dict[str, Any]], str]:
+    """How a legend calls a row of the table: its choices that do something, and the settings that differ."""
+    known = {"model", "pattern", "runs", "method", *FRONT, *table.shared()}
+    varied = [c for c in table.columns if c in table.asked and c not in known]
+
+    def name(row: dict[str, Any]) -> str:
+        settings = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in varied if row.get(c) is not None]
+        return ", ".join([" + ".join(acting(row, FRONT)), *settings])
+
+    return name
 
 
 def _metric(method: str) -> str:
@@ -157,14 +161,16 @@ def _rest(method: str) -> str:
     return method[len(_metric(method)) :]
 
 
-def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Color and marker of each method: a color per metric, a shape per shuffle and the rest."""
+def places(methods: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The number of each method's color and of its marker: a color per metric, a shape per shuffle and the rest."""
     metrics = list(dict.fromkeys(map(_metric, methods)))
     rests = sorted(dict.fromkeys(map(_rest, methods)))
-    return {
-        m: (COLORS[metrics.index(_metric(m)) % len(COLORS)], MARKERS[rests.index(_rest(m)) % len(MARKERS)])
-        for m in methods
-    }
+    return {m: (metrics.index(_metric(m)), rests.index(_rest(m))) for m in methods}
+
+
+def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and marker of each method."""
+    return {m: (COLORS[c % len(COLORS)], MARKERS[s % len(MARKERS)]) for m, (c, s) in places(methods).items()}
 
 
 def _panel(ax: Axes, rows: list[dict[str, Any]], corpus: str, *, methods: list[str], patterns: list[str]) -> None:
