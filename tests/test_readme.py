@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from esparse.jobs import lock
 from esparse.packed import memory
 from esparse.records.groups import METHOD_GROUPS
+from esparse.reports.page import vega
 from esparse.sweeps import commands as sweep
 from esparse.sweeps.folder import Folder
 from tests import test_docs
@@ -155,7 +156,7 @@ def tabled(words: list[str], at: At) -> None:
         places[places.index("--out") + 1] = str(out)
     assert importlib.import_module(module).main(places) == 0
     said = at.capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "" or (str(out).endswith(".html") and vega.library() is None)  # which is said
     if out is None:
         assert said.out.count("\n| ") >= 3
     else:

@@ -37,9 +37,9 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
     if not keys(records, "quality"):
         return None
     table = means(table_of(records, corpus=corpus))
-    name = namer(table)
+    name_of = namer(table)
     for row in table.rows:
-        row["method"] = name(row)
+        row["method"] = name_of(row)
     corpora = [corpus] if corpus is not None else keys(records, "quality")
     models = list(dict.fromkeys(row["model"] for row in table.rows))
     methods = list(dict.fromkeys(row["method"] for row in table.rows))
