@@ -2,7 +2,7 @@
 
     report = esparse.prune(model, tokenizer, "2:4")
 
-Importing it loads neither torch nor transformers, and lets transformers load checkpoints that esparse has packed
+`import esparse` loads neither torch nor transformers, and lets transformers load checkpoints that esparse has packed
 (`export=packed`).
 """
 
@@ -20,7 +20,7 @@ _hook.install()
 
 
 def __getattr__(name: str) -> Any:
-    """What stands in esparse/api.py, which loads torch, once it is asked for."""
+    """The attributes of esparse/api, which loads torch, imported at the first access."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from esparse import api

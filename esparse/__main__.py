@@ -30,5 +30,5 @@ def _launched() -> int:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "esparse"  # what the usage calls it
+    sys.argv[0] = "esparse"  # the program's name in the usage line
     sys.exit(main())

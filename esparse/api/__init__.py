@@ -1,12 +1,12 @@
-"""What `import esparse` offers from Python: prune, measure, pack and save a model that lies in memory.
+"""The Python API of `import esparse`: prune, measure, pack and save a model in memory.
 
     import esparse
     report = esparse.prune(model, tokenizer, "2:4")
     print(report, esparse.perplexity(model, tokenizer, "wikitext2"))
     esparse.save(model, tokenizer, report, "DIR", packed=True)
 
-Nothing here writes a file unless asked to, sets up logging, or keeps anything beyond the call; several threads may work
-on several models. What is wrong with the arguments is a `ValueError` of one sentence, before anything is changed.
+The functions write files only on request, do not set up logging, and keep no state between calls; several threads may
+work on several models. Wrong arguments raise a `ValueError` with one sentence, before anything is changed.
 
 Shapes: S sequences, W windows, L tokens.
 """
@@ -76,16 +76,17 @@ def prune(
 ) -> Report:
     """Prunes a causal language model of transformers in place, block after block; E-Sparse unless told otherwise.
 
-    A part is a name of the command line, with the numbers of conf/, or an object: `option("metric", "entropy",
-    alpha=0.5)`, or one of your own class; None is none. By itself the shuffle is that of the metric's paper (entropy:
-    esparse; others: none), the update likewise (sparsegpt: its own). `calibration`: a corpus by name (builtin, c4,
-    ...), a file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences` and
-    `length` are of what is cut out of a text. `skip`: regular expressions of layer names that stay dense. `device`:
-    computes, block by block, for a model that lies elsewhere. `progress`: a bar; None shows it on a terminal.
+    A part is a name from the command line, with the numbers of conf/, or an object: `option("metric", "entropy",
+    alpha=0.5)`, or an object of your own class; None means none. Default shuffle and update are those of the metric's
+    paper (entropy: shuffle esparse; sparsegpt: its own update; others: none). `calibration`: a corpus by name (builtin,
+    c4, ...), a file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences`
+    and `length`: number and length of the sequences cut out of a text. `skip`: regular expressions of layer names that
+    stay dense. `device`: the device that computes, block by block, if the model is on another one. `progress`: whether
+    to show a bar; None: only on a terminal.
 
-    Mode, experts implementation, hooks and requires_grad of the model are afterwards as they were, also after an
-    exception; weights of the blocks that were done by then are pruned. Raises ValueError for what cannot be pruned or
-    does not go together, OSError and ConnectionError for a text that cannot be had.
+    The model's mode, experts implementation, hooks and requires_grad are restored, also after an exception; the weights
+    of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned and for parts
+    that do not fit each other, OSError and ConnectionError for a text that cannot be read or fetched.
     """
     check_model(model)
     _check_seed(seed)
@@ -127,9 +128,9 @@ def perplexity(
     max_tokens: int | None = None,
     batch_tokens: int | None = None,
 ) -> float:
-    """exp of the mean loss over windows of a text, as a run of esparse measures it.
+    """exp of the mean loss over windows of a text, measured as in a run of esparse.
 
-    `text`: a corpus by name, a file, texts, or windows of tokens (W x L). Raises as `prune`.
+    `text`: a corpus by name, a file, texts, or windows of tokens (W x L). Raises as `prune` does.
     """
     from esparse.evaluate.perplexity import mean_loss
     from esparse.evaluate.perplexity import perplexity as of_losses
@@ -159,11 +160,11 @@ def save(
     dtype: str = "auto",
     order: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the pruned model as a checkpoint with a model card, whole or not at all; returns its path, format, bytes.
+    """Writes the pruned model as a complete checkpoint with a model card, or nothing; returns path, format and bytes.
 
-    An ordinary checkpoint with zeros, or, `packed`, without them: transformers loads that after `import esparse`.
-    `dtype` and `order` as export.dtype and export.order of the command line. Raises ValueError for a report of another
-    model, OSError for a disk that is full.
+    The checkpoint is an ordinary one with zeros or, if `packed`, one without zeros, which transformers loads after
+    `import esparse`. `dtype` and `order`: as export.dtype and export.order on the command line. Raises ValueError for a
+    report of another model, OSError if the disk is full.
     """
     check_model(model)
     check_same(model, report)
@@ -179,18 +180,18 @@ def save(
 
 
 def pack(model: PreTrainedModel, report: Report) -> dict[str, str]:
-    """Puts layers without zeros into the model, in place; returns the weights that stay dense, each with the reason.
+    """Replaces the model's layers by packed ones, in place; returns the weights that stay dense, each with the reason.
 
-    The model then computes from packed weights, and can be neither pruned nor saved any more. Raises ValueError for a
-    pattern that has no groups of n:m, and if the weights no longer hold it.
+    The model then computes from packed weights, and can no longer be pruned or saved. Raises ValueError for a pattern
+    without n:m groups, and if the weights no longer hold the pattern.
     """
     check_model(model)
     check_same(model, report)
     if not report.method.pattern.parts():
-        raise Mistake(f"what is packed are patterns of n:m, and {report.method.pattern} is none")
+        raise Mistake(f"only n:m patterns can be packed, and {report.method.pattern} is none")
     left = pack_layers(model, report.pruned.groupings)
     if any(matrix.expert is not None and matrix.entry not in left for matrix, _ in report.pruned.groupings):
-        model.set_experts_implementation("eager")  # the others multiply all experts of a parameter at once
+        model.set_experts_implementation("eager")  # other ways multiply all experts of a parameter at once
     return left
 
 
@@ -210,12 +211,12 @@ def _blocks(model: PreTrainedModel, device: str | torch.device | None, batch_tok
 
 @contextmanager
 def _bar(model: PreTrainedModel, shown: bool | None) -> Iterator[Callable[[int, LayerReport], None]]:
-    """A progress bar over the blocks; gives what is to be called after each layer."""
+    """A progress bar over the blocks; yields the function to call after each layer."""
     from tqdm import tqdm
 
     from esparse.models.blocks import find_blocks
 
-    disable = None if shown is None else not shown  # None: tqdm looks whether there is a terminal
+    disable = None if shown is None else not shown  # None: tqdm checks for a terminal
     with tqdm(total=len(find_blocks(model)[1]), desc="pruning", unit="block", disable=disable, leave=False) as bar:
 
         def on_layer(block: int, layer: LayerReport) -> None:

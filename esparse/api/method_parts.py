@@ -1,4 +1,4 @@
-"""The parts of a method as a caller of esparse.prune names them."""
+"""Converts the arguments of esparse.prune to the parts of a method."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ IMPLIED = (
 
 
 def option(group: str, name: str, /, **changes: Any) -> Any:
-    """A part by its name on the command line, with the numbers of conf/ and some of them changed.
+    """The part of this name on the command line, with the numbers of conf/, some of them changed.
 
-    `option("metric", "entropy", alpha=0.5)`. Raises ValueError, with what is nearest, for an unknown name or setting.
+    Example: `option("metric", "entropy", alpha=0.5)`. Raises ValueError, with similar names, for an unknown name or
+    setting.
     """
     part, _ = numbers.option(group, name, class_of, changes, outside=numbers.usual())
     return part
 
 
 def class_of(group: str, name: str) -> type:
-    """The class behind `/schema/GROUP/NAME` in conf/."""
+    """The class of `/schema/GROUP/NAME` in conf/."""
     return GROUPS[group].component(name)
 
 
 def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The objects of a method, and what each is called."""
+    """The objects of a method, and the name of each."""
     outside = numbers.usual() | {"seed": seed}
     parts, choices, implied = {}, {}, dict(NEUTRAL)
     for group, part in asked.items():  # the metric comes first, as it may imply a shuffle and an update
@@ -58,13 +59,13 @@ def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[
 
 
 def _implied_by(group: str, component: type) -> dict[str, str]:
-    """What the first option with this class implies of other groups; nothing for a class of the caller's own."""
+    """The options of other groups that the first option with this class implies; empty for the caller's own class."""
     names = [name for name in GROUPS[group].options if class_of(group, name) is component]
     return numbers.implied(group, names[0], class_of) if names else {}
 
 
 def plain(value: Any) -> Any:
-    """A part as a record has it: its class and settings."""
+    """A part in the record's form: its class and settings."""
     if is_dataclass(value) and not isinstance(value, type):
         settings = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
         return settings | {"_class": class_name(type(value))}

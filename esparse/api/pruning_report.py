@@ -1,4 +1,4 @@
-"""What esparse.prune returns."""
+"""The report that esparse.prune returns."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True, repr=False)
 class Report:
-    """What pruning did: for each layer as a record has it, the keep masks and the channel orders; prints as a table.
+    """The results of pruning: the record's entries for each layer, keep masks and channel orders; prints as a table.
 
-    `tokens_SL`: what the model was calibrated on.
+    `tokens_SL`: the calibration tokens.
     """
 
     pruned: Pruned
@@ -41,22 +41,22 @@ class Report:
 
     @property
     def recoveries(self) -> list[RecoveryReport]:
-        """What a recovery that minimises a loss made of each part of the model."""
+        """The losses before and after, for each part of the model that a recovery trained."""
         return self.pruned.recoveries
 
     @property
     def keeps(self) -> Mapping[str, Tensor]:
-        """Keep masks by the weight's name in the state dict: True survives, outputs x inputs, experts in front."""
+        """Keep masks by the weight's name in the state dict: True is kept; outputs x inputs, experts in front."""
         return self.pruned.keeps
 
     @property
     def orders(self) -> Mapping[str, Tensor]:
-        """The channel that stands at each place when groups are cut, by the weight's name; only with a shuffle."""
+        """The channel at each place when groups are cut, by the weight's name; only with a shuffle."""
         return self.pruned.orders
 
     @property
     def density(self) -> float:
-        """Share of the pruned layers' weights that survives, measured on the weights."""
+        """The share of nonzeros in the pruned layers' weights, measured on the weights."""
         return self.pruned.kept / self.pruned.weights
 
     @property
@@ -65,7 +65,7 @@ class Report:
         return self.pruned.pattern_holds
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a run's record that pruning alone fills, as plain values."""
+        """The fields of a run's record that pruning fills, as plain values."""
         mask_bytes = sum(mask.numel() for mask in self.pruned.keeps.packed.values())
         memory = record.memory(self.size, self.pruned, self.layers, mask_bytes, [(0.0, None)])
         return {
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def name(self) -> str:
-        """A short name for people: pattern, and every part that does something."""
+        """A short name: the pattern, and every part that does something."""
         acting = [choice for group, choice in self.config["choices"].items() if choice != NEUTRAL.get(group)]
         return " ".join([str(self.method.pattern), *acting])
 

@@ -1,4 +1,4 @@
-"""Which models in memory can be pruned as they lie there, and how they are left."""
+"""Refuses models in memory that cannot be pruned, and restores the state of the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_kind(model: Any) -> None:
-    """Refuses what is no causal language model of transformers."""
+    """Raises Mistake if `model` is no causal language model of transformers."""
     if not isinstance(model, PreTrainedModel):
         hints = {
             "PeftModel": ": merge its adapter first, model = model.merge_and_unload()",
@@ -34,7 +34,7 @@ def check_kind(model: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuses, in a sentence, what could not be pruned rightly as it lies in memory."""
+    """Raises Mistake if the model cannot be pruned correctly in its present state in memory."""
     check_kind(model)
     if getattr(model, "hf_quantizer", None) is not None:
         what = "packed by esparse" if _is_packed(model) else "quantised"
@@ -73,7 +73,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def check_same(model: nn.Module, report: Report) -> None:
-    """Refuses a model that the report is not of: another one, or one that has weights again where they were gone."""
+    """Raises Mistake if the report belongs to another model, or if pruned weights are no longer zero."""
     parameters = dict(model.named_parameters())
     for matrix, _ in report.pruned.groupings:
         parameter = parameters.get(matrix.entry)
@@ -90,7 +90,7 @@ def check_same(model: nn.Module, report: Report) -> None:
 
 @contextmanager
 def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
-    """While open, the model is in evaluation mode and its experts work one by one; afterwards it is as before."""
+    """While open, the model is in evaluation mode and computes expert by expert; restores its state on exit."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     switched = experts and _experts(model) is not None
@@ -111,7 +111,7 @@ def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
 
 
 def _experts(model: PreTrainedModel) -> Any:
-    """How the experts of the model are computed, by part of it; None if it has none that can be switched."""
+    """The experts implementation of each part of the model; None if it cannot be switched."""
     if not model._can_set_experts_implementation() or not hasattr(model, "get_experts_implementation"):
         return None
     return model.get_experts_implementation()

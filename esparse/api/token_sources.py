@@ -1,4 +1,4 @@
-"""Tokens out of what a caller of esparse.prune names: a corpus, a file, texts, or tokens.
+"""Gets tokens from an argument of esparse.prune: a corpus, a file, texts, or tokens.
 
 Shapes: S sequences, W windows, L tokens.
 """
@@ -37,7 +37,7 @@ def calibration_tokens(
 ) -> Tensor:
     if isinstance(asked, Tensor):
         if sequences is not None or length is not None:
-            raise Mistake("sequences and length are of what is cut out of a text: calibration has tokens already")
+            raise Mistake("sequences and length are for texts, and calibration is tokens already: leave them out")
         return _checked_tokens(model, asked, "calibration", least=1)
     changes = {k: v for k, v in {"sequences": sequences, "length": length, "seed": seed}.items() if v is not None}
     text, part = _text("calibration", asked, changes)
@@ -68,7 +68,7 @@ def windows(
 
 
 def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | None, Any]:
-    """The part that cuts tokens out of a text, and the text itself if it is given; else the part knows it."""
+    """The text if it is given (else None: the part reads it), and the part that cuts tokens out of it."""
     if not isinstance(asked, str | Path | Sequence):
         wanted = Calibration if group == "calibration" else Perplexity
         if not isinstance(asked, wanted):  # a part with settings of its own
@@ -88,7 +88,7 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
     texts = list(asked)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Mistake(f"texts must be a list of strings, got {texts[:1]!r}")
-    # Their options cut a stream of documents, which is what these are.
+    # The option `builtin` cuts a stream of documents, and these are documents.
     return Corpus(name="given as texts", texts=texts), option(group, "builtin", **changes)
 
 
@@ -113,7 +113,7 @@ def _is_no_integer(tokens: Tensor) -> bool:
 
 
 def in_words(asked: Any, tokens_SL: Tensor, seed: int) -> dict[str, Any]:
-    """What a record, and a model card, say of the calibration."""
+    """The description of the calibration for records and model cards."""
     is_text = isinstance(asked, str | Path)
     corpus = str(asked) if is_text else getattr(asked, "corpus", None)
     return {

@@ -1,6 +1,6 @@
-"""What the pruned model gains in speed: matrix products (`gemm`) or the whole model (`model`), dense against sparse.
+"""Times dense against sparse: matrix products (`gemm`) or the whole model (`model`).
 
-Only measured numbers come out. What measures does not know how weights were chosen.
+All numbers are measured. The package does not know how weights were chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LayerShape(NamedTuple):
-    """A pruned matrix by name: rows (outputs) x inputs, `matrices` of that shape."""
+    """A pruned matrix: name, rows (outputs) x inputs, and the number of `matrices` of this shape."""
 
     layer: str
     rows: int
@@ -31,7 +31,7 @@ class LayerShape(NamedTuple):
 
 @dataclass(slots=True)
 class Subject:
-    """What is measured: a pruned model, its layers, and by the weights' names the keep masks and channel orders."""
+    """The subject of a benchmark: a pruned model, its layers, and keep masks and channel orders by weight name."""
 
     model: nn.Module
     layers: list[LayerShape]
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(slots=True)
 class Measured:
-    """Rows of the record's `latency`, and what the device can do at most (`limits`), both of one run."""
+    """The rows of the record's `latency`, and the device's `limits`, measured in the same run."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, Any] = field(default_factory=dict)
@@ -51,10 +51,10 @@ class Measured:
 
 @dataclass(kw_only=True, slots=True)
 class Bench(ABC):
-    """What is timed at the end of a run."""
+    """Base class of benchmarks at the end of a run."""
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where the pattern has no packed form that a kernel computes from."""
+        """Raises Mistake if no kernel takes the pattern's packed form."""
         if not isinstance(pattern, NM):
             raise Mistake(
                 f"bench={type(self).__name__.lower()} measures kernels for n:m patterns, not {pattern}: "
@@ -62,7 +62,7 @@ class Bench(ABC):
             )
 
     def require(self, device: torch.device) -> None:
-        """Raises ValueError where the device cannot be measured; called before any work."""
+        """Raises Mistake if the device cannot be measured; called before any work."""
         if device.type != "cuda":
             raise Mistake(
                 f"bench={type(self).__name__.lower()} times sparse kernels on a GPU, and this run computes on the "
@@ -70,11 +70,11 @@ class Bench(ABC):
             )
 
     def needs_weights(self) -> bool:
-        """Whether the pruned weights themselves are computed with, so that they have to be in memory."""
+        """Whether the benchmark uses the pruned weights themselves, which must then be in memory."""
         return False
 
     def ready(self, model: nn.Module) -> None:
-        """Raises ValueError where the loaded model cannot be measured; called before it is pruned."""
+        """Raises Mistake if the loaded model cannot be measured; called before it is pruned."""
         if self.needs_weights() and any(parameter.is_meta for parameter in model.parameters()):
             raise Mistake(
                 "bench=model times the whole model, whose weights are read block by block: use model.store=memory"
@@ -87,7 +87,7 @@ class Bench(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class NoBench(Bench):
-    """Nothing is timed."""
+    """Times nothing."""
 
     def check(self, pattern: Pattern) -> None:
         pass
@@ -100,7 +100,7 @@ class NoBench(Bench):
 
 
 def quartiles(which: str, timing: Timing | None) -> dict[str, Any]:
-    """What a row says of a timing beside its median; all None where there is none."""
+    """A row's entries for a timing apart from its median; all None without a timing."""
     return {
         f"{which}_low_ms": timing.low_ms if timing else None,
         f"{which}_high_ms": timing.high_ms if timing else None,
@@ -110,7 +110,7 @@ def quartiles(which: str, timing: Timing | None) -> dict[str, Any]:
 
 
 def in_words(row: dict[str, Any]) -> str:
-    """A row of `latency` for people."""
+    """A row of `latency` as a sentence."""
     what = (
         f"{row['phase']} of {row['sequences']} x {row['prompt']} tokens"
         if "phase" in row
@@ -124,7 +124,7 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def distinct(layers: Sequence[LayerShape]) -> list[LayerShape]:
-    """One layer of each shape, the first, and how many have it."""
+    """The first layer of each shape, with the number of layers of this shape."""
     seen: dict[tuple[int, int], LayerShape] = {}
     for layer in layers:
         shape = layer.rows, layer.inputs

@@ -32,7 +32,7 @@ KERNEL_NAMES = ("cusparselt", "cusparselt_default", "cutlass", "packed", "packed
 
 @dataclass(kw_only=True, slots=True)
 class Gemm(Bench):
-    """Matrix products of the model's own shapes or of published models', random weights pruned to the run's pattern."""
+    """Times products of the model's or of published models' shapes, with random weights in the run's pattern."""
 
     shapes: list[str]  # own (the pruned layers') | llama-7b, llama-13b, llama-30b, llama-65b, opt-6.7b, opt-30b
     tokens: list[int]  # numbers of tokens
@@ -54,7 +54,7 @@ class Gemm(Bench):
             raise Mistake(f"bench.warm_up and bench.repeats must be positive, got {self.warm_up}, {self.repeats}")
 
     def layers(self, own: list[LayerShape]) -> list[LayerShape]:
-        """One layer of each shape that is asked for, named models' with the model's name in front."""
+        """One layer of each requested shape; names of published models' layers begin with the model's name."""
         layers = []
         for name in self.shapes:
             of = own if name == OWN else [layer._replace(layer=f"{name} {layer.layer}") for layer in NAMED[name]]
@@ -79,7 +79,7 @@ class Gemm(Bench):
         limit_size: int = 8192,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> Measured:
-        """All rows; a kernel that fails, or gives wrong results, has a row without times that says why."""
+        """All rows; a kernel that fails or gives wrong results gets a row with the reason instead of times."""
         from esparse.bench.limits import limits
         from esparse.bench.products import KERNELS, Case
         from esparse.bench.timing import Protocolled
@@ -95,7 +95,7 @@ class Gemm(Bench):
         ]
         refusals = {(name, k.why_not(case)) for name, k in kernels.items() for _, case in cases}
         for name, why in sorted((name, why) for name, why in refusals if why):
-            log.info("%s is not measured everywhere: %s", name, why)
+            log.info("%s is not measured in all cases: %s", name, why)
         searched = [case for _, case in cases if any(k.searched and k.why_not(case) is None for k in kernels.values())]
         algorithms.search(searched)
         measured = Measured(limits=most.record())
@@ -123,7 +123,7 @@ def rows(
     most: Limits,
     algorithms: Algorithms,
 ) -> list[dict[str, Any]]:
-    """The rows of one product: all kernels that take it, timed turn by turn with the dense one."""
+    """The rows of one product: every kernel that takes it, timed alternately with the dense product."""
     from esparse.bench import products as table
     from esparse.bench.timing import measure, rotation
     from esparse.kernels.linear import Algorithm
@@ -193,7 +193,7 @@ def _least_ms(most: Limits, case: Case, weight_bytes: int, *, sparse_cores: bool
 def _inputs(case: Case, device: torch.device, turns: int) -> list[Tensor]:
     from esparse.bench.products import random_input
 
-    # A few tokens come out of the cache in a model, too; many rotate with the weights.
+    # In a model, too, a few tokens come from the cache; many tokens rotate with the weights.
     copies = min(turns, 4) if case.tokens >= 256 else 1
     return [random_input(case.tokens, case.inputs, case.dtype, device, seed=1 + i) for i in range(copies)]
 
@@ -201,7 +201,7 @@ def _inputs(case: Case, device: torch.device, turns: int) -> list[Tensor]:
 def _worst_error(
     kernel: Kernel, prepared: Any, weight_RI: Tensor, case: Case, algorithm: Any, device: torch.device
 ) -> float:
-    """Over two inputs; of many tokens the first and last 64 are compared."""
+    """The worst error over two inputs; of many tokens only the first and last 64 are compared."""
     from esparse.bench import products as table
 
     worst = 0.0

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the same run, and how near a product comes to it."""
+"""Measures the device's limits in the same run, to compare products with them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Limits:
     flop_per_s: dict[str, float]
 
     def ms(self, *, weight_bytes: int, tokens: int, rows: int, inputs: int, dtype: str, sparse_cores: bool) -> float:
-        """The least time of a product: its bytes over the copy's rate, or its operations over the dense product's.
+        """The least time of a product: its bytes by the copy's rate, or its operations by the dense product's rate.
 
-        Sparse tensor cores leave half of the operations out. Bytes: the weights as stored, inputs and outputs once.
+        Sparse tensor cores skip half of the operations. Bytes: the weights as stored, inputs and outputs once.
         """
         element = {"int8": 1, "float8_e4m3fn": 1}.get(dtype, 4 if dtype == "float32" else 2)
         result = {"int8": 4, "float8_e4m3fn": 2}.get(dtype, element)
@@ -35,12 +35,12 @@ class Limits:
 
 
 def limits(device: torch.device, dtypes: Sequence[str], clock: Clock, how: Protocolled, *, size: int = 8192) -> Limits:
-    """Measures them: a copy of `size`^2 x 32 bytes, and products of `size`^3 of random numbers."""
+    """Measures the limits: a copy of `size`^2 x 32 bytes, and products of `size`^3 with random numbers."""
     from esparse.bench.products import dense_product, random_input, random_weight
 
     source = torch.empty(size * size * 8, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    # No graph: there, a copy engine would copy, at two thirds of the rate (seen on an H200).
+    # Without a graph, in which a copy engine would copy at two thirds of the rate (measured on an H200).
     copy = measure({"copy": [partial(target.copy_, source)]}, clock, replace(how, graph_below_ms=0.0))["copy"]
     moved = 2 * source.nbytes
     del source, target

@@ -1,7 +1,7 @@
-"""`bench=model`: prefill and decode of the whole model, dense and sparse by the same path, with a shuffle's gathers.
+"""`bench=model`: times prefill and decode of the whole model, dense and sparse, with a shuffle's gathers.
 
-Both are the same module: a pruned layer computes from its dense weights or from its packed ones, as a switch says, so
-that everything around the layers, graph or not, is alike.
+Dense and sparse are the same module: a switch decides whether pruned layers use dense or packed weights, so that
+everything around the layers, with or without a graph, is the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("esparse")
 
 @dataclass(kw_only=True, slots=True)
 class ModelBench(Bench):
-    """The whole model: `prompt` tokens at once, and one token behind them, for several numbers of sequences."""
+    """Times the whole model on `prompt` tokens at once, and on one more token, for several numbers of sequences."""
 
     prompt: int  # tokens of a sequence
     batches: list[int]  # sequences at once
@@ -52,9 +52,9 @@ class ModelBench(Bench):
         )
 
     def measure(self, subject: Subject, clock: Any, algorithms: Any) -> Measured:
-        """A row each for prefill and decode of each number of sequences.
+        """One row each for prefill and decode per number of sequences.
 
-        Raises ValueError where no pruned layer is a Linear, or where the packed ones compute something else.
+        Raises Mistake if no pruned layer is a Linear, or if packed layers compute something else.
         """
         import torch
 
@@ -121,13 +121,13 @@ class Packed:
 
 
 class Switch:
-    """Whether the pruned layers compute from packed weights."""
+    """Switches the pruned layers between dense and packed weights."""
 
     def __init__(self) -> None:
         self.sparse = False
         self.layers: dict[str, Packed] = {}
-        self.ways: set[str] = set()  # kernels that the last sparse pass took
-        self.gathers = 0  # inputs that it put into another order, those inside a kernel not counted
+        self.ways: set[str] = set()  # kernels of the last sparse pass
+        self.gathers = 0  # gathers in the last sparse pass, except those inside a kernel
         self._gathered: tuple[Any, Any, Any] | None = None
 
     def during(self, sparse: bool, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -138,7 +138,7 @@ class Switch:
         return switched
 
     def gather(self, x: Any, order: Any) -> Any:
-        """x in that order; layers that read one tensor in one order share it, as an input group does."""
+        """x in this order; layers that read one tensor in one order share the gather."""
         if self._gathered is None or self._gathered[0] is not x or self._gathered[1] is not order:
             self._gathered = x, order, x[..., order]
             self.gathers += 1
@@ -154,14 +154,14 @@ class Switch:
 
 @contextmanager
 def switched(subject: Subject, algorithms: Any, tokens: list[int]) -> Iterator[Switch]:
-    """The model whose pruned linear layers obey a switch while the block is open."""
+    """While open, the model's pruned linear layers obey a switch."""
     from torch import nn
 
     names = [name for name in subject.keeps if isinstance(_module(subject.model, name), nn.Linear)]
     if not names:
         raise Mistake("bench=model computes from packed weights of linear layers, and no pruned layer is one")
     if left := len(list(subject.keeps)) - len(names):
-        log.info("%d pruned weights are not of linear layers and are timed dense", left)
+        log.info("%d pruned weights do not belong to linear layers and are timed dense", left)
     switch = Switch()
     orders: dict[bytes, Any] = {}
     forwards = {}
@@ -211,7 +211,7 @@ def _packed(layer: Any, name: str, subject: Subject, orders: dict[bytes, Any]) -
 
 
 def _search(layers: Mapping[str, Packed], subject: Subject, algorithms: Any, tokens: list[int]) -> None:
-    """The fastest algorithm of each layer that cuSPARSELt computes, for each number of tokens."""
+    """Searches the fastest cuSPARSELt algorithm of each layer, for each number of tokens."""
     from esparse.bench.products import Case
     from esparse.kernels.linear import few_tokens
 
@@ -246,7 +246,7 @@ def _obeying(switch: Switch, packed: Packed, dense: Callable[[Any], Any], subjec
         way = kernels.kernel(tokens, few, n=nm.n, m=nm.m, **there)
         switch.ways.add(way)
         order = packed.order
-        if order is not None and way != "gemv":  # which gathers by itself
+        if order is not None and way != "gemv":  # that kernel gathers by itself
             x, order = switch.gather(x, order), None
         return kernels.packed_linear(
             packed.values,
@@ -264,7 +264,7 @@ def _obeying(switch: Switch, packed: Packed, dense: Callable[[Any], Any], subjec
 
 
 def _difference(switch: Switch, run: Callable[[], Any]) -> float:
-    """How far the sparse logits are from the dense ones, as a Frobenius norm over theirs."""
+    """The relative Frobenius distance of the sparse logits from the dense ones."""
     dense = switch.during(False, run)().double()
     sparse = switch.during(True, run)().double()
     off = float((sparse - dense).norm() / dense.norm())

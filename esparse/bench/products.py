@@ -1,6 +1,6 @@
-"""The table of products that are timed against each other: dense, sparse tensor cores, and packed weights.
+"""The table of kernels that are timed against each other: dense, sparse tensor cores, and packed weights.
 
-A weight is prepared once (compressed, packed); a call takes what was prepared and the input, and returns x @ W^T.
+A weight is prepared once (compressed, packed); a call takes the prepared weight and the input, and returns x @ W^T.
 Shapes: T tokens, R rows (outputs), I inputs.
 """
 
@@ -20,13 +20,13 @@ from esparse.kernels.linear import Algorithm
 from esparse.patterns import NM
 
 DTYPES = ("float16", "bfloat16", "float32", "int8", "float8_e4m3fn")
-# Greatest relative Frobenius error against the product in double precision of the same weights.
+# The largest allowed relative Frobenius error against the float64 product of the same weights.
 TOLERANCE = {"float16": 1.5e-3, "bfloat16": 4e-3, "float32": 1e-4, "int8": 0.0, "float8_e4m3fn": 4e-3}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One product: x (tokens x inputs) times W^T, W of rows x inputs with n:m along its rows."""
+    """One product: x (tokens x inputs) times W^T; W is rows x inputs with n:m along its rows."""
 
     tokens: int
     rows: int
@@ -40,13 +40,13 @@ class Case:
 
     @property
     def bytes_of_activations(self) -> int:
-        """Of input and output together, roughly (8-bit inputs give wider outputs)."""
+        """Bytes of input and output together, roughly (8-bit inputs give wider outputs)."""
         return self.tokens * (self.rows + self.inputs) * self.type.itemsize
 
 
 @dataclass(slots=True)
 class Prepared:
-    """What a kernel keeps of a weight, and the bytes that it takes."""
+    """A kernel's form of a weight, and its bytes."""
 
     parts: dict[str, Any]
     weight_bytes: int
@@ -54,14 +54,14 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One way to compute a product from a weight that was pruned."""
+    """One way to compute a product from a pruned weight."""
 
     prepare: Callable[[Tensor, Case], Prepared]
     call: Callable[[Prepared, Tensor, Case, Algorithm], Tensor]
     why_not: Callable[[Case], str | None]
     sparse_cores: bool = False
     searched: bool = False
-    gathers: bool = False  # computes from the inputs in another order, which `prepare` leaves as "order"
+    gathers: bool = False  # takes inputs in another order, which `prepare` returns as "order"
 
 
 def dtype(name: str) -> torch.dtype:
@@ -69,7 +69,7 @@ def dtype(name: str) -> torch.dtype:
 
 
 def random_weight(rows: int, inputs: int, name: str, device: torch.device, seed: int = 0) -> Tensor:
-    """Random numbers, never zeros: a GPU is faster on zeros."""
+    """Random numbers, because a GPU is faster on zeros."""
     seeded = torch.Generator(device).manual_seed(seed)
     if name == "int8":
         return torch.randint(-100, 100, (rows, inputs), generator=seeded, dtype=torch.int8, device=device)
@@ -81,7 +81,7 @@ def random_input(tokens: int, inputs: int, name: str, device: torch.device, seed
 
 
 def pruned(weight_RI: Tensor, nm: NM) -> Tensor:
-    """The weight with zeros (no -0.0) where it is not among the largest n of m."""
+    """The weight with zeros (no -0.0) for all but the largest n of m."""
     keep_RI = nm.keep_top(weight_RI.float().abs())
     # float8 lacks masked_fill. A kept weight of value 0 becomes 1: a compressor would take it for a pruned one.
     nonzero_RI = torch.where(weight_RI.float() == 0, 1.0, weight_RI.float())
@@ -89,7 +89,7 @@ def pruned(weight_RI: Tensor, nm: NM) -> Tensor:
 
 
 def dense_product(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """What PyTorch computes a dense product with, as a function of W and x."""
+    """PyTorch's dense product, as a function of W and x."""
     if name == "int8":
         return lambda weight_RI, x_TI: torch._int_mm(x_TI, weight_RI.t())
     if name == "float8_e4m3fn":
@@ -116,7 +116,7 @@ def reference(weight_RI: Tensor, x_TI: Tensor) -> Tensor:
 
 
 def error(y_TR: Tensor, expected_TR: Tensor) -> float:
-    """Relative Frobenius error; infinite where anything is not finite."""
+    """The relative Frobenius error; infinite if a value is NaN or Inf."""
     value = float((y_TR.double() - expected_TR).norm() / expected_TR.norm())
     return value if value == value else float("inf")
 

@@ -1,9 +1,9 @@
-"""Which of cuSPARSELt's algorithms is fastest for a product: searched once, kept on disk.
+"""Searches cuSPARSELt's fastest algorithm for a product, once, and stores it on disk.
 
-Its numbers mean something else in each version of the library, so that the key of an entry is (GPU, library version,
-dtype, m, n, k). An algorithm may be wrong, hang, or end the process with an illegal instruction (all three were
-reported), so that a child process searches. It says what it tries next, checks every result against the product in
-double precision, and where an algorithm ends it, another child goes on without that one.
+The library's algorithm numbers change with its version, so the key of an entry is (GPU, library version, dtype, m, n,
+k). An algorithm may be wrong, hang, or end the process with an illegal instruction (all three were reported), so a
+child process searches. It announces each trial, and checks every result against the float64 product. If an algorithm
+ends the child, another child goes on without it.
 
     python -m esparse.bench.search        the child: a JSON list of cases on stdin, a JSON line for each event on stdout
 """
@@ -33,14 +33,14 @@ from esparse.patterns import NM
 from esparse.records.report import write_json
 
 SPLITS = ((1, -1), (2, 1), (2, 2), (4, 1), (4, 2), (-1, -1))  # (split_k, split_k_mode); -1 is segment-K
-ATTEMPTS = 4  # children that one case may end
+ATTEMPTS = 4  # most children that may end during one case
 
 Child = Callable[[list[dict[str, Any]]], Generator[dict[str, Any]]]
 
 
 @dataclass(slots=True)
 class Algorithms:
-    """The cache of what was found; a damaged file counts as empty."""
+    """The cache of found algorithms; a damaged file counts as empty."""
 
     path: Path
     gpu: str
@@ -48,7 +48,7 @@ class Algorithms:
 
     @classmethod
     def of(cls, device: torch.device, path: Path) -> Algorithms:
-        """Those of a GPU and of the library that is loaded."""
+        """The cache for a GPU and the loaded library."""
         return cls(path, torch.cuda.get_device_name(device), library_version())
 
     def _entries(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Algorithms:
         return entries if isinstance(entries, dict) else {}
 
     def key(self, case: Case) -> str:
-        """Tokens as the library sees them, padded."""
+        """The key of a case, with tokens padded as for the library."""
         tokens = padded_tokens(case.tokens, case.type)
         return f"{self.gpu} | cuSPARSELt {self.library} | {case.dtype} | {tokens} x {case.rows} x {case.inputs}"
 
@@ -72,11 +72,11 @@ class Algorithms:
 
     def put(self, case: Case, found: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Read again: a run beside this one may have written.
+        # Reads the file again, because another run may have written to it.
         write_json(self.path, self._entries() | {self.key(case): found})
 
     def search(self, cases: Sequence[Case], child: Child | None = None) -> None:
-        """Fills in every case that is not known; where no algorithm is right, that is what is remembered."""
+        """Searches every unknown case; also stores that no algorithm is right."""
         missing = [case for case in {self.key(case): case for case in cases}.values() if not self.known(case)]
         banned: dict[Case, list[Algorithm]] = {case: [] for case in missing}
         while missing:
@@ -93,7 +93,7 @@ class Algorithms:
                         tried = None
             left = [case for case in missing if not self.known(case)]
             if tried is None and len(left) == len(missing):
-                return  # the child cannot even begin, on this machine
+                return  # the child cannot start on this machine
             if tried is not None:
                 case, algorithm = tried
                 banned[case].append(algorithm)
@@ -108,7 +108,7 @@ def _as_dict(case: Case) -> dict[str, Any]:
 
 
 def run_child(cases: list[dict[str, Any]], quiet_s: float = 60.0) -> Generator[dict[str, Any]]:
-    """The events of a child process; it is ended where it says nothing for `quiet_s` seconds."""
+    """The events of a child process, which is ended after `quiet_s` seconds without an event."""
     command = [sys.executable, "-m", "esparse.bench.search"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -122,7 +122,7 @@ def run_child(cases: list[dict[str, Any]], quiet_s: float = 60.0) -> Generator[d
                 timer.cancel()
                 if not line:
                     return
-                with contextlib.suppress(json.JSONDecodeError):  # something a library printed
+                with contextlib.suppress(json.JSONDecodeError):  # a library printed something
                     event = json.loads(line)
                     if isinstance(event, dict) and "case" in event:
                         yield event
@@ -131,7 +131,7 @@ def run_child(cases: list[dict[str, Any]], quiet_s: float = 60.0) -> Generator[d
 
 
 def library_version() -> str:
-    """Of the cuSPARSELt that is loaded; PyTorch itself tells only which one it was compiled with."""
+    """The version of the loaded cuSPARSELt; PyTorch knows only the one that it was compiled with."""
     try:
         loaded = re.search(r"\S*libcusparseLt\S*", Path("/proc/self/maps").read_text())
         assert loaded is not None
@@ -150,7 +150,7 @@ def library_version() -> str:
 
 
 def find(case: Case, banned: Sequence[Algorithm], tell: Callable[[Algorithm], None]) -> dict[str, Any]:
-    """Tries all algorithms on the GPU: {algorithm, ms, default_ms, tried, refused, wrong}; None where none is right."""
+    """Tries all algorithms on the GPU: {algorithm (None: none is right), ms, default_ms, tried, refused, wrong}."""
     device = torch.device("cuda")
     clock, kernel = CudaClock(device), KERNELS["cusparselt"]
     weight_RI = pruned(random_weight(case.rows, case.inputs, case.dtype, device), case.nm)
@@ -164,7 +164,7 @@ def find(case: Case, banned: Sequence[Algorithm], tell: Callable[[Algorithm], No
     for alg_id in range(_algorithms(prepared.parts["blob"], inputs[0], case)):
         for split_k, mode in SPLITS:
             algorithm = Algorithm(alg_id, split_k, mode)
-            # Segment-K plans hang on GPUs before 9.0.
+            # Segment-K plans hang on GPUs with compute capability below 9.0.
             if algorithm in banned or (split_k == -1 and torch.cuda.get_device_capability() < (9, 0)):
                 continue
             tell(algorithm)
@@ -196,12 +196,12 @@ def _expected(weight_RI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(of_tokens: torch.Tensor) -> torch.Tensor:
-    """The first and the last tokens: of many, all would take longer than the search."""
+    """The first and the last tokens; comparing all of many would take longer than the search."""
     return of_tokens if len(of_tokens) <= 512 else torch.cat([of_tokens[:256], of_tokens[-256:]])
 
 
 def _algorithms(blob: torch.Tensor, x_TI: torch.Tensor, case: Case) -> int:
-    """How many there are for this product, as the library's own search says; 32 where it cannot be asked."""
+    """The number of algorithms for this product, by the library's own search; 32 if that fails."""
     padded = x_TI.new_zeros(padded_tokens(case.tokens, case.type), case.inputs)
     out = {"int8": torch.int32, "float8_e4m3fn": torch.bfloat16}.get(case.dtype)
     try:

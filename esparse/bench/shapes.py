@@ -1,4 +1,4 @@
-"""The pruned matrices of published models by shape: what a decoder block holds, from the papers' tables.
+"""The shapes of published models' pruned matrices, from the tables in their papers.
 
 LLaMA: Touvron et al. 2023 (arXiv 2302.13971), table 2; its gated MLP has 2/3 of 4 times the width, rounded up to
 multiples of 256. OPT: Zhang et al. 2022 (arXiv 2205.01068), table 1; its MLP is four times as wide.
@@ -25,7 +25,7 @@ def _opt(hidden: int) -> list[LayerShape]:
     ]
 
 
-# One block of each; `matrices` is how many of the shape the block has.
+# One block of each model; `matrices` counts the block's matrices of a shape.
 NAMED = {
     "llama-7b": _llama(4096, 11008),
     "llama-13b": _llama(5120, 13824),

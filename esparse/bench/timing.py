@@ -1,7 +1,7 @@
-"""How long calls take on a device: warmed up, rotated beyond the cache, interleaved, median and quartiles.
+"""Times calls on a device: warmed up, with tensors that rotate beyond the cache, interleaved, median and quartiles.
 
-Small calls are captured into one CUDA graph, so that the gaps between launches do not count. Alternatives are timed
-turn by turn (A, B, A, B), so that a drifting clock meets both.
+Short calls are captured into one CUDA graph, so that gaps between launches do not count. Alternatives are timed in turn
+(A, B, A, B), so that a drifting clock rate affects both.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Call = Callable[[], object]
 
 
 class Clock(Protocol):
-    """A device's time. A test has one of its own."""
+    """Measures a device's time; tests use a fake one."""
 
     @property
     def cache_bytes(self) -> int:
-        """Of the last cache before the memory."""
+        """The size of the last cache before the memory."""
 
     def milliseconds(self, run: Call) -> float:
-        """How long `run` takes on the device."""
+        """The time that `run` takes on the device."""
 
     def graphed(self, run: Call) -> Call | None:
-        """`run` as one graph; None where it cannot be captured."""
+        """`run` as one graph; None if it cannot be captured."""
 
 
 class CudaClock:
@@ -58,14 +58,14 @@ class CudaClock:
         try:
             with torch.cuda.graph(graph):
                 run()
-        except RuntimeError:  # something in it waits for the device
+        except RuntimeError:  # a call in it waits for the device
             torch.cuda.synchronize(self.device)
             return None
         return graph.replay
 
 
 class WallClock:
-    """The time of day: for trying things out where there is no GPU."""
+    """Wall-clock time, for trials without a GPU."""
 
     cache_bytes = 0
 
@@ -92,25 +92,25 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Protocolled:
-    """How calls are timed; the numbers are a bench's settings."""
+    """How calls are timed; the numbers come from a benchmark's settings."""
 
-    warm_up: int  # replays that are not counted
-    repeats: int  # replays that are
-    least_ms: float  # one replay takes at least so long
-    graph_below_ms: float  # calls shorter than that are captured into a graph
+    warm_up: int  # replays that do not count
+    repeats: int  # replays that count
+    least_ms: float  # least milliseconds of one replay
+    graph_below_ms: float  # shorter calls are captured into a graph
 
 
 def rotation(bytes_of_one: int, clock: Clock, *, most_bytes: int = 4 << 30) -> int:
-    """How many copies of a call's tensors are gone through in turn, so that none of them is still in the cache.
+    """The number of copies of a call's tensors to rotate, so that none is still in the cache at its turn.
 
-    Together four times the cache, within `most_bytes`.
+    Together they take four times the cache, but at most `most_bytes`.
     """
     wanted = math.ceil(4 * clock.cache_bytes / max(1, bytes_of_one))
     return max(1, min(wanted, most_bytes // max(1, bytes_of_one), 256))
 
 
 def measure(cases: Mapping[str, Sequence[Call]], clock: Clock, how: Protocolled) -> dict[str, Timing]:
-    """The timing of each case, whose calls do the same on different copies of their tensors."""
+    """The timing of each case; a case's calls do the same on different copies of their tensors."""
     replays, calls, graphs = {}, {}, {}
     for name, of in cases.items():
         replays[name], calls[name], graphs[name] = _replay(of, clock, how)
@@ -119,7 +119,7 @@ def measure(cases: Mapping[str, Sequence[Call]], clock: Clock, how: Protocolled)
             replay()
     times: dict[str, list[float]] = {name: [] for name in cases}
     collecting = gc.isenabled()
-    gc.disable()  # a collection would fall into somebody's time
+    gc.disable()  # a garbage collection would count as some call's time
     try:
         for _ in range(how.repeats):
             for name, replay in replays.items():
@@ -131,7 +131,7 @@ def measure(cases: Mapping[str, Sequence[Call]], clock: Clock, how: Protocolled)
 
 
 def _replay(of: Sequence[Call], clock: Clock, how: Protocolled) -> tuple[Call, int, bool]:
-    """What is timed at a time, how many calls it makes, and whether it is a graph."""
+    """A replay for timing, the number of its calls, and whether it is a graph."""
 
     def through(turns: int) -> Call:
         def run() -> None:
@@ -141,12 +141,12 @@ def _replay(of: Sequence[Call], clock: Clock, how: Protocolled) -> tuple[Call, i
 
         return run
 
-    through(2)()  # what is compiled, searched or allocated the first time
+    through(2)()  # does what happens only the first time: compiling, searching, allocating
     one_ms = clock.milliseconds(through(1)) / len(of)
     turns = max(1, math.ceil(how.least_ms / max(one_ms * len(of), 1e-3)))
     turns = min(turns, max(1, 1024 // len(of)))
     if one_ms < how.graph_below_ms and (graph := clock.graphed(through(turns))) is not None:
-        # Without the gaps between launches, more calls may fit.
+        # Without gaps between launches, more calls may fit into a replay.
         graph_ms = clock.milliseconds(graph)
         if graph_ms < how.least_ms and turns * len(of) < 1024:
             more = min(math.ceil(turns * how.least_ms / max(graph_ms, 1e-3)), max(1, 1024 // len(of)))

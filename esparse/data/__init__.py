@@ -1,1 +1,1 @@
-"""Text and token sequences; this package knows nothing of sparsity."""
+"""Text and token sequences. This package does not know what sparsity is."""

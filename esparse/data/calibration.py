@@ -1,4 +1,4 @@
-"""The sequences that a model is calibrated on, decided by corpus, seed and tokenizer alone.
+"""The calibration sequences, which depend only on corpus, seed and tokenizer.
 
 Shapes: S sequences, L tokens of each.
 """
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-SPARE = 16  # a stream of documents holds so many times the tokens asked, where the corpus has them
+SPARE = 16  # a stream of documents has this many times the requested tokens, if the corpus is large enough
 
 
 @dataclass(kw_only=True, slots=True)
 class Calibration:
-    """Random sequences of one corpus: windows of its token stream, or for C4 crops of its long documents."""
+    """The group `calibration`: random sequences of a corpus, windows of its token stream or (C4) crops of documents."""
 
     corpus: str  # its name: builtin, wikitext2, c4, ptb, text
     # Rows without text are skipped and counted. Of a file of more than 8 million characters only what is needed is read
@@ -44,13 +44,13 @@ class Calibration:
             raise Mistake(f"calibration.length must be at least 1 or null, got {self.length}")
 
     def sample(self, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
-        """The calibration tokens_SL (int64, no padding) for a model that takes sequences of up to `longest` tokens.
+        """The calibration tokens_SL (int64, without padding) for a model with sequences of up to `longest` tokens.
 
-        `family`: the model's, which may expect a beginning token. Of a file of more than 8 million characters only
-        what is needed is tokenised. Windows of a stream may overlap and, rarely, repeat. A stream of several documents
-        has them in random order and ends once it holds 16 times the tokens asked, so that a small sample does not
-        tokenise a large corpus. Raises Mistake if the length asked is too long for the model or the corpus too short
-        for it, and what `corpora.read` raises.
+        `family`: the model's family, which may expect a beginning token. Of a file with more than 8 million characters,
+        only the needed parts are tokenised. Windows of a stream may overlap and, rarely, repeat. A stream has its
+        documents in random order and ends at 16 times the requested tokens, so that a small sample does not tokenise a
+        large corpus. Raises Mistake if the length is too long for the model or for the corpus, and as `corpora.read`
+        does.
         """
         from esparse.data import tokens
 
@@ -59,7 +59,7 @@ class Calibration:
         return self.sample_of(corpus, tokenizer, longest, family)
 
     def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
-        """As `sample`, of a text that was read already."""
+        """`sample` for a text that was read already."""
         import torch
 
         from esparse.data import tokens

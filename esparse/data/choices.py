@@ -1,7 +1,7 @@
-"""Questions of multiple choice made from the built-in corpus: which of four texts goes on where another one stops?
+"""Multiple-choice questions from the built-in corpus: which of four texts continues a given text?
 
-The three wrong texts are continuations, too, but of other documents; they are the nearest in length, so that length
-tells nothing. All is decided by the order of the held-out documents, hence a Python version has one set of questions.
+The three wrong texts are continuations from other documents, the nearest in length, so that length is no hint. The
+questions depend only on the order of the held-out documents, so each version of the corpus has one set of questions.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TypedDict
 from esparse.data import builtin
 
 QUESTIONS = 500
-CONTEXT, ENDING = 160, 60  # characters, at least: whole lines follow one another until there are as many
-LONGEST = 3  # times as many characters at most: a line may be long
-WRONG = 3  # endings beside the right one
+CONTEXT, ENDING = 160, 60  # least characters: whole lines are taken until there are enough
+LONGEST = 3  # most characters, as a multiple of the least: a line may be long
+WRONG = 3  # wrong endings per question
 
 
 class Question(TypedDict):
-    """A text, four ways to go on, and which of them is its own."""
+    """A text, four endings, and the index of the right one."""
 
     context: str
     endings: list[str]
@@ -27,7 +27,7 @@ class Question(TypedDict):
 
 
 def questions() -> list[Question]:
-    """At most QUESTIONS of them, from as many documents as there are, in the order of the held-out documents."""
+    """At most QUESTIONS questions, from as many documents as possible, in the order of the held-out documents."""
     passages = _passages()
     asked: list[Question] = []
     for index, (document, context, ending) in enumerate(passages):
@@ -42,7 +42,7 @@ def questions() -> list[Question]:
 
 
 def _passages() -> list[tuple[int, str, str]]:
-    """Contexts with their endings and the numbers of their documents: the first of each document, the second, ..."""
+    """(document number, context, ending): the first passage of each document, then the second of each, and so on."""
     of_document = [list(_cut(text)) for text in builtin.documents("held-out")]
     rounds = max(map(len, of_document), default=0)
     found = [(d, *cuts[r]) for r in range(rounds) for d, cuts in enumerate(of_document) if r < len(cuts)]

@@ -1,8 +1,8 @@
-"""Corpora by name, each for two purposes: the same text, split and joints as in the literature.
+"""Corpora by name, for calibration and evaluation, with the literature's text, split and separators.
 
-They follow SparseGPT's and Wanda's loaders (arXiv 2301.00774, 2306.11695), whose choices decide the numbers:
-WikiText-2's test rows joined by blank lines and tokenised once; of C4 the first 1,100 validation documents and at most
-256 windows of them; Penn Treebank's sentences joined by blanks.
+They follow SparseGPT's and Wanda's loaders (arXiv 2301.00774, 2306.11695), whose choices affect the numbers:
+WikiText-2's test rows are joined by blank lines and tokenised once; of C4, at most 256 windows of the first 1,100
+validation documents are used; Penn Treebank's sentences are joined by spaces.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from esparse.data.text_files import LongText, Rows, texts_of
 from esparse.errors import Mistake
 
 Purpose = Literal["calibration", "evaluation"]
-GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the command line's name of each purpose
-LONG = 2**23  # characters of a file of one's own; of a longer one only parts are held, and tokenised
+GROUP = {"calibration": "calibration", "evaluation": "evaluate"}  # the group on the command line for each purpose
+LONG = 2**23  # characters; of a longer text file only parts are read into memory and tokenised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """Text for one purpose, before any tokenizer.
 
-    The texts follow one another in one stream of tokens, or, where they stand `apart`, a sequence is cut out of a
-    single one. Of a `long` text there are no texts, but parts that are read from its file.
+    The texts form one stream of tokens, or, if they stand `apart`, each sequence is cut out of a single text. A `long`
+    text has no `texts`: parts of it are read from its file.
     """
 
     name: str
     texts: Sequence[str]
     long: LongText | None = None
     apart: bool = False
-    most_windows: int | None = None  # evaluation stops after so many
+    most_windows: int | None = None  # evaluation uses at most this many windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class HubText:
 
     source: HubFile
     column: str
-    joint: str | None  # between the rows; None: the rows stand apart
-    first: int | None = None  # rows read
+    joint: str | None  # separator between the rows; None: the rows stand apart
+    first: int | None = None  # number of rows to read; None: all
     most_windows: int | None = None
 
 
@@ -75,7 +75,7 @@ HUB: dict[str, dict[Purpose, HubText]] = {
             most_windows=256,
         ),
     },
-    # The data set itself is a loading script, which `datasets` runs no more; this branch is the hub's copy of its rows.
+    # The data set is a loading script, which `datasets` no longer runs; this branch is the hub's copy of its rows.
     "ptb": {
         "calibration": HubText(
             source=HubFile("ptb-text-only/ptb_text_only", "penn_treebank/train/0000.parquet", "refs/convert/parquet"),
@@ -106,7 +106,7 @@ def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
 
 
 def check_settings(group: str, *, bos: object, chat: bool, path: str | None) -> None:
-    """Raises ValueError for a setting of the beginning token that is none, and for chats of no file."""
+    """Raises Mistake for a wrong `bos`, and for `chat` without a file."""
     if not (bos == "auto" or isinstance(bos, bool)):
         raise Mistake(f"{group}.bos must be auto, true or false, got {bos!r}")
     if chat and path is None:
@@ -121,9 +121,9 @@ def read(
     column: str = "text",
     render: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> Corpus:
-    """The text of one corpus for one purpose; `path`, `column` and `render` matter to the corpus `text` alone.
+    """Reads one corpus for one purpose; `path`, `column` and `render` matter only to the corpus `text`.
 
-    `render` makes the text of a chat, if chats are asked for. Raises ConnectionError if a data set can not be had, and
+    `render`: turns a chat into text, if chats are wanted. Raises ConnectionError if a data set cannot be fetched, and
     FileNotFoundError or ValueError as `texts_of` does.
     """
     check([name], purpose, path)
@@ -156,12 +156,12 @@ def _from_hub(name: str, asked: HubText, *, instead: str) -> Corpus:
 
 
 class _OnDisk(Sequence[str]):
-    """The texts of a large file of JSON lines, left on disk (as Arrow, in the cache of `datasets`) and read by row."""
+    """The texts of a large file of JSON lines, kept on disk (as Arrow, in the cache of `datasets`) and read by row."""
 
     def __init__(self, path: Path, column: str) -> None:
         from datasets import load_dataset
 
-        # The Arrow column itself: through the data set every row costs 200 us, and a search can pass all of them.
+        # Uses the Arrow column: access through the data set takes 200 us per row, and a search may visit all rows.
         self._column = load_dataset("json", data_files=str(path), split="train").data.column(column)
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""One file of a data set on the Hugging Face Hub, from the local cache where it is there.
+"""Single files of data sets on the Hugging Face Hub, from the local cache if they are in it.
 
 Files are fetched one by one rather than by `load_dataset(name, data_files=...)`, because that finds nothing in its
-cache when the hub is out of reach (huggingface/datasets#6837). Both share the hub's cache of files, so what either
-has fetched once is there for the other. A cached file is taken without asking the hub: these data sets do not change.
+cache when the hub cannot be reached (huggingface/datasets#6837). Both share the hub's cache of files, so a file fetched
+by one is there for the other. A cached file is used without asking the hub, because these data sets do not change.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ANSWER_S = 10.0  # how long the hub may take to answer at all before it counts as out of reach
+ANSWER_S = 10.0  # the hub counts as unreachable if it has not answered after this time
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """Where a file lies on the hub."""
+    """A file on the hub."""
 
     repo: str
     file: str
@@ -27,8 +27,8 @@ class HubFile:
     def local(self, instead: str) -> Path:
         """The path of the file on this machine, downloaded if it is not cached.
 
-        Raises ConnectionError, at once under HF_HUB_OFFLINE=1 and within seconds otherwise, where it is neither
-        cached nor to be had; `instead` says there what to use in its place.
+        Raises ConnectionError (at once under HF_HUB_OFFLINE=1, else within seconds) if the file is not cached and
+        cannot be fetched; `instead`: what its message suggests as a replacement.
         """
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -37,11 +37,11 @@ class HubFile:
         if isinstance(cached, str):
             return Path(cached)
         try:
-            # One question without retries: the download itself would repeat a vain one for half a minute and more.
+            # Asks once without retries; the download would retry for half a minute or more.
             url = hf_hub_url(self.repo, self.file, repo_type=kind, revision=revision)
             get_hf_file_metadata(url, timeout=ANSWER_S)
             return Path(hf_hub_download(self.repo, self.file, repo_type=kind, revision=revision))
-        except Exception as cause:  # the hub, its client and the network fail in many unrelated types
+        except Exception as cause:  # hub, client and network raise many unrelated types
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
             raise ConnectionError(
                 f"the data set {self.repo} (file {self.file}) is not in the local Hugging Face cache and could not be "
@@ -56,7 +56,7 @@ class HubFile:
 
 @contextmanager
 def from_cache_where_out_of_reach() -> Iterator[None]:
-    """While open, `datasets` looks into its cache only, unless the hub answers; it would try for half a minute."""
+    """While open, `datasets` uses only its cache if the hub does not answer; it would retry for half a minute."""
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

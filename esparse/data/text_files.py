@@ -1,4 +1,4 @@
-"""Texts in files (.txt, .jsonl, .json, .parquet), with one clear sentence for each way that a file can be wrong."""
+"""Reads texts from files (.txt, .jsonl, .json, .parquet), with one clear sentence for each kind of wrong file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
-CHATS = ("messages", "conversations")  # what data sets call the columns that hold chats
-PIECE = 2**20  # characters that are read at one time
-LONGEST_ROW = 2**28  # characters
+CHATS = ("messages", "conversations")  # usual names of columns with chats
+PIECE = 2**20  # characters that are read at a time
+LONGEST_ROW = 2**28  # most characters of a row
 
 
 def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
-    """The texts of a file in their order: one for .txt, one a row (of field `column`) for the others.
+    """The texts of a file in order: one for .txt, one per row (from `column`) for the others.
 
-    With `first` only so many rows are read. Raises FileNotFoundError if there is no such file and ValueError if it is
-    of another kind, is damaged, is not UTF-8, lacks the column or has a row without text.
+    `first`: number of rows to read. Raises FileNotFoundError if there is no such file and Mistake if it is of another
+    kind, is damaged, is not UTF-8, lacks the column or has a row without text.
     """
     rows = Rows(path, column)
     values = rows.values() if rows.by_row else iter([(1, "".join(rows.pieces()))])
@@ -36,17 +36,17 @@ def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
 
 @dataclass(slots=True)
 class Rows:
-    """The rows of a text file, as often as they are asked for; never all of them at once.
+    """The rows of a text file, which can be iterated repeatedly and are never all in memory.
 
-    `render` makes the text of a chat (a list of messages), where chats are asked for. `group` is what the command line
-    calls the settings, for its errors.
+    `render`: turns a chat (a list of messages) into text, if chats are wanted. `group`: the settings' group on the
+    command line, for error messages.
     """
 
     path: Path
     column: str
     group: str = "calibration"
     render: Callable[[list[dict[str, Any]]], str] | None = None
-    _said: int = field(default=0, init=False)  # rows without text that the log has told of
+    _said: int = field(default=0, init=False)  # rows without text that the log has reported
     _read: Callable[[Rows], Iterator[tuple[int, Any]]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -63,18 +63,18 @@ class Rows:
 
     @property
     def by_row(self) -> bool:
-        """Whether the file has rows; a .txt has none."""
+        """Whether the file has rows; a .txt file has none."""
         return self._read is not None
 
     def values(self) -> Iterator[tuple[int, Any]]:
-        """Number and value of every row, whatever it is."""
+        """The number and the value of every row."""
         assert self._read is not None
         return self._read(self)
 
     def pieces(self) -> Iterator[str]:
-        """The text of the file piece by piece, about PIECE characters each; rows are joined by blank lines.
+        """Yields the text of the file in pieces of about PIECE characters; rows are joined by blank lines.
 
-        Rows without text are left out, and the log says how many. Raises as `texts_of` does.
+        Skips rows without text, and logs their number. Raises as `texts_of` does.
         """
         with self.explained():
             if not self.by_row:
@@ -103,11 +103,11 @@ class Rows:
                     log.warning("%s: %d rows without text are skipped", self.path, skipped)
 
     def text(self, number: int, value: Any) -> str:
-        """The text of one row; ValueError if it is none."""
+        """The text of one row; raises Mistake if it is no text."""
         if self.render is not None and isinstance(value, list):
             try:
                 value = self.render([_message(one) for one in value])
-            except Exception as cause:  # templates fail in many types
+            except Exception as cause:  # templates raise many types
                 raise Mistake(
                     f"{self.path}, row {number}: the tokenizer's chat template does not take this chat ({cause})"
                 ) from cause
@@ -126,11 +126,11 @@ class Rows:
         return value
 
     def cell(self, where: str, row: dict[str, Any]) -> Any:
-        """The value of the column that was asked for; `where`: the row, for the error."""
+        """The value of the wanted column; `where`: the row, for the error message."""
         return row[self.name(where, list(row))]
 
     def name(self, where: str, there: list[str]) -> str:
-        """The column that is read, of those that are there; ValueError without it."""
+        """The column to read among those in `there`; raises Mistake if it is missing."""
         if self.column in there:
             return self.column
         chats = [name for name in CHATS if name in there]
@@ -148,7 +148,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class LongText:
-    """A text that is too long to be held: its beginning, and pieces from anywhere in it."""
+    """A text that is too long for memory: gives its beginning, and excerpts from anywhere in it."""
 
     rows: Rows
 
@@ -157,7 +157,7 @@ class LongText:
         return sum(map(len, self.rows.pieces()))
 
     def start(self, characters: int) -> str:
-        """At least so many characters from the beginning, if there are as many."""
+        """At least this many characters from the beginning, if the text has as many."""
         held, size = [], 0
         for piece in self.rows.pieces():
             held.append(piece)
@@ -167,7 +167,7 @@ class LongText:
         return "".join(held)
 
     def excerpts(self, starts: list[int], characters: int) -> list[str]:
-        """So many characters from each of these places on."""
+        """Excerpts of this many characters from each start."""
         found: list[list[str]] = [[] for _ in starts]
         begin, last = 0, max(starts, default=0) + characters
         for piece in self.rows.pieces():
@@ -182,7 +182,7 @@ class LongText:
 
 
 class _Explained:
-    """As a context, turns what readers raise into a sentence that names the file."""
+    """A context manager that turns readers' exceptions into a sentence with the file's name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -203,17 +203,17 @@ class _Explained:
 
 
 def _message(one: Any) -> dict[str, Any]:
-    """A message as chat templates take it, also one of ShareGPT's, which has `from` and `value`."""
+    """A message in the form of chat templates; also converts ShareGPT's form with `from` and `value`."""
     if isinstance(one, dict) and "from" in one and "role" not in one:
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(one["from"], one["from"]), "content": one.get("value")}
     if not isinstance(one, dict):
         raise Mistake(f"expected messages with role and content, got a {type(one).__name__}")
-    return {key: value for key, value in one.items() if value is not None}  # parquet fills up with nulls
+    return {key: value for key, value in one.items() if value is not None}  # parquet fills missing keys with null
 
 
 def _json(rows: Rows) -> Iterator[tuple[int, Any]]:
-    """JSON lines, or one array of rows."""
+    """Reads JSON lines, or one array of rows."""
     path = rows.path
     opened: Callable[..., IO[str]] = gzip.open if path.name.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
@@ -238,7 +238,7 @@ def _field(rows: Rows, number: int, line: str) -> Any:
 
 
 def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
-    """The rows of one JSON array: objects, or the texts themselves; a row at a time is in memory."""
+    """Reads the rows of one JSON array (objects or texts) one at a time."""
     decoder, number, place = json.JSONDecoder(), 0, held.index("[") + 1
     while True:
         while place < len(held) and held[place] in " \t\r\n,":
@@ -288,7 +288,7 @@ def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
 _READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _json,
     ".jsonl.gz": _json,
-    ".json": _json,  # as C4 calls its JSON lines
+    ".json": _json,  # C4's JSON lines end in .json
     ".json.gz": _json,
     ".parquet": _parquet,
 }

@@ -1,4 +1,4 @@
-"""Text into tokens: whole streams, consecutive windows, random windows, random crops of documents. Never any padding.
+"""Turns text into tokens: whole streams, consecutive windows, random windows, random crops of documents; no padding.
 
 Shapes: T tokens of a stream, S sequences, W windows, L tokens of each; all tokens are int64.
 """
@@ -21,20 +21,20 @@ from esparse.errors import Mistake
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-DEFAULT_LENGTH = 2048  # the literature's context; a model's own maximum can be 128k, which no calibration survives
+DEFAULT_LENGTH = 2048  # the literature's context; a model's own maximum may be 128k, too long for calibration
 DOCUMENTS_AT_ONCE = 16
 log = logging.getLogger("esparse")
 
 STREAMS_KEPT = 8
-PER_TOKEN = 8  # characters of a text that are read for a token to begin with; a token has about 4 of them
-SPARE_TOKENS = 64  # behind those that are asked for: the last ones depend on where a text is cut
-SAYS_NOTHING = 16  # tokens that are all the same
-BEGIN = ("gemma",)  # in the names of families that expect a beginning token in front of every sequence
-_streams: dict[str, Tensor] = {}  # a sweep in one process tokenises each text once
+PER_TOKEN = 8  # characters read per token at first; a token has about 4 characters
+SPARE_TOKENS = 64  # read beyond the requested tokens, because the last ones depend on where the text is cut
+SAYS_NOTHING = 16  # from this number on, tokens that are all equal mean a wrong tokenizer
+BEGIN = ("gemma",)  # parts of names of families that expect a beginning token in front of every sequence
+_streams: dict[str, Tensor] = {}  # cache, so that a sweep in one process tokenises each text once
 
 
 def sequence_length(asked: int | None, longest: int, setting: str) -> int:
-    """How many tokens a sequence has: as asked, else 2048 or the model's `longest`, whichever is less."""
+    """The length of a sequence: `asked`, or the smaller of 2048 and the model's `longest`."""
     if asked is not None and asked > longest:
         raise Mistake(
             f"{setting}={asked} is longer than the {longest} tokens that the model takes: "
@@ -44,11 +44,11 @@ def sequence_length(asked: int | None, longest: int, setting: str) -> int:
 
 
 def stream(corpus: Corpus, tokenizer: Tokenizer, at_most: int | None = None) -> Tensor:
-    """The whole corpus as one stream tokens_T, cut off at `at_most` tokens.
+    """The whole corpus as one stream tokens_T, truncated to `at_most` tokens.
 
-    A single text is tokenised in one piece, with the special tokens that the tokenizer gives it (a BOS stands at the
-    very start and nowhere else). Of several documents each has the end-of-text token in front, as the built-in model
-    learned it; where the tokenizer has none, they are joined by blank lines into a single text.
+    A single text is tokenised in one piece, with the tokenizer's special tokens (BOS only at the very start). Each of
+    several documents gets the end-of-text token in front, as the built-in model has learned it; if the tokenizer has no
+    such token, blank lines join the documents to one text.
     """
     if corpus.long is not None:
         most = corpus.long.characters if at_most is None else PER_TOKEN * at_most
@@ -67,30 +67,32 @@ def stream(corpus: Corpus, tokenizer: Tokenizer, at_most: int | None = None) -> 
     tokens_T = tokens_T[:at_most].clone()
     if key is not None:
         while len(_streams) >= STREAMS_KEPT:
-            _streams.pop(next(iter(list(_streams))), None)  # another thread may have done so
+            _streams.pop(next(iter(list(_streams))), None)  # another thread may have removed it
         _streams[key] = tokens_T
     return tokens_T
 
 
 def in_random_order(corpus: Corpus, generator: torch.Generator) -> Corpus:
-    """The same documents in another order."""
+    """The corpus with its documents in random order."""
     order = torch.randperm(len(corpus.texts), generator=generator).tolist()
     return replace(corpus, texts=[corpus.texts[i] for i in order])
 
 
 def beginning(asked: str | bool, tokenizer: Tokenizer, family: str, setting: str) -> int | None:
-    """The token with which every sequence begins; None if they begin anywhere in the text.
+    """The token in front of every sequence; None: no such token.
 
-    `asked`: true, false, or auto, which is what the family expects. Gemma's models have been trained with it in front
-    of every sequence, and are another model without: 270 million parameters of Gemma 3 have a perplexity of 39.7 with
-    it and of 75.5 without. The literature measures all others without, hence so does auto.
+    `asked`: true, false, or auto (as the family expects). Gemma's models were trained with it in front of every
+    sequence and need it: Gemma 3 with 270 million parameters has a perplexity of 39.7 with it and of 75.5 without. The
+    literature measures all other models without it, and so does auto.
     """
     token = tokenizer.bos_token_id
     if asked is True and token is None:
         raise Mistake(f"{setting}=true asks for a beginning token, and the tokenizer has none: set {setting}=false")
     expected = any(name in family for name in BEGIN) and token is not None
     if asked == "auto" and not expected and token is not None and _ids(["a"], tokenizer)[0][:1] == [token]:
-        log.info("the tokenizer begins every text with its beginning token, sequences do so with %s=true only", setting)
+        log.info(
+            "the tokenizer begins every text with its beginning token, but sequences have it only with %s=true", setting
+        )
     return token if asked is True or (asked == "auto" and expected) else None
 
 
@@ -104,7 +106,7 @@ class Drawn(TypedDict):
 
 
 def chat_template(tokenizer: Tokenizer, setting: str) -> Callable[[list[dict[str, Any]]], str]:
-    """What makes the text of a chat; ValueError if the tokenizer has no chat template."""
+    """The function that turns a chat into text; raises Mistake if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise Mistake(f"{setting}=true asks for the tokenizer's chat template, and it has none: use a chat model's")
     return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -126,21 +128,21 @@ def check_ids(name: str, tokens: Tensor, embedded: int) -> None:
 
 
 def windows(tokens_T: Tensor, length: int, begin: int | None = None) -> Tensor:
-    """Consecutive windows_WL that do not overlap, from the first token on; the tail is dropped.
+    """Consecutive windows_WL without overlap, from the first token on; drops the tail.
 
-    With `begin` that token stands in front of each, and takes one of its places.
+    `begin`: a token in front of each window, which counts as one of its L tokens.
     """
     own = length if begin is None else length - 1
     if begin is not None and len(tokens_T) and tokens_T[0] == begin:
-        tokens_T = tokens_T[1:]  # the tokenizer's own
+        tokens_T = tokens_T[1:]  # removes the tokenizer's own beginning token
     windows_WL = tokens_T[: len(tokens_T) // own * own].view(-1, own)
-    return windows_WL.clone() if begin is None else _begun(windows_WL, begin)  # not a view of a kept stream
+    return windows_WL.clone() if begin is None else _begun(windows_WL, begin)  # a copy, not a view of the cached stream
 
 
 def random_windows(
     tokens_T: Tensor, *, count: int, length: int, generator: torch.Generator, begin: int | None = None
 ) -> Tensor:
-    """Sequences tokens_SL from anywhere in the stream; they may overlap and, rarely, repeat. `begin`: see `windows`."""
+    """Sequences tokens_SL from random places in the stream; may overlap and, rarely, repeat. `begin`: see `windows`."""
     own = length if begin is None else length - 1
     starts_S1 = torch.randint(len(tokens_T) - own + 1, (count, 1), generator=generator)
     return _begun(tokens_T[starts_S1 + torch.arange(own)], begin)
@@ -155,10 +157,10 @@ def random_excerpts(
     generator: torch.Generator,
     begin: int | None = None,
 ) -> Tensor:
-    """Sequences tokens_SL from anywhere in a long text, of which nothing else is tokenised.
+    """Sequences tokens_SL from random places in a long text; tokenises nothing else of it.
 
-    Places are drawn by characters, and a sequence begins with the next word. Raises ValueError if the text has fewer
-    tokens than a sequence.
+    Places are drawn by character, and a sequence begins with the next word. Raises Mistake if the text has fewer tokens
+    than a sequence.
     """
     own = length if begin is None else length - 1
     place_S = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -178,7 +180,7 @@ def random_excerpts(
 
 
 def _from_a_word(excerpt: str) -> str:
-    """The excerpt from its first blank on, unless a word takes a quarter of it."""
+    """The excerpt from its first blank on; all of it if that is beyond the first quarter."""
     place = next((i for i, letter in enumerate(excerpt[: len(excerpt) // 4]) if letter.isspace()), 0)
     return excerpt[place:]
 
@@ -196,15 +198,15 @@ def random_crops(
     generator: torch.Generator,
     begin: int | None = None,
 ) -> Tensor:
-    """Sequences tokens_SL, each from a random place in another random document of more than `length` tokens.
+    """Sequences tokens_SL, each from a random place in a different random document of more than `length` tokens.
 
-    Documents are tried in random order, each once. Raises ValueError where too few of them are long enough.
+    Tries the documents in random order, each once. Raises Mistake if too few of them are long enough.
     """
     crops = []
     own = length if begin is None else length - 1
     for indices in torch.randperm(len(corpus.texts), generator=generator).split(DOCUMENTS_AT_ONCE):
         texts = [corpus.texts[index] for index in indices.tolist()]
-        # A document of no more bytes than tokens asked is not even tokenised: tokens stand for a byte or more.
+        # Skips documents with no more bytes than `length`, because a token takes at least one byte.
         for ids in _ids([text for text in texts if len(text.encode()) > length], tokenizer):
             if len(ids) > length:
                 start = int(torch.randint(len(ids) - length, (), generator=generator))
@@ -218,9 +220,9 @@ def random_crops(
 
 
 def _beginning(start: Callable[[int], str], characters: int, tokenizer: Tokenizer, at_most: int | None) -> Tensor:
-    """The tokens of a text's beginning, `at_most` of them at least if it has as many; `start` gives its characters.
+    """The tokens of a text's beginning, at least `at_most` of them if it has as many; `start` gives its characters.
 
-    They are those of the whole text: what is tokenised ends between two words, some tokens behind the last one.
+    They equal the whole text's tokens, because the tokenised part ends between two words, some tokens after the last.
     """
     while True:
         text = start(characters)
@@ -248,7 +250,7 @@ def _marked(texts: Sequence[str], tokenizer: Tokenizer, at_most: int | None) -> 
 def _ids(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    # Not verbose: a stream is meant to be longer than the model's context, there is nothing to warn of.
+    # Not verbose, because a stream may be longer than the model's context and needs no warning.
     return tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
@@ -261,7 +263,7 @@ def _ids(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool
 
 
 def _key(texts: Sequence[str], tokenizer: Tokenizer, at_most: int | None) -> str | None:
-    """A digest of all that the stream depends on; None for a tokenizer that can not be written down (a slow one)."""
+    """A digest of all that the stream depends on; None for a tokenizer that cannot be serialised (a slow one)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

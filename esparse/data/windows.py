@@ -1,4 +1,4 @@
-"""The windows that perplexity is measured on; the measuring itself stands in esparse/evaluate.
+"""The windows on which esparse/evaluate measures perplexity.
 
 Shapes: W windows, L tokens of each.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Perplexity:
-    """Which text perplexity is measured on, and in windows of what length."""
+    """The group `evaluate`: the texts on which perplexity is measured, and the length of the windows."""
 
     corpora: list[str]  # names of corpora: builtin, wikitext2, c4, ptb, text
     path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json or .parquet
@@ -41,15 +41,15 @@ class Perplexity:
             raise Mistake(f"evaluate.max_tokens={self.max_tokens} leaves no window of {self.length or 2} tokens")
 
     def name(self, corpus: str) -> str:
-        """What the record calls a corpus: its own name, for `text` the file's."""
+        """A corpus's name in records: its own name; for `text` the file's name."""
         return Path(self.path).name if corpus == "text" and self.path else corpus
 
     def windows(self, corpus: str, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
-        """The consecutive windows_WL (int64, no overlap, no padding, tail dropped) of one of the corpora.
+        """The consecutive windows_WL (int64, without overlap, padding and tail) of one of the corpora.
 
-        `longest` is what the model takes, `family` the model's, which may expect a beginning token. Raises ValueError
-        if the length asked is too long for the model or the text too short for one window, and what `corpora.read`
-        raises.
+        `longest`: the longest sequence of the model; `family`: the model's family, which may expect a beginning token.
+        Raises Mistake if the length is too long for the model or the text too short for one window, and as
+        `corpora.read` does.
         """
         from esparse.data import tokens
 
@@ -59,7 +59,7 @@ class Perplexity:
         return self.windows_of(text, tokenizer, longest, family)
 
     def windows_of(self, text: Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
-        """As `windows`, of a text that was read already."""
+        """`windows` for a text that was read already."""
         from esparse.data import tokens
 
         length = tokens.sequence_length(self.length, longest, "evaluate.length")

@@ -1,1 +1,1 @@
-"""Measuring quality; knows nothing of how a model was pruned."""
+"""Measures quality. This package does not know how a model was pruned."""

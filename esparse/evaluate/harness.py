@@ -1,4 +1,4 @@
-"""Between lm-eval and a model that is run block by block: the language model that lm-eval asks. (lm-eval 0.4.13)"""
+"""Adapts a model that is run block by block to lm-eval's interface of language models (lm-eval 0.4.13)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class BlockLM(TemplateLM):
-    """Answers lm-eval's requests for log-likelihoods as its own Hugging Face model does (HFLM), block by block."""
+    """Answers lm-eval's requests for log-likelihoods block by block, with the same results as its HFLM."""
 
     def __init__(self, blocks: BlockModel, tokenizer: Tokenizer, longest: int, on_block: Callable[[int], None]) -> None:
         super().__init__()
         self.blocks, self.tokenizer, self.longest, self.on_block = blocks, tokenizer, longest, on_block
-        self.cut: Counter[str] = Counter()  # requests by task whose context lost its beginning
+        self.cut: Counter[str] = Counter()  # by task: number of requests with a truncated context
         self._of_task: list[str] = []
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -46,7 +46,7 @@ class BlockLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False  # the text brings its own
+            add_special_tokens = False  # the text has its own special tokens
         asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, verbose=False, **asked)
 
@@ -61,12 +61,12 @@ class BlockLM(TemplateLM):
                 )
             if len(context) + len(continuation) > self.longest + 1 and index < len(self._of_task):
                 self.cut[self._of_task[index]] += 1
-            # What is too long loses its beginning.
+            # Truncates inputs that are too long at their beginning.
             pairs.append((tuple((context + continuation)[-(self.longest + 1) :][:-1]), tuple(continuation)))
         return log_likelihoods(self.blocks, pairs, self.on_block)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows that do not overlap; each begins behind the token before it."""
+        """The log-likelihood of whole texts, in windows without overlap that begin after one token of context."""
         windows = [list(self._windows(request.args[0])) for request in requests]
         values = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
         return [sum(next(values)[0] for _ in of_text) for of_text in windows]

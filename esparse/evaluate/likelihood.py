@@ -1,4 +1,4 @@
-"""The log-likelihood of given continuations, one block at a time: what a model thinks of answers that it may choose.
+"""The log-likelihood of given continuations (such as the answers of a multiple-choice task), one block at a time.
 
 Shapes: B inputs of a bucket, L tokens of each, T tokens of a continuation, V vocabulary.
 """
@@ -18,7 +18,7 @@ from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 
 Tokens = tuple[int, ...]
-BUCKET = 16  # inputs are filled up to a multiple of so many tokens
+BUCKET = 16  # inputs are padded to a multiple of this many tokens
 
 
 @torch.no_grad()
@@ -27,13 +27,13 @@ def log_likelihoods(
     requests: Sequence[tuple[Tokens, Tokens]],
     on_block: Callable[[int], None] = lambda index: None,
 ) -> list[tuple[float, bool]]:
-    """Of each (input, continuation): the sum of the continuation's log-probabilities (nats), and whether it is greedy.
+    """For each (input, continuation): the sum of the continuation's log-probabilities (nats), and whether it is greedy.
 
-    The continuation's last token is not part of the input, all others are its last ones: the logits of the last T
-    input tokens say what they are to follow. Equal inputs (answers of one token) are computed once. Inputs of about
-    the same length go through the blocks together, filled up behind their end, which a causal model does not see. As
-    many take part in a pass over the blocks as hidden states fit into a quarter of the free memory. Several ranks
-    share the inputs, and all get all results. Raises ValueError where a log-probability is not finite.
+    The input ends with the continuation without its last token, so the logits at the last T positions predict the T
+    continuation tokens. Equal inputs (answers of one token) are computed once. Inputs of similar length go through the
+    blocks together, padded at the end, which a causal model does not see. A pass over the blocks takes as many inputs
+    as have their hidden states fit into a quarter of the free memory. Ranks share the inputs, and all get all results.
+    Raises Mistake if a log-probability is NaN or Inf.
     """
     wanted: dict[Tokens, list[int]] = {}
     for index, (inputs, _) in enumerate(requests):
@@ -55,7 +55,7 @@ def log_likelihoods(
 def _logits(
     blocks: BlockModel, chunk: Sequence[Tokens], on_block: Callable[[int], None]
 ) -> Iterator[tuple[Tokens, Tensor]]:
-    """The inputs of one pass over the blocks, each with its logits_LV (those behind its end belong to nothing)."""
+    """The inputs of one pass over the blocks, each with its logits_LV (which continue into the padding)."""
     buckets = [list(same) for _, same in groupby(chunk, key=_padded)]
     tokens = [torch.tensor([[*inputs, *[0] * (_padded(inputs) - len(inputs))] for inputs in b]) for b in buckets]
     streams = [Activations(blocks, tokens_BL) for tokens_BL in tokens]
@@ -72,7 +72,7 @@ def _logits(
 
 
 def _log_likelihood(logits_LV: Tensor, inputs: Tokens, continuation: Tokens) -> tuple[float, bool]:
-    # In float32, and only where the continuation stands: the logits of a large vocabulary are large.
+    # Converts only the continuation's logits to float32, because a large vocabulary takes much memory.
     logits_TV = logits_LV[len(inputs) - len(continuation) : len(inputs)].float()
     target_T = torch.tensor(continuation, device=logits_TV.device)
     log_p_T = logits_TV.log_softmax(-1).gather(-1, target_T[:, None])
@@ -84,7 +84,7 @@ def _padded(inputs: Tokens) -> int:
 
 
 def _chunks(inputs: Sequence[Tokens], most_tokens: int) -> Iterator[Sequence[Tokens]]:
-    """Cuts the inputs into runs of at most so many tokens, one input at least."""
+    """Cuts the inputs into chunks of at most this many tokens, and at least one input."""
     first, tokens = 0, 0
     for index, one in enumerate(inputs):
         tokens += _padded(one)
@@ -96,7 +96,7 @@ def _chunks(inputs: Sequence[Tokens], most_tokens: int) -> Iterator[Sequence[Tok
 
 
 def _room(blocks: BlockModel) -> int:
-    """How many tokens' hidden states take a quarter of the free memory where they wait."""
+    """The number of tokens whose hidden states take a quarter of the free memory of their store."""
     config = blocks.model.config.get_text_config()
     device = blocks.device if blocks.hidden_store.place == "device" else torch.device("cpu")
     return int(

@@ -21,10 +21,10 @@ from esparse.models.blocks import BlockModel
 def window_losses(
     blocks: BlockModel, windows_WL: Tensor, on_block: Callable[[int], None] = lambda index: None
 ) -> Tensor:
-    """The mean negative log-likelihood (nats, float64) of each window's tokens that have a predecessor in it: W values.
+    """The mean loss (nats, float64) of each window, over its tokens with a predecessor in the window: W values.
 
-    Logits are cast to float32 before the loss: on half-precision logits one window's perplexity was seen to move by
-    0.2 %. Several ranks share the windows, and all get all losses. Raises ValueError where a loss is not finite.
+    The loss is computed from float32 logits: with half-precision logits one window's perplexity changed by 0.2 %. Ranks
+    share the windows, and all get all losses. Raises Mistake if a loss is NaN or Inf.
     """
     windows_WL = blocks.ranks.share(windows_WL)
     activations = Activations(blocks, windows_WL)
@@ -43,12 +43,12 @@ def window_losses(
 
 
 def perplexity(losses_W: Tensor) -> float:
-    """exp of the mean loss; all windows are equally long, so that this is the mean over tokens."""
+    """exp of the mean loss; all windows have the same length, so this is the mean over tokens."""
     return math.exp(min(float(losses_W.mean()), 700.0))
 
 
 def mean_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
-    """The loss of a window's tokens that have a predecessor in it."""
+    """The mean loss of a window's tokens with a predecessor in the window."""
     return float(_losses(logits_LV[:-1], ids_L[1:]).double().mean())
 
 

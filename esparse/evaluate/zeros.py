@@ -1,10 +1,9 @@
-"""How sparse a model is: the shares of zeros and near zeros in its weights, activations and attention.
+"""Measures sparsity: the shares of zeros and near zeros in a model's weights, activations and attention.
 
-A value counts as near zero where |x| is at most a threshold times the root mean square of all values beside it: of one
-weight, or of the input of one layer over all tokens. Attention probabilities are measured against 1, those of each head
-by itself, and only where a token may look by causality: at itself and before. They are looked at where they come into
-being, in a softmax of (sequences, heads, queries, keys), whatever the family calls it; for that the model's attention
-is switched to the implementation that has them as a tensor.
+A value is near zero if |x| is at most a threshold times the root mean square of its tensor: one weight, or the input of
+one layer over all tokens. Attention probabilities are compared with 1, per head, and only for a token itself and
+earlier ones (causality). They are read from the softmax over (sequences, heads, queries, keys), whatever the family
+calls it; for that the model's attention is switched to the implementation that has them as a tensor.
 
 Shapes: T tokens, I channels, B sequences, N heads, L tokens of a sequence.
 """
@@ -32,21 +31,21 @@ SEQUENCES = 4  # one at a time: the probabilities of one layer take heads x L x 
 VALUES_AT_ONCE = 2**24
 SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 
-# What was counted: weight, activation or attention; the name; the head, of attention.
+# (weight, activation or attention; name; head of attention or None)
 Key = tuple[str, str, int | None]
 Shares = dict[Key, dict[str, Any]]
 
 
 @dataclass(slots=True)
 class Count:
-    """How many values there were, and how many of them below each threshold times the scale."""
+    """The number of values, and how many of them are below each threshold times the scale."""
 
     values: int = 0
     squares: float = 0.0
     below: list[int] = field(default_factory=lambda: [0] * len(THRESHOLDS))
 
     def add(self, x: Tensor) -> None:
-        """Takes part in the scale."""
+        """Adds values to the scale."""
         self.values += x.numel()
         self.squares += sum(float(part.double().square().sum()) for part in _parts(x))
 
@@ -69,8 +68,8 @@ class Count:
 def shares(blocks: BlockModel, tokens_SL: Tensor) -> Shares:
     """The shares of all layers and heads on the first SEQUENCES sequences, one block at a time.
 
-    The experts of one parameter count as one layer. A family whose attention cannot be had as a tensor is without it,
-    and the log says so.
+    The experts of one parameter count as one layer. If a family's attention is not available as a tensor, it is left
+    out, and the log says so.
     """
     found: Shares = {}
     with _eager(blocks):
@@ -94,12 +93,12 @@ def shares(blocks: BlockModel, tokens_SL: Tensor) -> Shares:
                 found |= {("activation", entry, None): count.shares() for entry, count in inputs.items()}
                 found |= {("attention", name, head): count.shares() for head, count in sorted(heads.items())}
     if not any(kind == "attention" for kind, _, _ in found):
-        log.warning("the profile is without attention: this model does not compute its probabilities as a tensor")
+        log.warning("the profile has no attention: this model does not compute its probabilities as a tensor")
     return found
 
 
 def report(dense: Shares, pruned: Shares, tokens_SL: Tensor) -> dict[str, Any]:
-    """What the record says: a row per layer or head, its shares before and after by threshold."""
+    """The record's rows: one per layer or head, with its shares before and after pruning, by threshold."""
     rows = [
         {"kind": kind, "name": name, "head": head, "values": before["values"]}
         | {f"{which} {t:g}": of[f"{t:g}"] for which, of in (("dense", before), ("pruned", after)) for t in THRESHOLDS}
@@ -111,7 +110,7 @@ def report(dense: Shares, pruned: Shares, tokens_SL: Tensor) -> dict[str, Any]:
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
-    return x.reshape(-1).split(VALUES_AT_ONCE)  # the experts of one parameter are large
+    return x.reshape(-1).split(VALUES_AT_ONCE)  # in parts, because the experts of one parameter are large
 
 
 def _of(counts: dict[str, Count], group: InputGroup) -> Count:
@@ -129,7 +128,7 @@ def _again(counts: dict[str, Count]) -> Callable[[InputGroup, Tensor], None]:
 
 
 def _attend(heads: dict[int, Count], p_BNLL: Tensor) -> None:
-    """Counts the probabilities of one layer and micro-batch, those of each head by itself."""
+    """Counts the probabilities of one layer and micro-batch, per head."""
     length = p_BNLL.shape[-2]
     seen_LL = torch.ones(length, length, dtype=torch.bool, device=p_BNLL.device).tril()
     for head, p_BLL in enumerate(p_BNLL.unbind(1)):
@@ -140,7 +139,7 @@ def _attend(heads: dict[int, Count], p_BNLL: Tensor) -> None:
 
 
 class _Softmax(TorchFunctionMode):
-    """Shows every softmax over the keys of attention: four dimensions, as many keys as queries, or one sink more."""
+    """Calls `read` with every attention softmax: four dimensions, as many keys as queries (plus one, for a sink)."""
 
     def __init__(self, read: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -155,7 +154,7 @@ class _Softmax(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _eager(blocks: BlockModel) -> Iterator[None]:
-    """While open, attention is computed step by step, where the family can."""
+    """While open, attention is computed step by step (`eager`), if the family can."""
     model = blocks.model
     before = model.config._attn_implementation
     try:

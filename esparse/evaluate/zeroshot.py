@@ -1,7 +1,7 @@
-"""Zero-shot accuracy on the tasks of lm-eval (EleutherAI's harness), by their own definitions.
+"""Zero-shot accuracy on the tasks of lm-eval (EleutherAI's harness), by lm-eval's own definitions.
 
-Building lm-eval's index of all its tasks takes ten seconds. A task by its own name is found by looking for its file,
-and only what is no such name (a group, a tag, a mistake) has the index built.
+Building lm-eval's index of all tasks takes ten seconds. A task's own name is found by its file; only other names (a
+group, a tag, a mistake) need the index.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("esparse")
 
 BUILTIN = "builtin"
-ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of local copies, and who reads them
-NEAR = {"boolq": "super_glue", "rte": "glue"}  # folders of tasks that are not called like theirs
+ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of local copies, with the name of the reader
+NEAR = {"boolq": "super_glue", "rte": "glue"}  # tasks in folders of another name
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-MEASURED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # kinds of task
+MEASURED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # kinds of task that are measured
 BOOTSTRAP = 1000  # resamples, for measures whose standard error has no formula
 
-# Of each task: n, and of each measure its value and standard error. Plain values, so that they fit into JSON.
+# For each task n, and the value and standard error of each measure, as plain values that fit into JSON.
 Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(kw_only=True, slots=True)
 class ZeroShot:
-    """Which tasks are measured, dense and pruned, and on how many of their questions."""
+    """The group `zeroshot`: the tasks that are measured, dense and pruned, and the number of their questions."""
 
     tasks: list[str]  # `builtin`, or names of tasks, groups or tags of lm-eval
     # None: the cache of Hugging Face, then the hub
@@ -69,10 +69,10 @@ class ZeroShot:
                 raise Mistake(f"zeroshot.tasks: lm-eval knows no task {task!r}{hint}")
 
     def load(self) -> dict[str, Any]:
-        """The tasks with their data, as lm-eval takes them.
+        """The tasks with their data, in lm-eval's form.
 
-        Raises ValueError for tasks that have a model write text and local copies that lack a split; ConnectionError
-        where data is neither in the cache of `datasets` nor to be had.
+        Raises Mistake for tasks that generate text and for local copies without a needed split; raises ConnectionError
+        if data is not in the cache of `datasets` and cannot be fetched.
         """
         if not self.tasks:
             return {"tasks": {}, "groups": {}, "group_map": {}}
@@ -85,12 +85,12 @@ class ZeroShot:
         for name, task in loaded["tasks"].items():
             if task.OUTPUT_TYPE not in MEASURED:
                 raise Mistake(
-                    f"the task {name} has the model write text, which is not measured here: choose tasks of multiple "
-                    "choice or of likelihoods"
+                    f"the task {name} generates text, which is not measured here: choose tasks of multiple choice "
+                    "or of likelihoods"
                 )
             own = task.get_config("num_fewshot")
             if self.shots and own == 0:  # as in lm-eval
-                log.info("the task %s takes no examples: zeroshot.shots=%d is not for it", name, self.shots)
+                log.info("the task %s takes no examples: zeroshot.shots=%d is ignored for it", name, self.shots)
             task.set_config(key="num_fewshot", value=own or 0 if self.shots is None or own == 0 else self.shots)
             task.set_fewshot_seed(seed=1234)  # lm-eval's own
         return loaded
@@ -113,14 +113,14 @@ class ZeroShot:
             (Path(folder) / "local.yaml").write_text(self._local(name, file, Path(folder)))
             try:
                 return dict(TaskManager(include_path=folder, include_defaults=False).load([name]))
-            except Exception as cause:  # `datasets` and what a task does with a row fail in many types
+            except Exception as cause:  # `datasets` and tasks raise many types
                 raise Mistake(
                     f"zeroshot.data: the files in {Path(self.data) / name} are not what the task {name} reads "
                     f"({type(cause).__name__}: {_first_line(cause)})"
                 ) from cause
 
     def _local(self, name: str, file: Path, cache: Path) -> str:
-        """The task's definition with its data taken from local files, as YAML."""
+        """The task's definition as YAML, changed to read local files."""
         assert self.data is not None
         own = definition(file)
         wanted = {kind: own[kind] for kind in SPLITS if own.get(kind) not in (None, "null", "")}
@@ -140,14 +140,14 @@ class ZeroShot:
         if len(kinds) > 1:
             raise Mistake(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
         files = {split: str(path.resolve()) for split, path in found.items()}
-        # The copies are read into memory: the cache of `datasets` would keep one more copy.
+        # Reads the files into memory, because the cache of `datasets` would store one more copy.
         reading = {"data_files": files, "keep_in_memory": True, "cache_dir": str(cache / "cache")}
         asked: dict[str, Any] = {"include": str(file), "task": name, "dataset_path": kinds.pop(), "dataset_name": None}
         asked |= {"dataset_kwargs": reading} | {kind: None for kind, split in wanted.items() if split not in found}
-        return json.dumps(asked)  # which is YAML
+        return json.dumps(asked)  # JSON is YAML
 
     def stamps(self) -> list[str]:
-        """Name, size and time of change of every local copy; nothing without them."""
+        """Name, size and modification time of every local copy."""
         folders = [] if self.data is None else [Path(self.data).expanduser() / task for task in self.tasks]
         files = sorted(file for folder in folders for file in folder.glob("*.*"))
         return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
@@ -160,9 +160,9 @@ class ZeroShot:
         longest: int,
         on_block: Callable[[int], None] = lambda index: None,
     ) -> Scores:
-        """What lm-eval makes of the model's log-likelihoods, by task; a group counts as one task where it has a score.
+        """lm-eval's scores from the model's log-likelihoods, by task; a group counts as one task if it has a score.
 
-        `longest`: tokens that the model takes. Every rank calls it, and all get the same.
+        `longest`: most tokens of the model. All ranks must call it, and all get the same scores.
         """
         if not loaded["tasks"]:
             return {}
@@ -192,14 +192,14 @@ class ZeroShot:
         return scores
 
     def _names(self, asked: str, loaded: dict[str, Any], results: dict[str, Any]) -> list[str]:
-        """Under which names the results of what was asked stand: its own, or those of the tasks in it."""
+        """The names of the results for a requested name: its own, or those of the tasks in it."""
         if _measures(results.get(asked, {})):
             return [asked]
         inside = loaded["group_map"].get(asked) or [name for name in loaded["tasks"] if name not in self.tasks]
         return [name for name in inside if _measures(results.get(name, {}))]
 
     def report(self, dense: Scores, pruned: Scores, dense_run: str) -> dict[str, dict[str, Any]]:
-        """What the record says of each task; `stderr` is the pruned score's."""
+        """The record's entry for each task; `stderr` is the pruned score's."""
         reports = {}
         for task, after in pruned.items():
             before = dense[task]["measures"]
@@ -214,12 +214,12 @@ class ZeroShot:
                 for measure, (value, stderr) in after["measures"].items()
             }
             reports[task] = both[score] | {"n": after["n"], "score": score, "dense_run": dense_run, "measures": both}
-            reports[task]["cut"] = after.get("cut", 0)  # contexts that lost their beginning
+            reports[task]["cut"] = after.get("cut", 0)  # number of contexts that were cut
         return reports
 
 
 def definition(file: Path) -> dict[str, Any]:
-    """A task's YAML with what it includes; functions and numbers stay text."""
+    """A task's YAML, with included files merged; functions and numbers stay text."""
     import yaml
 
     own: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -231,14 +231,14 @@ def definition(file: Path) -> dict[str, Any]:
 
 @cache
 def task_file(name: str) -> Path | None:
-    """The file in which lm-eval defines the single task of this name; None where none says so plainly."""
+    """The file in which lm-eval defines the single task of this name; None if there is no such file."""
     import importlib.util
 
-    spec = importlib.util.find_spec("lm_eval")  # which is not imported for that
+    spec = importlib.util.find_spec("lm_eval")  # finds it without importing it
     assert spec is not None and spec.origin is not None
     root = Path(spec.origin).parent / "tasks"
     says = re.compile(rf"^task: *[\"']?{re.escape(name)}[\"']? *$", re.MULTILINE)
-    near = root / NEAR.get(name, name.partition("_")[0])  # where most of them are
+    near = root / NEAR.get(name, name.partition("_")[0])  # most tasks are in such a folder
     for folder in (near, root) if near.is_dir() else (root,):
         for file in sorted(folder.rglob("*.yaml")):
             if says.search(file.read_text(encoding="utf-8")):
@@ -255,16 +255,16 @@ def _index() -> Any:
 
 
 def _from_hub(manager: Any, name: str) -> dict[str, Any]:
-    """One task, group or tag with its data from the cache of Hugging Face or from the hub."""
+    """One task, group or tag, with its data from the Hugging Face cache or the hub."""
     from esparse.data.hub import from_cache_where_out_of_reach
 
     with from_cache_where_out_of_reach():
         try:
             return dict(manager.load([name]))
-        except Exception as cause:  # the hub, `datasets` and the network fail in many unrelated types
+        except Exception as cause:  # hub, `datasets` and network raise many unrelated types
             raise ConnectionError(
-                f"the data of the task {name} is neither in the cache of Hugging Face nor to be had "
-                f"({_first_line(cause)}): fill the cache where there is internet, or give local copies: "
+                f"the data of the task {name} is not in the Hugging Face cache and could not be fetched "
+                f"({_first_line(cause)}): fill the cache on a machine with internet, or give local copies: "
                 f"zeroshot.data=DIR with DIR/{name}/<split>.jsonl or .parquet"
             ) from cause
 
@@ -304,7 +304,7 @@ def _copy(folder: Path, split: str) -> Path | None:
 
 
 def _measures(result: dict[str, Any]) -> dict[str, list[float | None]]:
-    """Value and standard error by measure: lm-eval writes `acc,none` and `acc_stderr,none`."""
+    """Value and standard error by measure, from lm-eval's keys `acc,none` and `acc_stderr,none`."""
     measures: dict[str, list[float | None]] = {}
     for key, value in result.items():
         measure, comma, which = key.partition(",")
@@ -316,7 +316,7 @@ def _measures(result: dict[str, Any]) -> dict[str, list[float | None]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """While open, neither lm-eval nor `datasets` prints, warns or draws bars: the run has a bar of its own."""
+    """While open, lm-eval and `datasets` do not print, warn or draw progress bars, because the run has its own bar."""
     logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     logger.setLevel(logging.ERROR)
     try:

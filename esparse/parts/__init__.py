@@ -1,1 +1,1 @@
-"""The parts that a user can choose: which numbers they have, who else brings some, and which libraries they need."""
+"""The parts that a user can choose: their numbers, plug-ins of other packages, and the libraries they need."""

@@ -1,4 +1,4 @@
-"""Where the configuration lies: in the package, as a wheel has it, and as a link to conf/ in a checkout."""
+"""Finds the configuration: in the package (as a wheel has it), which in a checkout is a link to conf/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1]
 def conf_folder() -> Path:
     """The folder with config.yaml and one folder of options per group.
 
-    A checkout whose link was lost, as on a file system without links, still has the folder itself beside the package.
+    A checkout on a file system without links still has the folder conf/ beside the package.
     """
     inside = PACKAGE / "conf"
     return inside.resolve() if (inside / "config.yaml").is_file() else PACKAGE.parent / "conf"

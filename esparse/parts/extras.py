@@ -1,6 +1,6 @@
-"""Libraries that come with extras, as pip calls them, and the one sentence for each that is missing.
+"""Libraries that pip's extras install, and one sentence for each that is missing.
 
-Pruning from Python and loading what was packed need none of them.
+Pruning from Python and loading packed models need none of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from esparse.errors import Mistake
 
-# By the name with which it is imported: the package, and the extra of pyproject.toml that installs it.
+# Import name: (package, extra of pyproject.toml that installs it).
 EXTRAS = {
     "hydra": ("hydra-core", "run"),
     "omegaconf": ("omegaconf", "run"),
@@ -30,7 +30,7 @@ EXTRAS = {
     "gguf": ("gguf", "gguf"),
 }
 
-# What needs one, by the name of esparse's own class.
+# Name of a class of esparse: (library that it needs, what needs it).
 PARTS = {
     "Wandb": ("wandb", "tracking=wandb (the other choice: tracking=none)"),
     "Lsa": ("scipy", "shuffle=lsa"),
@@ -40,7 +40,7 @@ CORPORA = {"c4": "datasets", "wikitext2": "pyarrow", "ptb": "pyarrow"}
 
 
 def sentence(module: str, what: str = "this") -> str | None:
-    """What to say if that module is missing; None for a module of no extra."""
+    """The sentence for a missing module; None if the module is in no extra."""
     known = EXTRAS.get(module.partition(".")[0])
     if known is None:
         return None
@@ -49,19 +49,19 @@ def sentence(module: str, what: str = "this") -> str | None:
 
 
 def need(module: str, what: str) -> None:
-    """Raises Mistake if the module of an extra is not installed; imports nothing."""
+    """Raises Mistake if a module is not installed; imports nothing."""
     if find_spec(module) is None:
         raise Mistake(sentence(module, what) or f"{what} needs {module}, which is not installed")
 
 
 def need_part(part: object) -> None:
-    """Raises Mistake if a library is missing that a part of a method, or a run, will need."""
+    """Raises Mistake if a library is missing that this part of a method, or of a run, needs."""
     if type(part).__module__.startswith("esparse.") and type(part).__name__ in PARTS:
         need(*PARTS[type(part).__name__])
 
 
 def check(experiment: Any) -> None:
-    """Raises Mistake if a library is missing that the run of an `Experiment` will need, before there is any work."""
+    """Raises Mistake, before any work, if a library is missing that the run of an `Experiment` needs."""
     for part in (experiment.tracking, experiment.shuffle):
         need_part(part)
     if experiment.model.store == "shards":
@@ -81,7 +81,7 @@ def check(experiment: Any) -> None:
 
 
 def explained(main: Callable[[], int], *, program: str) -> int:
-    """What `main` returns; 2, and one sentence, if a library of an extra is missing."""
+    """Runs `main` and returns its exit code; prints one sentence and returns 2 if a library of an extra is missing."""
     try:
         return main()
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
-"""Parts by name, with the numbers of conf/, for those who call esparse from Python: no Hydra is needed.
+"""Builds parts by name, with the numbers of conf/, for callers from Python; needs no Hydra.
 
-An option's YAML file begins with a `defaults` list, as Hydra reads it. Of its forms those are known here that the
-options of esparse use: the class (`/schema/metric/entropy@_here_`), another option of the same group (`gradient`), an
-option at one of the settings (`/update@first: swap`), and one that another group then takes
-(`override /update@_global_.update: sparsegpt`).
+An option's YAML file begins with a `defaults` list in Hydra's syntax. This module reads the forms that esparse's
+options use: the class (`/schema/metric/entropy@_here_`), another option of the same group (`gradient`), an option as
+the value of a setting (`/update@first: swap`), and an option implied for another group (`override
+/update@_global_.update: sparsegpt`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from esparse.errors import Mistake
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
 
-Classes = Callable[[str, str], type]  # the class of a group that stands behind `/schema/GROUP/NAME`
+Classes = Callable[[str, str], type]  # (group, name) -> the class of `/schema/GROUP/NAME`
 
 
 @dataclass(slots=True)
 class Settings:
-    """What an option's files say: the class, its settings, and the options that it implies of other groups."""
+    """The contents of an option's files: the class, its settings, and the options that it implies for other groups."""
 
     component: type | None = None
     values: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Settings:
 
 
 def names(group: str) -> list[str]:
-    """All options of a group, those that plug-ins bring included. Raises Mistake for a group that there is not."""
+    """All options of a group, including those of plug-ins. Raises Mistake for an unknown group."""
     folder = conf_folder() / group
     if not folder.is_dir() or group == "hydra":
         known = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
@@ -47,9 +47,9 @@ def names(group: str) -> list[str]:
 def option(
     group: str, name: str, classes: Classes, changes: Mapping[str, Any] | None = None, *, outside: Mapping[str, Any]
 ) -> tuple[Any, dict[str, str]]:
-    """The part that an option stands for, with some settings changed, and the options that it implies by group.
+    """The part of an option, with some settings changed, and the options that it implies, by group.
 
-    `outside`: the values that its files may refer to, as ${seed}. Raises Mistake for an unknown option or setting, a
+    `outside`: values to which its files may refer, such as ${seed}. Raises Mistake for an unknown option or setting, a
     value of the wrong type, or a setting without a value.
     """
     found = settings_of(group, name, classes)
@@ -57,26 +57,26 @@ def option(
 
 
 def implied(group: str, name: str, classes: Classes) -> dict[str, str]:
-    """The options of other groups that an option implies, by group; none for one without a file of its own."""
+    """The options of other groups that an option implies, by group; empty for an option without a file."""
     return settings_of(group, name, classes).implied if name in names(group) else {}
 
 
 def usual() -> dict[str, Any]:
-    """What conf/config.yaml takes where nothing is said: the option of each group, and the plain values."""
+    """The defaults in conf/config.yaml: each group's option, and the plain values."""
     content = _read(conf_folder() / "config.yaml")
     chosen = {k: v for entry in content.pop("defaults") if isinstance(entry, dict) for k, v in entry.items()}
     return {k: v for k, v in chosen.items() if " " not in k} | {k: v for k, v in content.items() if k != "hydra"}
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """How a sentence about an unknown word ends: the likely ones, or all."""
+    """The end of a sentence about an unknown word: similar known words, or all."""
     known = sorted(known)
     likely = get_close_matches(word, known, n=3, cutoff=0.6)
     return f": did you mean {' or '.join(likely)}?" if likely else f"; there is {', '.join(known) or 'none'}"
 
 
 def settings_of(group: str, name: str, classes: Classes) -> Settings:
-    """What the files of an option say. Raises Mistake for an option that there is not."""
+    """The contents of an option's files. Raises Mistake for an unknown option."""
     if name not in names(group):
         raise Mistake(f"there is no {group} {name!r}{near(name, names(group))}")
     if (plugin := plugins.of(group).get(name)) is not None:
@@ -108,7 +108,7 @@ def settings_of(group: str, name: str, classes: Classes) -> Settings:
 
 @dataclass(slots=True)
 class Nested:
-    """An option that stands at a setting of another part."""
+    """An option that is the value of another part's setting."""
 
     group: str
     name: str
@@ -154,7 +154,7 @@ def _built(group: str, name: str, found: Settings, changes: dict[str, Any], outs
 
 @cache
 def _hints(component: type) -> dict[str, Any]:
-    """The types of its fields, as far as they can be told without type checking."""
+    """The types of a class's fields, as far as they are known without imports for type checking."""
     try:
         return typing.get_type_hints(component)
     except NameError:
@@ -162,7 +162,7 @@ def _hints(component: type) -> dict[str, Any]:
 
 
 def _fitting(setting: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it: YAML takes 1e-5 for a text, and an integer is a number, too."""
+    """The value in its field's type: YAML reads 1e-5 as a text, and an integer may stand for a float."""
     wanted = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     kinds = {kind for kind in wanted if kind in (int, float, str, bool, types.NoneType)}
     if kinds != wanted or (value is None and types.NoneType in kinds) or type(value) in kinds:

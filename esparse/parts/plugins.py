@@ -1,16 +1,15 @@
-"""Parts that others bring: packages by entry points, notebooks by `register`.
+"""Plug-ins: parts from other packages by entry points, from notebooks by `register`.
 
-A package names its classes in its pyproject.toml, under the group of the command line that they belong to:
+A package names its classes in its pyproject.toml, under the group of the command line to which they belong:
 
     [project.entry-points."esparse.metric"]
     mine = "my_package.metrics:Mine"
 
-A class is a dataclass that implements the group's base class (esparse.metrics.Metric, ...), and imports torch inside
-its methods only. Its numbers are the defaults of its fields, or stand in `mine.yaml` beside its module.
+The class is a dataclass that implements the group's base class (esparse.metrics.Metric, ...) and imports torch only
+inside its methods. Its numbers are the defaults of its fields, or the contents of `mine.yaml` beside its module.
 
-What is particular to a family of models is a function, under the family's name (config.model_type): it is given the
-model before its blocks are looked at, may change it in memory, and returns regular expressions of layers that stay
-dense.
+A quirk is a function for one family of models, under the family's name (config.model_type): it gets the model before
+its blocks are found, may change it in memory, and returns regular expressions of layers that stay dense.
 
     [project.entry-points."esparse.quirk"]
     my_family = "my_package.models:quirk"
@@ -31,7 +30,7 @@ from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
 
-# The base class of each group to which others may add.
+# The base class of each group that plug-ins may extend.
 BASES = {
     "prepare": "esparse.prepare:Prepare",
     "metric": "esparse.metrics:Metric",
@@ -50,38 +49,38 @@ _registered: dict[str, dict[str, Any]] = {group: {} for group in (*BASES, QUIRK)
 
 
 def register(group: str, name: str, component: Any) -> None:
-    """Adds an option to a group for this process: `register("metric", "mine", Mine)`; or a quirk of a family of models.
+    """Adds an option to a group in this process, `register("metric", "mine", Mine)`, or a quirk of a family of models.
 
-    The same name may be given again, as a cell of a notebook is carried out again. Raises Mistake for a group that
-    takes none, a name that esparse or a package has already, or a class of another kind.
+    A name may be registered again, because a notebook's cell may run again. Raises Mistake for a group that cannot be
+    extended, a name that esparse or a package uses, or a class of another kind.
     """
     if group not in _registered:
         raise Mistake(f"nothing can be added to the group {group!r}, only to {', '.join(_registered)}")
     if name in _from_packages(group):
-        raise Mistake(f"there is a {group} {name!r} already, which a package brings: take another name")
+        raise Mistake(f"a package has a {group} {name!r} already: take another name")
     _check(group, name, component)
     _registered[group][name] = component
 
 
 def of(group: str) -> dict[str, Any]:
-    """The classes that others added to a group, by the names of their options; of quirks the functions."""
+    """The plug-ins of a group by option name: classes, or functions for quirks."""
     return _from_packages(group) | _registered.get(group, {})
 
 
 def quirks(model: Any) -> list[str]:
-    """Carries out the quirk of the model's family, if there is one; the layers that it wants to stay dense."""
+    """Runs the quirk of the model's family, if there is one; returns the layers that it keeps dense."""
     quirk = of(QUIRK).get(model.config.model_type)
     return [] if quirk is None else list(quirk(model) or ())
 
 
 def in_words() -> str:
-    """What --help says of them, on a line of its own; nothing if there are none."""
+    """The line about plug-ins in --help; empty if there are none."""
     names = [f"{group}={name}" for group in BASES for name in sorted(of(group))]
     return f"\n    of other packages: {' '.join(names)}" if names else ""
 
 
 def numbers(component: type, name: str) -> dict[str, Any]:
-    """The settings that stand in the YAML file beside the class's module; none if there is no such file."""
+    """The settings in the YAML file beside the class's module; empty if there is no such file."""
     module = sys.modules.get(component.__module__)
     file = getattr(module, "__file__", None)
     path = None if file is None else Path(file).with_name(f"{name}.yaml")
@@ -92,7 +91,7 @@ def numbers(component: type, name: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     unknown = set(content) - {field.name for field in dataclasses.fields(component)}
     if unknown:
-        raise Mistake(f"{path} has {', '.join(sorted(unknown))}, which {component.__name__} has not")
+        raise Mistake(f"{path} sets {', '.join(sorted(unknown))}, which {component.__name__} does not have")
     return content
 
 
@@ -104,15 +103,15 @@ def class_name(component: type) -> str:
 
 @cache
 def _from_packages(group: str) -> dict[str, Any]:
-    """One that cannot be used is left out, with a warning: the others, and esparse itself, still work."""
+    """The plug-ins of installed packages; leaves out a broken one with a warning, so that all others still work."""
     found: dict[str, Any] = {}
     for entry in entry_points(group=f"esparse.{group}"):
         try:
             component = entry.load()
             if entry.name in found:
-                raise Mistake("another package brings one of this name")
+                raise Mistake("another package has one of this name")
             _check(group, entry.name, component)
-        except Exception as error:  # a stranger's module may fail in any way
+        except Exception as error:  # another package's module may raise anything
             package = entry.dist.name if entry.dist else entry.value
             log.warning("%s=%s of the package %s is left out: %s", group, entry.name, package, error)
             continue

@@ -151,7 +151,7 @@ def test_local_copies_that_are_not_there(data: Path, tmp_path: Path) -> None:
             asked(["sciq"], data=str(tmp_path)).load()
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    with pytest.raises(ValueError, match="the task gsm8k has the model write text"):
+    with pytest.raises(ValueError, match="the task gsm8k generates text"):
         asked(["gsm8k"], data=str(tmp_path)).load()
 
 
