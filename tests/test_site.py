@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -71,12 +72,20 @@ class Commented:
     two: int  # of two
 
 
+def test_every_extra_is_explained() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) - {"dev"}
+    assert set(re.findall(r"^\| `(\w+)` \|", (DOCS / "quickstart.md").read_text(), flags=re.M)) == extras
+
+
 def test_the_picture_shows_what_was_measured() -> None:
     picture = script("picture")
     values, dense = picture.perplexities()
     shown = re.findall(r">([\d.]+)</text>", picture.PICTURE.read_text())
     assert {f"{value:.2f}" for value in values.values()} <= set(shown)
     assert f"dense {dense:.2f}" in picture.PICTURE.read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"from {values['entropy']:.2f} to" in " ".join(readme.split())
+    assert f"(dense {dense:.2f})" in " ".join(readme.split())
     results = (DOCS / "results.md").read_text()
     for kernel, by_tokens in picture.speedups().items():
         ends = [by_tokens[min(by_tokens)], by_tokens[max(by_tokens)]]
