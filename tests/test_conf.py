@@ -61,6 +61,7 @@ def test_the_contracts_defaults() -> None:
         "shuffle": "esparse",
         "update": "none",
         "recovery": "none",
+        "quantise": "none",
         "calibration": "builtin",
         "evaluate": "builtin",
         "zeroshot": "none",
@@ -224,7 +225,7 @@ def test_every_group_says_what_it_counts_for() -> None:
         if group.method and group.neutral:
             choices = asked["choices"] | {name: group.neutral}
             assert group.neutral not in display_name(asked | {"choices": choices}).split()
-    assert METHOD_GROUPS == ("prepare", "metric", "allocation", "shuffle", "update", "recovery")
+    assert METHOD_GROUPS == ("prepare", "metric", "allocation", "shuffle", "update", "recovery", "quantise")
 
 
 def test_a_run_has_a_short_name() -> None:

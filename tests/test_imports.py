@@ -26,6 +26,7 @@ LAYERS = [
     {"parts"},
     {"patterns", "linalg", "records", "parallel", "kernels"},
     {"models", "data", "stats", "jobs", "reports"},
+    {"quantise"},
     {"metrics", "shuffles", "updates", "prepare"},
     {"recoveries", "allocations"},
     {"pruning", "packed", "evaluate", "bench"},

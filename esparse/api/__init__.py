@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from esparse.data.calibration import Calibration
     from esparse.metrics import Metric
     from esparse.prepare import Prepare
+    from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
     from esparse.updates import Update
@@ -62,6 +63,7 @@ def prune(
     shuffle: str | Shuffle | None = IMPLIED,
     update: str | Update | None = IMPLIED,
     recovery: str | Recovery | None = "none",
+    quantise: str | Quantise | None = "none",
     prepare: str | Prepare | None = "none",
     allocation: str | Allocation | None = "uniform",
     outliers: str | None = None,
@@ -95,6 +97,7 @@ def prune(
         "shuffle": shuffle,
         "update": update,
         "recovery": recovery,
+        "quantise": quantise,
         "prepare": prepare,
         "allocation": allocation,
     }

@@ -13,7 +13,14 @@ from esparse.parts import extras, numbers
 from esparse.parts.plugins import BASES, class_name
 from esparse.records.groups import GROUPS
 
-NEUTRAL = {"shuffle": "none", "update": "none", "recovery": "none", "prepare": "none", "allocation": "uniform"}
+NEUTRAL = {
+    "shuffle": "none",
+    "update": "none",
+    "recovery": "none",
+    "quantise": "none",
+    "prepare": "none",
+    "allocation": "uniform",
+}
 IMPLIED = (
     "implied"  # an update or a shuffle: that of the metric's paper (sparsegpt's sweep, entropy's esparse), or none
 )

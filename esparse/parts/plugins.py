@@ -38,6 +38,7 @@ BASES = {
     "shuffle": "esparse.shuffles:Shuffle",
     "update": "esparse.updates:Update",
     "recovery": "esparse.recoveries:Recovery",
+    "quantise": "esparse.quantise:Quantise",
     "export": "esparse.export:Export",
     "bench": "esparse.bench:Bench",
     "tracking": "esparse.run.tracking:Tracking",

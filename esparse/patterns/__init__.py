@@ -4,10 +4,23 @@ Polarity: a boolean mask is always called `keep`; True means the weight is kept.
 Ties: of equal scores the lowest index is kept.
 """
 
+from esparse.patterns.dense import Dense
 from esparse.patterns.nm import NM, Pattern
 from esparse.patterns.order import Grouping
 from esparse.patterns.outliers import Outliers
 from esparse.patterns.percent import Columns, Rows, Tiles, Unstructured
 from esparse.patterns.text import from_str, parse
 
-__all__ = ["NM", "Columns", "Grouping", "Outliers", "Pattern", "Rows", "Tiles", "Unstructured", "from_str", "parse"]
+__all__ = [
+    "NM",
+    "Columns",
+    "Dense",
+    "Grouping",
+    "Outliers",
+    "Pattern",
+    "Rows",
+    "Tiles",
+    "Unstructured",
+    "from_str",
+    "parse",
+]

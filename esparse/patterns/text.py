@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 
 from esparse.errors import Mistake
+from esparse.patterns.dense import Dense
 from esparse.patterns.nm import NM, Pattern
 from esparse.patterns.outliers import Outliers
 from esparse.patterns.percent import Columns, Rows, Tiles, Unstructured
 
 EXPLAINED = (
     "pattern must look like '2:4' (of every 4 consecutive weights of a row 2 survive), '50%' (half of every row is "
-    "removed), '50%@columns' or '50%@rows' (half of the inputs or of the outputs), or '50%@16x16' (of blocks of 16 "
-    "outputs by 16 inputs, half of those side by side)"
+    "removed), '50%@columns' or '50%@rows' (half of the inputs or of the outputs), '50%@16x16' (of blocks of 16 "
+    "outputs by 16 inputs, half of those side by side), or 'dense' (nothing is removed)"
 )
 OUTLIERS_EXPLAINED = "outliers must look like '16:256' (of every 256 consecutive weights of a row 16 survive anyway)"
 
@@ -49,6 +50,8 @@ def from_str(text: str) -> Pattern:
 def _parse(text: object) -> Pattern:
     if pattern := _nm("pattern", text, EXPLAINED):
         return pattern
+    if text == "dense":
+        return Dense()
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:@(columns|rows|(\d+)x(\d+)))?", str(text))
     if not match:
         raise Mistake(f"{EXPLAINED}, got {text!r}")

@@ -35,12 +35,16 @@ log = logging.getLogger("esparse")
 
 @dataclass(slots=True)
 class Entry:
-    """The results of pruning one block, without its weights; `facts` fit into JSON, `channels` come with a profile."""
+    """The results of pruning one block, without its weights; `facts` fit into JSON, `channels` come with a profile.
+
+    `grids`: of quantised weights (pruning/rounding.py).
+    """
 
     keeps: Masks
     orders: dict[str, Tensor]
     facts: dict[str, Any]
     channels: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -118,6 +122,7 @@ class Journal:
         tensors = {f"keep/{name}": packed for name, packed in entry.keeps.packed.items()}
         tensors |= {f"order/{name}": order.clone() for name, order in entry.orders.items()}  # some are one tensor
         tensors |= {f"channel/{name}": value_I for name, value_I in entry.channels.items()}
+        tensors |= {f"grid/{name}": value.contiguous() for name, value in entry.grids.items()}
         metadata = {"json": json.dumps(facts)}
         write_whole(self._done(index), lambda draft: save_file(tensors, draft, metadata=metadata))
 
@@ -137,7 +142,8 @@ class Journal:
             except ValueError as error:
                 raise Mistake(f"{self._done(index)}, {name}: {error}; rerun=true begins anew") from error
         channels = {name.removeprefix("channel/"): t for name, t in tensors.items() if name.startswith("channel/")}
-        return Entry(keeps, orders, written["facts"], channels)
+        grids = {name.removeprefix("grid/"): t for name, t in tensors.items() if name.startswith("grid/")}
+        return Entry(keeps, orders, written["facts"], channels, grids)
 
     def snapshot_due(self) -> bool:
         return self.snapshot_seconds is not None and time.monotonic() - self._written >= self.snapshot_seconds

@@ -11,6 +11,7 @@ from esparse.errors import Mistake
 from esparse.metrics import Metric
 from esparse.patterns import Pattern
 from esparse.prepare import NoPreparation, Prepare
+from esparse.quantise import NoQuantise, Quantise
 from esparse.recoveries import NoRecovery, Recovery
 from esparse.shuffles import Shuffle
 from esparse.updates import NoUpdate, Update
@@ -30,18 +31,24 @@ class Method:
     shuffle: Shuffle
     update: Update = field(default_factory=NoUpdate)
     recovery: Recovery = field(default_factory=NoRecovery)
+    quantise: Quantise = field(default_factory=NoQuantise)
     prepare: Prepare = field(default_factory=NoPreparation)
     allocation: Allocation = field(default_factory=Uniform)
     seed: int = 0
 
     def check(self) -> None:
         """Raises Mistake if the parts do not fit each other or the pattern; does not load torch."""
-        for part in (self.allocation, self.shuffle, self.update, self.recovery):
+        for part in (self.allocation, self.shuffle, self.update, self.recovery, self.quantise):
             part.check(self.pattern)
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):
             raise Mistake(
                 "the gradients of the whole model are taken before any block is prepared and would not fit the "
                 "prepared weights: use metric.source=block or prepare=none"
+            )
+        if self.quantises() and self.recovery.needs_sequences():
+            raise Mistake(
+                "the recovery trains values that quantise has rounded, and would leave its grid: use recovery=none or "
+                "quantise=none"
             )
         if not 0 <= self.seed < 2**31:
             raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
@@ -50,8 +57,12 @@ class Method:
         from esparse.stats import ColumnNorm, TokenSample
 
         asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
-        parts = (self.metric, self.shuffle, self.update, self.recovery)
+        parts = (self.metric, self.shuffle, self.update, self.recovery, self.quantise)
         return asked | {name: build for part in parts for name, build in part.collects().items()}
+
+    def quantises(self) -> bool:
+        """Whether kept values are rounded."""
+        return not isinstance(self.quantise, NoQuantise)
 
     def sequences_at_once(self) -> int | None:
         """The most sequences of a micro-batch (1 if gradients per sequence are needed); None: any number."""

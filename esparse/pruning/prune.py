@@ -11,8 +11,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from esparse.pruning import gradients
 from esparse.pruning.block_loop import BlockLoop, Observed
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
+from esparse.pruning.rounding import check_widths, joint_grid, remember, rounded
+from esparse.quantise.grids import Grid
 from esparse.records.audit import Masks
 from esparse.records.report import LayerReport, RecoveryReport, Stages, as_dicts
 from esparse.recoveries import PrunedModel
@@ -53,6 +57,7 @@ class Pruned:
 
     Masks and orders are keyed by the weight's name in the state dict, with experts of one parameter as a leading
     dimension. `channels` of a profile: I values each, keyed by their kind and the first layer that reads the channels.
+    `grids`, of quantised weights: by what their codes become values (pruning/rounding.py).
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -60,6 +65,7 @@ class Pruned:
     keeps: Masks = field(default_factory=Masks)
     orders: dict[str, Tensor] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Tensor] = field(default_factory=dict)
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
     weights: int = 0
@@ -80,6 +86,7 @@ class Pruned:
         self.keeps.take(other.keeps)
         self.orders |= other.orders
         self.channels |= other.channels
+        self.grids |= other.grids
         self.groupings += other.groupings
 
     def entry(self) -> Entry:
@@ -93,7 +100,7 @@ class Pruned:
                 for m, g in self.groupings
             ],
         }
-        return Entry(self.keeps, self.orders, facts, self.channels)
+        return Entry(self.keeps, self.orders, facts, self.channels, self.grids)
 
 
 def prune(
@@ -115,6 +122,7 @@ def prune(
     weights or activations that are NaN or Inf.
     """
     check_store(blocks, method)
+    check_widths(blocks, method, skip)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(), method.recovery
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
@@ -161,7 +169,7 @@ def _remembered(blocks: BlockModel, index: int, journal: Journal | None) -> Prun
     """The results of one block from an earlier attempt's journal."""
     assert journal is not None
     entry, module, name = journal.read(index), blocks.blocks[index], f"{blocks.prefix}.{index}"
-    pruned = Pruned(keeps=entry.keeps, orders=entry.orders, channels=entry.channels)
+    pruned = Pruned(keeps=entry.keeps, orders=entry.orders, channels=entry.channels, grids=entry.grids)
     pruned.layers = [LayerReport(**layer) for layer in entry.facts["layers"]]
     pruned.recoveries = [RecoveryReport(**part) for part in entry.facts["recoveries"]]
     for fact, layer in zip(entry.facts["matrices"], pruned.layers, strict=True):
@@ -247,7 +255,7 @@ def _prune_group(
     layers = [Layer(weight_OI, grouping, stat) for weight_OI, stat in zip(weights, stats, strict=True)]
     if stats[0].tokens:
         with stages("update"):
-            solutions = _updated(method.update, layers, solutions)
+            solutions = _updated(method.update, layers, solutions, joint_grid(method))
     shared = (time.perf_counter() - start) / sum(weight_OI.numel() for weight_OI in weights)
     reports = []
     for matrix, layer, solution, score_OI in zip(matrices, layers, solutions, scores, strict=True):
@@ -256,8 +264,11 @@ def _prune_group(
         if layer.stats.tokens:
             with stages("recover"):
                 solution = method.recovery.layer(layer, solution)
+        with stages("quantise") if method.quantises() else nullcontext():
+            solution = rounded(method, layer, solution, matrix.name)
         _write(matrix, solution)
         _remember(pruned, matrix, solution.keep_OI, grouping)
+        remember(pruned.grids, matrix, solution.scales)
         report = _report(matrix, weight_OI, solution, score_OI, x_SI)
         report.pattern = str(pattern)
         report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
@@ -278,20 +289,26 @@ def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
     return {f"{what}/{stats.name}": value_I.float().cpu() for what, value_I in values.items()}
 
 
-def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]) -> list[Solution]:
-    """The layers of a group after the update; updated as one if possible, which saves 2/3 of the steps of q, k, v."""
+def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution], grid: Grid | None) -> list[Solution]:
+    """The layers of a group after the update; updated as one if possible, which saves 2/3 of the steps of q, k, v.
+
+    With a grid, an update that can rounds on its way.
+    """
+
+    def apply(layer: Layer, start: Solution) -> Solution:
+        return update.apply(layer, start) if grid is None else update.apply_rounding(layer, start, grid)
+
     grouping, sizes = layers[0].grouping, [len(layer.dense_OI) for layer in layers]
     if (
         len(layers) == 1
         or not update.by_rows(grouping.pattern)
         or sum(layer.dense_OI.numel() for layer in layers) > JOINED_WEIGHTS
     ):
-        return [update.apply(layer, start) for layer, start in zip(layers, starts, strict=True)]
+        return [apply(layer, start) for layer, start in zip(layers, starts, strict=True)]
     joined = Layer(_joined([layer.dense_OI for layer in layers]), grouping, layers[0].stats)
     start = Solution(_joined([start.weight_OI for start in starts]), _joined([start.keep_OI for start in starts]))
-    after = update.apply(joined, start)
-    parts = zip(after.weight_OI.split(sizes), after.keep_OI.split(sizes), strict=True)
-    return [Solution(weight_OI, keep_OI) for weight_OI, keep_OI in parts]
+    after, ends = apply(joined, start), [0, *accumulate(sizes)]
+    return [after.rows(slice(*part)) for part in pairwise(ends)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

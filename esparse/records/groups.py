@@ -151,6 +151,21 @@ GROUPS: dict[str, Group] = {
             "distill": "whole model, from its dense parent",
         },
     ),
+    "quantise": Group(
+        options={
+            "none": "esparse.quantise:NoQuantise",
+            "int8": "esparse.quantise.grids:Integer",
+            "int4": "esparse.quantise.grids:Integer",
+            "int3": "esparse.quantise.grids:Integer",
+            "fp8": "esparse.quantise.grids:Float8",
+            "nf4": "esparse.quantise.grids:NormalFloat",
+        },
+        method=True,
+        neutral="none",
+        idle=_no_settings,
+        column="front",
+        notes={"int8": "kept values; with pattern=dense GPTQ alone", "fp8": "e4m3", "nf4": "QLoRA's"},
+    ),
     "evaluate": Group(
         options={ANY: "esparse.data.windows:Perplexity"},
         neutral="none",

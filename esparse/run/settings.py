@@ -20,6 +20,7 @@ from esparse.models.load import Model
 from esparse.patterns import Pattern
 from esparse.prepare import Prepare
 from esparse.pruning.method import Method
+from esparse.quantise import Quantise
 from esparse.recoveries import Recovery
 from esparse.run.tracking import Tracking
 from esparse.shuffles import NoShuffle, Shuffle
@@ -51,6 +52,7 @@ class Experiment:
     shuffle: Shuffle
     update: Update
     recovery: Recovery
+    quantise: Quantise
     evaluate: Perplexity
     zeroshot: ZeroShot
     bench: Bench
@@ -59,7 +61,7 @@ class Experiment:
     # `P%@columns`, `P%@rows`: P per cent of a matrix's inputs or outputs are removed whole, those with the lowest mean
     # score. `P%@16x16`: of the blocks of 16 outputs by 16 inputs that stand side by side, P per cent are removed whole,
     # likewise (a block at the edge may be smaller). Rounded down to whole weights, columns, rows or blocks. In YAML
-    # write it in quotes: unquoted, 2:4 is the number 124
+    # write it in quotes: unquoted, 2:4 is the number 124. `dense`: nothing is removed
     pattern: str  # `n:m`: n of every m consecutive weights of a row survive. `P%`: P per cent of each row are removed
     # 256 is a multiple of m
     outliers: str | None  # `k:256`: of every 256 weights of a row the k best survive that an n:m pattern would remove
@@ -110,6 +112,7 @@ class Experiment:
             shuffle=self.shuffle,
             update=self.update,
             recovery=self.recovery,
+            quantise=self.quantise,
             prepare=self.prepare,
             allocation=self.allocation,
             seed=self.seed,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from esparse.patterns import Grouping, Pattern
+    from esparse.quantise import Scales
+    from esparse.quantise.grids import Grid
     from esparse.stats import Factory, LayerStats
 
 
@@ -31,17 +33,23 @@ class Layer:
 class Solution:
     """A layer's weights (float32) and its keep mask; weights are 0 if `keep_OI` is False.
 
-    `bias_shift_O`, if given, is to be added to the layer's bias.
+    `bias_shift_O`, if given, is to be added to the layer's bias. `scales`: of weights that lie on a grid.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     bias_shift_O: Tensor | None = None
+    scales: Scales | None = None
 
     @classmethod
     def without_update(cls, dense_OI: Tensor, keep_OI: Tensor) -> Solution:
         """The dense values of the kept weights."""
         return cls((dense_OI * keep_OI).add_(0.0), keep_OI)  # adding 0.0 turns -0.0 into 0.0
+
+    def rows(self, part: slice) -> Solution:
+        """That of some rows, before a recovery."""
+        scales = None if self.scales is None else self.scales.rows(part)
+        return Solution(self.weight_OI[part], self.keep_OI[part], None, scales)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +71,10 @@ class Update(ABC):
     @abstractmethod
     def apply(self, layer: Layer, start: Solution) -> Solution:
         """The layer after the update; `start`: the layer after the metric, or after the update before."""
+
+    def apply_rounding(self, layer: Layer, start: Solution, grid: Grid) -> Solution:
+        """As `apply`; an update that can round on its way does, and its solution has scales then."""
+        return self.apply(layer, start)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,3 +104,6 @@ class Chain(Update):
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         return self.second.apply(layer, self.first.apply(layer, start))
+
+    def apply_rounding(self, layer: Layer, start: Solution, grid: Grid) -> Solution:
+        return self.second.apply_rounding(layer, self.first.apply(layer, start), grid)

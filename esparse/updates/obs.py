@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from esparse.patterns import NM, Pattern
+    from esparse.quantise.grids import Grid
     from esparse.stats import Factory
 
 MASKS = ("start", "own")
@@ -56,6 +57,23 @@ class Obs(Update):
             grouping.ordered(layer.dense_OI), upper_II, grouping.pattern, fixed_OI, block=self.block
         )
         return Solution(grouping.restored(weight_OI), grouping.restored(keep_OI))
+
+    def apply_rounding(self, layer: Layer, start: Solution, grid: Grid) -> Solution:
+        """Columns are pruned, then rounded, and the errors of both passed on."""
+        from esparse.updates import column_sweep
+
+        grouping = layer.grouping
+        dense_OI = grouping.ordered(layer.dense_OI)
+        weight_OI, keep_OI, scales = column_sweep.rounded(
+            dense_OI,
+            dense_OI,
+            layer.stats["gram"].inverse_factor(grouping.order_I, self.damp),
+            grid,
+            grouping.pattern,
+            grouping.ordered(start.keep_OI) if self.mask == "start" else None,
+            block=self.block,
+        )
+        return Solution(grouping.restored(weight_OI), grouping.restored(keep_OI), scales=scales)
 
 
 def sweep(

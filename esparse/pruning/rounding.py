@@ -1,0 +1,90 @@
+"""The hook of quantisation in pruning: when kept values are rounded, and what is kept of it.
+
+If a recovery changes values of a layer, it comes between the update and the rounding: obs and sparsegpt prune then in
+a sweep of their own.
+
+Shapes: O outputs, I inputs, E experts, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from esparse.models.matrices import BlockMatrices
+from esparse.quantise import Scales
+from esparse.quantise.grids import Grid
+from esparse.records import audit
+from esparse.recoveries import Recovery
+from esparse.updates import Layer, Solution, column_sweep
+
+if TYPE_CHECKING:
+    from esparse.models.blocks import BlockModel
+    from esparse.models.matrices import Matrix
+    from esparse.pruning.method import Method
+
+
+def check_widths(blocks: BlockModel, method: Method, skip: Iterable[str] = ()) -> None:
+    """Raises ValueError where a layer cannot be quantised as asked; of experts it shows once they are used."""
+
+    def widths() -> Iterator[tuple[str, int]]:
+        for index, block in enumerate(blocks.blocks):
+            layers = BlockMatrices(block, blocks.name(index), [*skip, *blocks.stay_dense]).layers()
+            yield from ((matrix.name, matrix.view().shape[1]) for matrix in layers)
+
+    method.quantise.ready(widths())
+
+
+def joint_grid(method: Method) -> Grid | None:
+    """The grid, where the update may round on its way."""
+    grid = method.quantise
+    recovers = type(method.recovery).layer is not Recovery.layer
+    return grid if isinstance(grid, Grid) and grid.rounding == "sweep" and not recovers else None
+
+
+def rounded(method: Method, layer: Layer, solution: Solution, name: str) -> Solution:
+    """The solution with its kept values on the grid: by a last sweep on the fixed mask, or each by itself."""
+    grid, grouping = method.quantise, layer.grouping
+    if not isinstance(grid, Grid) or solution.scales is not None:
+        return solution
+    grid.ready([(name, solution.weight_OI.shape[1])])
+    weight_OI, keep_OI = grouping.ordered(solution.weight_OI), grouping.ordered(solution.keep_OI)
+    if grid.rounding == "sweep" and layer.stats.tokens:
+        upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, grid.damp)
+        dense_OI = grouping.ordered(layer.dense_OI)
+        weight_OI, _, scales = column_sweep.rounded(
+            dense_OI, weight_OI, upper_II, grid, grouping.pattern, keep_OI, block=grid.block
+        )
+    else:
+        weight_OI, scales = grid.nearest(weight_OI, keep_OI, grouping.pattern)
+    return Solution(grouping.restored(weight_OI), solution.keep_OI, solution.bias_shift_O, scales)
+
+
+def remember(grids: dict[str, Tensor], matrix: Matrix, scales: Scales | None) -> None:
+    """Adds what a matrix's values are made of: `scale/NAME`, `zero/NAME`, `whole/NAME` (bits), experts in front."""
+    if scales is None:
+        return
+    parts = {"scale": scales.scale_OG, "zero": scales.zero_OG}
+    parts["whole"] = None if scales.whole_OI is None else audit.pack(scales.whole_OI)
+    for what, value in parts.items():
+        if value is None:
+            continue
+        name, value = f"{what}/{matrix.entry}", value.cpu()
+        if matrix.expert is None:
+            grids[name] = value
+        else:
+            grids.setdefault(name, value.new_zeros(matrix.experts, *value.shape))[matrix.expert] = value
+
+
+def scales_of(grids: dict[str, Tensor], matrix: Matrix) -> Scales | None:
+    """What `remember` was given of a matrix; None where it is not quantised."""
+    found = {}
+    for what in ("scale", "zero", "whole"):
+        value = grids.get(f"{what}/{matrix.entry}")
+        found[what] = value if value is None or matrix.expert is None else value[matrix.expert]
+    if found["scale"] is None:
+        return None
+    whole, shape = found["whole"], list(matrix.view().shape)
+    return Scales(found["scale"], found["zero"], None if whole is None else audit.unpack(whole, shape))
