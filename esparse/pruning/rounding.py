@@ -18,7 +18,7 @@ from esparse.quantise import Scales
 from esparse.quantise.grids import Grid
 from esparse.records import audit
 from esparse.recoveries import Recovery
-from esparse.updates import Layer, Solution, column_sweep
+from esparse.updates import Layer, Solution, column_sweep, obs
 
 if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
@@ -55,7 +55,7 @@ def rounded(method: Method, layer: Layer, solution: Solution, name: str) -> Solu
         upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, grid.damp)
         dense_OI = grouping.ordered(layer.dense_OI)
         weight_OI, _, scales = column_sweep.rounded(
-            dense_OI, weight_OI, upper_II, grid, grouping.pattern, keep_OI, block=grid.block
+            dense_OI, weight_OI, upper_II, grid, grouping.pattern, keep_OI, block=grid.block, prune=obs.sweep
         )
     else:
         weight_OI, scales = grid.nearest(weight_OI, keep_OI, grouping.pattern)

@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING
 from esparse.quantise import Scales
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from esparse.patterns import Pattern
     from esparse.quantise.grids import Grid
+
+    Prune = Callable[..., tuple[Tensor, Tensor]]
 
 
 def rounded(
@@ -31,6 +35,7 @@ def rounded(
     fixed_OI: Tensor | None,
     *,
     block: int,
+    prune: Prune,
 ) -> tuple[Tensor, Tensor, Scales]:
     """What `sweep` makes of `start_OI`, but each row that rounding after pruning leaves nearer to `dense_OI`'s output.
 
@@ -39,10 +44,8 @@ def rounded(
     """
     import torch
 
-    from esparse.updates import obs
-
-    weight_OI, keep_OI, scales = sweep(start_OI, upper_II, grid, pattern, fixed_OI, block=block)
-    pruned_OI, _ = obs.sweep(start_OI, upper_II, pattern, keep_OI, block=block)
+    weight_OI, keep_OI, scales = sweep(start_OI, upper_II, grid, pattern, fixed_OI, block=block, prune=prune)
+    pruned_OI, _ = prune(start_OI, upper_II, pattern, keep_OI, block=block)
     nearest_OI, others = grid.nearest(pruned_OI, keep_OI, pattern)
     worse_O1 = (_errors(dense_OI - nearest_OI, upper_II) < _errors(dense_OI - weight_OI, upper_II))[:, None]
 
@@ -62,23 +65,29 @@ def _errors(lost_OI: Tensor, upper_II: Tensor) -> Tensor:
 
 
 def sweep(
-    weight_OI: Tensor, upper_II: Tensor, grid: Grid, pattern: Pattern, fixed_OI: Tensor | None, *, block: int
+    weight_OI: Tensor,
+    upper_II: Tensor,
+    grid: Grid,
+    pattern: Pattern,
+    fixed_OI: Tensor | None,
+    *,
+    block: int,
+    prune: Prune,
 ) -> tuple[Tensor, Tensor, Scales]:
     """The rounded weights, their keep mask and their scales.
 
-    `upper_II` is U with U^T U = H^-1. Where `fixed_OI` is None each group of the pattern is chosen when the sweep
-    reaches it, by w^2 / U_jj^2 of the weights as they are by then. A scale is fitted when the sweep reaches its group,
-    on what pruning alone would make of it: a survivor takes over much of what its neighbours lose, and a scale of the
-    values before would cut it off.
+    `upper_II` is U with U^T U = H^-1, `prune` the sweep without a grid (updates/obs.py). If `fixed_OI` is None, each
+    group of the pattern is chosen as there. A scale is fitted when the sweep reaches its group, on what pruning alone
+    would make of it: a survivor takes over much of what its neighbours lose, and a scale of the values before would
+    cut it off.
     """
     import torch
 
     from esparse.quantise.grids import half
-    from esparse.updates import obs
 
     weight_IO, diagonal_I = weight_OI.T.contiguous(), upper_II.diagonal()
     inputs, columns = len(weight_IO), grid.columns(len(weight_IO))
-    cuts = pattern.cuts(inputs) if fixed_OI is None else [slice(0, inputs)]
+    cuts = pattern.sweep_cuts(inputs, block) if fixed_OI is None else [slice(0, inputs)]
     by_start = {cut.start: cut for cut in cuts}
     keep_IO = torch.zeros_like(weight_IO, dtype=torch.bool) if fixed_OI is None else fixed_OI.T.contiguous()
     whole_OI = None if fixed_OI is None else grid.whole(weight_OI, fixed_OI, pattern)
@@ -98,9 +107,9 @@ def sweep(
             fixed_OC = None
         else:
             end = next(cut.stop for cut in cuts if cut.stop >= group.stop)
-            rest_OI = pattern.keep_top((weight_IO[chosen:end] / diagonal_I[chosen:end, None]).square().T)
+            rest_OI = pattern.keep_of_sweep((weight_IO[chosen:end] / diagonal_I[chosen:end, None]).square().T)
             fixed_OC = torch.cat([keep_IO[group.start : chosen].T, rest_OI], 1)[:, : group.stop - group.start]
-        pruned_OC, keep_OC = obs.sweep(group_OC, upper_CC, pattern, fixed_OC, block=block)
+        pruned_OC, keep_OC = prune(group_OC, upper_CC, pattern, fixed_OC, block=block)
         if whole_IO is not None and group.stop <= chosen:
             return pruned_OC.masked_fill(whole_IO[group].T, 0.0)
         whole_OC = grid.whole(pruned_OC, keep_OC, pattern)
@@ -118,7 +127,7 @@ def sweep(
             if column == group.start and (cut is None or cut.stop < group.stop):
                 fit(group)
             if cut is not None:
-                keep_IO[cut] = pattern.keep_top((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
+                keep_IO[cut] = pattern.keep_of_sweep((weight_IO[cut] / diagonal_I[cut, None]).square().T).T
                 chosen = cut.stop
                 whole_OC = grid.whole(weight_IO[cut].T, keep_IO[cut].T, pattern)
                 if whole_OC is not None:

@@ -72,6 +72,7 @@ class Obs(Update):
             grouping.pattern,
             grouping.ordered(start.keep_OI) if self.mask == "start" else None,
             block=self.block,
+            prune=sweep,
         )
         return Solution(grouping.restored(weight_OI), grouping.restored(keep_OI), scales=scales)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,9 +14,13 @@ from esparse.linalg import damped, inverse_factor
 from esparse.patterns import NM, Dense, Pattern, Unstructured, parse
 from esparse.quantise.grids import Grid
 from esparse.updates import obs
-from esparse.updates.column_sweep import rounded, spans, sweep
+from esparse.updates.column_sweep import rounded as rounded_sweep
+from esparse.updates.column_sweep import spans
+from esparse.updates.column_sweep import sweep as column_sweep
 
 DAMP = 0.01
+sweep = partial(column_sweep, prune=obs.sweep)
+rounded = partial(rounded_sweep, prune=obs.sweep)
 PATTERNS = [NM(2, 4), NM(4, 8), Unstructured(50), parse("2:4", "2:16"), Dense()]
 
 
@@ -90,7 +96,7 @@ def test_without_a_grid_it_is_obs(pattern: Pattern, mask: str, block: int) -> No
     upper_II = inverse_factor(gram_II, DAMP)
     fixed_OI = pattern.keep_top(dense_OI.abs()) if mask == "start" else None
     weight_OI, keep_OI, _ = sweep(dense_OI, upper_II, Exact(16), pattern, fixed_OI, block=block)
-    expected_OI, keep = obs.sweep(dense_OI, upper_II, pattern, fixed_OI, block=16)
+    expected_OI, keep = obs.sweep(dense_OI, upper_II, pattern, fixed_OI, block=block)
     assert torch.equal(keep_OI, keep)
     torch.testing.assert_close(weight_OI, expected_OI, rtol=1e-4, atol=1e-5)
 
