@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_dir
 
 from esparse.cli import attempt as one_run
@@ -37,6 +38,7 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    torch.set_num_threads(1)  # as in forks.run
     registry.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)

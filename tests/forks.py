@@ -45,12 +45,15 @@ def server() -> ForkServerContext:
     return context
 
 
-def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """What `python COMMAND` does and says, COMMAND being a file or `-m` and a module, and what is passed to it."""
+def run(*command: object, cwd: Path | None = None, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """What `python COMMAND` does and says, COMMAND being a file or `-m` and a module, and what is passed to it.
+
+    With one thread: two of them wait for each other at every small operation, ten times longer if the cores are busy.
+    """
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        arguments = (words, cwd or Path.cwd(), dict(os.environ), out, err)
+        arguments = (words, cwd or Path.cwd(), dict(os.environ), out, err, threads)
         process = server().Process(target=_carry_out, args=arguments)
         process.start()
         process.join(SECONDS)
@@ -61,13 +64,13 @@ def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProces
         return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
-def _carry_out(words: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+def _carry_out(words: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path, threads: int) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    torch.set_num_threads(2)  # also where the tests' own process has one
+    torch.set_num_threads(threads)
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

@@ -55,9 +55,9 @@ def small_run(workshop: Path, output_root: Path) -> list[str]:
     ]
 
 
-def launch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: object, cwd: Path | None = None, threads: int = 1) -> subprocess.CompletedProcess[str]:
     """What launch.py does and says, without the seconds that its imports take."""
-    return forks.run(ROOT / "launch.py", *arguments, cwd=cwd)
+    return forks.run(ROOT / "launch.py", *arguments, cwd=cwd, threads=threads)
 
 
 def launch_anew(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[str]:

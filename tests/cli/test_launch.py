@@ -96,7 +96,7 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert "was run before" in again.stderr
     assert (folder / "result.json").stat().st_mtime_ns == before
 
-    repeated = launch(*small, "rerun=true")
+    repeated = launch(*small, "rerun=true", threads=2)
     assert repeated.returncode == 0
     assert (folder / "result.json").stat().st_mtime_ns > before
     # Another process at another moment, in which sets have another order.
