@@ -56,6 +56,13 @@ def test_every_setting_and_option_is_explained() -> None:
             assert re.search(rf"^\| `{re.escape(path.stem)}` \| \S", text, flags=re.M), path
 
 
+def test_every_part_of_a_method_has_its_formula_and_source() -> None:
+    text = (DOCS / "methods.md").read_text()
+    for group in ("prepare", "metric", "allocation", "shuffle", "update", "recovery"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert re.search(rf"^\| `{path.stem}` \|.*\|.*\|$", text, flags=re.M), f"{group}={path.stem}"
+
+
 def test_a_fields_text_is_its_comment_and_the_lines_above() -> None:
     assert settings.meanings(Commented) == {"bare": "", "one": "of one", "two": "of two. More of it, on two lines"}
     row = settings.Setting
