@@ -58,7 +58,7 @@ def test_every_setting_and_option_is_explained() -> None:
 
 def test_every_part_of_a_method_has_its_formula_and_source() -> None:
     text = (DOCS / "methods.md").read_text()
-    for group in ("prepare", "metric", "allocation", "shuffle", "update", "recovery"):
+    for group in ("prepare", "metric", "allocation", "shuffle", "update", "recovery", "quantise"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert re.search(rf"^\| `{path.stem}` \|.*\|.*\|$", text, flags=re.M), f"{group}={path.stem}"
 
