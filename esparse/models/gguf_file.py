@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,13 @@ def check(file: Path) -> None:
 def reading(file: Path) -> dict[str, Any]:
     """Arguments of `from_pretrained`, beside the file's folder, that make it read this file."""
     return {"gguf_file": file.name}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While open, the bar that transformers draws for a GGUF file, whatever it is told, is not seen."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def dequantised() -> dict[str, Any]:

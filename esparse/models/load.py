@@ -153,7 +153,7 @@ def load(
             f"model.path: {path} is a file, and a model is a directory with a config.json or a file that ends in .gguf"
         )
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"model.path: there is no {_kind(path)} {path}")
+        raise FileNotFoundError(f"model.path: there is no {'file' if gguf_file.is_named(path) else 'directory'} {path}")
     if not local.is_dir():
         check_hub(path, model.revision)
     try:
@@ -226,20 +226,13 @@ def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _where(model: Model) -> dict[str, Any]:
     place = _place(model)
-    return {
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        **(gguf_file.reading(place) if gguf_file.is_named(place) and place.is_file() else {}),
-    }
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return where | (gguf_file.reading(place) if gguf_file.is_named(place) and place.is_file() else {})
 
 
 def _place(model: Model) -> Path:
     """The model's path on this machine, if its path is not a name on the hub."""
     return BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
-
-
-def _kind(path: str) -> str:
-    return "file" if gguf_file.is_named(path) else "directory"
 
 
 def _too_large(entry: Path, *, copies: int) -> bool:
@@ -259,15 +252,16 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     place = _place(model)
     of_blocks = gguf_file.is_named(place)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **_where(model),
-            **(gguf_file.dequantised() if of_blocks else {}),
-        )
+        with gguf_file.quiet() if of_blocks else contextlib.nullcontext():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                experts_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                **_where(model),
+                **(gguf_file.dequantised() if of_blocks else {}),
+            )
     except MemoryError:
         raise
     except Exception as error:  # of many types, see `_tokenizer`
