@@ -12,11 +12,33 @@ from typing import TYPE_CHECKING
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from esparse.stats import Factory
 
 CHECK_EVERY = 3  # iterations between two checks of the support
 PENALTY_STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of the penalty)
 SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, after at least so many iterations
+
+
+@dataclass(slots=True, eq=False)
+class Inverse:
+    """(G + penalty)^-1, by G's eigenvalues and eigenvectors, for one penalty after the other."""
+
+    values_I: Tensor
+    vectors_II: Tensor
+    rows: int  # of what is multiplied
+    penalty: float | None = None
+    of_penalty_II: Tensor | None = None
+
+    def times(self, x_OI: Tensor, penalty: float) -> Tensor:
+        """X (G + penalty)^-1."""
+        shrunk_I = (self.values_I + penalty).reciprocal()
+        if CHECK_EVERY * self.rows <= len(shrunk_I):  # making the inverse would take more than it spares
+            return (x_OI @ self.vectors_II) * shrunk_I @ self.vectors_II.T
+        if penalty != self.penalty or self.of_penalty_II is None:
+            self.penalty, self.of_penalty_II = penalty, (self.vectors_II * shrunk_I) @ self.vectors_II.T
+        return x_OI @ self.of_penalty_II
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,18 +60,17 @@ class Alps(Update):
     def apply(self, layer: Layer, start: Solution) -> Solution:
         import torch
 
-        from esparse.linalg import damped, eigh, scaled, solve_on_support
+        from esparse.linalg import damped, scaled, solve_on_support
 
         gram_II, norm_I = scaled(damped(layer.stats["gram"].gram_II, self.damp))
         dense_OI = layer.dense_OI * norm_I
         target_OI = dense_OI @ gram_II
-        values_I, vectors_II = eigh(gram_II)
+        inverse = Inverse(*layer.stats["gram"].scaled_eigen(self.damp), rows=len(dense_OI))
         penalty, raised = self.penalty, False
         split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
         keep_OI = last_OI = layer.grouping.keep_top(dense_OI.abs())
         for step in range(self.iterations):
-            shrunk_I = (values_I + penalty).reciprocal()
-            weight_OI = ((target_OI - dual_OI + penalty * split_OI) @ vectors_II) * shrunk_I @ vectors_II.T
+            weight_OI = inverse.times(target_OI - dual_OI + penalty * split_OI, penalty)
             moved_OI = weight_OI + dual_OI / penalty
             keep_OI = layer.grouping.keep_top(moved_OI.abs())
             split_OI = moved_OI * keep_OI

@@ -15,7 +15,7 @@ from esparse.patterns import NM, Grouping, Outliers, Pattern, Unstructured, pars
 from esparse.stats import Gram, LayerStats
 from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
 from esparse.updates.admm import Admm, gradual_keep
-from esparse.updates.alps import Alps
+from esparse.updates.alps import Alps, Inverse
 from esparse.updates.obs import Obs, _blocks, sweep
 from esparse.updates.support import Support
 from esparse.updates.swap import Swap
@@ -106,6 +106,26 @@ def test_joint_updates_beat_least_squares_on_magnitudes_mask(name: str, pattern:
         best = best_on_support(layer, done.keep_OI) if name != "joint" else done.weight_OI
         ratios.append(error(layer, best) / reference)
     assert sum(ratios) / len(ratios) < 1
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_the_inverse_of_alps_is_the_inverse(rows: int) -> None:
+    """For few rows two products with the eigenvectors, for many one with the inverse, made anew for each penalty."""
+    layer, _ = problem()
+    gram_II, _ = linalg.scaled(linalg.damped(layer.stats["gram"].gram_II, 0.01))
+    inverse = Inverse(*layer.stats["gram"].scaled_eigen(0.01), rows=rows)
+    x_OI = torch.randn(rows, 16)
+    for penalty in (0.1, 0.1, 3.0):
+        expected = x_OI.double() @ torch.linalg.inv(gram_II.double() + penalty * torch.eye(16))
+        torch.testing.assert_close(inverse.times(x_OI, penalty).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_a_group_have_their_eigenvectors_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, start = problem()
+    alone = ALPS.apply(layer, start)
+    monkeypatch.setattr("esparse.stats.eigh", lambda gram_II: pytest.fail("computed once more"))
+    again = ALPS.apply(layer, start)
+    assert torch.equal(again.keep_OI, alone.keep_OI) and torch.equal(again.weight_OI, alone.weight_OI)
 
 
 def test_support_equals_the_normal_equations() -> None:
