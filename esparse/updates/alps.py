@@ -25,9 +25,9 @@ SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, after 
 class Inverse:
     """(G + penalty)^-1, by G's eigenvalues and eigenvectors, for one penalty after the other."""
 
+    rows: int  # of what is multiplied
     values_I: Tensor
     vectors_II: Tensor
-    rows: int  # of what is multiplied
     penalty: float | None = None
     of_penalty_II: Tensor | None = None
 
@@ -65,7 +65,7 @@ class Alps(Update):
         gram_II, norm_I = scaled(damped(layer.stats["gram"].gram_II, self.damp))
         dense_OI = layer.dense_OI * norm_I
         target_OI = dense_OI @ gram_II
-        inverse = Inverse(*layer.stats["gram"].scaled_eigen(self.damp), rows=len(dense_OI))
+        inverse = Inverse(len(dense_OI), *layer.stats["gram"].scaled_eigen(self.damp))
         penalty, raised = self.penalty, False
         split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
         keep_OI = last_OI = layer.grouping.keep_top(dense_OI.abs())

@@ -113,7 +113,7 @@ def test_the_inverse_of_alps_is_the_inverse(rows: int) -> None:
     """For few rows two products with the eigenvectors, for many one with the inverse, made anew for each penalty."""
     layer, _ = problem()
     gram_II, _ = linalg.scaled(linalg.damped(layer.stats["gram"].gram_II, 0.01))
-    inverse = Inverse(*layer.stats["gram"].scaled_eigen(0.01), rows=rows)
+    inverse = Inverse(rows, *layer.stats["gram"].scaled_eigen(0.01))
     x_OI = torch.randn(rows, 16)
     for penalty in (0.1, 0.1, 3.0):
         expected = x_OI.double() @ torch.linalg.inv(gram_II.double() + penalty * torch.eye(16))
