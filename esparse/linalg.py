@@ -79,20 +79,17 @@ def inverse_factor(gram_II: Tensor, damp: float) -> Tensor:
     raise Mistake(f"a Gram matrix has no Cholesky factor even with damping {MOST_DAMPING:g} times its mean")
 
 
-def eigh(gram_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (none below 0) and eigenvectors (in columns) of G, in its dtype, or in float64 if that fails."""
-    try:
-        values_I, vectors_II = torch.linalg.eigh(gram_II)
-    except torch.linalg.LinAlgError:
-        log.warning("the eigenvalues of a Gram matrix did not converge in %s: taken in float64", gram_II.dtype)
-        values_I, vectors_II = (part.to(gram_II.dtype) for part in torch.linalg.eigh(gram_II.double()))
-    return values_I.clamp_min(0), vectors_II
-
-
 def inverse(gram_II: Tensor) -> Tensor:
     """G^-1, with the dtypes and damping of `inverse_factor`, starting without damping."""
     upper_II = inverse_factor(gram_II, 0.0)
     return upper_II.T @ upper_II
+
+
+def shifted_inverse(gram_II: Tensor, shift: float) -> Tensor:
+    """(G + shift)^-1 in G's own precision, of a G that is positive definite with it; as `inverse` where that fails."""
+    shifted_II = gram_II + shift * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+    lower_II, failed = torch.linalg.cholesky_ex(shifted_II)
+    return torch.cholesky_inverse(lower_II) if failed == 0 else inverse(shifted_II).to(gram_II.dtype)
 
 
 def solve_on_support(

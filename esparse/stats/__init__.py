@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from esparse import kernels
-from esparse.linalg import damped, eigh, inverse_factor, multiplies_into_float32, scaled
+from esparse.linalg import inverse_factor, multiplies_into_float32
 from esparse.parallel.cores import each_core
 from esparse.parallel.ranks import Ranks
 
@@ -291,7 +291,6 @@ class Gram(Statistic):
         self._panels = [slice(first, min(first + step, self.inputs)) for first in range(0, self.inputs, step)]
         self._is_whole = True
         self._factors: dict[tuple[Any, ...], Tensor] = {}
-        self._eigen: dict[float, tuple[Tensor, Tensor]] = {}
 
     def add(self, x_TI: Tensor, pass_index: int) -> None:
         if pass_index == 0:
@@ -324,12 +323,6 @@ class Gram(Statistic):
             gram_II = self.gram_II if order_I is None else self.gram_II[order_I][:, order_I]
             self._factors = {key: inverse_factor(gram_II, damp)}  # caches one only, because it is as large as G
         return self._factors[key]
-
-    def scaled_eigen(self, damp: float) -> tuple[Tensor, Tensor]:
-        """`linalg.eigh` of the damped matrix with every channel scaled to norm 1; layers of a group share it."""
-        if damp not in self._eigen:
-            self._eigen = {damp: eigh(scaled(damped(self.gram_II, damp))[0])}  # one at a time, as above
-        return self._eigen[damp]
 
 
 class TokenSample(Statistic):

@@ -12,33 +12,14 @@ from typing import TYPE_CHECKING
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from esparse.stats import Factory
 
 CHECK_EVERY = 3  # iterations between two checks of the support
 PENALTY_STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of the penalty)
-SETTLED, SETTLED_AFTER = 3e-4, 30  # a smaller change ends the iteration, after at least so many iterations
-
-
-@dataclass(slots=True, eq=False)
-class Inverse:
-    """(G + penalty)^-1, by G's eigenvalues and eigenvectors, for one penalty after the other."""
-
-    rows: int  # of what is multiplied
-    values_I: Tensor
-    vectors_II: Tensor
-    penalty: float | None = None
-    of_penalty_II: Tensor | None = None
-
-    def times(self, x_OI: Tensor, penalty: float) -> Tensor:
-        """X (G + penalty)^-1."""
-        shrunk_I = (self.values_I + penalty).reciprocal()
-        if CHECK_EVERY * self.rows <= len(shrunk_I):  # making the inverse would take more than it spares
-            return (x_OI @ self.vectors_II) * shrunk_I @ self.vectors_II.T
-        if penalty != self.penalty or self.of_penalty_II is None:
-            self.penalty, self.of_penalty_II = penalty, (self.vectors_II * shrunk_I) @ self.vectors_II.T
-        return x_OI @ self.of_penalty_II
+# A smaller change ends the iteration, after at least so many; least squares on the support makes up for the rest. On layers
+# of SmolLM2-135M at 2:4 that is after 18 to 27 iterations. Until nothing changed took 33, with errors up to 0.8 per cent
+# lower on calibration tokens (1.7 on one layer of eight) and not lower on held-out tokens.
+SETTLED, SETTLED_AFTER = 0.05, 15
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,17 +41,17 @@ class Alps(Update):
     def apply(self, layer: Layer, start: Solution) -> Solution:
         import torch
 
-        from esparse.linalg import damped, scaled, solve_on_support
+        from esparse.linalg import damped, scaled, shifted_inverse, solve_on_support
 
         gram_II, norm_I = scaled(damped(layer.stats["gram"].gram_II, self.damp))
         dense_OI = layer.dense_OI * norm_I
         target_OI = dense_OI @ gram_II
-        inverse = Inverse(len(dense_OI), *layer.stats["gram"].scaled_eigen(self.damp))
         penalty, raised = self.penalty, False
+        inverse_II = shifted_inverse(gram_II, penalty)  # for several iterations, each of one product
         split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
         keep_OI = last_OI = layer.grouping.keep_top(dense_OI.abs())
         for step in range(self.iterations):
-            weight_OI = inverse.times(target_OI - dual_OI + penalty * split_OI, penalty)
+            weight_OI = (target_OI - dual_OI + penalty * split_OI) @ inverse_II
             moved_OI = weight_OI + dual_OI / penalty
             keep_OI = layer.grouping.keep_top(moved_OI.abs())
             split_OI = moved_OI * keep_OI
@@ -83,10 +64,12 @@ class Alps(Update):
                 # The initial penalty was so strong that it froze the first support: starts again with a weaker one.
                 penalty /= 5
                 split_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
+                inverse_II = shifted_inverse(gram_II, penalty)
                 continue
             if change == 0 or (step >= SETTLED_AFTER and change < SETTLED):
                 break
             penalty *= next(factor for bound, factor in PENALTY_STEPS if change > bound)
+            inverse_II = shifted_inverse(gram_II, penalty)
             raised = True
         weight_OI = solve_on_support(
             gram_II, dense_OI, keep_OI, split_OI, iterations=self.gradient_iterations, tolerance=self.tolerance
