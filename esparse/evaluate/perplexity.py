@@ -59,6 +59,7 @@ def _mean_losses(activations: Activations, batch: int, ids_BL: Tensor) -> list[f
         for losses, logits_TV, ids_L in zip(found, logits_BTV, ids_BL, strict=True):
             next_T = ids_L[part.start + 1 : part.stop + 1]
             losses.append(_losses(logits_TV[: len(next_T)], next_T))
+        del logits_BTV, logits_TV  # before the next ones are made
     return [float(torch.cat(losses).double().mean()) for losses in found]
 
 

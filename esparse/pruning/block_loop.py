@@ -102,6 +102,8 @@ class BlockLoop:
                         activations.advance(index)
                     if dense is not None and ahead is not None:
                         dense.go_on(ahead)
+            if blocks.device.type == "cpu":
+                host_memory.trim()  # what a block took in between would stay with the process
             if journal is not None and entry is not None:
                 journal.write(index, entry, stages)
                 if not last and ranks.size == 1:  # with several ranks, each has only its share

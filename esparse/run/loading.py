@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esparse.data.tokens import check_ids
+from esparse.models import host_memory
 from esparse.models.blocks import BlockModel
 from esparse.models.forward_check import check
 from esparse.models.load import load, longest_sequence, weight_files
@@ -88,6 +89,7 @@ def load_inputs(
     for text, ids in {"the calibration text": tokens_SL, **windows}.items():
         check_ids(text, ids, embedded)
     check(blocks, tokens_SL)
+    host_memory.trim()  # reading texts takes many times what their tokens do
     return Inputs(
         blocks=blocks,
         tokenizer=tokenizer,
