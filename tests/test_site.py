@@ -101,6 +101,17 @@ def test_the_picture_shows_what_was_measured() -> None:
         assert [float(x) for x in re.findall(r"[\d.]+", row)] == [round(value, 2) for value in by_tokens.values()]
 
 
+def test_the_map_of_the_code_is_right() -> None:
+    """Every folder of esparse/ stands on it, and every file that it names is there."""
+    text = (DOCS / "architecture.md").read_text()
+    (tree,) = re.findall(r"^## Layout\n\n```\n(.*?)^```", text, flags=re.M | re.S)
+    shown = set(re.findall(r"[\w./]+(?=/)|\w+\.py", tree))
+    folders = {path.parent.name for path in (ROOT / "esparse").glob("*/__init__.py")}
+    assert folders <= shown
+    there = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not [name for name in shown if name.endswith(".py") and name not in there]
+
+
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     assert not [path.name for path in DOCS.glob("*.md") if f": {path.name}\n" not in menu]
