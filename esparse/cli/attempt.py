@@ -66,6 +66,7 @@ def carry_out(
     else:
         _tidy(folder, sweep.name if sweep else None)
         log.info("%s was run before (%s); rerun=true repeats it", name, folder)
+        experiment.tracking.told_again(record, folder)
     if record is None:
         call.code = FAILED
     elif not (sweep or call.sweep):

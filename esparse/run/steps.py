@@ -17,6 +17,7 @@ from esparse.run.loading import Inputs
 from esparse.run.progress import Progress
 from esparse.run.record import Clock
 from esparse.run.settings import Experiment
+from esparse.run.tracked_values import BlockHistory
 from esparse.run.tracking import Sink
 
 log = logging.getLogger("esparse")
@@ -36,14 +37,12 @@ def prune_model(
 
     def on_layer(block: int, layer: LayerReport) -> None:
         progress.layer(block, layer)
-        log_layer(block, layer)
+        history.add(block, layer)
 
-    def log_layer(block: int, layer: LayerReport) -> None:
-        sink.log({"block": block, "kept_score": layer.kept_score, "relative_error": layer.relative_error})
-
-    earlier = [(i, layer) for i in range(journal.finished) for layer in journal.read(i).facts["layers"]]
-    for index, layer in earlier[sink.logged :]:  # an attempt that goes on has a W&B run with the whole history
-        log_layer(index, LayerReport(**layer))
+    history = BlockHistory(sink.log)
+    for index in range(sink.logged, journal.finished):  # an attempt that goes on has a W&B run with the whole history
+        for earlier in journal.read(index).facts["layers"]:
+            history.add(index, LayerReport(**earlier))
     progress.pruning()
     pruned = prune(
         inputs.blocks,
@@ -55,6 +54,7 @@ def prune_model(
         journal=journal,
         profile=experiment.profile,
     )
+    history.close()
     progress.block_done()
     return pruned
 

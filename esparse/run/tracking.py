@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from esparse.errors import Mistake
+from esparse.run import tracked_values
 
 if TYPE_CHECKING:
     import wandb
@@ -35,13 +36,13 @@ NO_KEY = "there is no API key: run `wandb login` or set WANDB_API_KEY"
 class Sink:
     """Receives the numbers of one run; this one keeps nothing.
 
-    `logged`: steps of the run's earlier attempts that it has already.
+    `logged`: blocks of the run's earlier attempts that it has already.
     """
 
     logged = 0
 
     def log(self, values: dict[str, Any]) -> None:
-        """Adds one step to the run's history, e.g. one pruned layer."""
+        """Adds one step to the run's history, e.g. one pruned block."""
 
     def finish(self, record: dict[str, Any]) -> None:
         """Takes over what the finished run's record says."""
@@ -58,6 +59,9 @@ class Tracking(ABC):
     def needs_export(self) -> bool:
         """Whether it wants the checkpoint that an export writes."""
         return False
+
+    def told_again(self, record: dict[str, Any], folder: Path) -> None:  # noqa: B027
+        """A run that is finished was asked for again, and is read from its record."""
 
     @abstractmethod
     def run(self, *, run_id: str, name: str, config: dict[str, Any], folder: Path) -> AbstractContextManager[Sink]:
@@ -80,8 +84,9 @@ class NoTracking(Tracking):
 class Wandb(Tracking):
     """Weights & Biases, with its files under `folder`/wandb.
 
-    The W&B run has the id of the esparse run, so a job that was stopped goes on in the same one. Online without a
-    server or a key goes on offline. Raises ValueError for a setting that W&B would refuse.
+    The W&B run has the id of the esparse run, so a job that was stopped goes on in the same one; one that an agent of a
+    W&B sweep started has the id that the agent gave it. Online without a server or a key goes on offline. Raises
+    ValueError for a setting that W&B would refuse.
     """
 
     # W&B's other variables are followed too (`WANDB_NAME`, `WANDB_DIR`, ...), but for `WANDB_RUN_ID`
@@ -136,14 +141,13 @@ class Wandb(Tracking):
             sink.close(exit_code)
 
     def _start(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> wandb.Run | None:
+        run_id = self._id(run_id)
         # W&B's reports about its own errors hold up the exit for 20 s behind a firewall that drops packets.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        if os.environ.get("WANDB_RUN_ID", run_id) != run_id:
-            logger.warning("WANDB_RUN_ID is not followed: the W&B run has the id of the esparse run, %s", run_id)
         asked: dict[str, Any] = {
             "id": run_id,
             "name": os.environ.get("WANDB_NAME") or name,
-            "config": _flat(json.loads(json.dumps(config, default=str))),
+            "config": tracked_values.flat(json.loads(json.dumps(config, default=str))),
             "dir": str(wandb_folder(folder)),
         }
         try:
@@ -152,6 +156,21 @@ class Wandb(Tracking):
         except Exception as error:
             logger.warning("W&B could not be started (%s); the run goes on without it.", _sentence(error))
             return None
+
+    def _id(self, run_id: str) -> str:
+        """The id of the W&B run: an agent's, where its sweep waits for a run by that name, else the esparse run's."""
+        given = os.environ.get("WANDB_RUN_ID", run_id)
+        if given == run_id or os.environ.get("WANDB_SWEEP_ID"):
+            return given
+        logger.warning("WANDB_RUN_ID is not followed: the W&B run has the id of the esparse run, %s", run_id)
+        return run_id
+
+    def told_again(self, record: dict[str, Any], folder: Path) -> None:
+        """To the agent of a W&B sweep, which waits for the numbers of what it asked for."""
+        if not os.environ.get("WANDB_SWEEP_ID"):
+            return
+        with self.run(run_id=record["id"], name=record["name"], config=record["config"], folder=folder) as sink:
+            sink.finish(record)
 
     def _online(self, asked: dict[str, Any]) -> wandb.Run:
         """The run on the server, or on disk when the server cannot be had."""
@@ -186,13 +205,13 @@ class Wandb(Tracking):
             finish_timeout=self.timeout_s,
             finish_timeout_raises=True,
         )
-        resumed: dict[str, Any] = {"resume": "allow"} if mode == "online" else {}  # offline every attempt has its files
+        where: dict[str, Any] = {"resume": "allow"} if mode == "online" else {}  # offline every attempt has its files
+        if not os.environ.get("WANDB_SWEEP_ID"):  # whose runs belong to its project, under the agent's id
+            where |= {"project": self.project, "entity": self.entity}
         return wandb.init(
             mode=mode,
-            **resumed,
+            **where,
             settings=settings,
-            project=self.project,
-            entity=self.entity,
             group=self.group,
             tags=list(self.tags) or None,  # W&B then takes those of WANDB_TAGS
             **asked,
@@ -206,6 +225,8 @@ class _WandbSink(Sink):
         self._run, self._settings, self._folder = run, settings, folder
         self._warned = False
         self.logged = run.step  # of a run that goes on: what the server has
+        for name in tracked_values.MEASURED.values():
+            run.define_metric(f"{name}/*", step_metric="block", summary="none")
 
     def preempted(self) -> None:
         try:
@@ -220,16 +241,18 @@ class _WandbSink(Sink):
             self._warn(error)
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Scalars go to the summary under quality/<corpus>/pruned and the like, lists of rows become tables.
+        """Scalars go to the summary by the names of tracked_values.py, lists of rows become tables.
 
-        The configuration is there already.
+        Perplexities and means stand in the history, too: a W&B sweep looks there. The configuration is there already.
         """
         try:
-            scalars, tables = _split({k: v for k, v in record.items() if k not in ("config", "sources")})
-            if tables:
-                with _staged_in(self._run.settings.sync_dir):
-                    self._run.log({path: _table(rows) for path, rows in tables.items()})
-            self._run.summary.update(scalars)
+            scalars, tables = tracked_values.parts(record)
+            outcome = tracked_values.outcome(record)
+            with _staged_in(self._run.settings.sync_dir):
+                shown = {path: _table(rows) for path, rows in tables.items()} | _charts(record.get("layers") or [])
+                if outcome | shown:
+                    self._run.log(outcome | shown)
+            self._run.summary.update(scalars | outcome)
             if "masks" in self._settings.artifacts:
                 self._upload_masks()
             if "checkpoint" in self._settings.artifacts:
@@ -307,44 +330,25 @@ def _runs(place: str, pattern: str) -> list[Path]:
     return sorted(path for hidden in ("wandb", ".wandb") for path in (Path(place) / hidden).glob(pattern))
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as people filter runs by it: metric = entropy, metric/alpha = 0.5."""
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{key}/", value)
-            elif key != "_class":
-                flat[f"{prefix}{key}"] = value
-
-    add("", {key: value for key, value in config.items() if key != "choices"})
-    return flat | config.get("choices", {})
-
-
-def _split(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Nested values as scalars and as lists of rows, both by their path, a/b/c."""
-    scalars: dict[str, Any] = {}
-    tables: dict[str, list[Any]] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            inner_scalars, inner_tables = _split(value, f"{path}/")
-            scalars |= inner_scalars
-            tables |= inner_tables
-        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            tables[path] = value
-        elif isinstance(value, bool | int | float | str):
-            scalars[path] = value
-    return scalars, tables
-
-
 def _table(rows: list[dict[str, Any]]) -> wandb.Table:
     import wandb
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     data = [[_cell(row.get(column)) for column in columns] for row in rows]
     return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def _charts(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A chart per measurement over the blocks, a line per kind of layer."""
+    import wandb
+
+    charts = {}
+    for field, name in tracked_values.MEASURED.items():
+        xs, ys, kinds = tracked_values.series(layers, field)
+        if kinds:
+            title = f"{name.replace('_', ' ')} by block"
+            charts[f"{name}_by_block"] = wandb.plot.line_series(xs, ys, keys=kinds, title=title, xname="block")
+    return charts
 
 
 def _cell(value: Any) -> Any:

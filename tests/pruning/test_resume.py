@@ -191,12 +191,13 @@ def test_a_mistake_leaves_nothing_behind(workshop: Path, tmp_path: Path) -> None
 
 
 def test_the_wandb_run_of_a_run_that_goes_on_is_whole(workshop: Path, tmp_path: Path) -> None:
-    def history(out: Path) -> list[tuple[int, float]]:
+    def history(out: Path) -> list[dict[str, float]]:
         (file,) = out.glob("*/wandb/offline-run-*/*.wandb")
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         items = [row["history"]["item"] for row in map(json.loads, lines) if row["type"] == "history"]
-        return [(item["block"], item["kept_score"]) for item in items if "block" in item]
+        measured = ("block", "error/", "kept_score/")
+        return [{k: v for k, v in item.items() if k.startswith(measured)} for item in items if "block" in item]
 
     for out in (tmp_path / "whole", tmp_path / "killed"):
         overrides = [*small_run(workshop, out), "tracking=wandb", "tracking.mode=offline"]
@@ -209,6 +210,7 @@ def test_the_wandb_run_of_a_run_that_goes_on_is_whole(workshop: Path, tmp_path: 
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "killed").glob("*/result.json"))
     assert record["resumed"]
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    assert [row["block"] for row in history(tmp_path / "whole")] == list(range(len(history(tmp_path / "whole"))))
 
 
 def test_a_disk_that_is_full_and_has_room_again(workshop: Path, tmp_path: Path) -> None:

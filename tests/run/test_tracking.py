@@ -35,10 +35,10 @@ RECORD = {
     "seconds": 12.5,
     "config": CONFIG,
     "sparsity": {"pattern": "2:4", "density": 0.5, "pattern_holds": True},
-    "quality": {"builtin": {"dense": 7.25, "pruned": 9.5}},
+    "quality": {"builtin": {"dense": 7.25, "pruned": 9.5, "tokens": 10}},
     "layers": [
-        {"name": "a", "shape": [4, 8], "kept_score": 0.75, "relative_error": 0.125},
-        {"name": "b", "shape": [8, 4], "kept_score": 0.5, "relative_error": None},
+        {"name": "h.0.a", "shape": [4, 8], "kept_score": 0.75, "relative_error": 0.125},
+        {"name": "h.0.b", "shape": [8, 4], "kept_score": 0.5, "relative_error": None},
     ],
 }
 
@@ -79,25 +79,34 @@ def messages(caplog, level):
 
 def test_offline_run_holds_config_history_summary_and_table(tmp_path, caplog, capfd):
     with caplog.at_level(logging.INFO, "esparse"), start(tracking(tags=["a:b"], group="g"), tmp_path) as sink:
-        sink.log({"block": 0, "kept_score": 0.75})
-        sink.log({"block": 1, "kept_score": 0.5})
+        sink.log({"block": 0, "kept_score/a": 0.75})
+        sink.log({"block": 1, "kept_score/a": 0.5})
         sink.finish(RECORD)
     (file,) = files_of(tmp_path)
     records = [json.loads(line) for line in inspect(file).splitlines()]
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [(row["block"], row["kept_score"]) for row in history[:2]] == [(0, 0.75), (1, 0.5)]
+    assert [(row["block"], row["kept_score/a"]) for row in history[:2]] == [(0, 0.75), (1, 0.5)]
+    assert history[2]["perplexity/builtin/pruned"] == 9.5  # a W&B sweep looks into the history
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    stepped = {metric.get("glob_name"): metric.get("step_metric") for metric in metrics if "glob_name" in metric}
+    assert stepped == {"error/*": "block", "kept_score/*": "block"}
 
     run = json.loads(inspect(file, "--summary"))
     assert (run["run_id"], run["name"], run["project"]) == ("1a2b3c4d", "tiny 2:4 entropy", "esparse")
     assert (run["state"], run["exit_code"], run["tags"]) == ("finished", 0, ["a:b"])
     assert run["config"] == {"pattern": "2:4", "metric": "entropy", "metric/alpha": 0.5, "path": "x"}
     summary = run["summary"]
-    assert summary["quality/builtin/dense"] == 7.25 and summary["quality/builtin/pruned"] == 9.5
+    assert summary["perplexity/builtin/dense"] == 7.25 and summary["perplexity/builtin/pruned"] == 9.5
+    assert summary["perplexity/builtin/ratio"] == 9.5 / 7.25 and summary["perplexity/builtin/tokens"] == 10
+    assert (summary["mean_error"], summary["mean_kept_score"]) == (0.125, 0.625)
+    assert not [key for key in summary if key.startswith(("quality", "error/", "kept_score/"))]
     assert summary["sparsity/pattern_holds"] is True and summary["seconds"] == 12.5
     assert not [key for key in summary if key.startswith("config")]
     table = json.loads((file.parent / "files" / summary["layers"]["path"]).read_text())
-    assert table["columns"] == ["name", "shape", "kept_score", "relative_error"]
-    assert table["data"] == [["a", "4x8", 0.75, 0.125], ["b", "8x4", 0.5, None]]
+    assert table["columns"] == ["block", "kind", "name", "shape", "kept_score", "relative_error"]
+    assert table["data"] == [[0, "a", "h.0.a", "4x8", 0.75, 0.125], [0, "b", "h.0.b", "8x4", 0.5, None]]
+    chart = json.loads((file.parent / "files" / summary["kept_score_by_block_table"]["path"]).read_text())
+    assert chart["data"] == [[0, "a", 0.75], [0, "b", 0.5]]
 
     assert messages(caplog, logging.INFO) == []  # the end of the sweep says it for all
     assert capfd.readouterr() == ("", "")
