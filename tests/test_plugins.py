@@ -201,7 +201,7 @@ def test_a_notebook_registers_its_own(here: None) -> None:
     assert report.config["metric"] == {"power": 2.0, "_class": f"{__name__}:OfANotebook"}
     for group, name, component, words in (
         ("metric", "wanda", OfANotebook, "esparse has a metric 'wanda' itself"),
-        ("metric", "mine", OfANotebook, "which a package brings"),
+        ("metric", "mine", OfANotebook, "a package has a"),
         ("metric", "a-b", OfANotebook, "one word"),
         ("shuffle", "own", OfANotebook, "extends esparse.shuffles.Shuffle"),
         ("model", "own", OfANotebook, "nothing can be added to the group 'model'"),

@@ -18,13 +18,13 @@ METHODS = {
     "method": Group(
         options={},
         notes={
-            "esparse": "what runs by itself",
+            "esparse": "the default",
             **dict.fromkeys(("magnitude", "wanda", "sparsegpt"), ""),
             "ria": "with its permutation",
             **dict.fromkeys(("nowag", "gblm", "owl", "admm", "alps"), ""),
             "ebft": "on Wanda's mask",
             "eight_sixteen": "8:16+16:256 and all repairs",
-            "best": "ours; each sets the six parts of a method, every one of which can be changed behind it",
+            "best": "ours; a method sets six groups, and later options on the command line change single ones",
         },
     )
 }

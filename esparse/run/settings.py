@@ -67,13 +67,13 @@ class Experiment:
     outliers: str | None  # `k:256`: of every 256 weights of a row the k best survive that an n:m pattern would remove
     seed: int  # of the calibration sample and of random scores
     output_root: str  # folder of all records
-    # Each channel's entropy, norm and mean score are kept, too
-    profile: bool  # zeros and near zeros in weights, activations and attention are counted, dense and pruned
+    # Also keeps each channel's entropy, norm and mean score
+    profile: bool  # counts zeros and near zeros in weights, activations and attention, dense and pruned
     rerun: bool  # repeat a finished run
-    # Without them all finished blocks are run once more
-    snapshot_seconds: float | None  # between two writings of the hidden states, for a resumed run; None: never
+    # Without snapshots, a continued run first runs all finished blocks once more
+    snapshot_seconds: float | None  # between snapshots, from which a stopped run continues; None: none
     # From the model's configuration alone, for the named models also without internet
-    dry_run: bool  # only say what the run would take: bytes, peak memory by stage, passes
+    dry_run: bool  # only print what the run would need: bytes, peak memory by stage, passes
 
     def __post_init__(self) -> None:
         self.output_root = expanded(self.output_root)

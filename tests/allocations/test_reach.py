@@ -76,7 +76,7 @@ def test_the_pattern_asked_for_is_among_them_and_they_ascend(m: int, data: st.Da
         (error(0.02), "60%", "allocation=error with spread=0.02 cannot change 60%, whose steps are 0.025: use"),
         (owl(0.5), "1:4", "allocation=owl cannot change 1:4: what one layer gains another must lose"),
         (error(0.5), "7:8", "n cannot be 0 or 8; use 14:16"),
-        (owl(0.08), "50%@columns", "50%@columns is neither: use a pattern such as 8:16 or 60%, or allocation=uniform"),
+        (owl(0.08), "50%@columns", "50%@columns has neither: use a pattern such as 8:16 or 60%, or allocation=uniform"),
         (error(0.25), "50%@16x16", "allocation=error chooses n of n:m"),
     ],
 )

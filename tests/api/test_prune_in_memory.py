@@ -351,7 +351,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         ({"calibration": TOKENS_SL.float()}, "tokens must be integers"),
         ({"calibration": TOKENS_SL + 96}, "the model knows 0 to 95"),
         ({"calibration": TOKENS_SL.repeat(1, 5)}, "has sequences of 80 tokens, and the model takes 64"),
-        ({"calibration": TOKENS_SL, "sequences": 3}, "calibration has tokens already"),
+        ({"calibration": TOKENS_SL, "sequences": 3}, "calibration is tokens already"),
         ({"calibration": []}, "a list of strings"),
         ({"calibration": {"corpus": "c4"}}, "a corpus, a file, a list of texts, tokens or a Calibration was expected"),
         ({"device": "cuda:99"}, "GPU"),

@@ -170,7 +170,7 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
 
 def test_experts_in_several_patterns_stay_dense() -> None:
     of = [Grouping(patterns.parse(text)) for text in ("2:4", "2:4", "1:4")]
-    assert _why_dense(of[:2]) is None and "in one pattern only" in str(_why_dense(of))
+    assert _why_dense(of[:2]) is None and "one packed pattern only" in str(_why_dense(of))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "mixtral", "gpt-neox"])
@@ -230,7 +230,7 @@ def test_without_numba_it_is_said_that_a_cpu_is_slow(
 ) -> None:
     monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if there else None)
     exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
-    assert ("need numba (pip install numba)" in caplog.text) == (not there)
+    assert ("install numba for compiled loops (pip install numba)" in caplog.text) == (not there)
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
     config["quantization_config"]["files"][shard.name] = checksum(shard)
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
     layer = name.removesuffix(".index")
-    with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: .*other choices than 2 of 4"):
+    with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: .*choices that are not 2 of 4"):
         loaded(tmp_path / "export")
 
 
@@ -471,7 +471,7 @@ def test_files_beside_the_model_come_along(make: Any, tmp_path: Path, caplog: py
     assert set(KEPT) <= there
     assert not there & (set(LEFT) - {"README.md", "esparse.json"})
     assert (tmp_path / "export" / "README.md").read_text() != "stand-in"
-    assert "the export is without: notes.txt" in caplog.text
+    assert "not copied into the export: notes.txt" in caplog.text
     loaded(tmp_path / "export")
 
 

@@ -78,7 +78,7 @@ def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export=packed", "pattern=50%", "shuffle=none"], "export=packed stores patterns of n:m"),
+        (["export=packed", "pattern=50%", "shuffle=none"], "export=packed stores n:m patterns"),
         (["export=packed", "export.order=original", "outliers=16:256"], "use export.order=physical"),
         (["export=dense", "export.order=any"], "export.order must be one of original, physical"),
         (["export=dense", "export.dtype=int8"], "export.dtype must be one of"),

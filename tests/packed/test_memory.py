@@ -72,7 +72,7 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--patterns", "50%"], "no pattern of n:m"), (["/nowhere/at/all"], "nowhere")],
+    [(["--patterns", "50%"], "no n:m pattern"), (["/nowhere/at/all"], "nowhere")],
 )
 def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

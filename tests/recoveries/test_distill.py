@@ -407,7 +407,7 @@ def test_pruning_ends_with_it_and_measures_against_the_dense_model() -> None:
     ("settings", "message"),
     [
         ({"train": "half"}, "full or lora, got 'half'"),
-        ({"train": "lora", "all_parameters": True}, "use recovery.train=full"),
+        ({"train": "lora", "all_parameters": True}, "recovery.train=full"),
         ({"rank": 0}, "recovery.rank must be at least 1, got 0"),
         ({"epochs": 0}, "recovery.epochs"),
         ({"batch": 0}, "recovery.batch"),
