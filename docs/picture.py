@@ -76,7 +76,7 @@ def draw() -> None:
         figure.savefig(PICTURE, metadata={"Date": None}, facecolor="white")
 
 
-def bars(axes) -> None:  # noqa: ANN001 - matplotlib's
+def bars(axes) -> None:
     values, dense = perplexities()
     colours = [GREY, GREY, LIGHT, LIGHT, LIGHT, DARK]
     drawn = axes.barh(list(values), list(values.values()), color=colours)
@@ -89,7 +89,7 @@ def bars(axes) -> None:  # noqa: ANN001 - matplotlib's
     axes.set_title("2:4 on the built-in model (2.4 M parameters)\n", fontsize=11)
 
 
-def lines(axes) -> None:  # noqa: ANN001
+def lines(axes) -> None:
     for (kernel, by_tokens), colour in zip(speedups().items(), (DARK, GREY), strict=True):
         axes.plot(list(by_tokens), list(by_tokens.values()), "o-", color=colour, label=KERNELS[kernel])
         for place in (0, -1):

@@ -26,9 +26,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from esparse.parts import numbers  # noqa: E402 - the checkout, wherever the script is started
-from esparse.records.groups import ANY, GROUPS  # noqa: E402
-from esparse.run.settings import Experiment  # noqa: E402
+from esparse.parts import numbers
+from esparse.records.groups import ANY, GROUPS
+from esparse.run.settings import Experiment
 
 CONF = Path(__file__).parents[1] / "conf"
 PAGE = Path(__file__).with_name("settings.md")
@@ -81,7 +81,7 @@ def methods() -> str:
     ]
     for path in sorted((CONF / "method").glob("*.yaml")):
         content = yaml.safe_load(path.read_text())
-        parts = [list(entry.items())[0] for entry in content.pop("defaults") if isinstance(entry, dict)]
+        parts = [next(iter(entry.items())) for entry in content.pop("defaults") if isinstance(entry, dict)]
         set_here = {where.rpartition("/")[2]: option for where, option in parts} | content
         acting = [f"`{name}={value}`" for name, value in set_here.items() if value not in ("none", "uniform")]
         text = cell(sentence(first_comment(path).removeprefix("@package _global_").strip()))

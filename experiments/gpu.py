@@ -56,7 +56,7 @@ def parts(*, dry_run: bool) -> list[Part]:
         "tests/updates",
         "tests/stats",
     ]  # not all that the others import is there
-    tests = tests[:4] + ["--collect-only", "-n", "0", "-q"] if dry_run else tests
+    tests = [*tests[:4], "--collect-only", "-n", "0", "-q"] if dry_run else tests
     return [
         Part("environment", 25, [*me, "environment"]),
         Part("tests", 80, [sys.executable, *tests, *folders]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_prune import METHODS, SIZES, llama, two_forward_passes  # noqa: E402
+from bench_prune import METHODS, SIZES, llama, two_forward_passes
 
 DEFAULT = ["entropy + esparse", "sparsegpt", "obs"]
 KERNELS, OPERATIONS = 25, 15

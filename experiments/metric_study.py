@@ -36,21 +36,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's esparse, in the worker processes as well
 
-from esparse import patterns, stats  # noqa: E402
-from esparse.evaluate.perplexity import perplexity, window_losses  # noqa: E402
-from esparse.metrics import Metric  # noqa: E402
-from esparse.metrics.magnitude import Magnitude  # noqa: E402
-from esparse.metrics.ria import relative_importance  # noqa: E402
-from esparse.models.blocks import BlockModel  # noqa: E402
-from esparse.models.offload import HiddenStateStore  # noqa: E402
-from esparse.pruning.method import Method  # noqa: E402
-from esparse.pruning.prune import prune  # noqa: E402
-from esparse.records.report import Stages  # noqa: E402
-from esparse.shuffles import Layers, NoShuffle, Shuffle  # noqa: E402
-from esparse.shuffles.gns import Gns  # noqa: E402
-from esparse.shuffles.lbs import Esparse, Lbs  # noqa: E402
-from esparse.shuffles.lsa import Lsa  # noqa: E402
-from esparse.stats import ColumnEntropy, ColumnNorm, Factory, LayerStats  # noqa: E402
+from esparse import patterns, stats
+from esparse.evaluate.perplexity import perplexity, window_losses
+from esparse.metrics import Metric
+from esparse.metrics.magnitude import Magnitude
+from esparse.metrics.ria import relative_importance
+from esparse.models.blocks import BlockModel
+from esparse.models.offload import HiddenStateStore
+from esparse.pruning.method import Method
+from esparse.pruning.prune import prune
+from esparse.records.report import Stages
+from esparse.shuffles import Layers, NoShuffle, Shuffle
+from esparse.shuffles.gns import Gns
+from esparse.shuffles.lbs import Esparse, Lbs
+from esparse.shuffles.lsa import Lsa
+from esparse.stats import ColumnEntropy, ColumnNorm, Factory, LayerStats
 
 SEEDS = (0, 1, 2)
 BINS = 100
@@ -279,7 +279,7 @@ def jobs() -> tuple[list[Job], list[Job]]:
         return [Job(spec, seed=seed, **rest) for spec in specs for seed in SEEDS]
 
     plain = [Job(DENSE), *each(CORE), Job(Spec("magnitude"))]
-    plain += each(CORE, pattern="4:8") + [Job(Spec("magnitude"), pattern="4:8")]
+    plain += [*each(CORE, pattern="4:8"), Job(Spec("magnitude"), pattern="4:8")]
     plain += each([WANDA, PAPER, SUM16], shuffle="gns") + each([WANDA, PAPER], shuffle="gns serpentine")
     plain += each(REFINED)
     plain += each([None], shuffle="gns")

@@ -20,7 +20,6 @@ import pytest
 KINDS = ("product", "families", "slow")  # left out by default
 DEFAULT = f"not (slurm or {' or '.join(KINDS)})"  # pyproject.toml's
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
-CHEAP = {"loops", "workshop", "outputs", "register"}  # fixtures of a file that every worker may make anew
 SHARE = 5  # of how many families one is tried by default, by each test that goes through them
 FEW = 8  # as many families as that are all tried
 
@@ -51,13 +50,9 @@ def share(test: str, values: Iterable[Hashable], size: int = SHARE) -> list[Hash
 
 
 def mark(items: Iterable[pytest.Item]) -> None:
-    """Gives each case that is left out by default its kind, and those that share what was costly to make one worker."""
+    """Gives each case that is left out by default its kind."""
     of_test: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if not isinstance(item, pytest.Function):
-            continue
-        if shared := _shared(item):
-            item.add_marker(pytest.mark.xdist_group(shared))
         if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             of_test[item.nodeid.partition("[")[0]].append(item)
     for test, cases in of_test.items():
@@ -66,17 +61,6 @@ def mark(items: Iterable[pytest.Item]) -> None:
         for number, case in enumerate(cases):
             if number not in kept:
                 case.add_marker(pytest.mark.product)
-
-
-def _shared(item: pytest.Function) -> str | None:
-    """The file, if the case takes fixtures that are made once for a file, with what they are made for."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    made = [
-        str(params.get(name, ""))
-        for name, definitions in item._fixtureinfo.name2fixturedefs.items()
-        if definitions[-1].scope != "function" and definitions[-1].baseid.startswith("tests/") and name not in CHEAP
-    ]
-    return item.nodeid.partition("::")[0] + "".join(made) if made else None
 
 
 def _left_by_families(test: str, cases: list[pytest.Function]) -> list[pytest.Function]:

@@ -65,12 +65,12 @@ def test_every_test_is_tried_but_slow_ones_and_those_have_a_quicker_neighbour(
     collected: list[pytest.Item], by_default: list[pytest.Item]
 ) -> None:
     tried = {item.nodeid.partition("[")[0] for item in by_default}
-    files = {test.partition("::")[0] for test in tried}
+    folders = {item.path.parent for item in by_default}
     for item in collected:
         test = item.nodeid.partition("[")[0]
         if not item.get_closest_marker("slurm"):
             assert test in tried or item.get_closest_marker("slow"), test
-            assert test.partition("::")[0] in files, test
+            assert item.path.parent in folders, test
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

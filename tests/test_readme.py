@@ -183,7 +183,7 @@ def swept(words: list[str], at: At) -> None:
 def submitted(root: Path) -> Path:
     """The folder of a sweep on Slurm, whose only run has failed."""
     config = {"output_root": str(root / "out"), "pattern": "2:4", "outliers": None, "model": {"name": "tiny"}}
-    config["choices"] = {group: "none" for group in METHOD_GROUPS}
+    config["choices"] = dict.fromkeys(METHOD_GROUPS, "none")
     settings: Any = OmegaConf.to_container(composed("hydra/launcher=site").hydra.launcher, resolve=True)
     settings.pop("_target_")
     folder = Folder.create(root / "out" / "sweeps" / "NAME", "slurm", settings, [config])

@@ -153,7 +153,7 @@ def _ask(array: str) -> dict[str, tuple[str, str]] | None:
         return None
     answers = {}
     for line in said.splitlines():
-        job, state, reason = (line.strip().split("|") + ["", ""])[:3]
+        job, state, reason = ([*line.strip().split("|"), "", ""])[:3]
         answers[job] = (state, reason)
     if not answers:  # squeue forgets a job after minutes; the accounts, where there are any, do not
         for line in (_answer(["sacct", "-nPX", "-o", "JobID,State", "-j", array]) or "").splitlines():

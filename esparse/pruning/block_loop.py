@@ -126,7 +126,7 @@ class BlockLoop:
         first = 0 if journal is None else journal.snapshot_before()
         if journal is None or not first or self.blocks.ranks.size > 1:
             return 0
-        if not all([stream.restore(journal.hidden(name)) for name, stream in streams.items()]):
+        if not all([stream.restore(journal.hidden(name)) for name, stream in streams.items()]):  # noqa: C419, all of them
             return 0  # with another model.batch_tokens the micro-batches differ
         self._adopt(range(first), journal)
         return first

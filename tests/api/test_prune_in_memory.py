@@ -77,8 +77,12 @@ def test_importing_esparse_is_quick_and_loads_no_torch() -> None:
     ("overrides", "how"),
     [
         ([], {}),
-        (["metric=wanda", "update=alps", "pattern=8:16"], {"metric": "wanda", "update": "alps", "pattern": "8:16"}),
-        (["metric=sparsegpt"], {"metric": "sparsegpt"}),
+        pytest.param(
+            ["metric=wanda", "update=alps", "pattern=8:16"],
+            {"metric": "wanda", "update": "alps", "pattern": "8:16"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["metric=sparsegpt"], {"metric": "sparsegpt"}, marks=pytest.mark.slow),
         (["metric=random", "seed=4"], {"metric": "random", "seed": 4}),
     ],
     ids=str,

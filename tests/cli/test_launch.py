@@ -190,6 +190,7 @@ def test_a_sweep_ends_with_one_table_and_a_failing_run_does_not_stop_it(small: l
     assert again.stderr.count("was run before") == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_result_and_runs_again(small: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "launch.py"), *small, "calibration.sequences=256", "calibration.length=64"]
@@ -359,6 +360,7 @@ def test_a_mistake_on_the_command_line_stops_before_any_work(
     assert not list(tmp_path.glob("out/*/status.json"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: list[str], tmp_path: Path) -> None:
     def limited() -> None:  # no file may grow beyond 4 KiB: writing a block fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -374,6 +376,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: lis
     assert len(records(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_too_little_memory_ends_in_one_sentence(tmp_path: Path) -> None:
     def limited() -> None:  # libraries and tokens take 1.5 GB of addresses, the hidden states alone 1.6
         resource.setrlimit(resource.RLIMIT_AS, (2_200_000_000, 2_200_000_000))
@@ -394,6 +397,7 @@ def test_a_width_that_m_does_not_divide_is_handled(small: list[str], tmp_path: P
     assert record["sparsity"]["density"] > 3 / 7
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_is_not_there_does_not_stop_a_run(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +420,7 @@ def test_glob_in_a_sweep(small: list[str], tmp_path: Path) -> None:
     assert [next(m for m in ("magnitude", "wanda") if m in plan) for plan in plans] == ["magnitude", "wanda"]
 
 
+@pytest.mark.slow
 def test_the_home_directory_in_output_root(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "here").mkdir()
@@ -436,6 +441,7 @@ def test_finished_runs_are_skipped_in_a_moment(small: list[str]) -> None:
     assert "TORCH False" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_home_folder_is_meant_by_every_path(
     sweep: bool, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

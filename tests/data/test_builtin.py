@@ -56,5 +56,5 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="splits train and held-out, got 'test'"):
         builtin.documents("test")
     monkeypatch.setattr(builtin, "_all_documents", lambda: iter([]))
-    with pytest.raises(FileNotFoundError, match="calibration=text calibration.path=FILE"):
+    with pytest.raises(FileNotFoundError, match=r"calibration=text calibration.path=FILE"):
         builtin.documents("train")

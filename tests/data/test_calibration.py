@@ -68,7 +68,7 @@ def test_length_by_default_is_2048_or_what_the_model_takes(file):
     (length,) = {calibration(path=file, length=None).sample(byte_tokenizer(), longest=64).shape[1]}
     assert length == 64
     assert tokens.sequence_length(None, 131072, "calibration.length") == 2048
-    with pytest.raises(ValueError, match="calibration.length=65 is longer than the 64 tokens that the model takes"):
+    with pytest.raises(ValueError, match=r"calibration.length=65 is longer than the 64 tokens that the model takes"):
         calibration(path=file, length=65).sample(byte_tokenizer(), longest=64)
 
 
@@ -131,7 +131,7 @@ def test_too_short_a_text(tmp_path):
 
 def test_no_warning_of_a_long_text(file, caplog):
     tokenizer = byte_tokenizer()
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "transformers"):
         logging.getLogger("transformers").addHandler(caplog.handler)
         try:
             calibration(path=file).sample(tokenizer, longest=64)

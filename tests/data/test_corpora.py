@@ -68,9 +68,9 @@ def test_builtin_and_text(tmp_path, monkeypatch):
 def test_settings_that_fit_no_corpus():
     with pytest.raises(ValueError, match="out of builtin, wikitext2, c4, ptb, text, got 'wiki'"):
         corpora.check(["wiki"], "calibration", None)
-    with pytest.raises(ValueError, match="'text' needs a file: evaluate.path=FILE"):
+    with pytest.raises(ValueError, match=r"'text' needs a file: evaluate.path=FILE"):
         corpora.check(["builtin", "text"], "evaluation", None)
-    with pytest.raises(ValueError, match="calibration.path=a.txt is read by calibration=text only"):
+    with pytest.raises(ValueError, match=r"calibration.path=a.txt is read by calibration=text only"):
         corpora.check(["builtin"], "calibration", "a.txt")
 
 

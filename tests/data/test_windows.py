@@ -39,7 +39,7 @@ def test_the_start_token_stands_in_the_first_window_only(file):
 def test_max_tokens_and_length(file):
     assert perplexity(path=file, max_tokens=9).windows("text", byte_tokenizer(), longest=64).shape == (2, 4)
     assert perplexity(path=file, length=None).windows("text", byte_tokenizer(), longest=5).shape == (2, 5)
-    with pytest.raises(ValueError, match="evaluate.length=4 is longer than the 3 tokens"):
+    with pytest.raises(ValueError, match=r"evaluate.length=4 is longer than the 3 tokens"):
         perplexity(path=file).windows("text", byte_tokenizer(), longest=3)
     with pytest.raises(ValueError, match=r"corpus mine\.txt has 14 tokens, too few for one window of 15: use a longer"):
         perplexity(path=file, length=15).windows("text", byte_tokenizer(), longest=64)
@@ -91,9 +91,9 @@ def test_the_records_name_of_a_text_is_its_file(file, monkeypatch):
 
 
 def test_settings_that_make_no_sense():
-    with pytest.raises(ValueError, match="evaluate.length must be at least 2"):
+    with pytest.raises(ValueError, match=r"evaluate.length must be at least 2"):
         perplexity(corpora=["builtin"], length=1)
-    with pytest.raises(ValueError, match="evaluate.max_tokens=3 leaves no window of 4 tokens"):
+    with pytest.raises(ValueError, match=r"evaluate.max_tokens=3 leaves no window of 4 tokens"):
         perplexity(corpora=["builtin"], max_tokens=3)
 
 

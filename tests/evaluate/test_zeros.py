@@ -126,6 +126,7 @@ def test_a_row_has_both_sides() -> None:
     assert made["rows"] == [row | {"pruned 0.1": 0.75}]
 
 
+@pytest.mark.slow
 def test_a_run_reports_it(tmp_path: Path) -> None:
     overrides = ["profile=true", "shuffle=none", "evaluate=none", "tracking=none", f"output_root={tmp_path}"]
     done = launch(*overrides, "calibration.sequences=2", "calibration.length=32")

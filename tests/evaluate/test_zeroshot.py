@@ -99,7 +99,7 @@ def test_weights_that_are_read_block_by_block_give_the_same(data: Path, tmp_path
 
 def test_parquet_and_limit_and_shots(tmp_path: Path) -> None:
     folder = write(tmp_path, "piqa", "openbookqa", kind="parquet")
-    with pytest.raises(ValueError, match="examples of the task piqa come from .*/piqa/train"):
+    with pytest.raises(ValueError, match=r"examples of the task piqa come from .*/piqa/train"):
         asked(["piqa"], data=str(folder), shots=2).load()
     for task in ("piqa", "openbookqa"):
         shutil.copy(folder / task / f"{SPLITS[task]}.parquet", folder / task / "train.parquet")
@@ -142,12 +142,12 @@ def test_local_copies_that_are_not_there(data: Path, tmp_path: Path) -> None:
         asked(["piqa"], data=str(tmp_path)).load()
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "validation.jsonl").write_text("{}\n")  # it is measured on the split test
-    with pytest.raises(ValueError, match="arc_easy/test.jsonl or test.parquet, found validation.jsonl"):
+    with pytest.raises(ValueError, match=r"arc_easy/test.jsonl or test.parquet, found validation.jsonl"):
         asked(["arc_easy"], data=str(tmp_path)).load()
     (tmp_path / "sciq").mkdir()
     for text in ('{"question": "Which?"}\n', "not JSON\n"):
         (tmp_path / "sciq" / "test.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="files in .*/sciq are not what the task sciq reads"):
+        with pytest.raises(ValueError, match=r"files in .*/sciq are not what the task sciq reads"):
             asked(["sciq"], data=str(tmp_path)).load()
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
@@ -162,6 +162,7 @@ def test_without_the_hub_a_task_says_how_to_go_on(monkeypatch: pytest.MonkeyPatc
         asked(["sciq"]).load()
 
 
+@pytest.mark.slow
 def test_a_run_measures_the_dense_and_the_pruned_model(tmp_path: Path) -> None:
     overrides = ["zeroshot=builtin", "zeroshot.limit=20", "shuffle=none", "pattern=1:4", "tracking=none"]
     overrides += ["calibration.sequences=4", "calibration.length=64", "evaluate.max_tokens=512", "evaluate.length=64"]

@@ -125,7 +125,7 @@ def test_a_packed_model_computes_what_the_pruned_one_did(family: str, order: str
 
 @pytest.mark.parametrize("asked", [("2:4", None), ("4:8", None), ("2:4", "4:16"), ("3:5", None)], ids=str)
 def test_every_pattern_is_packed(asked: tuple[str, str | None], tmp_path: Path) -> None:
-    expected, model, facts, of = exported("llama", packed(), tmp_path, asked=asked)
+    expected, model, facts, _of = exported("llama", packed(), tmp_path, asked=asked)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     assert isinstance(layer, PackedLinear)
@@ -176,7 +176,7 @@ def test_experts_in_several_patterns_stay_dense() -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "mixtral", "gpt-neox"])
 @pytest.mark.parametrize("order", ["original", "physical"])
 def test_a_dense_checkpoint_is_an_ordinary_one(family: str, order: str, tmp_path: Path) -> None:
-    expected, model, facts, of = exported(family, dense(order=order), tmp_path)
+    expected, model, _facts, of = exported(family, dense(order=order), tmp_path)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     zeros = sum(int((p == 0).sum()) for p in model.parameters())

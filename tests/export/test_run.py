@@ -62,6 +62,7 @@ def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -
     assert "KINDS ['Linear']" in read.stdout, read.stderr
 
 
+@pytest.mark.slow
 def test_several_processes_leave_one_checkpoint(workshop: Path, tmp_path: Path) -> None:
     done = launch(*small_run(workshop, tmp_path), "export=packed", "model.devices=cpu:2")
     assert done.returncode == 0, done.stderr

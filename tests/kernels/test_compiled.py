@@ -13,7 +13,7 @@ from tests.packed.test_matrix import DTYPES, pruned
 
 pytest.importorskip("numba")
 
-from esparse.kernels import compiled  # noqa: E402
+from esparse.kernels import compiled
 
 PATTERNS = [("2:4", None), ("4:8", None), ("8:16", None), ("1:4", None), ("3:5", None), ("5:7", None), ("32:64", None)]
 PATTERNS += [("2:4", "4:16"), ("8:16", "16:256"), ("2:4", "30:1024")]

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])  # A100, H100
 def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(

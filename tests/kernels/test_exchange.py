@@ -15,7 +15,7 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO
 
 pytest.importorskip("triton")
 
-from esparse.kernels import exchange  # noqa: E402
+from esparse.kernels import exchange
 
 pytestmark = ON_GPU_TOO
 PATTERNS = [NM(2, 4), NM(1, 2), NM(3, 4), NM(3, 5), NM(4, 8), NM(8, 16)]

@@ -13,7 +13,7 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO
 
 pytest.importorskip("triton")
 
-from esparse.kernels import repair  # noqa: E402
+from esparse.kernels import repair
 
 pytestmark = ON_GPU_TOO
 

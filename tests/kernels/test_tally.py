@@ -12,7 +12,7 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO
 
 pytest.importorskip("triton")
 
-from esparse.kernels import tally  # noqa: E402
+from esparse.kernels import tally
 
 pytestmark = ON_GPU_TOO
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

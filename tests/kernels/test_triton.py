@@ -9,11 +9,11 @@ from tests.kernels.packed import DEVICE, ON_GPU_TOO, matrix
 
 pytest.importorskip("triton")
 
-from esparse.kernels import registers  # noqa: E402
-from esparse.kernels.decode import decode  # noqa: E402
-from esparse.kernels.form import to_dense, to_form  # noqa: E402
-from esparse.kernels.gemv import Tile, candidates, fastest, matvec  # noqa: E402
-from esparse.kernels.norm import norm, plain_norm  # noqa: E402
+from esparse.kernels import registers
+from esparse.kernels.decode import decode
+from esparse.kernels.form import to_dense, to_form
+from esparse.kernels.gemv import Tile, candidates, fastest, matvec
+from esparse.kernels.norm import norm, plain_norm
 
 pytestmark = ON_GPU_TOO
 PATTERNS = [(2, 4), (4, 8), (8, 16), (16, 32), (1, 4), (3, 4), (3, 6), (15, 30), (1, 2), (5, 7)]

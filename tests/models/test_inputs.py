@@ -258,7 +258,7 @@ def test_what_a_family_keeps_in_float32_stays_so(store: str, tmp_path: Path) -> 
     try:
         found, _, kept = load(model_of(tmp_path, store=store), tmp_path / "blocks")
     except ValueError as error:  # the experts of this family are converted while they are loaded
-        assert store == "shards" and "use model.store=memory" in re.sub(r"\s+", " ", str(error))
+        assert store == "shards" and "use model.store=memory" in re.sub(r"\s+", " ", str(error))  # noqa: PT017
         return
     blocks = BlockModel(found, device=torch.device("cpu"), batch_tokens=64, store=kept)
     with blocks.resident(1):

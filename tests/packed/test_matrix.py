@@ -132,5 +132,5 @@ def test_columns_get_back_their_own_order() -> None:
 @pytest.mark.parametrize("order", [[0] * 8, [0, 1, 2, 3, 4, 5, 6, 99], [-1, 0, 1, 2, 3, 4, 5, 6], list(range(7))])
 def test_an_order_that_is_none_is_damage(order: list[int]) -> None:
     packed = pack(pruned(NM(2, 4), 2, 8, torch.float32), NM(2, 4))
-    with pytest.raises(ValueError, match="order of its 8 channels does not name each of them once: .* is damaged"):
+    with pytest.raises(ValueError, match=r"order of its 8 channels does not name each of them once: .* is damaged"):
         packed.restored(torch.tensor(order))

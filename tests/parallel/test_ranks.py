@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,9 @@ METHODS = {
     "one sequence": ["metric=wanda", "shuffle=none", "update=support", "calibration.sequences=1"],
     "experts": ["calibration.sequences=3", "calibration.length=4", "model.batch_tokens=4", "update=obs"],
 }
+DAMP = {"gram": 0.01, "experts": 0.01}  # of methods that factorise the Gram matrix
+EPS = torch.finfo(torch.float32).eps
+SLOW = pytest.mark.slow
 
 
 class Thread(Ranks):
@@ -201,57 +205,83 @@ def quick_start() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pruned(workshop: Path, quick_start: None) -> Path:
-    """A folder with all methods, carried out by `one` process and by `two`."""
-    runs = {name: [*small_run(workshop, workshop), "model.batch_tokens=16", *how] for name, how in METHODS.items()}
-    runs["experts"].append(f"model.path={workshop / 'experts'}")
-    members.carry_out(Ranks(), {n: [*run, "model.devices=cpu"] for n, run in runs.items()}, workshop / "one")
-    two = {n: [*run, "model.devices=cpu:2"] for n, run in runs.items()}
-    together([CPU] * 2, members.carry_out, two, workshop / "two")
-    return workshop
+def pruned(workshop: Path, quick_start: None) -> Callable[[str], tuple[Path, Path]]:
+    """Folders of a method's runs: carried out by one process, and by two."""
+
+    def prune(name: str) -> tuple[Path, Path]:
+        folders = workshop / "one" / name, workshop / "two" / name
+        if not folders[0].exists():
+            run = [*small_run(workshop, workshop), "model.batch_tokens=16", *METHODS[name]]
+            run += [f"model.path={workshop / 'experts'}"] if name == "experts" else []
+            members.carry_out(Ranks(), {name: [*run, "model.devices=cpu"]}, workshop / "one")
+            together([CPU] * 2, members.carry_out, {name: [*run, "model.devices=cpu:2"]}, workshop / "two")
+        return folders
+
+    return prune
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_prune_as_one_does(pruned: Path, name: str) -> None:
-    one, two = (pruned / which / name for which in ("one", "two"))
+def rounding(name: str, inputs: int) -> float:
+    """By how much two runs may differ that add the same float32 numbers in another order, relative to what they add.
+
+    A sum of as many products as a layer has inputs is off by eps times their number at most. A factor of the Gram
+    matrix multiplies that by the matrix's condition, which damping bounds: the largest eigenvalue is not above the
+    trace, `inputs` times the mean of the diagonal, and the least one not below `damp` times that mean.
+    """
+    condition = 1 + inputs / DAMP[name] if name in DAMP else 1
+    return 2 * inputs * EPS * condition
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name != "second look" else ()) for name in METHODS])
+def test_two_processes_prune_as_one_does(pruned: Callable[[str], tuple[Path, Path]], name: str) -> None:
+    one, two = pruned(name)
     assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
-    # Experts see as few as one token, so that scores nearly tie, and a product of fewer rows, which a CPU may round
-    # otherwise, decides: all else is the same bit by bit.
-    few = name == "experts"
-    for file in ("calibration_tokens",) if few else ("masks", "orders", "calibration_tokens"):
-        if (one / f"{file}.safetensors").exists():
-            assert (one / f"{file}.safetensors").read_bytes() == (two / f"{file}.safetensors").read_bytes(), file
-    masks = [audit.read_masks(folder) for folder in (one, two)]
-    assert masks[0].keys() == masks[1].keys()
-    same = [(masks[0][entry] == masks[1][entry]).float().mean() for entry in masks[0]]
-    assert min(same) > (0.9 if few else 0.9999)
-    losses = [load_file(folder / "window_losses.safetensors") for folder in (one, two)]
-    torch.testing.assert_close(*losses, rtol=1e-3 if few else 1e-6, atol=0)
+    tokens = "calibration_tokens.safetensors"
+    assert (one / tokens).read_bytes() == (two / tokens).read_bytes()
     records = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
     assert records[0]["sparsity"] == records[1]["sparsity"]
-    layers = [{layer["name"]: layer for layer in record["layers"]} for record in records]
-    assert layers[0].keys() == layers[1].keys()
-    for layer, expected in layers[0].items():
-        for key, value in layers[1][layer].items():
-            if key != "seconds":
-                how = {"rel": 0.5 if few else 1e-5, "abs": 1e-6}
-                near = pytest.approx(expected[key], **how) if isinstance(value, float) else expected[key]
-                assert value == near, (layer, key)
     assert records[1]["environment"]["device"] == f"2 x {records[0]['environment']['device']}"
+    masks = [audit.read_masks(folder) for folder in (one, two)]
+    assert masks[0].keys() == masks[1].keys()
+    tied = False  # whether a choice between two weights, up to here, was that of the last digit
+    for layer, other in zip(*(record["layers"] for record in records), strict=True):
+        assert {key: value for key, value in layer.items() if not isinstance(value, float)} == {
+            key: value for key, value in other.items() if not isinstance(value, float)
+        }
+        off = rounding(name, layer["shape"][1])
+        if not tied:  # what is kept in a tie is worth the same; the layers behind it see other numbers
+            assert other["kept_score"] == pytest.approx(layer["kept_score"], rel=off), layer
+        tied |= differ(*masks, layer["name"])
+        if not tied and layer["relative_error"] is not None:
+            # The squares are what is summed up, relative to the output's square.
+            square, error = layer["relative_error"] ** 2, layer["relative_error"]
+            slack = 2 * layer["shape"][1] * EPS + (2 * error * off + off**2 if name in DAMP else 0.0)
+            assert other["relative_error"] ** 2 == pytest.approx(square, rel=off, abs=slack), layer
+    same = [(masks[0][entry] == masks[1][entry]).float().mean() for entry in masks[0]]
+    assert min(same) >= 0.99  # ties are few
+    losses = [load_file(folder / "window_losses.safetensors") for folder in (one, two)]
+    torch.testing.assert_close(*losses, rtol=1e-2 if tied else rounding(name, 64), atol=0)
 
 
-def test_experts_are_seen_by_some_ranks_only(pruned: Path) -> None:
+def differ(first: dict[str, Tensor], second: dict[str, Tensor], layer: str) -> bool:
+    """Whether the masks of a layer do, which may be one of a parameter's experts: NAME[2]."""
+    entry, _, expert = layer.removesuffix("]").partition("[")
+    entry = entry if entry in first else f"{entry}.weight"
+    keeps = [masks[entry][int(expert)] if expert else masks[entry] for masks in (first, second)]
+    return not torch.equal(*keeps)
+
+
+@pytest.mark.slow
+def test_experts_are_seen_by_some_ranks_only(pruned: Callable[[str], tuple[Path, Path]]) -> None:
     """Else the test above would not say much."""
-    layers = json.loads((pruned / "two" / "experts" / "result.json").read_text())["layers"]
+    layers = json.loads((pruned("experts")[1] / "result.json").read_text())["layers"]
     experts = [layer["error_tokens"] for layer in layers if "experts" in layer["name"]]
     assert min(experts) == 0
     assert 1 in experts  # one token, which can only be one rank's
 
 
 def test_ranks_tell_each_other_and_one_that_fails_ends_all(quick_start: None) -> None:
-    with pytest.raises(ValueError) as failed:
+    with pytest.raises(ValueError, match=r"^the second rank has a reason$") as failed:
         together([CPU] * 2, members.exchange)
-    assert str(failed.value) == "the second rank has a reason"
     assert "in process 2 of 2:\nTraceback" in failed.value.__notes__[0]
 
 
@@ -279,11 +309,14 @@ def test_ranks_end_with_who_asked_for_them(tmp_path: Path) -> None:
     until(lambda: not any(alive(pid) for pid in pids))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(pruned: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
+    pruned: Callable[[str], tuple[Path, Path]], workshop: Path, tmp_path: Path
+) -> None:
     """On one device, where two had begun."""
     out = tmp_path / "out"
-    overrides = [*small_run(pruned, out), "model.batch_tokens=16", *METHODS["second look"]]
+    overrides = [*small_run(workshop, out), "model.batch_tokens=16", *METHODS["second look"]]
     command = [sys.executable, str(ROOT / "launch.py"), *overrides, "model.devices=cpu:2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -298,7 +331,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(pruned: Path
     assert "process 2 of 2" in json.loads((folder / "status.json").read_text())["reason"]
     members.carry_out(Ranks(), {folder.name: [*overrides, "model.devices=cpu"]}, out)
     assert json.loads((folder / "result.json").read_text())["resumed"][0] >= 1
-    expected = pruned / "one" / "second look" / "masks.safetensors"
+    expected = pruned("second look")[0] / "masks.safetensors"
     assert (folder / "masks.safetensors").read_bytes() == expected.read_bytes()
 
 
@@ -314,9 +347,8 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(pruned: Path
 def test_what_needs_all_sequences_is_refused(overrides: list[str], reason: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(members.CONF), version_base="1.3"):
         config = compose("config", [*overrides, "model.devices=cpu:2"])
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match=re.escape(reason)) as refused:
             registry.build(config)
-        assert reason in str(refused.value)
         assert "model.devices=cpu:2 deals them out: use model.devices=cpu" in str(refused.value)
         registry.build(compose("config", [*overrides, "model.devices=auto"]))
 

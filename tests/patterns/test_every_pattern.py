@@ -133,5 +133,5 @@ def test_without_groups_a_shuffle_has_nothing_to_order(pattern: Pattern) -> None
 def test_a_block_is_compared_with_the_bases_groups() -> None:
     small = shuffle("shuffle=esparse", "shuffle.block=16")
     small.check(parse("4:8", "16:256"))
-    with pytest.raises(ValueError, match="fewer than two groups of 16.*use at least 32"):
+    with pytest.raises(ValueError, match=r"fewer than two groups of 16.*use at least 32"):
         small.check(parse("8:16", "16:256"))

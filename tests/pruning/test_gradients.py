@@ -172,7 +172,7 @@ def test_in_half_precision_small_gradients_do_not_vanish() -> None:
 
 
 def test_one_token_is_no_text() -> None:
-    with pytest.raises(ValueError, match="calibration.length of at least 2 tokens, got 1"):
+    with pytest.raises(ValueError, match=r"calibration.length of at least 2 tokens, got 1"):
         gradients.of_model(cut(tiny("llama")), TOKENS_SL[:, :1])
 
 
@@ -183,7 +183,7 @@ def test_a_model_that_does_not_fit_is_told_of_the_other_source(monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(blocks.model, "forward", full)
-    with pytest.raises(ValueError, match="do not fit on cpu: use metric.source=block"):
+    with pytest.raises(ValueError, match=r"do not fit on cpu: use metric.source=block"):
         gradients.of_model(blocks, TOKENS_SL)
     assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in blocks.model.parameters())
 

@@ -188,7 +188,7 @@ def test_outliers_beyond_their_share() -> None:
 
 def test_fp8_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "float8_e4m3fn")
-    with pytest.raises(Mistake, match="quantise=fp8 needs torch.float8_e4m3fn"):
+    with pytest.raises(Mistake, match=r"quantise=fp8 needs torch.float8_e4m3fn"):
         grid("fp8").ready([])
 
 

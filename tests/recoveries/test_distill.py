@@ -314,7 +314,7 @@ def test_lora_computes_its_formula_and_merges_what_it_computed(family: str) -> N
     ("family", "pattern"), [("llama", "2:5"), ("gpt2", "2:4"), ("mixtral", "2:4"), ("gpt-oss", "1:3")]
 )
 def test_lasso_is_the_sum_of_the_norms_of_all_groups(family: str, pattern: str) -> None:
-    blocks, left = pruned(family, pattern=parse(pattern), shuffle=Sorted())
+    _blocks, left = pruned(family, pattern=parse(pattern), shuffle=Sorted())
     masked = masked_parameters(left.keeps, left.groupings, CPU)
     m, expected = int(pattern[2:]), 0.0
     for matrix, grouping in left.groupings:
@@ -394,7 +394,7 @@ def test_a_pattern_without_groups_is_passed_over_and_named(caplog: pytest.LogCap
 
 
 def test_pruning_ends_with_it_and_measures_against_the_dense_model() -> None:
-    blocks, left = pruned(recovery=Chain(first=FULL, second=LORA))
+    _blocks, left = pruned(recovery=Chain(first=FULL, second=LORA))
     plain, _ = pruned()
     first, second = left.recoveries
     assert first.before == pytest.approx(kl_by_hand(tiny("llama"), plain.model, 1.0), rel=1e-4)

@@ -133,7 +133,7 @@ def errors(layer: Layer, keep_OI: Tensor, x_TI: Tensor) -> Tensor:
 
 def dsnot_by_hand(layer: Layer, keep_OI: Tensor, x_TI: Tensor, recovery: Dsnot) -> tuple[list[list[bool]], int]:
     """The mask after the rule, step by step, and how many steps there were in all."""
-    outputs, inputs = keep_OI.shape
+    _outputs, inputs = keep_OI.shape
     order = list(range(inputs)) if layer.grouping.order_I is None else layer.grouping.order_I.tolist()
     pattern = layer.grouping.pattern
     width = {NM: lambda p: p.m, Outliers: lambda p: p.base.m, Unstructured: lambda p: inputs}[type(pattern)](pattern)

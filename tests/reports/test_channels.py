@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def shown(figure: Any) -> list[tuple[str, str, list[float], list[float]]]:
     panels = []
     for ax in figure.axes:
         means = [[float(y) for (_, y), _ in part.get_segments()] for part in ax.collections]
-        panels.append((ax.get_title("left"), ax.get_title("right"), list(ax.lines[0].get_ydata()), sum(means, [])))
+        panels.append((ax.get_title("left"), ax.get_title("right"), list(ax.lines[0].get_ydata()), [*chain(*means)]))
     return panels
 
 

@@ -234,7 +234,7 @@ def test_only_the_error_asks_for_the_gram_matrix() -> None:
 
 @pytest.mark.parametrize("kind", [Lbs, Esparse])
 def test_an_unknown_objective_says_what_there_is(kind: type[Search]) -> None:
-    with pytest.raises(ValueError, match="shuffle.objective.*score, error.*perplexity"):
+    with pytest.raises(ValueError, match=r"shuffle.objective.*score, error.*perplexity"):
         kind(objective="perplexity", block=256, **({"deal": "straight"} if kind is Esparse else {}))
 
 

@@ -54,5 +54,5 @@ def test_without_groups_there_is_nothing_to_order() -> None:
 
 
 def test_an_unknown_deal_says_what_there_is() -> None:
-    with pytest.raises(ValueError, match="straight.*serpentine.*snake"):
+    with pytest.raises(ValueError, match=r"straight.*serpentine.*snake"):
         Gns(deal="snake")

@@ -98,9 +98,9 @@ def test_without_groups_there_is_nothing_to_order() -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="block of 7 channels.*use at least 8"):
+    with pytest.raises(ValueError, match=r"block of 7 channels.*use at least 8"):
         _order(torch.rand(2, 16), block=7)
-    with pytest.raises(ValueError, match="straight.*serpentine.*snake"):
+    with pytest.raises(ValueError, match=r"straight.*serpentine.*snake"):
         Esparse(objective="score", deal="snake", block=8)
 
 

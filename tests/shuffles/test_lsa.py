@@ -113,6 +113,6 @@ def test_settings_that_make_no_sense_are_refused(kind: type[Lsa | Alternating], 
 def test_blocks_too_narrow_for_the_pattern_are_refused_where_there_are_any() -> None:
     settings = {"deal": "straight", "block": 7, "rounds": 1}
     for shuffle in (Lsa(objective="error", **settings), Alternating(objective="score", **settings)):
-        with pytest.raises(ValueError, match="shuffle.block=7.*at least 8"):
+        with pytest.raises(ValueError, match=r"shuffle.block=7.*at least 8"):
             shuffle.check(NM(2, 4))
     Lsa(objective="score", **settings).check(NM(2, 4))

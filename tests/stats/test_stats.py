@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def values(tokens: int = 48, seed: int = 0) -> torch.Tensor:
 def fed(statistic: Statistic, x_TI: torch.Tensor, cuts: list[int]) -> Statistic:
     bounds = [0, *sorted(cuts), len(x_TI)]
     for pass_index in range(statistic.passes):
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             statistic.add(x_TI[start:end], pass_index)
     return statistic
 
@@ -128,7 +129,7 @@ def test_the_sample_is_as_large_as_fits_and_evenly_spaced(tokens: int, most: int
     turns = [(i + 1) / golden % 1 for i in range(tokens)]
     assert rows == sorted(sorted(range(tokens), key=turns.__getitem__)[:most])
     if tokens > most > 1:
-        assert len({right - left for left, right in zip(rows, rows[1:], strict=False)}) <= 3
+        assert len({right - left for left, right in itertools.pairwise(rows)}) <= 3
 
 
 def test_the_sample_does_not_meet_the_same_token_of_every_sequence() -> None:

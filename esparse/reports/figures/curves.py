@@ -220,7 +220,7 @@ def _few(
         values.setdefault(panel, {}).setdefault(name, []).append(sign * (value(record) or 0.0))
     places: dict[str, list[float]] = {}
     for of_panel in values.values():
-        for place, name in enumerate(sorted(of_panel, key=lambda n: sum(of_panel[n]) / len(of_panel[n]))):  # noqa: B023
+        for place, name in enumerate(sorted(of_panel, key=lambda n: sum(of_panel[n]) / len(of_panel[n]))):
             places.setdefault(name, []).append(place / len(of_panel))
     if len(places) <= SIDE_BY_SIDE:
         return runs, ""
