@@ -36,7 +36,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's esparse, in the worker processes as well
 
-from esparse import patterns, stats
+from esparse import patterns
 from esparse.evaluate.perplexity import perplexity, window_losses
 from esparse.metrics import Metric
 from esparse.metrics.magnitude import Magnitude
@@ -50,7 +50,7 @@ from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.shuffles.gns import Gns
 from esparse.shuffles.lbs import Esparse, Lbs
 from esparse.shuffles.lsa import Lsa
-from esparse.stats import ColumnEntropy, ColumnNorm, Factory, LayerStats
+from esparse.stats import ColumnEntropy, ColumnNorm, Factory, LayerStats, statistic
 
 SEEDS = (0, 1, 2)
 BINS = 100
@@ -323,7 +323,7 @@ class Worker:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
         if device.type == "cuda":
             # Tiles keep a CPU's cache warm; a GPU would be given nothing but small tasks.
-            stats.TILE = 2**16
+            statistic.TILE = 2**16
         self.device, self.tokens = device, np.load(tokens)
         at_once = 8192 if device.type == "cuda" else 1024
         self.blocks = BlockModel(loaded, device=device, batch_tokens=at_once, hidden_store=HiddenStateStore("device"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from esparse.pruning.method import Method
-    from esparse.pruning.prune import Pruned
+    from esparse.pruning.outcome import Pruned
 
 
 @dataclass(eq=False, slots=True, repr=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from esparse.models.blocks import BlockModel
     from esparse.patterns import Pattern
-    from esparse.pruning.prune import Pruned
+    from esparse.pruning.outcome import Pruned
     from esparse.recoveries import Recovery
 
 ORDERS = ("original", "physical")

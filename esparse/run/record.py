@@ -22,7 +22,7 @@ from esparse import __version__
 from esparse.packed.sizes import of_matrix
 from esparse.patterns import Pattern
 from esparse.pruning.journal import Journal
-from esparse.pruning.prune import Pruned
+from esparse.pruning.outcome import Pruned
 from esparse.records.report import LayerReport, Stages, as_dicts
 
 if TYPE_CHECKING:

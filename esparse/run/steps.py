@@ -11,7 +11,8 @@ from esparse.export import Finished
 from esparse.patterns import NM
 from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
-from esparse.pruning.prune import Pruned, prune
+from esparse.pruning.outcome import Pruned
+from esparse.pruning.prune import prune
 from esparse.records.report import LayerReport, Stages
 from esparse.run.loading import Inputs
 from esparse.run.progress import Progress

@@ -18,7 +18,7 @@ from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
 from esparse.models.matrices import BlockMatrices
 from esparse.patterns import Grouping
-from esparse.pruning.prune import Pruned
+from esparse.pruning.outcome import Pruned
 from tests.export.test_export import RECORD, TOKENS_SL, dense, packed
 from tests.workshop import ROOT
 
