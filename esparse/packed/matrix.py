@@ -170,6 +170,11 @@ def file_shapes(pattern: Pattern, outputs: int, inputs: int) -> dict[str, tuple[
     return shapes
 
 
+def index_bits(part: NM, outputs: int, inputs: int) -> int:
+    """Bits of the index of so many rows, before it is filled to bytes."""
+    return sum(outputs * count * _way(n, m)[1] for count, n, m in part.groups(inputs))
+
+
 def empty(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> PackedMatrix:
     """A packed matrix with uninitialised tensors, for instance on the meta device to count its bytes."""
     base, *outliers = pattern.parts()

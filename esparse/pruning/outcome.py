@@ -17,6 +17,7 @@ from esparse.models.blocks import BlockModel
 from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping
 from esparse.pruning.journal import Entry, Journal
+from esparse.quantise.grids import Grid
 from esparse.records.audit import Masks
 from esparse.records.report import LayerReport, RecoveryReport, as_dicts
 
@@ -41,6 +42,7 @@ class Pruned:
     orders: dict[str, Tensor] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Tensor] = field(default_factory=dict)
+    grid: Grid | None = None
     groupings: list[tuple[Matrix, Grouping]] = field(default_factory=list)
     pattern_holds: bool = True
     weights: int = 0

@@ -67,7 +67,7 @@ def prune(
     check_store(blocks, method)
     check_widths(blocks, method, skip)
     skip = [*skip, *blocks.stay_dense]
-    pruned, recovery = Pruned(), method.recovery
+    pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
         with stages("calibrate"):

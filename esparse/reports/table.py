@@ -158,10 +158,12 @@ def text(column: str, value: Any) -> str:
         return ""
     if not isinstance(value, NUMBER) or isinstance(value, bool):
         return value if isinstance(value, str) else json.dumps(value)
-    if isinstance(value, int) and column not in ("seconds", "error", "kept") and " " not in column:
+    if isinstance(value, int) and column not in ("seconds", "error", "kept", "bits") and " " not in column:
         return str(value)
     if column in ("error", "kept"):
         return f"{value:.4f}"
+    if column == "bits":
+        return f"{value:.3f}"
     if column == "seconds":
         return f"{value:.1f}"
     if column.endswith(" MiB"):

@@ -39,6 +39,9 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     corpora = corpora if corpus is None else [corpus]
     common = _common_tasks(records)
     rows = [_asked(record) | _measured(record, corpora, common) for record in records]
+    if not any(record.get("memory", {}).get("bits") for record in records):  # of 16 bits the pattern says it
+        for row in rows:
+            del row["bits"]
     others = sorted({group for record in records for group in _choices(record)} - MEASURING - set(FRONT))
     asked = ["model", *FRONT, *[g for g in others if "/" not in g], "pattern", "outliers", "seed"]
     for path in _differing(records):
@@ -101,11 +104,25 @@ def _measured(record: Record, corpora: list[str], tasks: list[str]) -> dict[str,
         for which in ("dense", "pruned"):
             row[f"mean of tasks {which}"] = mean(record["zeroshot"][task][which] for task in tasks)
     layers, memory = record.get("layers", []), record.get("memory", {})
+    row["bits"] = bits_per_weight(record)
     row["error"] = mean(layer.get("relative_error") for layer in layers)
     row["kept"] = mean(layer.get("kept_score") for layer in layers)
     row["seconds"] = record["seconds"]
     row["host MiB"], row["device MiB"] = memory.get("peak_host_mib"), memory.get("peak_device_mib")
     return row
+
+
+def bits_per_weight(record: Record) -> float | None:
+    """What a pruned weight takes with its share of index, scales and outliers, if some run was quantised.
+
+    Values that are not rounded count 16 bits, whatever the run computed in: nobody keeps more.
+    """
+    memory, density = record.get("memory", {}), record["sparsity"]["density"]
+    if memory.get("bits") is not None:
+        bits: float = memory["bits_per_weight"]
+        return bits
+    metadata = memory.get("metadata_bits")
+    return None if metadata is None else 16 * density + float(metadata)
 
 
 def profiles(records: Sequence[Record]) -> Table:
@@ -155,7 +172,7 @@ def scored_by(row: dict[str, Any], table: Table) -> str:
 
 def _place(corpora: list[str]) -> Any:
     """Density, perplexities, tasks, then what the run cost."""
-    first = ["density", *[f"{c} {what}" for c in corpora for what in ("ppl dense", "ppl pruned", "ratio")]]
+    first = ["density", "bits", *[f"{c} {what}" for c in corpora for what in ("ppl dense", "ppl pruned", "ratio")]]
     last = ["error", "kept", "seconds", "host MiB", "device MiB"]
     places = {c: i for i, c in enumerate(first)} | {c: len(first) + 1 + i for i, c in enumerate(last)}
     return lambda column: places.get(column, len(first))

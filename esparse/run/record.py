@@ -10,6 +10,7 @@ import resource
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esparse import __version__
+from esparse.packed import grid_sizes
 from esparse.packed.sizes import of_matrix
 from esparse.patterns import Pattern
 from esparse.pruning.journal import Journal
 from esparse.pruning.outcome import Pruned
+from esparse.quantise.grids import Grid
 from esparse.records.report import LayerReport, Stages, as_dicts
 
 if TYPE_CHECKING:
@@ -209,10 +212,18 @@ def memory(
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
     packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
-    bits_per_weight: that and the surviving values.
+    bits_per_weight: that and the surviving values. Of quantised weights it is all that their codes take on disk,
+    which `bits` has by what it is for; sparse_bytes then counts that.
     """
     sparse = size.bytes - (pruned.weights - pruned.kept) * size.element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
+    bits_per_weight = 8 * size.element_bytes * pruned.kept / pruned.weights + metadata_bits
+    quantised: dict[str, Any] = {}
+    if pruned.grid is not None:
+        bits = _grid_bits(pruned, pruned.grid)
+        bits_per_weight = sum(bits.values()) / pruned.weights
+        quantised = {"bits": grid_sizes.per_weight(bits, pruned.weights)}
+        sparse = size.bytes - pruned.weights * size.element_bytes + -(-sum(bits.values()) // 8)
     packable = [layer for layer in layers if layer.packed_bytes is not None]
     rest = size.bytes - sum(layer.dense_bytes for layer in packable)
     return {
@@ -224,5 +235,18 @@ def memory(
         "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
         "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
         "metadata_bits": metadata_bits,
-        "bits_per_weight": 8 * size.element_bytes * pruned.kept / pruned.weights + metadata_bits,
+        "bits_per_weight": bits_per_weight,
+        **quantised,
     }
+
+
+def _grid_bits(pruned: Pruned, grid: Grid) -> Counter[str]:
+    """What all quantised matrices take, by what it is for."""
+    total: Counter[str] = Counter()
+    for matrix, grouping in pruned.groupings:
+        shape, kept = matrix.view().shape, None
+        if not grouping.pattern.parts():
+            keep = pruned.keeps[matrix.entry]
+            kept = int((keep if matrix.expert is None else keep[matrix.expert]).sum())
+        total.update(grid_sizes.stored_bits(grouping.pattern, shape[0], shape[1], grid, kept))
+    return total

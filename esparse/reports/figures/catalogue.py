@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
 from esparse.reports.figures import channels, curves
+from esparse.reports.figures.bits import perplexity_by_bits
 from esparse.reports.figures.plots import perplexities
 from esparse.reports.reading import Record
 
@@ -35,6 +36,14 @@ PICTURES = {
         "a line each.",
         "with a corpus (evaluate)",
         perplexities,
+    ),
+    "bits": Picture(
+        "Perplexity against bits per weight",
+        "A line per pattern and method, a point per quantiser: mean over seeds, with the standard deviation. Bits are "
+        "all that a pruned weight takes on disk: values, index, scales, zero points, outliers, padding; a value that is "
+        "not rounded counts 16. Dashed: the Pareto front, than which no run has fewer bits and a lower perplexity.",
+        "with quantise and a corpus (evaluate)",
+        perplexity_by_bits,
     ),
     "errors": Picture(
         "Layer errors along depth",
@@ -97,6 +106,8 @@ def draw(name: str, records: Sequence[Record], *, corpus: str | None = None, lay
     """One of PICTURES; `corpus` matters to perplexities alone, `layer` to channels."""
     if name == "channels":
         return channels.channels(records, layer)
+    if name == "bits":
+        return perplexity_by_bits(records, corpus)
     return perplexities(records, corpus) if name == "perplexity" else PICTURES[name].draw(records)
 
 
