@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -136,5 +137,12 @@ def test_a_run_leaves_its_scales_and_says_its_mistakes_before_any_work(tmp_path:
     assert not list(tmp_path.glob("out/*/result.json"))
     done = launch(*asked, "outliers=128:256", "quantise=int4", "quantise.group=32")
     assert done.returncode == 2 and "take at most 32:256" in done.stderr, done.stderr
+    done = launch(*asked, "quantise=int4", "quantise.group=32", "quantise.symmetric=false")
+    (path,) = tmp_path.glob("out/*/result.json")
+    memory = json.loads(path.read_text())["memory"]
+    assert memory["bits"] == {"values": 2, "index": 0.75, "zero_points": 0.125} | {
+        "scales": 0.5, "outliers": 0, "padding": pytest.approx(0.05, abs=0.08)
+    }  # fmt: skip
+    assert memory["bits_per_weight"] == sum(memory["bits"].values())
     done = launch(*asked, "quantise=int9")
     assert done.returncode == 2 and "int9" in done.stderr

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from esparse.reports.figures import curves, plots
 from esparse.reports.figures.catalogue import PICTURES, draw, plot
 from esparse.reports.reading import read_records
+from esparse.reports.tabulate import means, table_of
 from tests.reports.test_channels import DEALT_I, SCALES, VALUES_I
 from tests.reports.test_tables import record, write
 
@@ -25,6 +26,7 @@ def furnished(run: str, **settings: Any) -> dict[str, Any]:
         for block in (0, 1, 10)
         for layer in ("self_attn.q_proj", "mlp.down_proj")
     ]
+    one["memory"] |= {"metadata_bits": 0.75, "bits_per_weight": 3.0, "bits": {"values": 2.0}}
     one["zeroshot"] = {t: {"dense": 0.5, "pruned": 0.375, "stderr": 0.05, "n": 100} for t in ("piqa", "arc_easy")}
     one["latency"] = [
         {"layer": "q", "tokens": t, "n": 64, "k": 32, "dense_ms": 2.0 * t, "sparse_ms": 1.0 * t, "kernel": "packed"}
@@ -204,3 +206,30 @@ def test_every_picture_is_drawn(name: str, tmp_path: Path) -> None:
     runs = beside(tmp_path)
     plot(runs, tmp_path / "a.png", name=name)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_perplexity_against_bits_by_family_and_the_front_is_what_nobody_is_ahead_of() -> None:
+    def run(name: str, pattern: str, quantise: str, bits: float, pruned: float, seed: int = 0) -> dict[str, Any]:
+        one = record(name, pattern=pattern, pruned=pruned, seed=seed)
+        one["config"]["choices"]["quantise"] = quantise
+        one["sparsity"]["density"] = 1.0 if pattern == "dense" else 0.5
+        one["memory"] |= {"metadata_bits": 0.0 if pattern == "dense" else 0.75, "bits_per_weight": bits}
+        return one if quantise == "none" else one | {"memory": one["memory"] | {"bits": {"values": bits}}}
+
+    runs = [
+        run("a", "dense", "none", 32.0, 10.0),  # in float32: 16 bits all the same
+        run("b", "dense", "int4", 4.25, 11.0),
+        run("c", "2:4", "none", 16.75, 20.0),
+        run("d", "2:4", "int4", 3.0, 22.0, seed=0),
+        run("e", "2:4", "int4", 3.0, 24.0, seed=1),
+        run("f", "dense", "int3", 3.25, 21.0),
+        run("g", "8:16", "int8", 5.0, 12.0),
+    ]
+    found = lines(draw("bits", runs))
+    assert found["Pareto front"] == [(3.0, 23.0), (3.25, 21.0), (4.25, 11.0), (16.0, 10.0)]
+    (dense,) = [points for label, points in found.items() if label.startswith("dense")]
+    assert dense == [(3.25, 21.0), (4.25, 11.0), (16.0, 10.0)]
+    (pruned,) = [points for label, points in found.items() if label.startswith("2:4")]
+    assert pruned == [(3.0, 23.0), (8.75, 20.0)]
+    table = means(table_of(runs))
+    assert "bits" in table.columns and "bits" not in table_of([runs[0]]).columns

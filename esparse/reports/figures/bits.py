@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.records.groups import acts
 from esparse.reports.figures.curves import grid_of
-from esparse.reports.figures.plots import COLORS, MARKERS, legend, method
-from esparse.reports.reading import Record, keys
+from esparse.reports.figures.plots import COLORS, MARKERS, legend, namer
+from esparse.reports.reading import Record, at, keys
 from esparse.reports.tabulate import means, table_of
 
 if TYPE_CHECKING:
@@ -26,24 +26,22 @@ def perplexity_by_bits(records: Sequence[Record], corpus: str | None = None) -> 
     if not any(record.get("memory", {}).get("bits") for record in records) or not keys(records, "quality"):
         return None
     table = means(table_of(records, corpus=corpus))
-    corpora = [corpus] if corpus is not None else keys(records, "quality")
+    corpora, name_of = [corpus] if corpus is not None else keys(records, "quality"), namer(table)
     panels = [(model, name) for model in dict.fromkeys(row["model"] for row in table.rows) for name in corpora]
     for row in table.rows:
-        unrounded = row | {"quantise": "none"}
-        row["family"] = " + ".join(filter(None, (row["pattern"], method(unrounded, table))))
+        row["family"] = ", ".join(filter(None, (row["pattern"], name_of(row | {"quantise": "none"}))))
     families = list(dict.fromkeys(row["family"] for row in table.rows))
     figure, axes = grid_of(len(panels), width=5.2)
     for ax, (model, name) in zip(axes, panels, strict=False):
         points = points_of([row for row in table.rows if row["model"] == model], name)
-        for k, family in enumerate(families):
-            line = sorted(point for point in points if point[2] == family)
+        for k, of in enumerate(families):
+            line = sorted(point for point in points if point[2] == of)
             if not line:
                 continue
             color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
             x, y, deviation = [p[0] for p in line], [p[1] for p in line], [p[4] for p in line]
-            ax.errorbar(
-                x, y, yerr=deviation, color=color, marker=marker, markersize=5, linewidth=1.2, capsize=2, label=family
-            )
+            ax.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.2, label=of)
+            ax.errorbar(x, y, yerr=deviation, color=color, capsize=2, linestyle="none")
             for bits, value, _, label, _ in line:
                 ax.annotate(label, (bits, value), (4, 4), textcoords="offset points", fontsize=7, color=color)
         front = pareto(points)
@@ -58,6 +56,19 @@ def perplexity_by_bits(records: Sequence[Record], corpus: str | None = None) -> 
         ax.spines[["top", "right"]].set_visible(False)
     legend(figure, [*families, FRONT])
     return figure
+
+
+def family(pattern: str, of_method: str, record: Record) -> str:
+    """A run's pattern and method without the quantiser."""
+    chosen, *settings = of_method.split(", ")
+    parts = " + ".join(part for part in chosen.split(" + ") if part != quantiser(record))
+    return ", ".join(filter(None, (pattern, parts, *settings)))
+
+
+def quantiser(record: Record) -> str:
+    """How a run's kept values are stored."""
+    chosen = at(record, "config.choices.quantise")
+    return str(chosen) if acts("quantise", chosen) else "16 bits"
 
 
 Point = tuple[float, float, str, str, float]  # bits, perplexity, family, quantiser, deviation

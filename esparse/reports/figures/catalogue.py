@@ -40,8 +40,8 @@ PICTURES = {
     "bits": Picture(
         "Perplexity against bits per weight",
         "A line per pattern and method, a point per quantiser: mean over seeds, with the standard deviation. Bits are "
-        "all that a pruned weight takes on disk: values, index, scales, zero points, outliers, padding; a value that is "
-        "not rounded counts 16. Dashed: the Pareto front, than which no run has fewer bits and a lower perplexity.",
+        "all that a pruned weight takes on disk: values, index, scales, zero points, outliers, padding; a value "
+        "that is not rounded counts 16. Dashed: the Pareto front; no run has fewer bits and a lower perplexity.",
         "with quantise and a corpus (evaluate)",
         perplexity_by_bits,
     ),

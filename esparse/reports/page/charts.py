@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from esparse.reports.figures.bits import family, quantiser
 from esparse.reports.figures.curves import block_of, kernel_name, named_runs, timed_rows, work_of
 from esparse.reports.figures.plots import places
 from esparse.reports.page import marks
 from esparse.reports.page.run_facts import shortened
 from esparse.reports.reading import Record, at, keys
-from esparse.reports.tabulate import table_of
+from esparse.reports.tabulate import bits_per_weight, table_of
 
 Rows = list[dict[str, Any]]
 INK = [-1, 0]  # the style of what is not a method: text's color, a circle
@@ -81,6 +82,25 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Group:
         order_by="ppl",
         least=30,
     )
+
+
+def bits(records: Sequence[Record], corpus: str | None = None) -> Group:
+    """Perplexity against bits per weight: a line per pattern and method, a chart per model and corpus."""
+    if not any(at(record, "memory.bits") for record in records):
+        return Group([])
+    corpora = [corpus] if corpus is not None else keys(records, "quality")
+    runs = [(family(run.pattern, run.method, run.record), run) for run in named_runs(records)]
+    names = list(dict.fromkeys(name for name, _ in runs))
+    charts: dict[str, Rows] = {}
+    for name, run in runs:
+        x, style = bits_per_weight(run.record), [names.index(name)] * 2
+        for of in corpora:
+            ppl = (at(run.record, f"quality.{of}") or {}).get("pruned")
+            if x is None or ppl is None or not math.isfinite(ppl):
+                continue
+            row = {"run": run.id, "method": name, "label": name, "style": style, "quantiser": quantiser(run.record)}
+            charts.setdefault(f"{run.model} on {of}", []).append(row | {"x": shortened(x), "y": shortened(ppl, 5)})
+    return Group([Chart(title, rows, marks.by_bits()) for title, rows in charts.items()], least=30)
 
 
 def errors(records: Sequence[Record], corpus: str | None = None) -> Group:

@@ -33,7 +33,7 @@ def hover(*fields: tuple[str, str], digits: str = ".4~g") -> list[Spec]:
     ]
 
 
-NAMES = {"method", "label", "pattern", "task", "roof", "layer", "place", "block", "runs", "tokens"}
+NAMES = {"method", "quantiser", "label", "pattern", "task", "roof", "layer", "place", "block", "runs", "tokens"}
 
 
 def mark(kind: str, **more: Any) -> Spec:
@@ -182,6 +182,25 @@ def times() -> Spec:
             layer(mark("line", strokeWidth=1.5), transform=means, x=x, y=y, detail={"field": "method"}),
             layer(mark("point"), transform=means, x=x, y=y, tooltip=said),
         ]
+    )
+
+
+def by_bits() -> Spec:
+    """Perplexity against bits per weight, which are on a logarithmic axis."""
+    x = number("x", "bits per weight", scale={"type": "log", "base": 2}, axis={"format": "~g", "tickCount": 5})
+    y = number("y", "perplexity (lower is better)", axis={"format": "~g", "tickCount": 6})
+    seeds = mean_over_seeds("y", "x", "quantiser")
+    said = hover(
+        ("method", "method"), ("quantiser", "values"), ("x", "bits per weight"), ("y", "perplexity"),
+        ("spread", "standard deviation"), ("runs", "runs"),
+    )  # fmt: skip
+    return figure(
+        [
+            layer(mark("line", strokeWidth=1.5), transform=seeds, x=x, y=y, detail={"field": "method"}),
+            layer(mark("rule"), transform=seeds, x=x, y=y | {"field": "least"}, y2={"field": "most"}),
+            layer(mark("point"), transform=seeds, x=x, y=y, tooltip=said),
+        ],
+        height=320,
     )
 
 
