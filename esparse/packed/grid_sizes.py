@@ -33,7 +33,7 @@ def file_shapes(pattern: Pattern, outputs: int, inputs: int, grid: Grid) -> dict
     if not pattern.parts():
         return shapes | {"codes": (outputs, _bytes(inputs * grid.code_bits))}
     for ending, shape in matrix.file_shapes(pattern, outputs, inputs).items():
-        if ending == "salient_values" and grid.outlier_bits is not None or ending.endswith("index"):
+        if (ending == "salient_values" and grid.outlier_bits is not None) or ending.endswith("index"):
             shapes[ending] = shape
         else:
             shapes[ending.replace("values", "codes")] = (outputs, _bytes(shape[1] * grid.code_bits))
