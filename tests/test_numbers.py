@@ -16,6 +16,12 @@ from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
 
 # What both can build: the rest of the groups is of a run.
 GROUPS = {"calibration", "prepare", "metric", "allocation", "shuffle", "update", "recovery", "evaluate", "export"}
+FIRST = dict(reversed(OPTIONS))
+CASES = [
+    pytest.param(group, option, marks=() if FIRST[group] == option else pytest.mark.slow)
+    for group, option in OPTIONS
+    if group in GROUPS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,7 @@ def composing() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])
+@pytest.mark.parametrize(("group", "option"), CASES)
 def test_an_option_is_what_hydra_composes(group: str, option: str) -> None:
     extra = NEEDED.get(option, []) + NEEDED_BY.get((group, option), [])
     expected = getattr(registry.build(compose("config", [f"{group}={option}", *extra])), group)

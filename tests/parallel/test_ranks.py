@@ -286,7 +286,7 @@ def test_ranks_tell_each_other_and_one_that_fails_ends_all(quick_start: None) ->
 
 
 def until(is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not is_time():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -323,7 +323,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
         until(lambda: bool(list(out.rglob("done-00000*"))))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "process 2 of 2 was killed by SIGKILL" in said
     assert "Traceback" not in said
