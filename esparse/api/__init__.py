@@ -217,7 +217,7 @@ def _bar(model: PreTrainedModel, shown: bool | None) -> Iterator[Callable[[int, 
     """A progress bar over the blocks; yields the function to call after each layer."""
     from tqdm import tqdm
 
-    from esparse.models.blocks import find_blocks
+    from esparse.models.model_parts import find_blocks
 
     disable = None if shown is None else not shown  # None: tqdm checks for a terminal
     with tqdm(total=len(find_blocks(model)[1]), desc="pruning", unit="block", disable=disable, leave=False) as bar:

@@ -15,6 +15,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.byte_permute import (
+    COLUMN0_HIGH,
+    COLUMN0_LOW,
+    COLUMN1_HIGH,
+    COLUMN1_LOW,
+    COLUMN2_HIGH,
+    COLUMN2_LOW,
+    COLUMN3_HIGH,
+    COLUMN3_LOW,
+    EVEN,
+    FIRST_HIGH,
+    FIRST_LOW,
+    ODD,
+    SECOND_HIGH,
+    SECOND_LOW,
+    USED,
+    looked_up,
+    permuted,
+    shifted,
+    wide,
+)
 from esparse.kernels.form import in_registers
 
 MOST_SELECTED = 8  # most tokens of `_select_kernel`
@@ -110,76 +131,12 @@ def _aligned(x_TI: Tensor) -> Tensor:
     return x_TI if x_TI.data_ptr() % 16 == 0 else x_TI.clone()
 
 
-def _table(entries: list[int]) -> tl.constexpr:
-    """Up to four bytes as one int32."""
-    number = sum(byte << 8 * i for i, byte in enumerate(entries))
-    return tl.constexpr(number - (number >> 31 << 32))
-
-
-# The lower three bits tell the two set bits of four: 1 (bits 0, 3), 2 (1, 3), 3 (0, 1), 4 (2, 3), 5 (0, 2), 6 (1, 2).
-# The bytes of the input that the first value is multiplied by, and the second one.
-FIRST_LOW, FIRST_HIGH = _table([0, 0x10, 0x32, 0x10]), _table([0x54, 0x10, 0x32, 0])
-SECOND_LOW, SECOND_HIGH = _table([0, 0x76, 0x76, 0x32]), _table([0x76, 0x54, 0x54, 0])
-# The bytes of the two values (0x10, 0x32), or of a zero (0x44), for columns 0 to 3.
-COLUMN0_LOW, COLUMN0_HIGH = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x10, 0x44, 0x44])
-COLUMN1_LOW, COLUMN1_HIGH = _table([0x44, 0x44, 0x10, 0x32]), _table([0x44, 0x44, 0x10, 0x44])
-COLUMN2_LOW, COLUMN2_HIGH = _table([0x44, 0x44, 0x44, 0x44]), _table([0x10, 0x32, 0x32, 0x44])
-COLUMN3_LOW, COLUMN3_HIGH = _table([0x44, 0x32, 0x32, 0x44]), _table([0x32, 0x44, 0x44, 0x44])
-# For two columns, by their two keep bits: which of the next values each takes, and how many bits of them are used up.
-EVEN, ODD, USED = _table([0x44, 0x10, 0x44, 0x10]), _table([0x44, 0x44, 0x10, 0x32]), _table([0, 16, 16, 32])
-
-
-@triton.jit
-def _permuted(low, high, selector, INTERPRETED: tl.constexpr):
-    """Four of the eight bytes of (high, low), each chosen by four bits of the selector."""
-    if INTERPRETED:
-        both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
-        result = (low ^ low).to(tl.int64) + (selector ^ selector).to(tl.int64)
-        for i in tl.static_range(4):
-            byte = (both >> (8 * ((selector >> (4 * i)) & 7)).to(tl.int64)) & 255
-            result |= byte << (8 * i)
-        return result.to(tl.int32)
-    else:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _shifted(low, high, count, INTERPRETED: tl.constexpr):
-    """The lower register of (high, low) after a shift to the right by 0 to 32 bits."""
-    if INTERPRETED:
-        both = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
-        return (both >> count.to(tl.int64)).to(tl.int32)
-    else:
-        return tl.inline_asm_elementwise(
-            "shf.r.clamp.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, count], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _looked_up(LOW: tl.constexpr, HIGH: tl.constexpr, word, INTERPRETED: tl.constexpr):
-    """Four entries of a table of eight bytes, each chosen by four bits of the word."""
-    zero = word ^ word
-    return _permuted(zero + LOW, zero + HIGH, word, INTERPRETED)
-
-
-@triton.jit
-def _wide(pair, BFLOAT: tl.constexpr):
-    """Both halves of a register, as float32."""
-    if BFLOAT:
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-    else:
-        low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
-        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
-
-
 @triton.jit
 def _met(x, at, inside, selector, value0, value1, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
     """The products of each quad's values with their inputs, for one token."""
     four = tl.reshape(tl.load(x + at, mask=inside, other=0), selector.shape)
-    pair = _permuted(four.to(tl.int32), (four >> 32).to(tl.int32), selector, INTERPRETED)
-    x0, x1 = _wide(pair, BFLOAT)
+    pair = permuted(four.to(tl.int32), (four >> 32).to(tl.int32), selector, INTERPRETED)
+    x0, x1 = wide(pair, BFLOAT)
     return value0 * x0 + value1 * x1
 
 
@@ -235,10 +192,10 @@ def _select_kernel(
         next_value = tl.load(own_values + after * 4, mask=row_here & (after * 4 + quad < end * 4), other=0)
         next_word = tl.load(own_bits + after, mask=row_here & (after + tl.arange(0, RUNS)[None, :] < end), other=0)
         three = word[:, :, None].to(tl.int32) & 0x7777
-        first_four = _looked_up(FIRST_LOW, FIRST_HIGH, three, INTERPRETED)
-        second_four = _looked_up(SECOND_LOW, SECOND_HIGH, three, INTERPRETED)
-        selector = _permuted(first_four, second_four, 0x40 + 0x11 * number, INTERPRETED)
-        value0, value1 = _wide(tl.reshape(value, (ROWS, RUNS, 4)), BFLOAT)
+        first_four = looked_up(FIRST_LOW, FIRST_HIGH, three, INTERPRETED)
+        second_four = looked_up(SECOND_LOW, SECOND_HIGH, three, INTERPRETED)
+        selector = permuted(first_four, second_four, 0x40 + 0x11 * number, INTERPRETED)
+        value0, value1 = wide(tl.reshape(value, (ROWS, RUNS, 4)), BFLOAT)
         at = run * 4 + quad
         inside = row_here & (at < stride)
         sum0 += _met(x + token * stride, at, inside, selector, value0, value1, BFLOAT, INTERPRETED)
@@ -284,21 +241,21 @@ def _fold_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 def _quads(value, word, number, INTERPRETED: tl.constexpr):
     """Columns 0, 1 and 2, 3 of each quad at 2:4, as registers (ROWS, RUNS, 4)."""
     three = word & 0x7777
-    c0 = _looked_up(COLUMN0_LOW, COLUMN0_HIGH, three, INTERPRETED)
-    c1 = _looked_up(COLUMN1_LOW, COLUMN1_HIGH, three, INTERPRETED)
-    c2 = _looked_up(COLUMN2_LOW, COLUMN2_HIGH, three, INTERPRETED)
-    c3 = _looked_up(COLUMN3_LOW, COLUMN3_HIGH, three, INTERPRETED)
+    c0 = looked_up(COLUMN0_LOW, COLUMN0_HIGH, three, INTERPRETED)
+    c1 = looked_up(COLUMN1_LOW, COLUMN1_HIGH, three, INTERPRETED)
+    c2 = looked_up(COLUMN2_LOW, COLUMN2_HIGH, three, INTERPRETED)
+    c3 = looked_up(COLUMN3_LOW, COLUMN3_HIGH, three, INTERPRETED)
     pick = 0x40 + 0x11 * number
-    low, high = _permuted(c0, c1, pick, INTERPRETED), _permuted(c2, c3, pick, INTERPRETED)
+    low, high = permuted(c0, c1, pick, INTERPRETED), permuted(c2, c3, pick, INTERPRETED)
     zero = value ^ value
-    return _permuted(value, zero, low, INTERPRETED), _permuted(value, zero, high, INTERPRETED)
+    return permuted(value, zero, low, INTERPRETED), permuted(value, zero, high, INTERPRETED)
 
 
 @triton.jit
 def _two_columns(v0, selectors_even, selectors_odd, WHICH: tl.constexpr, INTERPRETED: tl.constexpr):
     """Two columns of a run as one register, filled from the next two values."""
-    selector = _permuted(selectors_even, selectors_odd, (v0 ^ v0) + (0x40 + 0x11 * WHICH), INTERPRETED)
-    return _permuted(v0, v0 ^ v0, selector, INTERPRETED)
+    selector = permuted(selectors_even, selectors_odd, (v0 ^ v0) + (0x40 + 0x11 * WHICH), INTERPRETED)
+    return permuted(v0, v0 ^ v0, selector, INTERPRETED)
 
 
 @triton.jit
@@ -306,10 +263,10 @@ def _used_up(v0, v1, v2, v3, used, WHICH: tl.constexpr, INTERPRETED: tl.constexp
     """The remaining values after two columns took theirs."""
     count = (used >> (8 * WHICH)) & 255
     zero = v3 ^ v3
-    v0 = _shifted(v0, v1, count, INTERPRETED)
-    v1 = _shifted(v1, v2, count, INTERPRETED)
-    v2 = _shifted(v2, v3, count, INTERPRETED)
-    v3 = _shifted(v3, zero, count, INTERPRETED)
+    v0 = shifted(v0, v1, count, INTERPRETED)
+    v1 = shifted(v1, v2, count, INTERPRETED)
+    v2 = shifted(v2, v3, count, INTERPRETED)
+    v3 = shifted(v3, zero, count, INTERPRETED)
     return v0, v1, v2, v3
 
 
@@ -318,9 +275,9 @@ def _streamed(v0, v1, v2, v3, word, INTERPRETED: tl.constexpr):
     """The 16 columns of each run, with 8 kept weights in any places, as eight registers of two columns."""
     # Two bits of every four: columns 0 1, 4 5, 8 9, 12 13; then the other columns.
     here, between = word & 0x3333, (word >> 2) & 0x3333
-    even_a, odd_a = _looked_up(EVEN, EVEN, here, INTERPRETED), _looked_up(ODD, ODD, here, INTERPRETED)
-    even_b, odd_b = _looked_up(EVEN, EVEN, between, INTERPRETED), _looked_up(ODD, ODD, between, INTERPRETED)
-    used_a, used_b = _looked_up(USED, USED, here, INTERPRETED), _looked_up(USED, USED, between, INTERPRETED)
+    even_a, odd_a = looked_up(EVEN, EVEN, here, INTERPRETED), looked_up(ODD, ODD, here, INTERPRETED)
+    even_b, odd_b = looked_up(EVEN, EVEN, between, INTERPRETED), looked_up(ODD, ODD, between, INTERPRETED)
+    used_a, used_b = looked_up(USED, USED, here, INTERPRETED), looked_up(USED, USED, between, INTERPRETED)
     c0 = _two_columns(v0, even_a, odd_a, 0, INTERPRETED)
     v0, v1, v2, v3 = _used_up(v0, v1, v2, v3, used_a, 0, INTERPRETED)
     c1 = _two_columns(v0, even_b, odd_b, 0, INTERPRETED)

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from esparse.errors import Mistake
 from esparse.models.calls import Call, Carried, Output, Recorder, Returned, UnsupportedModel, leaf_of, moved
 from esparse.models.checkpoint import shapes
+from esparse.models.model_parts import candidates, expert_configs, own_parameters
 from esparse.models.offload import HiddenStateStore
 from esparse.models.store import INSTEAD, MemoryStore, Store
 from esparse.parallel.ranks import Ranks
@@ -89,7 +90,7 @@ class BlockModel:
         self.checked = False  # whether models/forward_check.py has passed
         self.logits_by_token = False  # whether a token's logits depend on its own hidden states alone, as far as known
         self.routers: set[str] = set()  # layers that decide which experts run, as far as seen
-        self._experts = _expert_configs(model)
+        self._experts = expert_configs(model)
         self.prefix, self.blocks, first = self._found(candidates(model))
         if not self.store.whole:
             self._check_separate()
@@ -273,12 +274,12 @@ class BlockModel:
 
     def adopt(self, index: int, file: Path) -> None:
         """From now on takes the block's weights, and biases that it got, from this file."""
-        known = _parameters(self._modules(index))
+        known = own_parameters(self._modules(index))
         example = next(iter(known.values()))
         for name in shapes(file).keys() - known.keys():
             layer = self.model.get_submodule(name.removesuffix(".bias"))
             layer.bias = nn.Parameter(torch.empty(shapes(file)[name], dtype=example.dtype, device=example.device))
-        self.store.adopt(_parameters(self._modules(index)), file)
+        self.store.adopt(own_parameters(self._modules(index)), file)
 
     def _modules(self, index: int) -> dict[str, nn.Module]:
         name = f"{self.prefix}.{index}"
@@ -305,7 +306,7 @@ class BlockModel:
     @contextmanager
     def _lent(self, modules: Mapping[str, nn.Module], changed: str | None, read_only: bool = False) -> Iterator[None]:
         """While open, the modules' own parameters and buffers are on the device."""
-        home = next(iter(_parameters(modules).values())).device
+        home = next(iter(own_parameters(modules).values())).device
         buffers = [(m, name, b.device) for m in modules.values() for name, b in m.named_buffers(recurse=False)]
 
         def place_buffers(device: torch.device | None) -> None:
@@ -314,13 +315,13 @@ class BlockModel:
 
         done = False
         try:
-            self.store.lend(_parameters(modules), self.device)
+            self.store.lend(own_parameters(modules), self.device)
             place_buffers(self.device)
             yield
             done = True
         finally:
             # Listed again, because a bias correction may have added biases.
-            self.store.take_back(_parameters(modules), home, changed=changed if done else None, read_only=read_only)
+            self.store.take_back(own_parameters(modules), home, changed=changed if done else None, read_only=read_only)
             place_buffers(None)
 
     @contextmanager
@@ -389,48 +390,3 @@ class OtherLeaf(Exception):
     def __init__(self, block: int, leaf: int) -> None:
         super().__init__(block, leaf)
         self.block, self.leaf = block, leaf
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks: the best guess without running the model."""
-    return next(iter(candidates(model).items()))
-
-
-def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Lists of modules that may be the decoder blocks, by name, the likeliest first.
-
-    They are the lists with one entry per hidden layer of the config, the outermost first, then the list that holds
-    most of the weights. Raises UnsupportedModel if there is none.
-    """
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    text = model.config.get_text_config
-    expected = {int(getattr(config, "num_hidden_layers", None) or 0) for config in (text(), text(decoder=True))}
-    fitting = [name for name, blocks in lists.items() if len(blocks) in expected]
-    found = sorted(fitting, key=lambda name: name.count("."))
-    sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    largest = [name for name, size in sizes.items() if size == max(sizes.values()) and size >= total / 2]
-    if not found + largest:
-        raise UnsupportedModel(
-            f"no list of {' or '.join(map(str, sorted(expected)))} decoder blocks in {type(model).__name__} "
-            f"(lists found: {', '.join(f'{name} of {len(blocks)}' for name, blocks in lists.items()) or 'none'}); "
-            "esparse prunes decoder-only language models"
-        )
-    return {name: lists[name] for name in dict.fromkeys(found + largest)}
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The modules' own parameters by name, each once."""
-    named = {
-        parameter: f"{path}.{name}".lstrip(".")
-        for path, module in modules.items()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    return {name: parameter for parameter, name in named.items()}
-
-
-def _expert_configs(model: PreTrainedModel) -> list[Any]:
-    """All configurations (of the model, its parts and modules inside) that set how experts are computed."""
-    configs = [model.config, *(getattr(module, "config", None) for module in model.modules())]
-    return list({id(c): c for c in configs if hasattr(c, "_experts_implementation_internal")}.values())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.models import gguf_file
+from esparse.models.library_errors import explained
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FEW_TOKENS = 8  # a vocabulary of this size or less holds special tokens only
-LONGEST_SAID = 400  # most characters of a library's message in ours
 # Names of the number of positions in configurations, the usual ones first.
 LENGTHS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length"),
@@ -160,7 +160,7 @@ def load(
         config, _ = PretrainedConfig.get_config_dict(path, **_where(model))
         name = identity(model)
     except (OSError, ValueError) as error:
-        raise _explained(model.path, local.is_dir(), error) from error
+        raise explained(model.path, local.is_dir(), error) from error
     check_config(model.path, config)
     if (loaded := cache.take(name)) is not None:
         log.debug("%s is as it was loaded for an earlier run of this process", model.display_name)
@@ -170,7 +170,7 @@ def load(
         whole = model.store == "memory" or gguf_file.is_named(model.path)
         entry = None if whole else find(path, revision=model.revision)
     except (OSError, ValueError) as error:
-        raise _explained(model.path, local.is_dir(), error) from error
+        raise explained(model.path, local.is_dir(), error) from error
     if entry is not None and ranks.from_first(lambda: model.store == "shards" or _too_large(entry, copies=ranks.size)):
         log.info("the weights of %s are read block by block from the checkpoint", model.display_name)
         skeleton, store = _streamed(model, path, entry, folder, ranks)
@@ -188,7 +188,7 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
     try:
         config = AutoConfig.from_pretrained(path, **_where(model))
     except Exception as error:  # of many types, as below
-        raise _explained(model.path, is_local, error) from error
+        raise explained(model.path, is_local, error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_where(model))
     except Exception as error:  # of many types: vocabulary readers, missing packages, remote code
@@ -196,7 +196,7 @@ def _tokenizer(model: Model, path: str, is_local: bool) -> PreTrainedTokenizerBa
             raise Mistake(
                 f"{model.path} has no tokenizer: none of {', '.join(VOCABULARIES)} lies there; copy the model's own"
             ) from error
-        raise _explained(model.path, is_local, error, "tokenizer") from error
+        raise explained(model.path, is_local, error, "tokenizer") from error
     embedded = getattr(config.get_text_config(), "vocab_size", None)
     tokens = len(tokenizer)
     if tokens <= FEW_TOKENS < (embedded or FEW_TOKENS):
@@ -267,7 +267,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     except Exception as error:  # of many types, see `_tokenizer`
         if "memory" in str(error):
             raise
-        raise _explained(model.path, is_local, error) from error
+        raise explained(model.path, is_local, error) from error
     if info["mismatched_keys"]:
         raise Mistake(mismatch(model.path, *max(info["mismatched_keys"])))
     if info["missing_keys"]:
@@ -347,7 +347,7 @@ def shape_only(model: Model) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         config = None if Path(path).is_dir() else published_config(model.path)
         if config is None:
-            raise _explained(model.path, Path(path).is_dir(), error) from error
+            raise explained(model.path, Path(path).is_dir(), error) from error
         log.info("%s cannot be reached: its published shape is used as its configuration", model.path)
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
     if _is_slow(model, dtype):
@@ -382,24 +382,3 @@ def longest_sequence(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in LENGTHS)
     return next((int(length) for length in named if isinstance(length, int | float) and length > 0), 2048)
-
-
-def _explained(asked: str, is_local: bool, error: Exception, what: str = "model") -> Exception:
-    """An error with the library's message (shortened), what was asked for, and what to do."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    needs_code = "trust_remote_code" in said
-    said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."
-    if needs_code:
-        return Mistake(
-            f"the {what} in {asked} has Python code of its own: read it, and allow it with model.trust_remote_code=true"
-        )
-    if isinstance(error, ImportError):
-        return Mistake(f"the {what} in {asked} needs a package that is not there: {said}")
-    if is_local:
-        return Mistake(f"the {what} in {asked} cannot be loaded: {said}")
-    if not isinstance(error, OSError):
-        return Mistake(f"the {what} {asked} cannot be loaded: {said}")
-    return ConnectionError(
-        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({said}); without internet, copy "
-        "the model here and name its directory: model=hf model.path=DIR"
-    )

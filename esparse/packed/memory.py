@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from esparse import patterns
 from esparse.errors import Mistake
-from esparse.models.blocks import find_blocks
 from esparse.models.load import published_config
 from esparse.models.matrices import BlockMatrices
+from esparse.models.model_parts import find_blocks
 from esparse.packed.sizes import META, Saving, of_matrix
 from esparse.patterns import Pattern
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from esparse.models import host_memory
-from esparse.models.blocks import find_blocks
 from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
+from esparse.models.model_parts import find_blocks
 from esparse.prepare import NoPreparation
 from esparse.pruning.method import Method
 from esparse.run.settings import Experiment
