@@ -39,6 +39,8 @@ ELSEWHERE = {
     ".venv/bin/pip install -q -e '.[dev]'": (".ci/run", "<!-- tests -->"),
     "python -m pytest -n 0 -k NAME": (".ci/run", "-m pytest"),
     "python experiments/families.py": ("tests/models/test_forward_check.py", "families.py"),
+    "wandb sweep sweep.yaml": ("tests/run/test_wandb_agent.py", "agent"),
+    "wandb agent ENTITY/PROJECT/ID": ("tests/run/test_wandb_agent.py", "agent"),
     "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
     "python launch.py model=hf model.path=FILE.gguf": ("tests/models/test_gguf_file.py", "small.gguf"),
     "python docs/settings.py": ("tests/test_site.py", "settings.page()"),

@@ -42,6 +42,10 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     if not any(record.get("memory", {}).get("bits") for record in records):  # of 16 bits the pattern says it
         for row in rows:
             del row["bits"]
+    for group, neutral in ((g, GROUPS[g].neutral) for g in GROUPS if GROUPS[g].method and GROUPS[g].neutral):
+        if any(group in row for row in rows):  # it did nothing to runs from before esparse had it
+            for row in rows:
+                row.setdefault(group, neutral)
     others = sorted({group for record in records for group in _choices(record)} - MEASURING - set(FRONT))
     asked = ["model", *FRONT, *[g for g in others if "/" not in g], "pattern", "outliers", "seed"]
     for path in _differing(records):

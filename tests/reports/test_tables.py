@@ -263,6 +263,14 @@ def test_mean_over_seeds_by_hand():
     assert ",14.0,2.0," in rows[2] and ",11.0,," in rows[1]
 
 
+def test_a_group_that_came_later_did_nothing_to_older_runs() -> None:
+    older, newer = record("a1"), record("b2")
+    newer["config"]["choices"]["quantise"] = "none"
+    older["config"]["choices"].pop("quantise", None)
+    assert [row["quantise"] for row in table_of([older, newer]).rows] == ["none", "none"]
+    assert "quantise" not in table_of([older]).rows[0]
+
+
 def test_a_turned_table_by_hand():
     runs = [record(str(seed), seed=seed, pruned=pruned) for seed, pruned in enumerate([12.0, 14.0])]
     runs += [record("2", pattern="16:32", pruned=11.0), record("3", pattern="16:32", metric="entropy", pruned=12.5)]
