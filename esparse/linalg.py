@@ -92,6 +92,12 @@ def shifted_inverse(gram_II: Tensor, shift: float) -> Tensor:
     return torch.cholesky_inverse(lower_II) if failed == 0 else inverse(shifted_II).to(gram_II.dtype)
 
 
+def inverse_times(x_OI: Tensor, gram_II: Tensor, damp: float) -> Tensor:
+    """X (G + damping)^-1, with the damping of `inverse_factor`."""
+    upper_II = inverse_factor(gram_II, damp)
+    return x_OI @ upper_II.T @ upper_II
+
+
 def solve_on_support(
     gram_II: Tensor, dense_OI: Tensor, keep_OI: Tensor, start_OI: Tensor, *, iterations: int, tolerance: float
 ) -> Tensor:

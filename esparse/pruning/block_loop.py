@@ -18,12 +18,12 @@ from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
-from esparse.models.matrices import InputGroup, Matrix
+from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
 from esparse.pruning import gradients
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
 from esparse.records.report import Stages
-from esparse.stats import Factory, Gram, LayerStats, Statistic, WeightGradient
+from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, WeightGradient
 
 log = logging.getLogger("esparse")
 
@@ -75,7 +75,7 @@ class BlockLoop:
             return
         with stages("calibrate"):
             streams = {"pruned": Activations(blocks, ranks.share(self.tokens_SL), method.sequences_at_once())}
-            if method.recovery.needs_dense_stream():
+            if method.needs_dense_stream():
                 streams["dense"] = streams["pruned"].twin()
             first = self._restored(streams, journal)
         activations, dense = streams["pruned"], streams.get("dense")
@@ -220,6 +220,8 @@ def _observe(
     for group, own in zip(matrices.groups, replaced, strict=True):
         if own:  # of groups that were united into one, some may have seen no tokens
             statistics[group] = max((statistics_of(g) for g in own), key=lambda of_group: of_group["norm"].tokens)
+    if "cross" in collects and block.dense is not None:
+        _add_pairs(block, matrices, lambda group: statistics_of(group)["cross"])
     unite(0)
     if any(statistic.passes > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
         inputs = cache.whole()
@@ -239,3 +241,27 @@ def _observe(
                 "or float32, otherwise the model's weights are damaged"
             )
     return [Observed(group, statistics_of(group), weight_gradients) for group in matrices.groups]
+
+
+def _add_pairs(block: Block, matrices: BlockMatrices, cross: Callable[[InputGroup], Statistic]) -> None:
+    """Shows each group's `cross` the inputs that tokens have in both streams, one micro-batch after the other."""
+    assert block.dense is not None
+    for batch, hidden_BLH in enumerate(block.activations.hidden):
+        all_tokens = hidden_BLH.shape[0] * hidden_BLH.shape[1]
+        of_dense: dict[InputGroup, Tensor] = {}
+
+        def read_dense(group: InputGroup, x_TI: Tensor) -> None:
+            of_dense[group] = x_TI.clone()  # noqa: B023
+
+        def read(group: InputGroup, x_TI: Tensor) -> None:
+            dense_TI = of_dense.get(group)  # noqa: B023
+            # What is sent to an expert may be other tokens in each stream.
+            if dense_TI is not None and len(x_TI) == len(dense_TI) == all_tokens:  # noqa: B023
+                statistic = cross(group)
+                assert isinstance(statistic, CrossGram)
+                statistic.add_pair(x_TI, dense_TI)
+
+        with matrices.observed(read_dense):
+            block.dense.run(block.index, batch)
+        with matrices.observed(read):
+            block.activations.run(block.index, batch)

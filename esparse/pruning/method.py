@@ -60,6 +60,10 @@ class Method:
         parts = (self.metric, self.shuffle, self.update, self.recovery, self.quantise)
         return asked | {name: build for part in parts for name, build in part.collects().items()}
 
+    def needs_dense_stream(self) -> bool:
+        """Whether the hidden states that dense blocks make flow beside those that pruned ones make."""
+        return self.recovery.needs_dense_stream() or self.update.needs_dense_stream()
+
     def quantises(self) -> bool:
         """Whether kept values are rounded."""
         return not isinstance(self.quantise, NoQuantise)

@@ -118,6 +118,8 @@ GROUPS: dict[str, Group] = {
             "admm": "esparse.updates.admm:Admm",
             "alps": "esparse.updates.alps:Alps",
             "joint": "esparse.updates:Chain",
+            "alps_parent": "esparse.updates.parent:Parent",
+            "sparsegpt_parent": "esparse.updates.parent:Parent",
             "then": "esparse.updates:Chain",
         },
         method=True,

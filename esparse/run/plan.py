@@ -149,7 +149,7 @@ def plan(
         largest_block=max(of_blocks),
         ends=weights - sum(of_blocks),
         stream=stream,
-        streams=1 + method.recovery.needs_dense_stream(),
+        streams=1 + method.needs_dense_stream(),
         window=(window or longest) * hidden,
         masks=pruned // 8,
         statistics=statistics,
@@ -170,7 +170,14 @@ def _passes(method: Method) -> int:
     observations = max(
         build(inputs=1, sequences=1, device=torch.device("cpu")).passes for build in method.collects().values()
     )
-    passes = observations + 1 + prepared + method.recovery.needs_dense_stream() + (method.metric.gradients() != "none")
+    passes = (
+        observations
+        + 1
+        + prepared
+        + method.needs_dense_stream()
+        + 2 * method.update.needs_dense_stream()
+        + (method.metric.gradients() != "none")
+    )
     if method.allocation.measures():
         passes += observations + 1
     return passes

@@ -64,3 +64,24 @@ class Gram(Statistic):
             gram_II = self.gram_II if order_I is None else self.gram_II[order_I][:, order_I]
             self._factors = {key: inverse_factor(gram_II, damp)}  # caches one only, because it is as large as G
         return self._factors[key]
+
+
+class CrossGram(Statistic):
+    """C = X^T Y in float32, X the input and Y what the same tokens would be if no block before were pruned: I x I.
+
+    `tokens` counts those of which both are known: an expert may be sent others.
+    """
+
+    def __init__(self, **size: Any) -> None:
+        super().__init__(**size)
+        self.cross_II = torch.zeros(self.inputs, self.inputs, device=self.device)
+
+    def add(self, x_TI: Tensor, pass_index: int) -> None:
+        """Nothing: a token's two inputs come together, in `add_pair`."""
+
+    def add_pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
+
+    def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
+        ranks.sum_(self.cross_II)

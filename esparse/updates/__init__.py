@@ -60,6 +60,10 @@ class Update(ABC):
         """The input statistics that `apply` finds in `layer.stats`, by name; default: none."""
         return {}
 
+    def needs_dense_stream(self) -> bool:
+        """Whether the inputs that the layer would have if no block before it were pruned are needed, too."""
+        return False
+
     def check(self, pattern: Pattern) -> None:
         """Raises Mistake if the update does not fit this pattern; called before anything runs."""
         return None
@@ -94,6 +98,9 @@ class Chain(Update):
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()
+
+    def needs_dense_stream(self) -> bool:
+        return self.first.needs_dense_stream() or self.second.needs_dense_stream()
 
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)

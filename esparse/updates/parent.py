@@ -1,0 +1,75 @@
+"""The dense model as the target: a layer that reads what pruned blocks made returns what it returns in the dense model.
+
+A usual update has the pruned layer return on its input X what its dense weights W return on X. But X comes from pruned
+blocks, and in the dense model the layer reads Y. With the Gram matrix G = X^T X and the cross Gram matrix C = X^T Y,
+
+    W* = W + trust W (C^T - G) (G + damping)^-1
+
+are, at trust 1, the weights that minimise ||X W*^T - Y W^T||^2 + damping ||W* - W||^2. As X W*^T is the nearest to
+Y W^T that X can give, the error of any weights towards Y W^T is their error towards X W*^T and a constant: an update
+finds its mask and its weights as before, with W* in the place of W. Quantisation does so: GPTAQ (Li et al. 2025,
+arXiv 2504.02692) at trust 1, QEP (Arai & Ichikawa 2025, arXiv 2504.09629) with a trust. Here it is tried on n:m.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from esparse.errors import Mistake
+from esparse.updates import Layer, Solution, Update
+
+if TYPE_CHECKING:
+    from esparse.patterns import Pattern
+    from esparse.quantise.grids import Grid
+    from esparse.stats import Factory
+
+
+@dataclass(kw_only=True, slots=True)
+class Parent(Update):
+    """An update towards what the layer returns in the dense model."""
+
+    trust: float  # 0: the usual target | 1: the dense model's
+    damp: float  # added to the Gram matrix's diagonal, as a share of its mean
+    update: Update  # the update itself; its settings stand behind it: `update.update.damp=0.1`
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trust <= 1:
+            raise Mistake(f"update.trust must lie between 0 and 1, got {self.trust:g}")
+        if self.damp <= 0:
+            raise Mistake(f"update.damp must be positive, got {self.damp:g}")
+
+    def collects(self) -> dict[str, Factory]:
+        from esparse.stats import CrossGram, Gram
+
+        return self.update.collects() | {"gram": Gram, "cross": CrossGram}
+
+    def needs_dense_stream(self) -> bool:
+        return True
+
+    def check(self, pattern: Pattern) -> None:
+        self.update.check(pattern)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        return self.update.by_rows(pattern)
+
+    def apply(self, layer: Layer, start: Solution) -> Solution:
+        towards = self._towards(layer)
+        return self.update.apply(towards, Solution.without_update(towards.dense_OI, start.keep_OI))
+
+    def apply_rounding(self, layer: Layer, start: Solution, grid: Grid) -> Solution:
+        towards = self._towards(layer)
+        return self.update.apply_rounding(towards, Solution.without_update(towards.dense_OI, start.keep_OI), grid)
+
+    def _towards(self, layer: Layer) -> Layer:
+        """The layer with W* in the place of W; as it is if its inputs are not those of the same tokens."""
+        from esparse.linalg import inverse_times
+
+        gram, cross = layer.stats["gram"], layer.stats["cross"]
+        if cross.tokens != gram.tokens:  # an expert is sent other tokens in the dense model
+            return layer
+        lost_OI = layer.dense_OI @ (cross.cross_II.T - gram.gram_II)
+        corrected_OI = layer.dense_OI + self.trust * inverse_times(lost_OI, gram.gram_II, self.damp)
+        return replace(layer, dense_OI=corrected_OI)
