@@ -123,7 +123,14 @@ def test_few_modules_lie_in_no_folder() -> None:
     assert len(list((ROOT / "esparse").glob("*.py"))) <= LOOSE
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["metric=wandaa"], ["metric.bin=3"], ["pattern=4:2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["metric=wandaa"], ["metric.bin=3"], ["pattern=4:2"], ["--version"], ["calibration.length=9999"]),
+        *(["model=hf", "model.path=/nowhere"], ["model=hf", "model.path=a/b"], ["model.devices=gpu"]),
+        ["-m", "hydra/launcher=local", "calibration=text", "calibration.path=/nowhere.txt,/nowhere2.txt"],
+    ],
+)
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     code = (
         "import runpy, sys, atexit\n"

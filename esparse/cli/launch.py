@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from esparse.cli import registry, remarks
+from esparse.cli import foresight, registry, remarks
 from esparse.cli.attempt import carry_out
 from esparse.cli.main import exit_code, mistakes
 from esparse.parts.conf_folder import conf_folder
@@ -23,5 +23,6 @@ def _run(config: DictConfig) -> None:
         experiment = registry.build(config)
         choices = HydraConfig.get().runtime.choices
         settings = registry.resolved(config, experiment, choices)
+        foresight.check(experiment, settings)
     remarks.say(remarks.remarks(settings, choices))
     carry_out(experiment, settings)

@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from esparse.cli import registry, remarks
+from esparse.cli import foresight, registry, remarks
 from esparse.cli.attempt import carry_out_all
 from esparse.cli.call import FAILED, call
 from esparse.cli.end_of_sweep import end_of_sweep
@@ -36,6 +36,8 @@ class Sweep(Callback):
             for overrides in _jobs(config):
                 call.runs[tuple(overrides)], sentences = _composed(config, overrides)
                 said += sentences
+            if not all(settings["dry_run"] for settings in call.runs.values()):
+                foresight.check_queue(OmegaConf.to_container(config.hydra.launcher))  # type: ignore[arg-type]
             _check_exports(list(call.runs.values()))
             remarks.say(said)
 
@@ -101,5 +103,7 @@ def _composed(sweep: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], 
     assert hydra is not None
     config = hydra.config_loader.load_sweep_config(sweep, overrides)
     choices = config.hydra.runtime.choices
-    settings = registry.resolved(config, registry.build(config), choices)
+    experiment = registry.build(config)
+    settings = registry.resolved(config, experiment, choices)
+    foresight.check(experiment, settings, queued=foresight.is_slurm(config.hydra.launcher))
     return settings, remarks.remarks(settings, choices)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
+from esparse.data.lengths import sequence_length
 from esparse.errors import Mistake
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Calibration:
 
         from esparse.data import tokens
 
-        length = tokens.sequence_length(self.length, longest, "calibration.length")
+        length = sequence_length(self.length, longest, "calibration.length")
         begin = tokens.beginning(self.bos, tokenizer, family, "calibration.bos")
         if begin is not None and length < 2:
             raise Mistake(f"calibration.length={length} has room for the beginning token only: set it to 2 or more")

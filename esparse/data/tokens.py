@@ -21,7 +21,6 @@ from esparse.errors import Mistake
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-DEFAULT_LENGTH = 2048  # the literature's context; a model's own maximum may be 128k, too long for calibration
 DOCUMENTS_AT_ONCE = 16
 log = logging.getLogger("esparse")
 
@@ -31,16 +30,6 @@ SPARE_TOKENS = 64  # read beyond the requested tokens, because the last ones dep
 SAYS_NOTHING = 16  # from this number on, tokens that are all equal mean a wrong tokenizer
 BEGIN = ("gemma",)  # parts of names of families that expect a beginning token in front of every sequence
 _streams: dict[str, Tensor] = {}  # cache, so that a sweep in one process tokenises each text once
-
-
-def sequence_length(asked: int | None, longest: int, setting: str) -> int:
-    """The length of a sequence: `asked`, or the smaller of 2048 and the model's `longest`."""
-    if asked is not None and asked > longest:
-        raise Mistake(
-            f"{setting}={asked} is longer than the {longest} tokens that the model takes: "
-            f"set {setting} to at most {longest}, or to null for min({DEFAULT_LENGTH}, {longest})"
-        )
-    return min(longest, DEFAULT_LENGTH) if asked is None else asked
 
 
 def stream(corpus: Corpus, tokenizer: Tokenizer, at_most: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
+from esparse.data.lengths import sequence_length
 from esparse.errors import Mistake
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Perplexity:
         """`windows` for a text that was read already."""
         from esparse.data import tokens
 
-        length = tokens.sequence_length(self.length, longest, "evaluate.length")
+        length = sequence_length(self.length, longest, "evaluate.length")
         begin = tokens.beginning(self.bos, tokenizer, family, "evaluate.bos")
         tokens_T = tokens.stream(text, tokenizer, at_most=self.max_tokens)
         windows_WL = tokens.windows(tokens_T, length, begin)[: text.most_windows]

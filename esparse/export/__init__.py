@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from esparse.recoveries import Recovery
 
 ORDERS = ("original", "physical")
+MARK = "esparse.json"  # written last; marks a folder as an export of esparse
+
+
+def check_place(place: Path) -> None:
+    """Raises Mistake if the place is taken by something that is not an export of esparse."""
+    if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,8 +88,6 @@ class ToFolder(Export):
         return Path(self.path).expanduser() if self.path else folder / "export"
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
-        from esparse.export.writer import check_place
-
         check_place(self.place(folder))
 
     def precision(self, blocks: BlockModel) -> torch.dtype:

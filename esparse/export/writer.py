@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from esparse.errors import Mistake
+from esparse.export import MARK, check_place
 from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
@@ -39,16 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("esparse")
 
 INDEX = "model.safetensors.index.json"
-MARK = "esparse.json"  # written last; marks a folder as an export of esparse
 EXTRA_BYTES = 2**31  # size of a file of tensors that the model did not load
 
 Precision = Callable[[str], torch.dtype]  # of a tensor, by its name in the state dict
-
-
-def check_place(place: Path) -> None:
-    """Raises Mistake if the place is taken by something that is not an export of esparse."""
-    if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
-        raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 class Draft:

@@ -13,14 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from esparse.errors import Mistake
-
-# In transformers' order of preference.
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from esparse.models.model_files import NAMES
 
 
 class Checkpoint:

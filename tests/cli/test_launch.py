@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esparse.cli import attempt
+from esparse.cli import attempt, foresight
 from esparse.records import audit
 from esparse.records.report import write_json
 from tests.workshop import furnished, launch, launch_anew, small_run
@@ -274,17 +274,8 @@ def no_text(folder: Path) -> str:
     return f"expected a text file at {folder / 'text.txt'}"
 
 
-DAMAGES = [
-    truncated,
-    lost_shard,
-    lost_weight,
-    damaged_weight,
-    overflowing_activations,
-    no_weights,
-    no_config,
-    short_text,
-    no_text,
-]
+DAMAGES = [truncated, lost_weight, damaged_weight, overflowing_activations, short_text]
+FORESEEN = [lost_shard, no_weights, no_config, no_text]  # by names alone, before torch is loaded
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -303,16 +294,70 @@ def test_damaged_input_ends_in_one_sentence(
     assert not records(tmp_path)
 
 
+@pytest.mark.parametrize("damage", FORESEEN, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
+    sweep: bool, damage: Callable[[Path], str], small: list[str], workshop: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(workshop, tmp_path / "shop")
+    sentence = damage(tmp_path / "shop")
+    words = [argument.replace(str(workshop), str(tmp_path / "shop")) for argument in small]
+    done = launch(*(["-m", "metric=wanda,magnitude,ria", *words] if sweep else words))
+    assert done.returncode == 2
+    assert done.stderr.startswith("esparse: ") and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*/status.json"))
+
+
+def test_a_finished_run_needs_its_files_no_more(small: list[str], workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop, tmp_path / "shop")
+    words = [argument.replace(str(workshop), str(tmp_path / "shop")) for argument in small]
+    assert launch(*words).returncode == 0
+    shutil.rmtree(tmp_path / "shop")
+    assert "was run before" in launch(*words).stderr
+    assert launch(*words, "rerun=true").returncode == 2
+
+
+@pytest.mark.skipif(foresight.gpu_is_there(), reason="asks for what this machine has")
+@pytest.mark.parametrize(("word", "said"), [("model.devices=cuda:99", "asks for a GPU"), ("bench=gemm", "on a GPU")])
+def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
+    done = launch(word)
+    assert (done.returncode, said in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.devices=gpu"], "got 'gpu': did you mean cuda?"),
+        (["model.devices=tpu9"], "model.devices must be auto, cpu, cuda or cuda:N"),
+        (["model.devices=cpu:0"], "got 'cpu:0'"),
+        (["model=hf", "model.path=/nowhere/model"], "there is no directory /nowhere/model"),
+        (
+            ["model=hf", "model.path=nobody/nothing"],
+            "is neither a local directory nor in reach on the Hugging Face hub",
+        ),
+        (["model=hf", "model.path='a name'"], "is neither a directory nor a name on the Hugging Face hub"),
+        (["model=hf", f"model.path={__file__}"], "is a file, and a model is a directory"),
+        (["calibration.length=257"], "calibration.length=257 is longer than the 256 tokens that the model takes"),
+        (["evaluate.length=257"], "evaluate.length=257 is longer than the 256 tokens that the model takes"),
+        (["evaluate=text", f"evaluate.path={__file__}"], "expected a file that ends in one of .txt"),
+        (["output_root=/dev/null/out"], "/dev/null is no folder"),
+        (["export=dense", f"export.path={Path(__file__).parent}"], "is there already, and is no export of esparse"),
+        (["-m", "hydra/launcher=site", "seed=1,2"], "there is no sbatch on this machine"),
+    ],
+)
+def test_what_can_be_known_is_known_before_torch_is_loaded(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without sbatch
+    done = launch(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("esparse: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["model.devices=cuda:99"], "asks for a GPU, but PyTorch"),
-        (["model.devices=tpu9"], "model.devices must be auto, cpu, cuda or cuda:N"),
-        (["model.path=/nowhere/model"], "there is no directory /nowhere/model"),
-        (["model.path=nobody/nothing"], "is neither a local directory nor in reach on the Hugging Face hub"),
-        (["calibration.length=65"], "longer than the 64 tokens that the model takes"),
         (["evaluate=wikitext2", "evaluate.path=null"], "evaluate=text evaluate.path=FILE"),
-        (["output_root=/dev/null/out"], "Not a directory"),
     ],
 )
 def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sentence: str) -> None:

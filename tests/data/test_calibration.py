@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esparse.data import builtin, tokens
+from esparse.data import builtin, lengths, tokens
 from esparse.data.calibration import Calibration
 from tests.data.stand_ins import END, START, byte_tokenizer, put
 
@@ -67,7 +67,7 @@ def test_a_text_of_exactly_one_sequence_gives_that_sequence(tmp_path):
 def test_length_by_default_is_2048_or_what_the_model_takes(file):
     (length,) = {calibration(path=file, length=None).sample(byte_tokenizer(), longest=64).shape[1]}
     assert length == 64
-    assert tokens.sequence_length(None, 131072, "calibration.length") == 2048
+    assert lengths.sequence_length(None, 131072, "calibration.length") == 2048
     with pytest.raises(ValueError, match=r"calibration.length=65 is longer than the 64 tokens that the model takes"):
         calibration(path=file, length=65).sample(byte_tokenizer(), longest=64)
 

@@ -1,0 +1,183 @@
+"""What can be known of a run before torch is loaded: folders and files, devices, lengths, what a queue needs.
+
+A mistake here ends a call in about a second, of a sweep once for all of its runs. What takes the model itself (the
+contents of its files, its tokenizer, memory) is checked when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esparse.bench import NoBench
+from esparse.cli.messages import sentence
+from esparse.data.lengths import sequence_length
+from esparse.data.text_files import Rows
+from esparse.errors import Mistake
+from esparse.export import ToFolder, check_place
+from esparse.jobs.launchers import LAUNCHERS
+from esparse.models import gguf_file
+from esparse.models.load import ASSETS, BUILTIN, Model
+from esparse.models.model_files import adapter, shards_of
+from esparse.records.report import finished, run_id
+from esparse.run.settings import Experiment
+
+log = logging.getLogger("esparse")
+
+KINDS = ("cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia")  # of devices that PyTorch has a name for
+# Of a GPU that PyTorch calls cuda: NVIDIA's driver, AMD's, WSL's, a Jetson's.
+SIGNS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvmap", "/dev/nvhost-gpu")
+POSITIONS = ("max_position_embeddings", "n_positions")  # what nearly all configurations call the longest sequence
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool = False) -> None:
+    """Raises Mistake for what this run could not begin with; one that is finished, and not repeated, needs nothing.
+
+    `queued`: it is carried out on another machine, whose devices are not known here, and whose files may be others:
+    what is not found here is then said, and no mistake.
+    """
+    _check_devices(experiment, queued=queued or experiment.dry_run)
+    try:
+        _check_files(experiment, settings, dry=experiment.dry_run)
+    except (OSError, ValueError) as error:
+        folder = Path(experiment.output_root) / run_id(settings)
+        if not experiment.rerun and finished(folder) is not None:
+            return
+        if not queued:
+            raise Mistake(sentence(error)) from None
+        log.warning("on this machine, which may not be the node: %s", sentence(error))
+
+
+def check_queue(launcher: Mapping[str, Any]) -> None:
+    """Raises Mistake if sweeps cannot be submitted from here, or with these settings."""
+    settings = {key: value for key, value in launcher.items() if key != "_target_"}
+    for name, component in LAUNCHERS.items():
+        if str(launcher.get("_target_")).endswith(f".{name.capitalize()}"):
+            component(**settings)
+    if is_slurm(launcher) and shutil.which("sbatch") is None:
+        raise Mistake("there is no sbatch on this machine: submit from a login node, or use hydra/launcher=local")
+
+
+def is_slurm(launcher: Mapping[str, Any]) -> bool:
+    return str(launcher.get("_target_", "")).endswith(".Slurm")
+
+
+def gpu_is_there() -> bool:
+    """Whether this machine may have a GPU that PyTorch calls cuda; if it may, PyTorch itself says how many."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    return shutil.which("nvidia-smi") is not None or any(Path(sign).exists() for sign in SIGNS)
+
+
+def _check_devices(experiment: Experiment, *, queued: bool) -> None:
+    asked = experiment.model.devices
+    kind, colon, number = asked.partition(":")
+    is_number = number.isdecimal() and (int(number) > 0 or kind != "cpu")
+    if not (asked == "auto" or (kind in ("cpu", *KINDS) and (not colon or is_number))):
+        nearest = ": did you mean cuda?" if kind in ("gpu", "nvidia", "cude") else ""
+        raise Mistake(
+            f"model.devices must be auto, cpu, cuda or cuda:N, or cpu:N for N processes, got {asked!r}{nearest}"
+        )
+    if queued:
+        return
+    there = gpu_is_there()
+    if kind == "cuda" and not there:
+        raise Mistake(
+            f"model.devices={asked} asks for a GPU, and this machine has none that can be seen (nvidia-smi, /dev, "
+            "CUDA_VISIBLE_DEVICES): use model.devices=auto or cpu"
+        )
+    if not isinstance(experiment.bench, NoBench) and (kind == "cpu" or not there):
+        raise Mistake(
+            f"bench={type(experiment.bench).__name__.lower()} times sparse kernels on a GPU, and this run computes on "
+            "the cpu: use bench=none, or model.devices=cuda on a machine with one"
+        )
+
+
+def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bool) -> None:
+    """Raises OSError or ValueError for a file or folder that is not there, or not what it has to be."""
+    _check_model(experiment.model, weights=not dry)
+    if dry:
+        return
+    texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
+    for group, text in zip(("calibration", "evaluate"), texts, strict=True):
+        if text.path is not None:
+            Rows(Path(text.path), text.column, group)
+    longest = _longest(experiment.model)
+    if longest is not None:
+        for group, text in zip(("calibration", "evaluate"), texts, strict=True):
+            sequence_length(text.length, longest, f"{group}.length")
+    root = Path(experiment.output_root)
+    _check_root(root)
+    if isinstance(experiment.export, ToFolder):
+        check_place(experiment.export.place(root / run_id(settings)))
+
+
+def _check_root(root: Path) -> None:
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise Mistake(f"output_root={root}: {there} is no folder, so that nothing can be written there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Mistake(f"output_root={root}: nothing can be written to {there}")
+
+
+def _place(model: Model) -> Path:
+    return BUILTIN if model.path == "builtin" else Path(model.path).expanduser()
+
+
+def _check_model(model: Model, *, weights: bool) -> None:
+    place = _place(model)
+    if place.is_dir():
+        if weights:
+            shards_of(place)
+    elif place.is_file():
+        if not gguf_file.is_named(place):
+            raise Mistake(
+                f"model.path: {model.path} is a file, and a model is a directory with a config.json or a file that "
+                "ends in .gguf"
+            )
+    elif model.path.startswith(("/", "./", "../", "~")) or model.path.count("/") > 1 or gguf_file.is_named(place):
+        kind = "file" if gguf_file.is_named(place) else "directory"
+        raise FileNotFoundError(f"model.path: there is no {kind} {model.path}")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path):
+        raise Mistake(f"model.path={model.path} is neither a directory nor a name on the Hugging Face hub")
+    elif weights and any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
+        _check_cached(model)
+
+
+def _check_cached(model: Model) -> None:
+    """Raises ConnectionError for a hub model that is not on this machine, where the hub is not to be asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> str | None:
+        found = try_to_load_from_cache(model.path, name, revision=model.revision)
+        return found if isinstance(found, str) else None
+
+    if cached("config.json") is None:
+        if (other := cached("adapter_config.json")) is not None:
+            raise Mistake(adapter(model.path, json.loads(Path(other).read_text())))
+        raise ConnectionError(
+            f"{model.path} is neither a local directory nor in reach on the Hugging Face hub (HF_HUB_OFFLINE is set, "
+            "and it is not in the cache); copy the model here and name its directory: model=hf model.path=DIR"
+        )
+
+
+def _longest(model: Model) -> int | None:
+    """The longest sequence that the configuration names; None if it is not here, or does not say."""
+    config = _place(model) / "config.json"
+    try:
+        if config.is_file():
+            said = json.loads(config.read_text(encoding="utf-8"))
+        else:
+            said = json.loads((ASSETS / "shapes.json").read_text(encoding="utf-8")).get(model.path, {})
+        said = said.get("text_config") or said
+        longest = next((said[name] for name in POSITIONS if isinstance(said.get(name), int) and said[name] > 0), None)
+    except (ValueError, AttributeError, OSError):  # a damaged file: its reader says what is wrong with it
+        return None
+    return None if longest is None else int(longest)

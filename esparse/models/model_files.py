@@ -1,0 +1,82 @@
+"""The files of a local checkpoint by their names; nothing here loads torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# In transformers' order of preference.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+POINTER = b"version https://git-lfs"
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files of weights of a local checkpoint, which are all there.
+
+    Raises FileNotFoundError or ValueError if it lacks one of its files, or holds something else than a model.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(adapter(str(folder), json.loads((folder / "adapter_config.json").read_text())))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model directory: it has no config.json{_other_format(folder)}")
+    _check_no_pointer(folder / "config.json")
+    entry = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    if entry is None:
+        raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin{_other_format(folder)}")
+    shards = [entry]
+    if entry.name.endswith(".index.json"):
+        _check_no_pointer(entry)
+        try:
+            shards = [folder / name for name in sorted(set(json.loads(entry.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{entry} is damaged: it is not the index of a checkpoint ({error!r})") from error
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:3])} ({entry.name} names them)"
+        )
+    for shard in shards:
+        _check_no_pointer(shard)
+    return shards
+
+
+def adapter(asked: str, config: Mapping[str, Any]) -> str:
+    base = config.get("base_model_name_or_path") or "its base model"
+    return (
+        f"{asked} holds an adapter ({config.get('peft_type', 'PEFT')}) of {base}: merge it into that model first "
+        "(peft: merge_and_unload, then save_pretrained), and give the merged model"
+    )
+
+
+def _check_no_pointer(file: Path) -> None:
+    with file.open("rb") as read:
+        if read.read(len(POINTER)) == POINTER:
+            raise ValueError(
+                f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull` or `hf download`"
+            )
+
+
+def _other_format(folder: Path) -> str:
+    """Names files of other formats in the folder, as a hint for the user."""
+    known = {
+        ".gguf": "a GGUF file: name the file itself, model.path=FILE.gguf",
+        ".pth": "weights in the format of the authors' own code (*.pth): give the Hugging Face version of the model",
+        ".h5": "weights of TensorFlow: give the PyTorch version of the model",
+        ".msgpack": "weights of Flax: give the PyTorch version of the model",
+        ".onnx": "weights in ONNX: give the PyTorch version of the model",
+    }
+    there = sorted({file.suffix for file in folder.iterdir()} & set(known))
+    below = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    if there:
+        return f"; it holds {known[there[0]]}"
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    if shards and not (folder / "model.safetensors").exists():
+        return f"; it has {shards[0]}, but neither model.safetensors nor model.safetensors.index.json that names it"
+    return f"; a model lies in its folder {below[0]}: name that one" if below else ""
