@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.cli import registry
 from esparse.cli.call import FAILED, call
 from esparse.cli.earlier import differs
-from esparse.cli.end_of_sweep import print_table
+from esparse.cli.end_of_sweep import print_table, say_places
 from esparse.cli.main import log_to_file, log_to_terminal, quiet_libraries
 from esparse.cli.messages import say_failed, sentence
 from esparse.errors import Mistake
@@ -42,11 +42,12 @@ def carry_out(
     *,
     sweep: Path | None = None,
     to_come: Iterable[tuple[Path, Mapping[str, Any]]] = (),
+    place: str = "",
 ) -> dict[str, Any] | None:
     """Carries out one run unless it is finished already; a failure is written down and does not end a sweep.
 
     Returns its record, None where there is none. `sweep`: the folder of the sweep that this process is a job of.
-    `to_come`: folders and settings of the runs that follow in this process.
+    `to_come`: folders and settings of the runs that follow in this process. `place`: `run 3 of 6`, for people.
     """
     run_id, name = id_of(settings), display_name(settings)
     folder = Path(experiment.output_root) / run_id
@@ -58,7 +59,7 @@ def carry_out(
         return None
     record = None if experiment.rerun else finished(folder)
     if record is None:
-        call.again = _again(settings, to_come)
+        call.again, call.place = _again(settings, to_come), place
         record = _owned_attempt(experiment, settings, sweep, run_id=run_id, name=name, folder=folder)
     elif (why := differs(record, settings)) is not None:
         print(f"esparse: {name} was run before ({folder}), {why}", file=sys.stderr)
@@ -71,6 +72,7 @@ def carry_out(
         call.code = FAILED
     elif not (sweep or call.sweep):
         print_table([record], [])
+        say_places({folder: record})
     return record
 
 
@@ -78,7 +80,8 @@ def carry_out_all(settings: Sequence[dict[str, Any]]) -> None:
     """Carries out runs of this call's sweep one after the other in this process."""
     for i, each in enumerate(settings):
         to_come = ((run_states.folder_of(later), later) for later in settings[i + 1 :])
-        carry_out(registry.rebuilt(each), each, to_come=to_come)
+        place = f"run {i + 1} of {len(settings)}" if len(settings) > 1 else ""
+        carry_out(registry.rebuilt(each), each, to_come=to_come, place=place)
 
 
 def _again(settings: Mapping[str, Any], to_come: Iterable[tuple[Path, Mapping[str, Any]]]) -> bool:
@@ -153,7 +156,7 @@ def _attempt(
     (folder / "result.json").unlink(missing_ok=True)  # a damaged one
     write_json(folder / "status.json", status | {"status": "running"})
     with log_to_file(folder / "run.log"):
-        log.info("%s -> %s", name, folder)
+        log.info("%s%s -> %s", f"{call.place}: " if call.place else "", name, folder)
         try:
             return _run(experiment, settings, status, folder)
         except Exception as error:
@@ -176,7 +179,7 @@ def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any
     from esparse.run.measure import dense_known  # torch is loaded from here on
 
     devices = experiment.devices()
-    asked = {"run_id": status["id"], "name": status["name"], "config": settings, "folder": folder}
+    asked = {"run_id": status["id"], "name": status["name"], "config": settings, "folder": folder, "place": call.place}
     if len(devices) == 1:
         quiet_libraries()
         record = one_run.run(experiment, **asked, again=call.again)

@@ -15,7 +15,7 @@ class Call:
     `begun`: a run has begun, so that what goes wrong is no mistake on the command line. `sweep`: its name. `runs`: of
     a sweep, as they were checked: overrides -> resolved settings. `submitted`: they are in a queue, and are not waited
     for. `preempted`: the job of this process is about to be put back into the queue. `again`: the next run of this
-    process prunes the same model.
+    process prunes the same model. `place`: which run of a sweep is at work, in words.
     """
 
     code: int = FINISHED
@@ -25,6 +25,7 @@ class Call:
     submitted: bool = False
     preempted: bool = False
     again: bool = False
+    place: str = ""
 
 
 call = Call()

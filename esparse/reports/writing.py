@@ -22,8 +22,17 @@ if TYPE_CHECKING:
 MISSING = {"failed": "red", "not finished": "yellow"}
 
 
-def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]] = ()) -> Rich:
-    """The table for the terminal; below it the runs that it lacks, as (one of MISSING, name, why)."""
+# What a narrow terminal does without, the first one first; endings of columns that have the corpus's name in front.
+SPARED = ("host MiB", "device MiB", "kept", "seconds", "density", "error", " ratio", " ppl dense", " dense")
+
+
+def runs_table(
+    records: Sequence[Record], missing: Sequence[tuple[str, str, str]] = (), *, width: int | None = None
+) -> Rich:
+    """The table for the terminal; below it the runs that it lacks, as (one of MISSING, name, why).
+
+    A table that would be wider than `width` leaves out columns of SPARED, and says which.
+    """
     from rich import box
     from rich.table import Table as Rich
     from rich.text import Text
@@ -38,16 +47,35 @@ def runs_table(records: Sequence[Record], missing: Sequence[tuple[str, str, str]
         return table
     line, columns, right, rows = cells(table_of(records))
     table.title = Text(line) if line else None
-    for i, column in enumerate(columns):
-        whole = max(len(row[i]) for row in rows) if right[i] or column == "id" else None  # never break a number
+    widths = [_longest_word([column, *(row[i] for row in rows)]) for i, column in enumerate(columns)]
+    spared = _spared(columns, widths, width)
+    shown = [i for i, column in enumerate(columns) if column not in spared]
+    for i in shown:
         justify: Any = "right" if right[i] else "left"
-        table.add_column(Text(column), justify=justify, overflow="fold", min_width=whole)
+        table.add_column(Text(columns[i]), justify=justify, overflow="fold", min_width=widths[i])
     for row in rows:
-        table.add_row(*map(Text, row))
-    if missing:
-        lines = [Text(f"{what}: {name}: {why}", style=MISSING[what]) for what, name, why in missing]
+        table.add_row(*(Text(row[i]) for i in shown))
+    lines = [Text(f"{what}: {name}: {why}", style=MISSING[what]) for what, name, why in missing]
+    if spared:
+        lines.append(Text(f"not shown on {width} columns: {', '.join(spared)} (python -m esparse.tables shows all)"))
+    if lines:
         table.caption = Text("\n").join(lines)
     return table
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max(len(word) for text in texts for word in (text.split() or [""]))
+
+
+def _spared(columns: Sequence[str], widths: Sequence[int], most: int | None) -> list[str]:
+    """The columns that are left out so that the others fit without a broken word."""
+    left = dict(zip(columns, widths, strict=True))
+    for ending in SPARED:
+        for column in [column for column in left if column == ending or (ending[0] == " " and column.endswith(ending))]:
+            if most is None or sum(left.values()) + len(left) - 1 <= most:
+                return [column for column in columns if column not in left]
+            del left[column]
+    return [column for column in columns if column not in left]
 
 
 def markdown_of(table: Table, *, best: bool = False) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esparse.bench import NoBench
+from esparse.export import NoExport
 from esparse.parallel.ranks import Ranks
 from esparse.records import audit
 from esparse.records.report import write_json
@@ -26,11 +28,12 @@ def run(
     folder: Path,
     ranks: Ranks | None = None,
     again: bool = False,
+    place: str = "",
 ) -> dict[str, Any]:
     """Prunes one model, measures it before and after, and leaves the record in `folder`; returns the record.
 
     If there are several ranks, each calls it; the first one writes the files. `again`: the next run of this process
-    prunes the same model.
+    prunes the same model. `place`: which run of a sweep it is, for the progress bar.
     """
     ranks, method = ranks or Ranks(), experiment.method()
     device = experiment.model.all_devices()[ranks.rank]
@@ -44,7 +47,7 @@ def run(
     with (
         journal,
         tracking.run(run_id=run_id, name=name, config=config, folder=folder) as sink,
-        Progress(len(inputs.blocks.blocks), shown=ranks.leads) as progress,
+        Progress(len(inputs.blocks.blocks), shown=ranks.leads, run=place) as progress,
     ):
         measuring = Measuring(experiment, inputs, clock.stages, progress)
         dense = measuring.dense(run_id, journal, anew=experiment.rerun)
@@ -55,6 +58,8 @@ def run(
         peaks = ranks.gather(peak_mib(device))
         if not ranks.leads or inputs.sources is None:
             return {}
+        if not isinstance(experiment.bench, NoBench):
+            progress.stage("timing dense against sparse")
         timed = time_products(experiment, inputs, pruned, clock.stages)
         losses = {"dense": dense.losses, "pruned": after.losses}
         mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, inputs.tokens_SL, losses, pruned.channels)
@@ -72,6 +77,8 @@ def run(
             peaks=peaks,
         )
         record |= timed
+        if not isinstance(experiment.export, NoExport):
+            progress.stage("exporting")
         record |= export_model(experiment, inputs, pruned, record, folder=folder, clock=clock, journal=journal)
         sink.finish(record)
         write_json(folder / "result.json", record)

@@ -47,7 +47,7 @@ class Measuring:
 
     def dense(self, run_id: str, journal: Journal, *, anew: bool) -> Quality:
         """The dense model's quality, measured now, by an earlier attempt, or by an earlier run of this process."""
-        shares, ranks = self._shares(), self.inputs.blocks.ranks
+        shares, ranks = self._shares("dense"), self.inputs.blocks.ranks
         known = ranks.from_first(journal.dense)
         if known is None:
             zeroshot = self.experiment.zeroshot
@@ -65,7 +65,7 @@ class Measuring:
     def pruned(self) -> Quality:
         """The pruned model's quality."""
         losses, scores = self._quality("pruned")
-        return Quality(losses, scores, self._shares())
+        return Quality(losses, scores, self._shares("pruned"))
 
     def report(self, dense: Quality, pruned: Quality) -> dict[str, Any]:
         """The sections of the record that say what was measured."""
@@ -103,17 +103,22 @@ class Measuring:
                 for corpus, windows_WL in inputs.windows.items()
             }
         with self.stages("zeroshot"):
-            on_block = evaluating(f"{which} on tasks")
             zeroshot = self.experiment.zeroshot
+            on_block = evaluating(f"{which} on tasks") if inputs.tasks.get("tasks") else _unseen
             return losses, zeroshot.measure(inputs.tasks, inputs.blocks, inputs.tokenizer, inputs.longest, on_block)
 
-    def _shares(self) -> zeros.Shares:
+    def _shares(self, which: str) -> zeros.Shares:
         """Zeros and near zeros on some of the calibration sequences, if `profile` asks for them."""
         blocks, tokens_SL = self.inputs.blocks, self.inputs.tokens_SL
         with self.stages("profile"):
             if not self.experiment.profile:
                 return {}
+            self.progress.stage(f"looking at the {which} model's zeros")
             return blocks.ranks.from_first(lambda: zeros.shares(blocks, tokens_SL))
+
+
+def _unseen(index: int) -> None:
+    """Nothing is shown of what is not asked for."""
 
 
 def digests(tokens: Mapping[str, Tensor]) -> dict[str, str]:

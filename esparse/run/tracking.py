@@ -291,6 +291,8 @@ class _WandbSink(Sink):
                 in_sweep = self._settings.group is not None  # which says it once for all
                 level = logging.DEBUG if in_sweep else logging.INFO
                 logger.log(level, "to upload this run to W&B: %s", _sync_command(run))
+            elif run.url:
+                logger.info("W&B: %s", run.url)
         except TimeoutError:
             logger.warning(
                 "W&B did not take the whole run within %g s; to upload the rest: %s",
