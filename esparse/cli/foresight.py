@@ -43,9 +43,9 @@ def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool =
     `queued`: it is carried out on another machine, whose devices are not known here, and whose files may be others:
     what is not found here is then said, and no mistake.
     """
-    _check_devices(experiment, queued=queued or experiment.dry_run)
+    _check_devices(experiment, queued=queued or bool(experiment.dry_run))
     try:
-        _check_files(experiment, settings, dry=experiment.dry_run)
+        _check_files(experiment, settings, dry=bool(experiment.dry_run))
     except (OSError, ValueError) as error:
         folder = Path(experiment.output_root) / run_id(settings)
         if not experiment.rerun and finished(folder) is not None:

@@ -16,7 +16,7 @@ from esparse.cli.call import FAILED, MISTAKE, call
 from esparse.cli.help_text import store_not_copied
 from esparse.cli.hydra_errors import explained
 from esparse.cli.messages import sentence
-from esparse.cli.typed_words import arranged, check, doubled, without_no_method
+from esparse.cli.typed_words import arranged, check, doubled, in_hydras_words
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
@@ -28,7 +28,7 @@ def exit_code(main: Callable[[], Any]) -> int:
     """Runs Hydra's main function; 2 if it stopped at the command line, 1 if a run failed, else 0."""
     log_to_terminal()
     try:
-        sys.argv[1:] = words = without_no_method(arranged(sys.argv[1:]))
+        sys.argv[1:] = words = in_hydras_words(arranged(sys.argv[1:]))
         check(words)
         for sentence_ in doubled(words):
             log.warning("%s", sentence_)

@@ -66,9 +66,10 @@ def check(words: Sequence[str]) -> None:
             raise Mistake(f"{group} takes one of its options, not {option}{other}")
 
 
-def without_no_method(words: Sequence[str]) -> list[str]:
-    """method=null asks for none, which Hydra has no word for."""
-    return [word for word in words if word not in ("method=null", "method=none")]
+def in_hydras_words(words: Sequence[str]) -> list[str]:
+    """method=null asks for none, which Hydra has no word for; dry_run.device=a100 is dry_run=a100."""
+    kept = [word for word in words if word not in ("method=null", "method=none")]
+    return [re.sub(r"^dry_run\.device=", "dry_run=", word) for word in kept]
 
 
 def doubled(words: Sequence[str]) -> list[str]:

@@ -331,10 +331,11 @@ def _stamps(files: Iterable[Path]) -> list[str]:
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(files)]
 
 
-def shape_only(model: Model) -> PreTrainedModel:
+def shape_only(model: Model, device: torch.device | None = None) -> PreTrainedModel:
     """The model on the meta device, built from its configuration alone, without weights.
 
-    If the hub cannot be reached, uses the shapes that come with esparse (assets/shapes.json), and the log says so.
+    The configuration is that of the directory or of the hub's cache, else the shape that comes with esparse
+    (assets/shapes.json), and the log says so, else the hub's. `device`: where it would compute; None: as `model` says.
     Raises as `load` does if there is no configuration.
     """
     import torch
@@ -342,15 +343,18 @@ def shape_only(model: Model) -> PreTrainedModel:
 
     place = _place(model)
     path = str(place.parent if place.is_file() else place)
+    config = None
+    if not Path(path).is_dir():
+        with contextlib.suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(path, local_files_only=True, **_where(model))
+        if config is None and (config := published_config(model.path)) is not None:
+            log.info("%s is not in the cache: its published shape is used as its configuration", model.path)
     try:
-        config = AutoConfig.from_pretrained(path, **_where(model))
+        config = config or AutoConfig.from_pretrained(path, **_where(model))
     except (OSError, ValueError) as error:
-        config = None if Path(path).is_dir() else published_config(model.path)
-        if config is None:
-            raise explained(model.path, Path(path).is_dir(), error) from error
-        log.info("%s cannot be reached: its published shape is used as its configuration", model.path)
+        raise explained(model.path, Path(path).is_dir(), error) from error
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or torch.float32
-    if _is_slow(model, dtype):
+    if _is_slow(model, dtype, device):
         dtype = torch.float32
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -370,11 +374,11 @@ def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:
     return loaded.float() if _is_slow(model, loaded.dtype) else loaded
 
 
-def _is_slow(model: Model, dtype: torch.dtype) -> bool:
+def _is_slow(model: Model, dtype: torch.dtype, device: torch.device | None = None) -> bool:
     """Whether `dtype=auto` would mean float16 on a CPU, which is slow and imprecise there, so float32 is used."""
     import torch
 
-    return model.dtype == "auto" and model.device().type == "cpu" and dtype == torch.float16
+    return model.dtype == "auto" and (device or model.device()).type == "cpu" and dtype == torch.float16
 
 
 def longest_sequence(model: PreTrainedModel) -> int:

@@ -2,25 +2,34 @@
 
 The model is built of fake tensors, which have a shape and no memory, so that a model of any size is planned anywhere.
 Bytes of weights, hidden states and statistics are counted on these tensors. What is only estimated says so: the
-tensors inside a block while it runs. What an update or a training needs beside that is not in the plan.
+tensors inside a block while it runs, and seconds (esparse/run/duration.py). What a shuffle, an update or a training
+needs beside that is not in the plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from esparse.data.corpora import HUB
+from esparse.data.windows import Perplexity
 from esparse.models import host_memory
 from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
 from esparse.prepare import NoPreparation
 from esparse.pruning.method import Method
+from esparse.run.duration import Rates, Work, measured, published
+from esparse.run.progress import clock
 from esparse.run.settings import Experiment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
 
@@ -53,6 +62,8 @@ class Plan:
     on_disk: bool  # whether hidden states wait on the disk
     on_cpu: bool
     ranks: int  # processes that share the sequences
+    work: Work
+    rates: Rates | None = None  # of the machine that it is planned for; None: nothing is said of time
 
     def peaks(self) -> dict[str, tuple[int, int]]:
         """Host (of all processes) and device (of one) at each stage; on a CPU all is the host's."""
@@ -90,22 +101,82 @@ class Plan:
         for stage, (host, device) in self.peaks().items():
             on_device = "" if self.on_cpu else f", device about {_gib(device)}"
             lines.append(f"  peak, {stage:13} host about {_gib(host)}{on_device}")
+        lines += self._times()
         lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
         return "\n".join(lines)
 
+    def _times(self) -> list[str]:
+        """The lines about arithmetic and seconds."""
+        work, rates = self.work, self.rates
+        parts = {"calibration": work.calibration, "statistics": work.statistics, "evaluation": work.evaluation}
+        counted = ", ".join(f"{part} {flop / 1e12:,.2f}" for part, flop in parts.items() if flop)
+        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in forward passes: {counted}"]
+        if work.not_counted:
+            lines.append(
+                f"                      not counted: {', '.join(work.not_counted)}, whose text is not read yet"
+            )
+        if rates is None:
+            return [*lines, "  time                not estimated: dry_run=a100 plans for a GPU by name"]
+        how = f"{rates.arithmetic / 1e12:,.4g} TFLOP/s and {rates.copy / 1e9:,.4g} GB/s"
+        seconds = clock(rates.seconds(work) / (1 if rates.source else self.ranks))
+        if rates.source is None:
+            lines.append(
+                f"  time                about {seconds} for these on {rates.name} (estimated from {how}, measured)"
+            )
+        else:
+            lines.append(
+                f"  time                {seconds} at least for these on one {rates.name}: estimated from {how},"
+            )
+            lines.append(f"                      the published rates ({rates.source}), which no program reaches")
+        if rates.memory is not None and not self.on_cpu:
+            need = max(device for _, device in self.peaks().values())
+            fits = "fits into" if need < rates.memory else "does not fit into"
+            lines.append(f"  memory              the largest peak {fits} its {rates.memory / 2**30:,.1f} GiB")
+        return lines
+
 
 def dry_run(experiment: Experiment, *, name: str) -> str:
-    """What the run would take, in words; nothing is loaded but the model's configuration."""
-    calibration = experiment.calibration
-    return plan(
-        experiment.model,
+    """What the run would take, in words; nothing is loaded but the model's configuration.
+
+    For this machine, or for the GPU that `dry_run` names.
+    """
+    calibration, evaluate, model = experiment.calibration, experiment.evaluate, experiment.model
+    elsewhere = experiment.dry_run is not True or (
+        model.devices.startswith("cuda") and not torch.cuda.is_available()
+    )  # the devices of this machine say nothing then
+    made = plan(
+        model,
         experiment.method(),
         display_name=name,
         sequences=calibration.sequences,
         length=calibration.length,
-        window=experiment.evaluate.length,
-        ranks=len(experiment.devices()),
-    ).text()
+        window=evaluate.length,
+        ranks=1 if elsewhere else len(experiment.devices()),
+        device="cuda" if elsewhere else None,
+        evaluated=_evaluated(evaluate),
+    )
+    if experiment.dry_run is not True:
+        return replace(made, rates=published(str(experiment.dry_run))).text()
+    if elsewhere:
+        return made.text()
+    device = model.device()
+    dtype = torch.float32 if device.type == "cpu" and model.dtype == "auto" else _dtype(model)
+    return replace(made, rates=measured(device, dtype)).text()
+
+
+def _dtype(model: Model) -> torch.dtype:
+    return torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
+
+
+def _evaluated(evaluate: Perplexity) -> dict[str, int | None]:
+    """How many tokens of each corpus are measured; None where that is not known before it is read."""
+    known: dict[str, int | None] = {}
+    for corpus in evaluate.corpora:
+        text = HUB.get(corpus, {}).get("evaluation")
+        windows = text.most_windows * (evaluate.length or USUAL_LENGTH) if text and text.most_windows else None
+        limits = [limit for limit in (evaluate.max_tokens, windows) if limit is not None]
+        known[evaluate.name(corpus)] = min(limits) if limits else None
+    return known
 
 
 def plan(
@@ -117,13 +188,17 @@ def plan(
     length: int | None,
     window: int | None,
     ranks: int = 1,
+    device: str | None = None,
+    evaluated: Mapping[str, int | None] | None = None,
 ) -> Plan:
     """The plan of a run with so many calibration sequences; `length` and `window` None: what the model takes.
 
-    `ranks`: the processes that they are dealt out to.
+    `ranks`: the processes that they are dealt out to. `device`: the kind that it is planned for; None: this machine's.
+    `evaluated`: tokens of each corpus, None where they are not known.
     """
+    target = torch.device(device) if device else model.device()
     with FakeTensorMode():
-        skeleton = shape_only(model)
+        skeleton = shape_only(model, target)
         prefix, blocks = find_blocks(skeleton)
         groups = _groups(skeleton, blocks[0], model.skip)
         statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
@@ -136,7 +211,7 @@ def plan(
     at_once = (
         1
         if method.sequences_at_once() == 1
-        else max(1, min(-(-sequences // ranks), model.tokens_at_once(model.all_devices()[0]) // length))
+        else max(1, min(-(-sequences // ranks), model.tokens_at_once(target) // length))
     )
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     stream, free = sequences * length * hidden, host_memory.free_host_bytes()
@@ -159,9 +234,68 @@ def plan(
         passes=_passes(method),
         streams_weights=model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2),
         on_disk=model.activations == "disk" or (model.activations == "auto" and stream > free / 4),
-        on_cpu=model.device().type == "cpu",
+        on_cpu=target.type == "cpu",
         ranks=ranks,
+        work=_work(
+            skeleton,
+            blocks,
+            groups,
+            method,
+            tokens=sequences * length,
+            length=length,
+            window=window or longest,
+            at_once=at_once,
+            evaluated=evaluated or {},
+        ),
     )
+
+
+def _work(
+    skeleton: PreTrainedModel,
+    blocks: nn.ModuleList,
+    groups: list[tuple[int, int]],
+    method: Method,
+    *,
+    tokens: int,
+    length: int,
+    window: int,
+    at_once: int,
+    evaluated: Mapping[str, int | None],
+) -> Work:
+    """The forward passes' arithmetic: two FLOP for each weight and token, four for each pair of tokens and channel."""
+    config, element = skeleton.config.get_text_config(), skeleton.dtype.itemsize
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim > 1]
+    share = _experts_share(config)
+    active = sum(p.numel() if p.ndim == 2 else round(p.numel() * share) for p in matrices)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    passes = _passes(method)
+
+    def forward(count: int, span: int) -> int:
+        return count * (2 * active + len(blocks) * 4 * span * width)
+
+    head = skeleton.get_input_embeddings().weight.numel()  # as large as the head
+    known = [count for count in evaluated.values() if count is not None]
+    grams = sum(inputs**2 for inputs, _ in groups) if "gram" in method.collects() else 0
+    inside = sum(outputs for _, outputs in groups) + 2 * config.hidden_size
+    batches = max(1, tokens // (at_once * length))
+    return Work(
+        calibration=passes * forward(tokens, length),
+        statistics=2 * tokens * grams * len(blocks),
+        evaluation=2 * sum(forward(count, window) + 2 * count * head for count in known),
+        moved=passes
+        * len(blocks)
+        * (batches * sum(p.nbytes for p in blocks[0].parameters()) + 2 * tokens * inside * element),
+        not_counted=tuple(corpus for corpus, count in evaluated.items() if count is None),
+    )
+
+
+def _experts_share(config: Any) -> float:
+    """Of a layer of experts the share that a token passes through; 1 where the configuration does not say."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, chosen / experts) if experts and chosen else 1.0
 
 
 def _passes(method: Method) -> int:

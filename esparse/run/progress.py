@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,8 +11,17 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from esparse.records.report import LayerReport
 
@@ -19,6 +29,13 @@ log = logging.getLogger("esparse")
 
 ALL_STEPS = 1e9  # seconds over which the bar takes its mean: a block may take minutes, and rich's own are 30
 LINE_EVERY_S = 30.0  # between two lines about one measurement
+
+
+class _Steps(MofNCompleteColumn):
+    """Nothing where nobody counts the steps."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text("")
 
 
 class Progress:
@@ -33,8 +50,8 @@ class Progress:
         self._console = Console(file=sys.stderr)  # as it is now: others may be silenced meanwhile
         self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            _Steps(),
             TimeElapsedColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[layer]}"),
@@ -45,6 +62,7 @@ class Progress:
         )
         self._level = logging.DEBUG if self._console.is_terminal else logging.INFO
         self._task: TaskID | None = None
+        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._layers: list[LayerReport] = []
         self._block = 0
         self._began = 0.0  # when the first layer of this stage was done
@@ -53,9 +71,15 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        if not self._bar.disable:  # lines of the log then come above the bar, not into it
+            handlers = [handler for handler in log.handlers if type(handler) is logging.StreamHandler]
+            self._streams = [(handler, handler.setStream(sys.stderr)) for handler in handlers]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handler, stream in self._streams:
+            if stream is not None:
+                handler.setStream(stream)
         self._bar.stop()
 
     def stage(self, name: str) -> None:
@@ -97,7 +121,7 @@ class Progress:
             self.block_done(at=block)
             self._block = block
         self._layers.append(layer)
-        self._update(completed=block, layer=layer.name)
+        self._update(completed=block, layer=_short(layer.name))
 
     def block_done(self, at: int | None = None) -> None:
         """Logs the block whose layers came in. `at`: the block that is at work now; None: it was the last one."""
@@ -143,3 +167,8 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(name: str) -> str:
+    """The layer's name inside its block: self_attn.v_proj."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esparse import patterns
 from esparse.allocations import Allocation
@@ -22,6 +22,7 @@ from esparse.prepare import Prepare
 from esparse.pruning.method import Method
 from esparse.quantise import Quantise
 from esparse.recoveries import Recovery
+from esparse.run.duration import gpus
 from esparse.run.tracking import Tracking
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.updates import Update
@@ -72,8 +73,11 @@ class Experiment:
     rerun: bool  # repeat a finished run
     # Without snapshots, a continued run first runs all finished blocks once more
     snapshot_seconds: float | None  # between snapshots, from which a stopped run continues; None: none
-    # From the model's configuration alone, for the named models also without internet
-    dry_run: bool  # only print what the run would need: bytes, peak memory by stage, passes
+    # From the model's configuration alone, for the named models also without internet: bytes, peak memory by stage,
+    # passes, FLOP, and seconds from this machine's rates, which are measured in one second. With the name of a GPU
+    # (`a100`, `a100-40gb`, `h100`, `h100-pcie`, `h200`, `l40s`, `l4`, `a10`, `v100`, `rtx4090`, `mi300x`) the plan is for
+    # that GPU, here or not, at its published rates
+    dry_run: Any  # `true`, or the name of a GPU: only print what the run would need
 
     def __post_init__(self) -> None:
         self.output_root = expanded(self.output_root)
@@ -92,6 +96,9 @@ class Experiment:
             )
         if self.snapshot_seconds is not None and not self.snapshot_seconds >= 0:
             raise Mistake(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
+
+        if not isinstance(self.dry_run, bool) and self.dry_run not in (known := gpus()):
+            raise Mistake(f"dry_run must be true, false or a GPU ({', '.join(known)}), got {self.dry_run!r}")
 
     def devices(self) -> list[torch.device]:
         """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""

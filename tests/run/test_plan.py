@@ -11,11 +11,13 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from esparse.cli import foresight
 from esparse.metrics.wanda import Wanda
 from esparse.models import host_memory
 from esparse.models.load import ASSETS
 from esparse.patterns import NM
 from esparse.pruning.method import Method
+from esparse.run.duration import Work, gpus, measured, published
 from esparse.run.plan import Plan, plan
 from esparse.shuffles import NoShuffle
 from esparse.updates.obs import Obs
@@ -140,6 +142,54 @@ def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> No
     done = launch(*args)
     assert done.returncode == 0, done.stderr
     assert "65,285,660,672 in 80 blocks" in done.stdout
-    assert "huggyllama/llama-65b cannot be reached: its published shape is used" in done.stderr
+    assert "huggyllama/llama-65b is not in the cache: its published shape is used" in done.stderr
     assert "peak, prune a block" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_arithmetic_is_what_is_counted_by_hand(tmp_path: Path) -> None:
+    config, tokens = PUBLISHED["llama-65b"], 128 * 2048
+    matrices = 80 * (4 * 8192**2 + 3 * 8192 * 22016)
+    got = planned(tmp_path, config).work
+    assert got.calibration == 2 * tokens * (2 * matrices + 80 * 4 * 2048 * 8192)  # two passes
+    assert (got.statistics, got.evaluation) == (0, 0)
+    with_gram = Method(
+        metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), update=Obs(mask="start", damp=0.01, block=128)
+    )
+    grams = 80 * (3 * 8192**2 + 22016**2)
+    assert planned(tmp_path, config, with_gram).work.statistics == 2 * tokens * grams
+
+
+def test_of_experts_only_those_that_a_token_meets_are_counted(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    model.config.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    one, two = ({**text, "num_experts_per_tok": chosen} for chosen in (1, 2))
+    more = planned(tmp_path, two).work.calibration - planned(tmp_path, one).work.calibration
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    assert more == 2 * 128 * 2048 * 2 * experts // text["num_local_experts"]
+
+
+def test_a_gpu_by_name_is_planned_for_at_its_published_rates(tmp_path: Path) -> None:
+    work = Work(calibration=312 * 10**12, statistics=0, evaluation=624 * 10**12, moved=2039 * 10**9)
+    assert published("a100").seconds(work) == pytest.approx(1 + 2 + 1)
+    for name, said in gpus().items():
+        assert said["source"] and published(name).arithmetic > 5e13, name
+    done = launch("model=llama-7b", "calibration=c4", "evaluate=paper", "dry_run.device=a100")
+    assert done.returncode == 0, done.stderr
+    assert "at least for these on one A100 80GB SXM: estimated from 312 TFLOP/s and 2,039 GB/s" in done.stdout
+    assert "not counted: wikitext2, ptb" in done.stdout
+    assert "the largest peak fits into its 74.5 GiB" in done.stdout
+    assert launch("dry_run=a1000").returncode == 2
+
+
+def test_what_this_machine_does_is_measured() -> None:
+    rates = measured(torch.device("cpu"), torch.float32)
+    assert rates.source is None and rates.arithmetic > 1e8 and rates.copy > 1e7
+
+
+@pytest.mark.skipif(foresight.gpu_is_there(), reason="plans for the GPU that is here")
+def test_a_gpu_that_is_not_here_can_be_planned_for_without_its_name() -> None:
+    done = launch("model=llama-7b", "model.devices=cuda", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "device about" in done.stdout and "time                not estimated" in done.stdout
