@@ -75,8 +75,8 @@ class Experiment:
     snapshot_seconds: float | None  # between snapshots, from which a stopped run continues; None: none
     # From the model's configuration alone, for the named models also without internet: bytes, peak memory by stage,
     # passes, FLOP, and seconds from this machine's rates, which are measured in one second. With the name of a GPU
-    # (`a100`, `a100-40gb`, `h100`, `h100-pcie`, `h200`, `l40s`, `l4`, `a10`, `v100`, `rtx4090`, `mi300x`) the plan is for
-    # that GPU, here or not, at its published rates
+    # (`a100`, `a100-40gb`, `h100`, `h100-pcie`, `h200`, `l40s`, `l4`, `a10`, `v100`, `rtx4090`, `mi300x`) the plan is
+    # for that GPU, here or not, at its published rates
     dry_run: Any  # `true`, or the name of a GPU: only print what the run would need
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-
 import pytest
 
 from esparse.records.report import LayerReport
@@ -13,11 +11,11 @@ from esparse.run.progress import Progress, clock
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the lines see, which a test moves on."""
     time = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
-    yield time
+    return time
 
 
 @pytest.fixture
