@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from esparse.pruning.method import Method
 from esparse.run.duration import Rates, Work, measured, published
 from esparse.run.progress import clock
 from esparse.run.settings import Experiment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
 
@@ -251,7 +248,7 @@ def plan(
 
 
 def _work(
-    skeleton: PreTrainedModel,
+    skeleton: Any,
     blocks: nn.ModuleList,
     groups: list[tuple[int, int]],
     method: Method,
