@@ -220,6 +220,10 @@ def test_blocks_as_rows_by_hand() -> None:
     assert [(row["block"], row["value"]) for row in rows] == [(0, 0.1), (1, 0.2), (10, 1.1)]
     kept = rows_of([furnished("a", metric="wanda"), furnished("b", metric="ria")], "kept")
     assert list(kept) == ["tiny, 2:4, ria", "tiny, 2:4, wanda"]
+    shuffled = furnished("c", metric="ria")
+    shuffled["config"]["choices"]["shuffle"] = "gns"
+    (rows,) = rows_of([furnished("b", metric="ria"), shuffled], "kept").values()
+    assert {row["method"]: row["label"] for row in rows} == {"ria": "metric alone", "ria + gns": "gns"}
 
 
 def test_latency_and_work_as_rows_by_hand() -> None:
@@ -417,16 +421,27 @@ def test_a_row_folds_out(browser: Any) -> None:
     assert not browser.find_elements("css selector", "tr.details")
 
 
-def test_what_differs_between_ticked_runs(browser: Any) -> None:
-    look(browser, whole_page())
-    for run in ("a1", "b2"):
-        browser.find_element("css selector", f"tr[data-runs={run}] input").click()
+def test_what_differs_between_ticked_runs(browser: Any, tmp_path: Path) -> None:
+    runs = [record("a", pruned=9.5), record("b", pruned=11.0, pattern="4:8"), record("c", metric="entropy")]
+    for run, value in zip(runs, (0.9, 0.5, 0.1), strict=True):
+        run["layers"] = [{"kept_score": value}]
+    (tmp_path / "p.html").write_text(html(runs, title="x"), encoding="utf-8")
+    look(browser, tmp_path / "p.html")
     place = browser.find_element("css selector", "#differences")
-    rows = [row.text for row in place.find_elements("css selector", "tbody tr")]
-    assert "setting metric entropy wanda" in rows and "measured builtin ppl pruned 100.00 9.50" in rows
+
+    def ticked(run: str) -> list[str]:
+        browser.find_element("css selector", f"tr[data-runs={run}] input").click()
+        return [row.text for row in place.find_elements("css selector", "tbody tr")]
+
+    assert ticked("a") == [] and place.text == "Tick another run to see what differs between the two."
+    rows = ticked("b")
+    assert {"setting pattern 2:4 4:8", "measured builtin ppl pruned 9.50 11.00", "measured kept 0.9000 0.5000"} < set(
+        rows
+    )
+    ticked("b")
+    rows = ticked("c")  # of another metric, and behind `a` in the table
+    assert "setting metric entropy wanda" in rows or "setting metric wanda entropy" in rows
     assert not any(" kept " in row for row in rows) and "Kept scores are left out" in place.text
-    browser.find_element("css selector", "tr[data-runs=a1] input").click()
-    assert place.text == "Tick another run to see what differs between the two."
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -9,7 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -23,7 +23,7 @@ class Sweep(BaseHTTPRequestHandler):
     """As much of a W&B server as an agent needs: one sweep, whose runs are handed out one after the other."""
 
     config = ""
-    runs: list[dict[str, Any]] = []
+    runs: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")

@@ -161,6 +161,11 @@ def _rest(method: str) -> str:
     return method[len(_metric(method)) :]
 
 
+def beside_metric(method: str) -> str:
+    """How a legend calls a method where its metric is known."""
+    return _rest(method).strip(" +,") or "metric alone"
+
+
 def places(methods: Sequence[str]) -> dict[str, tuple[int, int]]:
     """The number of each method's color and of its marker: a color per metric, a shape per shuffle and the rest."""
     metrics = list(dict.fromkeys(map(_metric, methods)))

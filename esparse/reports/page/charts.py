@@ -15,7 +15,7 @@ from typing import Any
 
 from esparse.reports.figures.bits import family, quantiser
 from esparse.reports.figures.curves import block_of, kernel_name, named_runs, timed_rows, work_of
-from esparse.reports.figures.plots import places
+from esparse.reports.figures.plots import beside_metric, places
 from esparse.reports.page import marks
 from esparse.reports.page.run_facts import shortened
 from esparse.reports.reading import Record, at, keys
@@ -126,7 +126,8 @@ def _along_depth(records: Sequence[Record], what: str, title: str, few: Few, *, 
             if (value := layer.get(what)) is not None and math.isfinite(value):
                 of_block.setdefault(block_of(layer.get("name") or ""), []).append(value)
         for block, values in sorted(of_block.items()):
-            row = {"run": run.id, "method": run.method, "label": run.method, "style": style[run.method]}
+            label = beside_metric(run.method) if by_metric else run.method
+            row = {"run": run.id, "method": run.method, "label": label, "style": style[run.method]}
             charts.setdefault(name, []).append(row | {"block": block, "value": shortened(_mean(values))})
     spec = marks.along_depth(title, shared=not by_metric)
     return Group([Chart(name, rows, spec) for name, rows in charts.items()], few, [] if by_metric else ["value"])

@@ -24,9 +24,9 @@ HERE = Path(__file__).parent
 # What columns mean: the end of their names, and what stands on the page.
 MEANINGS = {
     "density": "Share of the weights of the pruned layers that survive, as counted on them.",
-    " ppl dense": "Perplexity of the model before pruning, in the same run: the exponential of the mean negative "
-    "log-likelihood of a token of the text. Lower is better.",
-    " ppl pruned": "The same of the pruned model.",
+    " ppl dense": "Perplexity of the model before pruning, measured in the same run.",
+    " ppl pruned": "Perplexity of the pruned model on that text: the exponential of the mean negative log-likelihood "
+    "of a token. Lower is better.",
     " ratio": "Pruned over dense perplexity: 1 is as good as the dense model.",
     "error": "Mean over the layers of ‖X(W − W′)ᵀ‖ / ‖XWᵀ‖: how far the outputs of a pruned layer (weights W′) are "
     "from those of the dense one (W) for the same inputs X, on calibration tokens. 0: no difference; 1: as large as "
