@@ -70,6 +70,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
         *_share(sparsity),
+        *_grid(record),
         f"- {choices}",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",
@@ -103,6 +104,22 @@ def _numbers(record: dict[str, Any]) -> list[str]:
         for corpus, of in record["quality"].items()
     ]
     return [*head, *rows, ""]
+
+
+def _grid(record: dict[str, Any]) -> list[str]:
+    """To what kept values were rounded; nothing if they were not."""
+    asked = record["config"].get("quantise") or {}
+    option = record["config"]["choices"].get("quantise")
+    if not acts("quantise", option):
+        return []
+    group = "a row" if asked.get("group") is None else f"{asked['group']} columns of a row"
+    zero = "" if asked.get("symmetric", True) else " and one zero point"
+    bits = f"{record['memory']['bits_per_weight']:.3f}"
+    return [
+        f"- every kept value is one of {option}'s levels times a scale, with one {asked['scale']} scale{zero} for {group}, "
+        f"in the order in which groups were cut; as codes a weight takes {bits} bits, and here the values are stored in "
+        "the checkpoint's precision"
+    ]
 
 
 def _share(sparsity: dict[str, Any]) -> list[str]:

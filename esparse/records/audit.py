@@ -6,6 +6,9 @@ the metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only w
 that stands at each place when the pattern's groups are cut.
 channels.safetensors (only with profile=true): `entropy/LAYER` (nats), `norm/LAYER` (root mean square) and `score/LAYER`
 (mean of a column), float32, of each input channel in its own order; LAYER is the first of the layers that read it.
+scales.safetensors (only of a quantised run): by what codes become values, columns in the order of orders.safetensors:
+`scale/NAME` (outputs x groups of columns, float32), `zero/NAME` (uint8, the code of zero; only without symmetry),
+`whole/NAME` (bit-packed as masks are, 1 = an outlier that stays in 16 bits; only with outliers).
 calibration_tokens.safetensors: `tokens` (int32, sequences x length).
 window_losses.safetensors: `dense/CORPUS` and `pruned/CORPUS`, the mean loss (nats, float64) of every window, so that
 two runs can be compared window by window.
@@ -84,6 +87,7 @@ def write(
     tokens_SL: Tensor,
     losses: Mapping[str, Mapping[str, Tensor]],
     channels: Mapping[str, Tensor] | None = None,
+    grids: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Writes the files; returns the bytes of the packed masks. `losses`: W values, by dense or pruned and by corpus."""
     masks = keeps if isinstance(keeps, Masks) else Masks(keeps)
@@ -95,6 +99,8 @@ def write(
         write_whole(folder / "orders.safetensors", lambda draft: save_file(as_int32, draft))
     if channels:
         write_whole(folder / "channels.safetensors", lambda draft: save_file(dict(channels), draft))
+    if grids:
+        write_whole(folder / "scales.safetensors", lambda draft: save_file(dict(grids), draft))
     by_window = {f"{which}/{corpus}": value for which, of in losses.items() for corpus, value in of.items()}
     write_whole(folder / "window_losses.safetensors", lambda draft: save_file(by_window, draft))
     tokens = {"tokens": tokens_SL.to(torch.int32).contiguous()}

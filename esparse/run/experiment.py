@@ -62,7 +62,9 @@ def run(
             progress.stage("timing dense against sparse")
         timed = time_products(experiment, inputs, pruned, clock.stages)
         losses = {"dense": dense.losses, "pruned": after.losses}
-        mask_bytes = audit.write(folder, pruned.keeps, pruned.orders, inputs.tokens_SL, losses, pruned.channels)
+        mask_bytes = audit.write(
+            folder, pruned.keeps, pruned.orders, inputs.tokens_SL, losses, pruned.channels, pruned.grids
+        )
         record = build(
             {"id": run_id, "name": name, "config": config, "environment": software},
             inputs.sources.record(),

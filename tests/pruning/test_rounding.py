@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from esparse import option
 from esparse.errors import Mistake
@@ -143,6 +144,9 @@ def test_a_run_leaves_its_scales_and_says_its_mistakes_before_any_work(tmp_path:
     assert memory["bits"] == {"values": 2, "index": 0.75, "zero_points": 0.125} | {
         "scales": 0.5, "outliers": 0, "padding": pytest.approx(0.05, abs=0.08)
     }  # fmt: skip
+    scales = load_file(path.with_name("scales.safetensors"))
+    assert scales["scale/model.layers.1.mlp.down_proj.weight"].shape == (32, 2)
+    assert len(scales) == 2 * len(load_file(path.with_name("masks.safetensors")))
     assert memory["bits_per_weight"] == sum(memory["bits"].values())
     done = launch(*asked, "quantise=int9")
     assert done.returncode == 2 and "int9" in done.stderr
