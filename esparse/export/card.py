@@ -116,9 +116,9 @@ def _grid(record: dict[str, Any]) -> list[str]:
     zero = "" if asked.get("symmetric", True) else " and one zero point"
     bits = f"{record['memory']['bits_per_weight']:.3f}"
     return [
-        f"- every kept value is one of {option}'s levels times a scale, with one {asked['scale']} scale{zero} for {group}, "
-        f"in the order in which groups were cut; as codes a weight takes {bits} bits, and here the values are stored in "
-        "the checkpoint's precision"
+        f"- every kept value is one of {option}'s levels times a scale: one {asked['scale']} scale{zero} for {group}, "
+        f"in the order in which groups were cut. As codes a weight takes {bits} bits; here values are stored in the "
+        "checkpoint's precision"
     ]
 
 
