@@ -86,7 +86,7 @@ def inverse(gram_II: Tensor) -> Tensor:
 
 
 def shifted_inverse(gram_II: Tensor, shift: float) -> Tensor:
-    """(G + shift)^-1 in G's own precision, of a G that is positive definite with it; as `inverse` where that fails."""
+    """(G + shift)^-1 in G's dtype for a positive definite sum; falls back to `inverse`."""
     shifted_II = gram_II + shift * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     lower_II, failed = torch.linalg.cholesky_ex(shifted_II)
     return torch.cholesky_inverse(lower_II) if failed == 0 else inverse(shifted_II).to(gram_II.dtype)

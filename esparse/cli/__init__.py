@@ -1,1 +1,1 @@
-"""The command line: from what is typed to runs, and what they leave for those who typed it."""
+"""The command line: parses and checks what the user types, carries out runs, and reports their results."""

@@ -1,8 +1,8 @@
-"""One run, or several in a row: its folder, its log, its status, and whose turn it is.
+"""Carries out one run, or several in a row: folder, log, status, and ownership of the run.
 
-What a run leaves in OUTPUT_ROOT/<run id>: status.json from the beginning (queued, running, preempted, interrupted,
-failed with its reason and traceback, finished), run.log (of all attempts), and at the very end result.json, whose
-presence means finished. Until then blocks/ has what another attempt goes on from, and owner.json says who is at it.
+Files in OUTPUT_ROOT/<run id>: status.json from the beginning (queued, running, preempted, interrupted, failed with its
+reason and traceback, finished), run.log (of all attempts), and at the very end result.json, whose presence means
+finished. Until then blocks/ has the state from which another attempt continues, and owner.json names the owner.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _again(settings: Mapping[str, Any], to_come: Iterable[tuple[Path, Mapping[st
 
 
 def _tidy(folder: Path, sweep: str | None) -> None:
-    """Finishes the clean-up of a run that was killed after it wrote its record; one still at work does so itself."""
+    """Finishes the clean-up of a run that was killed after it wrote its record, unless its process still lives."""
     status = run_states.status(folder)
     unfinished = status.get("status") not in (None, "finished")
     if not (unfinished or (folder / "blocks").exists() or any(folder.glob("*.part")) or lock.read(folder)):
@@ -107,7 +107,7 @@ def _tidy(folder: Path, sweep: str | None) -> None:
 
 
 def _plan(experiment: Experiment, name: str) -> None:
-    """Prints what a run would take; it leaves no files."""
+    """Prints the plan of a run; writes no files."""
     from esparse.run.plan import dry_run
 
     quiet_libraries()
@@ -121,7 +121,7 @@ def _plan(experiment: Experiment, name: str) -> None:
 def _owned_attempt(
     experiment: Experiment, settings: dict[str, Any], sweep: Path | None, *, run_id: str, name: str, folder: Path
 ) -> dict[str, Any] | None:
-    """Attempts the run unless another process is at it."""
+    """Attempts the run unless another process owns it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.owned(folder, sweep.name if sweep else None, comes_back=lambda: call.preempted) as mine:
@@ -143,7 +143,7 @@ def _owned_attempt(
 
 
 def clear(folder: Path) -> None:
-    """Removes what earlier attempts left, so that a run begins anew."""
+    """Removes the files of earlier attempts, so that a run starts from the beginning."""
     (folder / "result.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "blocks", ignore_errors=True)
     (folder / "run.log").unlink(missing_ok=True)
@@ -199,13 +199,13 @@ def _run(experiment: Experiment, settings: dict[str, Any], status: dict[str, Any
 def _take_part(
     ranks: Ranks, experiment: Experiment, asked: dict[str, Any], known: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run as one process of several sees it; the record, and what is known of the dense model from then on."""
+    """One rank's part of a run; returns the record, and the cached results of the dense model."""
     from esparse.run import experiment as one_run
     from esparse.run.measure import dense_known
 
     quiet_libraries()
     dense_known.update(known)
-    if not ranks.leads:  # what it has to say the first one says, too
+    if not ranks.leads:  # the first rank logs the same messages
         log.handlers[:] = [logging.NullHandler()]
         log.propagate = False
         return one_run.run(experiment, **asked, ranks=ranks), {}

@@ -1,4 +1,4 @@
-"""The state of this command-line call; a sweep's jobs may run in other processes, which have a call of their own."""
+"""The state of this command-line call. A sweep's jobs may run in other processes, each with its own call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FINISHED, FAILED, MISTAKE = 0, 1, 2  # exit codes
 
 @dataclass(slots=True)
 class Call:
-    """What has happened so far.
+    """The state of the call so far.
 
     `begun`: a run has begun, so that what goes wrong is no mistake on the command line. `sweep`: its name. `runs`: of
     a sweep, as they were checked: overrides -> resolved settings. `submitted`: they are in a queue, and are not waited

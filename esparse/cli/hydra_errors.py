@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse, as sentences: what came, what is nearest to it, what is there."""
+"""Turns errors of Hydra and OmegaConf into sentences: what came, similar known words, all known words."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS = (  # of settings, by what OmegaConf says of a value that is none
 
 
 def explained(error: BaseException, words: Sequence[str]) -> str | None:
-    """What was wrong with the words that were typed; None if the error is none of Hydra's."""
+    """The sentence for a mistake in the typed words; None if the error is not Hydra's."""
     chain = list(_causes(error))
     for one in chain:
         if isinstance(one, MissingConfigException):
@@ -92,7 +92,7 @@ def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
 
 
 def check_added(config: DictConfig, words: Sequence[str]) -> None:
-    """Raises Mistake for a setting that + put where nothing reads it."""
+    """Raises Mistake for a setting added by + that nothing reads."""
     owner = OmegaConf.get_type(config)
     if not is_dataclass(owner):
         return
@@ -111,7 +111,7 @@ def _settings(owner: Any) -> list[str]:
 
 
 def _classes(group: str) -> dict[str, type]:
-    """The class of each option that has one of its own."""
+    """The class of each option with its own class."""
     own = {name: GROUPS[group].component(name) for name in GROUPS[group].options if name not in (ANY, "then")}
     return own | plugins.of(group)
 

@@ -13,7 +13,7 @@ from esparse.parts.conf_folder import conf_folder
 
 
 def main() -> int:
-    """Carries out what was typed; the exit code."""
+    """Carries out the typed command; returns the exit code."""
     registry.register()
     return exit_code(hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_run))
 

@@ -52,7 +52,7 @@ def exit_code(main: Callable[[], Any]) -> int:
 
 @contextmanager
 def _errors_come_through() -> Iterator[None]:
-    """Within it Hydra raises what it refuses, in place of printing it and ending the process."""
+    """While open, Hydra raises its errors instead of printing them and ending the process."""
     if IN_FULL in os.environ:
         yield
         return
@@ -65,7 +65,7 @@ def _errors_come_through() -> Iterator[None]:
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """Turns a setting that makes no sense into one sentence and exit code 2."""
+    """Turns a wrong setting into one sentence and exit code 2."""
     try:
         yield
     except MissingMandatoryValue as error:

@@ -1,4 +1,4 @@
-"""What people are told in one sentence: a failure or a mistake."""
+"""Failures and mistakes as one sentence for the user."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from esparse.parts import extras, plugins
 from esparse.records.groups import GROUPS
 from esparse.run.settings import Experiment, expanded
 
-# The classes themselves. A test or a notebook may add one; what a package adds stands in GROUPS.
+# The classes themselves. A test or a notebook may add one.
 CHOICES: dict[str, dict[str, type]] = {
     name: {option: group.component(option) for option in group.options} for name, group in GROUPS.items()
 }
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def build(config: DictConfig) -> Experiment:
-    """The experiment that a composed configuration describes; ValueError where a setting makes no sense."""
+    """Builds the experiment of a composed configuration; raises ValueError for wrong settings."""
     plain = _without_hydra(config)
     check_added(plain, sys.argv[1:])
     experiment = OmegaConf.to_object(plain)
@@ -66,7 +66,7 @@ def resolved(config: DictConfig, experiment: Experiment, choices: dict[str, Any]
 
 
 def rebuilt(settings: dict[str, Any]) -> Experiment:
-    """The experiment whose settings `resolved` gave; ValueError where a class has changed since then."""
+    """The experiment of these resolved settings; raises ValueError if a class has changed since then."""
 
     def component(group: str, given: dict[str, Any]) -> Any:
         given = dict(given)
@@ -83,7 +83,7 @@ def rebuilt(settings: dict[str, Any]) -> Experiment:
 
 
 def _name_classes(settings: dict[str, Any], component: Any) -> None:
-    """Two components with the same settings are still two: the class belongs to what was asked."""
+    """Adds class names, because two components with equal settings may be of different classes."""
     settings["_class"] = plugins.class_name(type(component))
     for field in fields(component):
         if is_dataclass(getattr(component, field.name)):
@@ -91,7 +91,7 @@ def _name_classes(settings: dict[str, Any], component: Any) -> None:
 
 
 def _with_numbers(component: type, option: str) -> Any:
-    """The schema of a class that a plug-in brings, with the numbers that stand beside its module."""
+    """The schema of a plug-in's class, with the numbers beside its module."""
     return OmegaConf.merge(OmegaConf.structured(component), plugins.numbers(component, option))
 
 

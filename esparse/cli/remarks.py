@@ -1,4 +1,4 @@
-"""What is said of a run's settings before it begins: what was asked for and has no effect, or is not as it seems."""
+"""Remarks on a run's settings before it begins: settings without effect, or with an unexpected one."""
 
 from __future__ import annotations
 

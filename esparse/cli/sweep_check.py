@@ -1,4 +1,4 @@
-"""A sweep before its first run: every run is composed and checked, then carried out here or given to a queue."""
+"""Composes and checks every run of a sweep before the first one starts, then runs or submits them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _jobs(config: DictConfig) -> list[list[str]]:
 
 
 def _composed(sweep: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of one run, and what is to be said of them."""
+    """The settings of one run, and the remarks on them."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     config = hydra.config_loader.load_sweep_config(sweep, overrides)

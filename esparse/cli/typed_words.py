@@ -49,7 +49,7 @@ def _no_flag(word: str, known: list[str]) -> str:
 
 
 def check(words: Sequence[str]) -> None:
-    """Raises Mistake for a setting that Hydra would take for another, or refuse in words of its own."""
+    """Raises Mistake for a setting that Hydra would misread, or refuse in its own words."""
     for word in words:
         if given := re.fullmatch(rf"(\+{{0,2}})hydra\.({HYDRAS})=(\w.*)", word):
             raise Mistake(f"hydra/{given[2]}={given[3]} chooses it, with a slash; {word} would change nothing")

@@ -1,1 +1,1 @@
-"""Where runs are at work: whose they are, how they stand, and what a queue says of them."""
+"""Runs as jobs: which process owns a run, the state of runs, and queries to a queue."""

@@ -1,4 +1,4 @@
-"""What the queue says about a job: Slurm through squeue and sacct, processes of this machine through the system.
+"""Asks queues about jobs: Slurm through squeue and sacct, processes of this machine through the system.
 
 A job is named as people type it, 1234_5 or 1234 for Slurm's, local-4711 for a process of this machine. Standard library
 only: a login node answers `python -m esparse.sweep status` without loading torch.
@@ -31,7 +31,7 @@ LOCAL = "local-"
 
 @functools.cache
 def machine() -> str:
-    """This host, this boot, this name space of process ids: where a process id means a process."""
+    """Identifies the host, its boot and its name space of process ids, within which process ids are unique."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -40,9 +40,9 @@ def machine() -> str:
 
 
 def began(pid: int) -> int | None:
-    """When a process of this machine began, in the system's ticks; None where there is none (a zombie counts as none).
+    """The start of a process on this machine, in the system's ticks; None if there is none (a zombie counts as none).
 
-    Where the system does not tell, 0 for a process that is there.
+    If the system does not tell the start, 0 for a process that exists.
     """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -88,15 +88,15 @@ def _is_of_array(job: str, array: str, task: str) -> bool:
 
 
 def restarts() -> int:
-    """How often Slurm began this job anew."""
+    """The number of times that Slurm has restarted this job."""
     return 0 if _own_local_job() else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 @contextlib.contextmanager
 def outside_of_jobs(*, keep_slurm: bool) -> Iterator[None]:
-    """Within it this process's variables say nothing of the job that it belongs to: what it submits has its own.
+    """While open, the environment has no variables of this process's job, so that submitted jobs get only their own.
 
-    An allocation's limits (SLURM_MEM_PER_CPU, ...) would else be taken for the new job's. SLURM_CONF stays: it says
+    Otherwise an allocation's limits (SLURM_MEM_PER_CPU, ...) would count as the new job's. SLURM_CONF stays: it says
     where Slurm is. `keep_slurm`: for processes that run inside the allocation.
     """
     prefixes = ("SUBMITIT_",) if keep_slurm or "SLURM_JOB_ID" not in os.environ else ("SUBMITIT_", "SLURM_")
@@ -109,7 +109,7 @@ def outside_of_jobs(*, keep_slurm: bool) -> Iterator[None]:
 
 @functools.cache
 def name() -> str | None:
-    """The Slurm cluster that this machine belongs to; None where it belongs to none or Slurm does not answer."""
+    """The Slurm cluster of this machine; None if it belongs to none or Slurm does not answer."""
     said = _answer(["scontrol", "show", "config"])
     found = re.search(r"^ClusterName\s*=\s*(\S+)", said or "", flags=re.M)
     return found.group(1) if found else None
@@ -122,7 +122,7 @@ class Queue:
     _known: dict[str, tuple[float, dict[str, tuple[str, str]] | None]] = field(default_factory=dict)
 
     def state(self, job: str, cluster: str | None = None) -> str | None:
-        """PENDING, RUNNING, ... or one of ENDED; None where nobody here can tell.
+        """PENDING, RUNNING, ... or one of ENDED; None if this machine cannot find out.
 
         `cluster` is where the job was submitted: another one's ids mean nothing here.
         """
@@ -132,7 +132,7 @@ class Queue:
         return None if answers is None else answers.get(job, (GONE, ""))[0]
 
     def why(self, job: str, cluster: str | None = None) -> str:
-        """What Slurm gives as a reason: Resources, Priority, Dependency, ...; empty where it gives none."""
+        """The reason that Slurm gives: Resources, Priority, Dependency, ...; empty without one."""
         if job.startswith(LOCAL):
             return ""
         reason = (self._array(job, cluster) or {}).get(job, ("", ""))[1]
@@ -155,7 +155,7 @@ def _ask(array: str) -> dict[str, tuple[str, str]] | None:
     for line in said.splitlines():
         job, state, reason = ([*line.strip().split("|"), "", ""])[:3]
         answers[job] = (state, reason)
-    if not answers:  # squeue forgets a job after minutes; the accounts, where there are any, do not
+    if not answers:  # squeue forgets a job after minutes; accounting, if there is any, does not
         for line in (_answer(["sacct", "-nPX", "-o", "JobID,State", "-j", array]) or "").splitlines():
             job, _, state = line.strip().partition("|")
             if state:
@@ -164,7 +164,7 @@ def _ask(array: str) -> dict[str, tuple[str, str]] | None:
 
 
 def _answer(command: list[str]) -> str | None:
-    """What a command of Slurm's prints; empty where it does not know the job, None where it cannot be asked."""
+    """The output of a command of Slurm; empty if it does not know the job, None if it cannot be asked."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -177,7 +177,7 @@ def _answer(command: list[str]) -> str | None:
 
 
 def _tree(root: int) -> list[int]:
-    """A process and all that it began, itself first: nobody is left who could begin another."""
+    """A process and all its descendants, itself first, so that none is left that could start another."""
     said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
     parents = {int(pid): int(parent) for pid, parent in map(str.split, said.splitlines())}
     tree = [root]
@@ -187,7 +187,7 @@ def _tree(root: int) -> list[int]:
 
 
 def cancel(jobs: Iterable[str]) -> str | None:
-    """Takes jobs out of the queue, running or not; what Slurm says where it refuses."""
+    """Cancels jobs, running or not; returns Slurm's message if it refuses."""
     slurm = []
     for job in jobs:
         if job.startswith(LOCAL):

@@ -1,10 +1,10 @@
 """Who works on a run: at most one process, of all machines that share the folder.
 
 RUN/owner.json names it: a process that works on the run, or a job in a queue that will. It appears whole or not at all
-(a hard link on a finished draft, which is atomic on NFS too, and needs no lock server), and goes with its owner's work.
-An owner at work touches it every BEAT_S. It is dead when its process is gone, which its own machine knows at once; to
-other machines, when it has not touched the file for PATIENCE_S and Slurm does not say that its job runs. Clocks of two
-machines are never compared: "now" is what the file system gives a new file.
+(a hard link on a finished draft, which is atomic on NFS too, and needs no lock server), and is removed when the owner
+finishes. A working owner touches it every BEAT_S. It is dead if its process is gone, which its own machine knows at
+once; to other machines, if it has not touched the file for PATIENCE_S and Slurm does not say that its job runs. Clocks
+of two machines are never compared: "now" is the time that the file system gives a new file.
 
 A dead owner's run is taken over by replacing the file. A process that finds another's name in it ends at once, so that
 one that was thought dead (a node cut off from the network) does no harm when it comes back.
@@ -113,12 +113,12 @@ def _read(file: Path) -> Owner | None:
 
 
 def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
-    """Whether it works on the run, or will; if nobody can tell, it does."""
+    """Whether an owner works on the run, or will; True if that is unknown."""
     return known_alive(folder, owner, queue) is not False
 
 
 def known_alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool | None:
-    """Whether it works on the run, or will; None if nobody here can tell."""
+    """Whether an owner works on the run, or will; None if that is unknown."""
     said = queue.state(owner.job, owner.cluster) if owner.job else None
     if owner.state == "queued":
         if owner.job and owner.job.startswith(cluster.LOCAL):
@@ -135,7 +135,7 @@ def known_alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool | None
 
 
 def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
-    """Takes the run away from an owner that is dead or that nobody here can ask; returns it, None if there was none.
+    """Removes an owner that is dead or cannot be checked from here; returns it, or None if there was none.
 
     Raises Busy if the owner is known to be alive.
     """
@@ -151,7 +151,7 @@ def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
 
 @contextmanager
 def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bool] = lambda: False) -> Iterator[Owner]:
-    """The run is this process's inside the `with`; raises Busy where it is another's. The folder has to be there.
+    """While open, this process owns the run; raises Busy if another process owns it. The folder must exist.
 
     `comes_back`, asked at the end: this process's job is put back into the queue, and the run waits there for it.
     """
@@ -172,7 +172,7 @@ def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bo
 
 
 def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
-    """Makes `mine` the owner; raises Busy where a living one is there, and waits for one that must end first."""
+    """Makes `mine` the owner; raises Busy if there is a living owner, and waits for one that must end first."""
     until = time.monotonic() + 2 * PATIENCE_S
     while True:
         if (there := read(folder)) is None and _create(folder, mine, _file(folder)):
@@ -187,7 +187,7 @@ def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
         heir, successor = _is_heir(mine, there), _is_next_start(mine, there)
         if not (heir or successor) and alive(folder, there, queue):
             raise Busy(there)
-        # Of all that find it dead one may replace it: whoever writes the file that has its token in the name.
+        # Of all processes that find it dead only one may replace it: the one that creates the file with its token.
         right = folder / f"owner-{there.token}-heir.part"
         if not _create(folder, mine, right):
             _drop_if_left(right)
@@ -212,14 +212,14 @@ def _is_heir(mine: Owner, there: Owner) -> bool:
 
 
 def _is_next_start(mine: Owner, there: Owner) -> bool:
-    """Whether Slurm began the owner's job anew, and this is it."""
+    """Whether Slurm has restarted the owner's job, and this process is the restart."""
     return (
         there.state == "running" and mine.job is not None and there.job == mine.job and there.restarts < mine.restarts
     )
 
 
 def _wait_for_the_end_of(former: Owner) -> None:
-    """An earlier start of the same job may still be at work, on a node that Slurm has lost: it finds out and ends."""
+    """Waits until an earlier start of this job, perhaps on a node that Slurm has lost, has noticed and ended."""
     until = time.monotonic() + PATIENCE_S
     said = False
     while time.monotonic() < until and (not former.here() or former.process_is_there()):
@@ -230,7 +230,7 @@ def _wait_for_the_end_of(former: Owner) -> None:
 
 
 def put(folder: Path, owner: Owner) -> None:
-    """Names another owner, whoever was there before."""
+    """Replaces the owner."""
     while True:
         try:
             os.replace(_draft(folder, owner), _file(folder))
@@ -241,7 +241,7 @@ def put(folder: Path, owner: Owner) -> None:
 
 
 def release(folder: Path, owner: Owner) -> None:
-    """The run is nobody's any more, if it was this owner's."""
+    """Removes the owner, if it is this one."""
     if (there := read(folder)) is not None and there.token == owner.token:
         _file(folder).unlink(missing_ok=True)
 
@@ -259,7 +259,7 @@ def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
         try:
             there = read(folder)
             if there is not None and _is_heir(mine, there):
-                put(folder, mine)  # the job began before whoever submitted it could note down its id
+                put(folder, mine)  # the job began before its submitter could write down its id
             elif there is not None and there.token != mine.token:
                 log.error("%s was taken over: it is %s; this process ends", folder, there)
                 os._exit(FENCED)

@@ -1,4 +1,4 @@
-"""How the runs of a sweep stand, read from their folders and from the queue."""
+"""The states of a sweep's runs, from their folders and from the queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from esparse.jobs import cluster, lock
 from esparse.records.report import finished, run_id
 
-OPEN = ("queued", "running")  # still to come to an end by themselves
+OPEN = ("queued", "running")  # runs that will still end by themselves
 FAILED = ("failed", "died")
 KINDS = ("finished", "running", "queued", "failed", "died", "cancelled", "interrupted", "never started")
 
@@ -31,7 +31,7 @@ def folder_of(settings: dict[str, Any]) -> Path:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """What status.json says; empty where there is none."""
+    """The contents of status.json; empty if there is none."""
     try:
         return dict(json.loads((folder / "status.json").read_text()))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -39,7 +39,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def state_of(folder: Path, queue: cluster.Queue) -> State:
-    """How a run stands. The queue is asked before the folder is read, so that no end is missed in between."""
+    """The state of a run. Asks the queue before it reads the folder, so that no end is missed in between."""
     there = lock.read(folder)
     lives = there is not None and lock.alive(folder, there, queue)
     if (record := finished(folder)) is not None:

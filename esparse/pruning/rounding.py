@@ -1,7 +1,7 @@
-"""The hook of quantisation in pruning: when kept values are rounded, and what is kept of it.
+"""Quantisation within pruning: decides when kept values are rounded, and stores the grids' parameters.
 
-If a recovery changes values of a layer, it comes between the update and the rounding: obs and sparsegpt prune then in
-a sweep of their own.
+A recovery that changes values of a layer comes between the update and the rounding; obs and sparsegpt then prune in a
+separate sweep.
 
 Shapes: O outputs, I inputs, E experts, G groups of a row.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def check_widths(blocks: BlockModel, method: Method, skip: Iterable[str] = ()) -> None:
-    """Raises ValueError where a layer cannot be quantised as asked; of experts it shows once they are used."""
+    """Raises Mistake if a layer cannot be quantised as asked; for experts that is known only when they are used."""
 
     def widths() -> Iterator[tuple[str, int]]:
         for index, block in enumerate(blocks.blocks):
@@ -38,7 +38,7 @@ def check_widths(blocks: BlockModel, method: Method, skip: Iterable[str] = ()) -
 
 
 def joint_grid(method: Method) -> Grid | None:
-    """The grid, where the update may round on its way."""
+    """The grid if the update may round while it sweeps; else None."""
     grid = method.quantise
     recovers = type(method.recovery).layer is not Recovery.layer
     return grid if isinstance(grid, Grid) and grid.rounding == "sweep" and not recovers else None
@@ -63,7 +63,7 @@ def rounded(method: Method, layer: Layer, solution: Solution, name: str) -> Solu
 
 
 def remember(grids: dict[str, Tensor], matrix: Matrix, scales: Scales | None) -> None:
-    """Adds what a matrix's values are made of: `scale/NAME`, `zero/NAME`, `whole/NAME` (bits), experts in front."""
+    """Adds a matrix's parameters: `scale/NAME`, `zero/NAME`, `whole/NAME` (bits), experts as first dimension."""
     if scales is None:
         return
     parts = {"scale": scales.scale_OG, "zero": scales.zero_OG}
@@ -79,7 +79,7 @@ def remember(grids: dict[str, Tensor], matrix: Matrix, scales: Scales | None) ->
 
 
 def scales_of(grids: dict[str, Tensor], matrix: Matrix) -> Scales | None:
-    """What `remember` was given of a matrix; None where it is not quantised."""
+    """The parameters that `remember` stored of a matrix; None if it is not quantised."""
     found = {}
     for what in ("scale", "zero", "whole"):
         value = grids.get(f"{what}/{matrix.entry}")

@@ -33,12 +33,12 @@ NF4_OFFSET = 0.9677083  # the probability at which QLoRA puts the outermost leve
 
 @dataclass(kw_only=True, slots=True)
 class Grid(Quantise):
-    """What all grids have in common: the groups, their scales, and how kept values get onto the grid."""
+    """Base class of grids: groups, scales, and the rounding of kept values."""
 
     group: int | None  # consecutive columns of a row that share a scale; None: the whole row
     scale: str  # the precision of a scale: float16 | bfloat16 | float32
     rounding: str  # nearest: each value by itself | sweep: column by column, the rest of the row repairs the error
-    outlier_bits: int | None  # of salient weights (outliers=k:256): 16, or None: as all others
+    outlier_bits: int | None  # of outliers (outliers=k:256): 16, or None: as all others
     damp: float  # of the sweep: added to the Gram matrix's diagonal, as a share of its mean
     block: int  # of the sweep: columns whose repair of all later columns is done in one product
 
@@ -66,12 +66,12 @@ class Grid(Quantise):
 
     @property
     def zero_bits(self) -> int:
-        """Bits of a group's zero point; 0 where all have the same."""
+        """Bits of a group's zero point; 0 if all groups have the same one."""
         return 0
 
     @abstractmethod
     def fit(self, values_GC: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point (uint8) of each group, over the last dimension; what is not to be looked at is 0."""
+        """Scale and zero point (uint8) of each group, over the last dimension; values that do not count must be 0."""
 
     @abstractmethod
     def codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ class Grid(Quantise):
         return {"gram": Gram}
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError where outliers in 16 bits would take more than the values that they stand beside."""
+        """Raises Mistake if outliers in 16 bits would take more bits than the other values."""
         if len(pattern.parts()) < 2 or self.outlier_bits is None:
             return
         base, outliers = pattern.parts()
@@ -110,7 +110,7 @@ class Grid(Quantise):
             self.columns(inputs, name)
 
     def columns(self, inputs: int, name: str = "a layer") -> int:
-        """How many columns of a row of so many share a scale. Raises Mistake where they do not divide it."""
+        """The number of columns that share a scale. Raises Mistake if it does not divide `inputs`."""
         columns = self.group or inputs
         if inputs % columns:
             fits = max(size for size in range(1, columns) if inputs % size == 0)
@@ -131,9 +131,9 @@ class Grid(Quantise):
         return torch.where(stored > 0, stored, least)
 
     def whole(self, weight_OI: Tensor, keep_OI: Tensor, pattern: Pattern) -> Tensor | None:
-        """The survivors that stay in 16 bits: what a group keeps beyond its n, the largest of it first.
+        """The kept weights that stay in 16 bits: those that a group keeps beyond its n, the largest first.
 
-        The rest of every group is what the pattern's base can hold, so that both parts can be stored.
+        The pattern's base can hold the rest of every group, so that both parts can be stored.
         """
         if len(pattern.parts()) < 2 or self.outlier_bits is None:
             return None
@@ -142,7 +142,7 @@ class Grid(Quantise):
         return keep_OI & ~smallest_OI
 
     def nearest(self, weight_OI: Tensor, keep_OI: Tensor, pattern: Pattern) -> tuple[Tensor, Scales]:
-        """Every kept value rounded by itself, and the scales; columns in the order in which groups are cut."""
+        """Every kept value rounded by itself, and the scales; columns in group order."""
         columns = self.columns(weight_OI.shape[1])
         whole_OI = self.whole(weight_OI, keep_OI, pattern)
         inside_OI = keep_OI if whole_OI is None else keep_OI & ~whole_OI
@@ -159,8 +159,8 @@ class Grid(Quantise):
 class Integer(Grid):
     """Multiples of a scale, evenly spaced.
 
-    Symmetric: from -(2^(b-1) - 1) to 2^(b-1) - 1, as code - 2^(b-1). Otherwise between the lowest and the highest kept
-    value, or 0 where that is beyond them, with a zero point of b bits, so that 0 itself always has a code.
+    Symmetric: from -(2^(b-1) - 1) to 2^(b-1) - 1, as code - 2^(b-1). Otherwise from the lowest to the highest of the
+    kept values and 0, with a zero point of b bits, so that 0 itself always has a code.
     """
 
     bits: int  # of a value, 2 to 8

@@ -1,1 +1,1 @@
-"""What a finished run leaves: the record's parts, and the files beside it."""
+"""The record of a finished run, and the files beside it."""

@@ -1,9 +1,9 @@
-"""The files beside a record by which a run can be checked: keep masks, channel orders, calibration tokens.
+"""Files beside a record for checking a run: keep masks, channel orders, calibration tokens.
 
 masks.safetensors: one uint8 entry per pruned weight under its name in the model's state dict, bit-packed along the
-columns (numpy.packbits: most significant bit first, 1 = survives), rows = outputs, columns = inputs, experts in front;
-the metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only where a shuffle ran): the channel (int32)
-that stands at each place when the pattern's groups are cut.
+columns (numpy.packbits: most significant bit first, 1 = kept), rows = outputs, columns = inputs, experts in front; the
+metadata's `shapes` has the true shapes, as JSON. orders.safetensors (only with a shuffle): the channel (int32) at each
+place when the pattern's groups are cut.
 channels.safetensors (only with profile=true): `entropy/LAYER` (nats), `norm/LAYER` (root mean square) and `score/LAYER`
 (mean of a column), float32, of each input channel in its own order; LAYER is the first of the layers that read it.
 scales.safetensors (only of a quantised run): by what codes become values, columns in the order of orders.safetensors:
@@ -43,12 +43,12 @@ def _packed(keep: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    """The boolean mask of that shape that `pack` was given."""
+    """The boolean mask of this shape: the inverse of `pack`."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=shape[-1]).astype(bool)).view(shape)
 
 
 class Masks(Mapping[str, Tensor]):
-    """Keep masks by weight name, held bit-packed: as booleans those of a large model would fill the memory."""
+    """Keep masks by weight name, bit-packed, because a large model's boolean masks would fill the memory."""
 
     def __init__(self, keeps: Mapping[str, Tensor] | None = None) -> None:
         self.packed: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ class Masks(Mapping[str, Tensor]):
         self.shapes |= other.shapes
 
     def put_expert(self, name: str, keep_OI: Tensor, expert: int, experts: int) -> None:
-        """One of several masks that stand under one name, an expert's."""
+        """Stores an expert's mask, one of several under one name."""
         packed = pack(keep_OI)
         self.shapes[name] = [experts, *keep_OI.shape]
         self.packed.setdefault(name, packed.new_zeros(experts, *packed.shape))[expert] = packed

@@ -1,8 +1,8 @@
-"""The groups of the command line, each described once: its options and their classes, and what a choice counts for.
+"""The table of the command line's groups: options, their classes, and the meaning of a choice.
 
-Help, run ids, names, tables, model cards and tests read this table. A class stands here by name only: asking what a
-group is loads neither torch nor Hydra, and a package of others adds an option in the same words, as an entry point.
-A new metric, shuffle or update is one line here, and one YAML file with its numbers in conf/.
+Help, run ids, names, tables, model cards and tests read this table. Classes are given by name, so that reading it loads
+neither torch nor Hydra; other packages add options in the same form, as entry points. A new metric, shuffle or update
+is one line here, and one YAML file with its numbers in conf/.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ANY = "any"  # stands for every YAML file of a group with one class
 class Group:
     """One group of the command line, metric=... for instance.
 
-    `options`: the class behind each option, as `module:Class`. `method`: whether it belongs to the pruning method, and
-    so to a run's name, to model cards, and to what has to agree with a published number. `neutral`: the option that
-    does nothing. `identity`: whether the choice changes what is measured, and so the run's id; `idle` says of settings
-    whether they ask for nothing, and leave the id as it was before esparse had the group. `column`: a table shows the
-    option in front, behind, or not at all, as other columns tell it. `notes`: what --help says beside an option.
+    `options`: the class of each option, as `module:Class`. `method`: whether the group belongs to the pruning method,
+    and so to run names, model cards and comparisons with published numbers. `neutral`: the option that does nothing.
+    `identity`: whether the choice enters the run's id; `idle`: whether settings have no effect and leave the id as it
+    was before esparse had the group. `column`: the option's column in tables: in front, behind, or none, if other
+    columns show it. `notes`: remarks on options in --help.
     """
 
     options: dict[str, str]
@@ -35,7 +35,7 @@ class Group:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, option: str) -> type:
-        """The class behind an option. Raises KeyError for an option that the group lacks."""
+        """The class of an option. Raises KeyError for an option that the group lacks."""
         module, _, name = (self.options.get(ANY) or self.options[option]).partition(":")
         component: type = getattr(import_module(module), name)
         return component
@@ -231,7 +231,7 @@ def acting(choices: Mapping[str, Any], groups: Iterable[str] = METHOD_GROUPS) ->
 
 
 def display_name(settings: Mapping[str, Any]) -> str:
-    """A short name of a run for people: model, pattern, and every part of the method that does something."""
+    """A short name of a run: model, pattern, and every part of the method that does something."""
     model = settings["model"]["name"] or settings["model"]["path"].rstrip("/").rpartition("/")[2]
     pattern = "+".join(text for text in (settings["pattern"], settings["outliers"]) if text)
     return " ".join([model, pattern, *acting(settings["choices"])])

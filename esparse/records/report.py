@@ -1,4 +1,4 @@
-"""The run record: what was asked, what was measured, and its place on disk. Standard library only."""
+"""The run record: its parts, the run's id, and reading and writing on disk. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from esparse.records.groups import GROUPS
 
-# Where and how a run is carried out, not what it is: changing these asks for the same run.
+# Settings of where and how a run is carried out: changing them asks for the same run.
 NOT_IDENTITY = {"output_root", "rerun", "dry_run", "snapshot_seconds", "choices", "bench.cache"}
 NOT_IDENTITY |= {f"model.{how}" for how in ("devices", "batch_tokens", "store", "activations")}
 NOT_IDENTITY |= {name for name, group in GROUPS.items() if not group.identity}
@@ -23,13 +23,13 @@ NOT_IDENTITY |= {name for name, group in GROUPS.items() if not group.identity}
 
 @dataclass(slots=True)
 class LayerReport:
-    """How one matrix was pruned.
+    """The report of one pruned matrix.
 
-    kept_score: share of the matrix's total score that survived (0 to 1). relative_error:
-    ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None where no token came.
-    Bytes: of the dense matrix, and of the packed one in memory and on disk, None where `export=packed` leaves it dense
-    (patterns without n:m, experts with outliers and a shuffle). zeros_before: share of dense weights that were zero;
-    zeros_filled: share of those that are no longer zero behind the update.
+    kept_score: share of the matrix's total score that is kept (0 to 1). relative_error:
+    ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None without tokens.
+    Bytes: of the dense matrix, and of the packed one in memory and on disk, None if `export=packed` leaves it dense
+    (patterns without n:m, experts with outliers and a shuffle). zeros_before: share of zeros in the dense weights;
+    zeros_filled: share of these that the update has made nonzero.
     """
 
     name: str
@@ -49,9 +49,9 @@ class LayerReport:
 
 @dataclass(slots=True)
 class RecoveryReport:
-    """What a recovery that minimises a loss made of one part of the model.
+    """The report of a recovery that trained one part of the model.
 
-    `before` and `after`: its loss over all calibration sequences; `steps` of the optimiser.
+    `before` and `after`: the loss over all calibration sequences; `steps`: of the optimiser.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Stages:
 
 
 def run_id(config: Mapping[str, Any]) -> str:
-    """Eight hex digits of what was asked: a digest of `identity`."""
+    """The run's id: eight hex digits of a digest of `identity`."""
     return sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """What was asked: the resolved configuration without NOT_IDENTITY and without parts that ask for nothing.
+    """What identifies a run: the resolved configuration without NOT_IDENTITY and without parts that have no effect.
 
     Such parts (bench, export, zeroshot, profile) enter only if enabled, so that ids from older versions stay valid.
     """
@@ -98,7 +98,7 @@ def identity(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def asks_for_nothing(path: str, value: Any) -> bool:
-    """Whether a setting is as if there were none: a run is then what it was before esparse had the setting."""
+    """Whether a setting has no effect, so that the run is the one from before esparse had the setting."""
     if path in ("calibration.bos", "evaluate.bos"):  # settings that came later: as they are by themselves, a run is
         return bool(value == "auto")  # what it was without them
     if path in ("calibration.chat", "evaluate.chat"):
@@ -109,14 +109,14 @@ def asks_for_nothing(path: str, value: Any) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that appears whole or not at all."""
+    """Writes a file that appears complete or not at all."""
     write_whole(path, lambda draft: draft.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a draft beside `path` and moves it into place once it is on disk.
+    """Lets `write` fill a draft beside `path`, and moves the draft to `path` after it is on disk.
 
-    Raises OSError naming the file, for instance where the disk is full; the draft is gone then.
+    Raises OSError with the file's name, for instance if the disk is full, and removes the draft.
     """
     draft = path.with_name(f"{path.name}.part")
     try:
@@ -135,7 +135,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on disk: after a power loss, a later file is never there without the earlier ones."""
+    """Flushes a folder to disk, so that after a power loss no later file exists without the earlier ones."""
     with contextlib.suppress(OSError):  # some file systems do not let folders be opened, or synced
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -145,7 +145,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished run, or None; a damaged one counts as not finished."""
+    """The record of a finished run, or None; a damaged record counts as unfinished."""
     try:
         record = json.loads((folder / "result.json").read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""What a run read from the disk: texts, questions and a local model's files, each with the digest of its bytes.
+"""Digests of the files that a run reads: texts, questions and a local model's files.
 
 A run's id says which paths were asked for, not what they hold. So the record keeps digests, and when the same run is
 asked again its files are compared. Reading hundreds of gigabytes for that takes minutes, so that a stamp of the file is
@@ -24,7 +24,7 @@ _digests: dict[tuple[str, tuple[int, ...]], str] = {}  # of this process, so tha
 
 @dataclass(slots=True)
 class Sources:
-    """The files of one run, by the setting that names them and by their names; digests are taken in the background."""
+    """The files of one run, by setting and by name; digests are computed in the background."""
 
     files: dict[str, dict[str, Path]]
     _stamps: dict[Path, list[int] | None] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Sources:
 
     @classmethod
     def begin(cls, config: Mapping[str, Any]) -> Sources:
-        """Takes stamps now, before the run reads its files, and reads them beside its work."""
+        """Takes stamps now, before the run reads its files, and computes digests while the run works."""
         sources = cls(files_of(config))
         paths = [path for by_name in sources.files.values() for path in by_name.values()]
         sources._stamps = {path: stamp(path) for path in paths}
@@ -64,7 +64,7 @@ class Sources:
 
 
 def files_of(config: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
-    """The files that a resolved configuration names and that are there, by setting and by name."""
+    """The existing files that a resolved configuration names, by setting and by name."""
     found = {}
     for setting in ("calibration.path", "evaluate.path", "zeroshot.data", "model.path"):
         group, _, name = setting.partition(".")
@@ -82,7 +82,7 @@ def files_of(config: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
 
 
 def changed(recorded: Mapping[str, Mapping[str, Mapping[str, Any]]], config: Mapping[str, Any]) -> list[str]:
-    """What differs from the record's `sources`, in words; nothing for a setting whose files are gone altogether."""
+    """The differences from the record's `sources`, as texts; none for a setting whose files are all gone."""
     differ = []
     for setting, now in files_of(config).items():
         before = recorded.get(setting)

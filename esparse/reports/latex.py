@@ -54,7 +54,7 @@ def _below(values: dict[str, object]) -> str:
 
 def _row(texts: Sequence[str]) -> str:
     line = " & ".join(texts) + r" \\"
-    return f"{{}}{line}" if line[0] in "[*" else line  # which the end of the row before would take for its own
+    return f"{{}}{line}" if line[0] in "[*" else line  # else [ and * would be arguments of the previous \\
 
 
 def _in_latex(cell: str, widest: str) -> tuple[str, str]:

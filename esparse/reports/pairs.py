@@ -40,7 +40,7 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
         split = tuple(exact(row.get(c)) for c in across)
         splits[split] = {c: row.get(c) for c in across}
         alike.setdefault(split, {}).setdefault(exact([row.get(c) for c in same]), {})[name] = row[value]
-    # What was left out is what others are compared with.
+    # `none` is the baseline, so it comes last.
     ordered = sorted(names, key=lambda name: (names[name] in (None, "none"), natural(names[name]), natural(name)))
     rows = []
     for split, shared in sorted(splits.items(), key=lambda item: [natural(v) for v in item[1].values()]):
@@ -58,5 +58,5 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
     if not rows:
         raise Mistake(f"no two runs with a {value!r} differ in {column!r} alone")
     asked, measured = [*across, column, "against"], ["pairs", "lower", "higher", "difference", "least", "greatest"]
-    # All are shown: what one line says of all runs would not be true of those of a pair.
+    # Shows every column: a value shared by all runs says nothing about the pairs.
     return Table(asked, measured, rows, like=dict.fromkeys(measured[3:], value), chosen=[*asked, *measured])

@@ -1,4 +1,4 @@
-"""What a run measures of a model as it is, dense and pruned: perplexities, accuracies on tasks, shares of zeros."""
+"""Measures a run's model, dense and pruned: perplexities, accuracies on tasks, shares of zeros."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from esparse.run.settings import Experiment
 if TYPE_CHECKING:
     from esparse.run.loading import Inputs
 
-# Of the last dense model measured in this process: what was asked, and what came out. The runs of a sweep that prune
-# the same model then measure it once; the record says which run did.
+# Cache: results for the last dense model measured in this process, keyed by everything they depend on. Runs of a sweep
+# that prune the same model measure it once; the record says which run did.
 dense_known: dict[str, Dense] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What was measured of one model: losses (nats) of every window by corpus, accuracies, shares of zeros."""
+    """Measurements of one model: losses (nats) of every window by corpus, accuracies, shares of zeros."""
 
     losses: dict[str, Tensor]
     scores: Scores
@@ -68,7 +68,7 @@ class Measuring:
         return Quality(losses, scores, self._shares("pruned"))
 
     def report(self, dense: Quality, pruned: Quality) -> dict[str, Any]:
-        """The sections of the record that say what was measured."""
+        """The record's sections with the measurements."""
         report: dict[str, Any] = {
             "quality": {
                 corpus: {
@@ -90,12 +90,12 @@ class Measuring:
         return report
 
     def _begins(self, tokens_SL: Tensor) -> bool:
-        """Whether the beginning token stands in front of every sequence."""
+        """Whether every sequence begins with the beginning token."""
         token = self.inputs.tokenizer.bos_token_id
         return token is not None and bool((tokens_SL[:, 0] == token).all())
 
     def _quality(self, which: str) -> tuple[dict[str, Tensor], Scores]:
-        """Losses and accuracies; `which`: what people are told, dense or pruned."""
+        """Losses and accuracies; `which`: dense or pruned, for the progress bar."""
         evaluating, inputs = self.progress.evaluating, self.inputs
         with self.stages("evaluate"):
             losses = {

@@ -1,9 +1,9 @@
-"""What a run would take, found out from the model's configuration alone: `dry_run=true`.
+"""Plans a run from the model's configuration alone, without doing it: `dry_run=true`.
 
-The model is built of fake tensors, which have a shape and no memory, so that a model of any size is planned anywhere.
-Bytes of weights, hidden states and statistics are counted on these tensors. What is only estimated says so: the
-tensors inside a block while it runs, and seconds (esparse/run/duration.py). What a shuffle, an update or a training
-needs beside that is not in the plan.
+The model is built of fake tensors, which have a shape and no memory, so that any machine can plan any model. Bytes of
+weights, hidden states and statistics are counted on these tensors. Two numbers are estimates, and marked as such: the
+memory of tensors inside a running block, and seconds (esparse/run/duration.py). The plan does not include the memory
+of shuffles, updates and trainings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from esparse.run.duration import Rates, Work, measured, published
 from esparse.run.progress import clock
 from esparse.run.settings import Experiment
 
-USUAL_LENGTH = 2048  # tokens of a sequence where none is asked for and the model takes as many
+USUAL_LENGTH = 2048  # default tokens of a sequence, if the model takes as many
 
 
 class _Seen(Exception):
@@ -54,7 +54,7 @@ class Plan:
     gradients: int  # of one block
     working: int  # estimated: a micro-batch inside a block
     logits: int  # of a micro-batch
-    passes: int  # at most, of all calibration sequences through a block: a second look may need one
+    passes: int  # most passes of all calibration sequences through a block; a second pass may need the inputs again
     streams_weights: bool  # whether blocks are read one by one
     on_disk: bool  # whether hidden states wait on the disk
     on_cpu: bool
@@ -81,7 +81,7 @@ class Plan:
         return peaks
 
     def text(self) -> str:
-        """For people, a line per number."""
+        """The plan as text, one line per number."""
         where = "read block by block from the checkpoint" if self.streams_weights else "loaded whole"
         where += f", by each of {self.ranks} processes" if self.ranks > 1 else ""
         lines = [
@@ -188,7 +188,7 @@ def plan(
     device: str | None = None,
     evaluated: Mapping[str, int | None] | None = None,
 ) -> Plan:
-    """The plan of a run with so many calibration sequences; `length` and `window` None: what the model takes.
+    """The plan of a run with this many calibration sequences; `length` and `window` None: the model's longest.
 
     `ranks`: the processes that they are dealt out to. `device`: the kind that it is planned for; None: this machine's.
     `evaluated`: tokens of each corpus, None where they are not known.
@@ -296,7 +296,7 @@ def _experts_share(config: Any) -> float:
 
 
 def _passes(method: Method) -> int:
-    """Through each block: to observe it (once or twice), to leave it, and what the parts of the method add."""
+    """Passes through each block: to observe it (once or twice), to advance, and those that parts of the method add."""
     prepared = 0 if isinstance(method.prepare, NoPreparation) else 1
     observations = max(
         build(inputs=1, sequences=1, device=torch.device("cpu")).passes for build in method.collects().values()
@@ -317,7 +317,7 @@ def _passes(method: Method) -> int:
 def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:
     """Inputs and all outputs of the layers that read one tensor, found by running the first block.
 
-    Where its routing depends on values, which fake tensors lack, the layers behind it count as a group each.
+    If routing depends on values, which fake tensors lack, each layer behind it counts as a group.
     """
     matrices = BlockMatrices(block, "block", skip)
     layers = {name: m for name, m in block.named_modules() if f"block.{name}.weight" in matrices.parameters()}

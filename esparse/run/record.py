@@ -1,4 +1,4 @@
-"""The record of a run: where it ran, what it took, and what was measured, put together at its end."""
+"""Builds the record of a run at its end: environment, time and memory, measurements."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STATE_DEPENDS_ON = ("torch", "transformers", "lm_eval", "esparse", "commit")  # 
 
 
 def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
-    """Versions, device, host, and the commit of the checkout that esparse runs from (with + where it was edited)."""
+    """Versions, device, host, and the commit of the checkout that esparse runs from (with + if it was edited)."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return {
         "python": platform.python_version(),
@@ -51,13 +51,13 @@ def environment(device: torch.device, devices: int = 1) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None if it is not installed: it comes with an extra."""
+    """The version of a package of an extra; None if it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
         return version(package)
     return None
 
 
-@functools.cache  # what a process runs is what it imported
+@functools.cache  # cached, because a process runs the code that it has imported
 def _commit() -> str | None:
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
@@ -76,7 +76,7 @@ def _commit() -> str | None:
 
 @dataclass(slots=True)
 class Clock:
-    """When a run began and what it took, in this attempt and in those before."""
+    """The start of a run, and the time of this and earlier attempts."""
 
     stages: Stages
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -84,7 +84,7 @@ class Clock:
 
     @classmethod
     def start(cls, device: torch.device) -> Clock:
-        """Also sets the device's peak of memory back."""
+        """Also resets the device's peak of memory."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         return cls(Stages(settle=_settle(device)))
@@ -104,7 +104,7 @@ def _settle(device: torch.device) -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A model's, before anything is done to it."""
+    """Facts about a model, taken before it is changed."""
 
     family: str
     parameters: int
@@ -136,7 +136,7 @@ def build(
     mask_bytes: int,
     peaks: Sequence[tuple[float, float | None]],
 ) -> dict[str, Any]:
-    """The record of a run that is about to finish; what it has timed and exported comes on top.
+    """The record of a run that is about to finish; timings and the export are added later.
 
     `asked`: id, name, config and environment. `sources`: digests of what was read from the disk. `model`: its name.
     `measured`: the sections that measuring reports. `peaks` as in `memory`.
@@ -168,7 +168,7 @@ def build(
 
 
 def peak_mib(device: torch.device) -> tuple[float, float | None]:
-    """The most that this process ever took of the host and of the device."""
+    """The peak memory of this process on the host and on the device."""
     unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -176,7 +176,7 @@ def peak_mib(device: torch.device) -> tuple[float, float | None]:
 
 
 def with_bytes(pruned: Pruned) -> list[LayerReport]:
-    """What is reported of each layer, with the bytes of its matrix as it is and as `export=packed` would hold it."""
+    """The report of each layer, with the bytes of its matrix now and in the form of `export=packed`."""
     layers = []
     for layer, (matrix, grouping) in zip(pruned.layers, pruned.groupings, strict=True):
         pattern, dtype = grouping.pattern, matrix.parameter.dtype
@@ -189,7 +189,7 @@ def with_bytes(pruned: Pruned) -> list[LayerReport]:
 
 
 def sparsity(pattern: Pattern, pruned: Pruned) -> dict[str, Any]:
-    """What was measured on the weights: density, whether the pattern holds, what of the blocks stays dense."""
+    """Measurements on the weights: density, whether the pattern holds, the dense rest of the blocks."""
     return {
         "pattern": str(pattern),
         "density": pruned.kept / pruned.weights,
@@ -241,7 +241,7 @@ def memory(
 
 
 def _grid_bits(pruned: Pruned, grid: Grid) -> Counter[str]:
-    """What all quantised matrices take, by what it is for."""
+    """The bytes of all quantised matrices, by purpose."""
     total: Counter[str] = Counter()
     for matrix, grouping in pruned.groupings:
         shape, kept = matrix.view().shape, None

@@ -1,4 +1,4 @@
-"""What one run is asked for: the settings of the command line as one object. Nothing here loads torch."""
+"""The settings of one run, as one object. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger("esparse")
 
 
 def expanded(path: str) -> str:
-    """The path with the home directory in place of ~. Raises Mistake for a user that there is not."""
+    """The path with the home directory in place of ~. Raises Mistake for an unknown user."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -43,7 +43,7 @@ def expanded(path: str) -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Experiment:
-    """What one run is asked for; every field is a group or a value of the command line."""
+    """The settings of one run; every field is a group or a value of the command line."""
 
     model: Model
     calibration: Calibration
@@ -101,7 +101,7 @@ class Experiment:
             raise Mistake(f"dry_run must be true, false or a GPU ({', '.join(known)}), got {self.dry_run!r}")
 
     def devices(self) -> list[torch.device]:
-        """Those that the sequences are dealt out to; ValueError where one is asked for that is not there."""
+        """The devices that share the calibration sequences. Raises Mistake for a device that does not exist."""
         devices = self.model.all_devices()
         if len(devices) > 1 and (why := self.method().needs_all_sequences()) is not None:
             log.info("%s: of %d devices only %s is used", why, len(devices), devices[0])
@@ -112,7 +112,7 @@ class Experiment:
         return patterns.parse(self.pattern, self.outliers)
 
     def method(self) -> Method:
-        """What decides which weights survive and what becomes of them."""
+        """The pruning method: everything that decides which weights are kept, and their values."""
         return Method(
             metric=self.metric,
             pattern=self.parsed_pattern(),

@@ -1,1 +1,1 @@
-"""Many runs in a queue: submitted, carried out on a node, and looked after from any terminal."""
+"""Sweeps in a queue: submitting runs, running them on nodes, and managing them from any terminal."""

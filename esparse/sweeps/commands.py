@@ -1,4 +1,4 @@
-"""A sweep in a queue, from any terminal: `python -m esparse.sweep status|wait|cancel|resubmit DIR`.
+"""Manages a sweep in a queue, from any terminal: `python -m esparse.sweep status|wait|cancel|resubmit DIR`.
 
 DIR is a sweep's folder, OUTPUT_ROOT/sweeps/<time>, and all that these commands need beside the queue itself. `release`
 takes a run's folder instead.
@@ -29,14 +29,14 @@ from esparse.sweeps.submission import launcher_of, submit
 
 log = logging.getLogger("esparse")
 
-POLL_S = (1.0, 15.0)  # between two looks at the runs while waiting: at first, at most
-SAY_S = 30.0  # between two sentences about them
+POLL_S = (1.0, 15.0)  # seconds between two checks of the runs while waiting: at first, at most
+SAY_S = 30.0  # seconds between two log lines about them
 
 
 def launch(path: Path, executor: str, launcher: dict[str, Any], asked: Sequence[Mapping[str, Any]]) -> bool:
-    """Submits a sweep, and waits for its end where `launcher` says so; whether it did.
+    """Submits a sweep, and waits for its end if `launcher` says so; returns whether it waited.
 
-    Raises ValueError for settings of the launcher that make no sense, OSError where the queue refuses the sweep.
+    Raises ValueError for wrong settings of the launcher, OSError if the queue refuses the sweep.
     """
     LAUNCHERS[executor](**launcher)
     sweep = Folder.create(path, executor, launcher, asked)
@@ -72,7 +72,7 @@ def _at_a_time(sweep: Folder, tasks: int) -> int:
 
 
 def wait(sweep: Folder) -> dict[Path, run_states.State]:
-    """Returns once no run is queued or running any more, whoever submitted it."""
+    """Returns when no run is queued or running any more."""
     pause, said, said_at = POLL_S[0], "", float("-inf")
     while True:
         states = run_states.states_of(run.folder for run in sweep.runs)
@@ -136,7 +136,7 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
 
 
 def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
-    """What failed or died; without --failed also what was cancelled or never came to its turn."""
+    """The runs that failed or died; without --failed also those that were cancelled or never started."""
     states = run_states.states_of(run.folder for run in sweep.runs)
     kinds = set(run_states.FAILED) if options.failed else set(run_states.KINDS) - {"finished", *run_states.OPEN}
     chosen = [run for run in sweep.runs if states[run.folder].kind in kinds]
@@ -148,7 +148,7 @@ def _resubmit(sweep: Folder, options: argparse.Namespace) -> int:
 
 
 def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
-    """The sweep with other settings of its launcher; ValueError for one that there is not."""
+    """The sweep with other settings of its launcher; raises ValueError for an unknown setting."""
     try:
         schema = OmegaConf.structured(LAUNCHERS[sweep.executor])
         merged = OmegaConf.merge(schema, sweep.launcher, OmegaConf.from_dotlist(list(settings)))
@@ -160,7 +160,7 @@ def _changed(sweep: Folder, settings: Sequence[str]) -> Folder:
 
 
 def _release(folder: Path) -> int:
-    """Gives up a run that nobody has any more: its owner is dead, or nobody here can ask about it."""
+    """Unlocks a run whose owner is dead or cannot be checked from here."""
     if not (folder / "status.json").exists() and not (folder / "owner.json").exists():
         print(f"esparse: {folder} is no run's folder (OUTPUT_ROOT/<run id>)", file=sys.stderr)
         return MISTAKE
@@ -175,7 +175,7 @@ def _release(folder: Path) -> int:
     said = run_states.status(folder)
     if said.get("status") in ("queued", "running"):
         write_json(folder / "status.json", said | {"status": "interrupted"})
-    print(f"{folder} is given up: it was {there}; asked again, it goes on behind its last finished block")
+    print(f"{folder} is given up: it was {there}; if started again, it continues after its last finished block")
     return FINISHED
 
 

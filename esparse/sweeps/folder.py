@@ -58,7 +58,7 @@ class Folder:
 
     @classmethod
     def read(cls, path: Path) -> Folder:
-        """Raises FileNotFoundError where no sweep was submitted from that folder."""
+        """Reads the sweep; raises FileNotFoundError if no sweep was submitted from this folder."""
         path = path.absolute()
         there = json.loads((path / "sweep.json").read_text())
         runs = [
@@ -72,7 +72,7 @@ class Folder:
         return [by_id[i] for i in ids]
 
     def experiment(self, run: Run) -> Experiment:
-        """ValueError where a setting makes no sense, for instance after an update of esparse."""
+        """Raises ValueError for a wrong setting, for instance after an update of esparse."""
         # rerun: what there was of the run was removed when it was submitted; a job that begins anew must go on.
         where = {"output_root": str(run.folder.parent), "rerun": False}
         return registry.rebuilt(run.settings | where)

@@ -1,7 +1,7 @@
-"""What runs on a node: some runs of a sweep, one after the other in one process.
+"""Runs on a node some runs of a sweep, one after the other in one process.
 
 Submitit pickles the names here and nothing else: settings are read from sweep.json, the state of each run from its
-folder. So a job that Slurm begins anew, with or without warning, does what is left to do.
+folder. A job that Slurm restarts, with or without warning, therefore does the rest of the work.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def launcher_of(sweep: Folder) -> Launcher:
 
 
 def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str, str]]:
-    """Submits those runs that are neither finished nor anyone's; job by run id, and why the others are not submitted.
+    """Submits the runs that are unfinished and have no owner; returns jobs by run id, and why others are not submitted.
 
-    Raises OSError where the queue refuses; nothing is left claimed then.
+    Raises OSError if the queue refuses; no run stays claimed then.
     """
     launcher = launcher_of(sweep)
     if isinstance(launcher, Slurm) and shutil.which("sbatch") is None:
@@ -82,7 +82,7 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
 def _to_queue(sweep: Folder, launcher: Launcher, runs: Sequence[Run]) -> dict[str, str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    # Neighbours share a job, and there what was measured of the dense model.
+    # Neighbours share a job, and with it the measurements of the dense model.
     runs = sorted(runs, key=lambda run: json.dumps([run.settings["model"], run.settings["evaluate"]], sort_keys=True))
     size = launcher.jobs(len(runs))
     chunks = [runs[i : i + size] for i in range(0, len(runs), size)]

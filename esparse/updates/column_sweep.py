@@ -1,12 +1,12 @@
 """The sweep that prunes and rounds: SparseGPT's (arXiv 2301.00774, algorithm 1, section 3.5) with GPTQ's rounding
 (Frantar et al. 2022, arXiv 2210.17323) in it.
 
-Column by column a weight is set to 0 or to its nearest value on the grid, and what that costs, be it pruning or
-rounding, is moved to the columns that are still to come, by the inverse of the input's Gram matrix. With every weight
-kept it is GPTQ, without a grid it is the sweep of update=obs.
+Column by column a weight is set to 0 or to its nearest value on the grid, and the error, of pruning or rounding, is
+compensated in the columns that follow, by the inverse of the input's Gram matrix. With every weight kept it is GPTQ,
+without a grid it is the sweep of update=obs.
 
-Shapes: O outputs, I inputs, G groups of a row that share a scale, C columns of a group. Columns stand in the order in
-which groups are cut. Polarity: True in `keep` means that the weight survives, in `whole` that it is not rounded.
+Shapes: O outputs, I inputs, G groups of a row that share a scale, C columns of a group. Columns are in group order.
+Polarity: True in `keep` means that the weight is kept, in `whole` that it is not rounded.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def rounded(
     block: int,
     prune: Prune,
 ) -> tuple[Tensor, Tensor, Scales]:
-    """What `sweep` makes of `start_OI`, but each row that rounding after pruning leaves nearer to `dense_OI`'s output.
+    """The result of `sweep` on `start_OI`, or of rounding after pruning for rows whose output is then nearer to dense.
 
-    So no row's error is above that of rounding after pruning on the same mask, which a sweep does not promise: it is
-    greedy, and where rounding costs little its repairs may harm.
+    No row's error is then above that of rounding after pruning on the same mask. A sweep alone does not guarantee
+    that: it is greedy, and if rounding costs little, its repairs may do harm.
     """
     import torch
 
@@ -77,9 +77,9 @@ def sweep(
     """The rounded weights, their keep mask and their scales.
 
     `upper_II` is U with U^T U = H^-1, `prune` the sweep without a grid (updates/obs.py). If `fixed_OI` is None, each
-    group of the pattern is chosen as there. A scale is fitted when the sweep reaches its group, on what pruning alone
-    would make of it: a survivor takes over much of what its neighbours lose, and a scale of the values before would
-    cut it off.
+    group of the pattern is chosen as there. A scale is fitted when the sweep reaches its group, to the group's values
+    after pruning alone: kept weights compensate their pruned neighbours, and a scale for the values before would clip
+    them.
     """
     import torch
 
@@ -99,7 +99,7 @@ def sweep(
     errors_IO = torch.empty_like(weight_IO)
 
     def ahead(group: slice) -> Tensor:
-        """The group's columns (O x C) once its own are pruned and not rounded; what is not to be looked at is 0."""
+        """The group's columns (O x C) after pruning without rounding; values that do not count are 0."""
         group_OC, upper_CC = weight_IO[group].T.contiguous(), upper_II[group, group].contiguous()
         if group.stop <= chosen:
             fixed_OC = keep_IO[group].T.contiguous()
@@ -151,9 +151,10 @@ def sweep(
 
 
 def spans(cuts: list[slice], inputs: int, block: int) -> list[tuple[int, int]]:
-    """Runs of at most `block` columns, in none of which a cut begins that does not end there.
+    """Blocks of at most `block` columns, such that no cut straddles a block boundary.
 
-    So all repairs of a cut's columns are done when it is reached; one longer than a run begins with one.
+    All repairs of a cut's columns are then done when it is reached. A cut longer than a block starts at a block's
+    start.
     """
     found, start = [], 0
     while start < inputs:

@@ -1,4 +1,4 @@
-"""What a shuffle evens out: entropy, norm and score of the input channels, in their own order and as it deals them.
+"""Entropy, norm and score of the input channels, in their own order and in a shuffle's, which balances them.
 
 Of runs with profile=true, from channels.safetensors and orders.safetensors beside the record (records/audit.py). Runs
 that differ by nothing but their shuffle stand side by side.

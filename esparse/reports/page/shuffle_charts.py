@@ -1,4 +1,4 @@
-"""What a shuffle evens out, as charts of the page: channels at their places, and how far groups differ along depth."""
+"""Charts of what a shuffle balances: channels at their places, and how far groups differ along depth."""
 
 from __future__ import annotations
 
