@@ -28,6 +28,7 @@ ROW = "then"  # the class of options that are several others in a row; no option
 # What an option cannot know by itself.
 NEEDED = {"hf": ["model.path=somewhere"]}
 NEEDED_BY = {
+    ("export", "dense"): ["shuffle=none"],
     ("calibration", "text"): ["calibration.path=f.txt"],
     ("evaluate", "text"): ["evaluate.path=f.txt"],
     ("allocation", "owl"): ["pattern=8:16"],
@@ -196,8 +197,8 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
         assert run_id(settings(elsewhere)) == usual, elsewhere
     others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.alpha=2", "shuffle=gns"]
     others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
-    others += ["export=dense", "export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true"]
-    ids = [usual, *(run_id(settings(other)) for other in others)]
+    others += ["export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true"]
+    ids = [usual, *(run_id(settings(other)) for other in others), run_id(settings("export=dense", "shuffle=none"))]
     assert len(set(ids)) == len(ids)
 
 

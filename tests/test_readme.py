@@ -52,7 +52,7 @@ ELSEWHERE = {
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }
 # Of the commands that prune: the other ones differ in options, each of which tests/api/test_every_option.py tries.
-QUICK = {"python launch.py", "python launch.py export=dense"}
+QUICK = {"python launch.py", "python launch.py export=dense shuffle.foldable=true"}
 # What a machine without a GPU, a queue and internet can only plan.
 PLANNED = re.compile(r"(?:^| )(?:model=(?!tiny|hf)|bench=|hydra/launcher=|dry_run=true)")
 

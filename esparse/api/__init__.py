@@ -173,7 +173,7 @@ def save(
     check_same(model, report)
     changes = {"path": str(folder), "dtype": dtype} | ({} if order is None else {"order": order})
     export = option("export", "packed" if packed else "dense", **changes)
-    export.check(report.method.pattern, report.method.recovery, shuffled=bool(report.orders))
+    export.check(report.method.pattern, report.method.recovery, report.method.shuffle)
     with as_found(model):
         blocks = _blocks(model, None, None)
         export.ready(blocks, report.method.recovery, Path(folder))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from esparse.patterns import Pattern
     from esparse.pruning.outcome import Pruned
     from esparse.recoveries import Recovery
+    from esparse.shuffles import Shuffle
 
 ORDERS = ("original", "physical")
 MARK = "esparse.json"  # written last; marks a folder as an export of esparse
@@ -46,7 +47,7 @@ class Finished:
 class Export(ABC):
     """Base class of what a run exports beside its record."""
 
-    def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
+    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle) -> None:
         """Raises Mistake if the settings do not fit the method; called before anything runs."""
         return None
 
@@ -73,8 +74,9 @@ class ToFolder(Export):
 
     path: str | None  # folder of the checkpoint; None: `export` in the run's folder
     dtype: str  # auto (what the run computed in) | float32 | bfloat16 | float16
-    # The physical order is absorbed by the rows of layers before, or else gathered; a dense checkpoint has no place for
-    # gathers, and layers left in their own order are named. Packed, original needs no gathers: it is undone at loading
+    # The physical order is absorbed by the rows of layers before, or else gathered. A dense checkpoint has no place for
+    # gathers: it takes shuffles with foldable=true, and with original it holds no groups. Packed, original needs no
+    # gathers: it is undone at loading
     order: str  # of the columns: original (their own) | physical (in which a shuffle cut the groups)
 
     def __post_init__(self) -> None:
@@ -83,9 +85,9 @@ class ToFolder(Export):
         if self.order not in ORDERS:
             raise Mistake(f"export.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
 
-    def place(self, folder: Path) -> Path:
+    def place(self, folder: Path, name: str = "export") -> Path:
         """The checkpoint's folder, for a run in `folder`."""
-        return Path(self.path).expanduser() if self.path else folder / "export"
+        return Path(self.path).expanduser() if self.path else folder / name
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
         check_place(self.place(folder))

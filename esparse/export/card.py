@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esparse.export.hub_metadata import metadata
 from esparse.records.groups import METHOD_GROUPS, acts
 
 LOAD = """```python
@@ -20,7 +21,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 def dense_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
     """The card of an ordinary checkpoint with zeros."""
     how = "An ordinary Hugging Face checkpoint: pruned weights are zeros, so it is as large as the dense model."
-    if facts["order"] == "original" and _shuffled(record):
+    pattern = record["sparsity"]["pattern"]
+    how += f" {pattern} holds as stored in {facts['holds_in']} of {facts['of_layers']} layers."
+    if _no_groups(record, facts):
         how += (
             " Groups were cut in shuffled orders of the columns (`orders.safetensors` of the run), and the columns "
             "stand in their own order here: kernels for n:m would not find groups in it."
@@ -50,16 +53,16 @@ def packed_card(record: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -> str:
+    title = ", columns in their original order (no groups)" if _no_groups(record, facts) else ""
     name, sparsity, config = record["model"]["name"], record["sparsity"], record["config"]
     choices = ", ".join(f"{group}={option}" for group, option in config["choices"].items() if group in METHOD_GROUPS)
     calibration = config["calibration"]
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [sparse, pruned, esparse]",
+        metadata(record, facts, original=_on_hub(config["model"]["path"])),
         "---",
         "",
-        f"# {name}, pruned to {sparsity['pattern']}",
+        f"# {name}, pruned to {sparsity['pattern']}{title}",
         "",
         how,
         "",
@@ -72,6 +75,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         *_share(sparsity),
         *_grid(record),
         f"- {choices}",
+        f"- `python -m esparse {_command(record)}`, other settings as its record `{record['id']}` has them",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
         f"{calibration['seed']}",
         "",
@@ -79,6 +83,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         "",
         *_numbers(record),
         f"- {facts['bytes']:,} bytes of tensors in {facts['dtype']}",
+        f"- {facts['engines']}",
         "",
         "## Loading",
         "",
@@ -86,6 +91,21 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _command(record: dict[str, Any]) -> str:
+    """The choices of the command line, without folders."""
+    config = record["config"]
+    model = "" if config["model"]["path"] == "builtin" else f"model=hf model.path={_public(config['model']['path'])} "
+    chosen = [f"{group}={option}" for group, option in config["choices"].items() if group in METHOD_GROUPS]
+    if config.get("shuffle", {}).get("foldable"):
+        chosen.append("shuffle.foldable=true")
+    return f"{model}pattern={record['sparsity']['pattern'].partition('+')[0]} {' '.join(chosen)}"
+
+
+def _on_hub(path: str) -> str | None:
+    """The model's name if it is one of the Hub's: owner/name, and no folder here."""
+    return path if "/" in path and _public(path) == path else None
 
 
 def _public(path: str) -> str:
@@ -129,6 +149,11 @@ def _share(sparsity: dict[str, Any]) -> list[str]:
     names = [f"`{name}`" for name in sparsity["left_dense"]]
     left = f"; dense stay {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
     return [f"- {100 * sparsity['share_of_blocks']:.1f} % of the blocks' weights were pruned{left}"]
+
+
+def _no_groups(record: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether a shuffle's groups are lost in the columns' own order."""
+    return facts["format"] == "dense" and facts["order"] == "original" and _shuffled(record)
 
 
 def _shuffled(record: dict[str, Any]) -> bool:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.export import Finished, ToFolder
+from esparse.export.engines import usable_by
+from esparse.export.hub_metadata import licence_of
+from esparse.shuffles import NoShuffle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from esparse.models.reorder import Reordered
     from esparse.patterns import Grouping, Pattern
     from esparse.recoveries import Recovery
+    from esparse.shuffles import Shuffle
 
 log = logging.getLogger("esparse")
 
@@ -48,10 +52,10 @@ class Packed(ToFolder):
     with outliers and a shuffle stay dense, and the log says so.
     """
 
-    def check(self, pattern: Pattern, recovery: Recovery, *, shuffled: bool) -> None:
+    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle) -> None:
         if not pattern.parts():
             raise Mistake(f"export=packed stores n:m patterns, and {pattern} is none: use export=dense")
-        if self.order == "original" and shuffled and len(pattern.parts()) > 1:
+        if self.order == "original" and not isinstance(shuffle, NoShuffle) and len(pattern.parts()) > 1:
             raise Mistake(
                 "outliers are stored by their place in a run of columns, and a shuffle reorders columns: use "
                 "export.order=physical, or shuffle=none"
@@ -60,6 +64,7 @@ class Packed(ToFolder):
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts, precisions
+        from esparse.models.source import folder_of
         from esparse.packed.format import FORMAT_NAME, VERSION
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
@@ -91,7 +96,12 @@ class Packed(ToFolder):
                 "absorbed": contents.absorbed,
                 "gathers": len(contents.behind) + len(contents.before),
                 "not_loaded": not_loaded,
+                "holds_in": len(contents.layers) + sum(len(stacks[name]) for name in contents.experts),
+                "of_layers": len(run.pruned.groupings),
             }
+            if licence := licence_of(folder_of(run.blocks.model)):
+                facts["licence"] = licence
+            facts["engines"] = usable_by("packed", run.record["sparsity"]["pattern"], facts)
             entry = {
                 "quant_method": FORMAT_NAME,
                 "version": VERSION,

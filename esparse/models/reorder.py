@@ -119,6 +119,11 @@ def apply(model: nn.Module, name: str, plan: Reordered) -> None:
         gather_before(model.get_submodule(module), order_I.to(parameter.device))
 
 
+def absorbs(graph: BlockGraph, group: InputGroup, order_I: Tensor) -> bool:
+    """Whether rows of matrices before a group can put its input into this order; the block stays as it is."""
+    return _absorbing(graph, group, order_I) is not None
+
+
 def _absorbing(graph: BlockGraph, group: InputGroup, order_I: Tensor) -> Rows | None:
     """The matrices whose rows make the group's input, each with its new order of rows; None if there are none."""
     before_TI: Tensor | None = None

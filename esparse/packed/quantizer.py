@@ -57,6 +57,8 @@ class EsparseConfig(QuantizationConfigMixin):
         if version not in READS:
             reads = " and ".join(map(str, READS))
             raise Mistake(f"the checkpoint has version {version} of esparse's format, this esparse reads {reads}")
+        if unknown := sorted(set(other) - {"quant_method"}):
+            raise Mistake(f"config.json has {unknown[0]} in its quantization_config, which this esparse does not know")
         _check_kinds({"layers": layers, "files": files, "experts": experts or {}, "readers": readers or {}}, dict)
         _check_kinds({"biases": biases, "ordered": ordered, "behind": behind, "before": before}, list)
         self.quant_method = FORMAT_NAME

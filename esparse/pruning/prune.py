@@ -23,6 +23,7 @@ from esparse.linalg import all_finite
 from esparse.metrics import Metric
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
+from esparse.models.folding import foldable_runs
 from esparse.models.matrices import Matrix
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
@@ -79,11 +80,14 @@ def prune(
         pruned.take(remembered(blocks, index, journal))
 
     def prune_block(block: Block, groups: list[Observed]) -> Entry:
-        of_block = Pruned()
+        of_block, runs = Pruned(), None
+        if method.shuffle.foldable:
+            with stages("shuffle"):
+                runs = blocks.ranks.from_first(lambda: foldable_runs(block))
         with stages("recover"):
             finish = recovery.begin(block)
         for group in groups:
-            for layer in _prune_group(group, method, allocated, of_block, stages=stages, profile=profile):
+            for layer in _prune_group(group, method, allocated, of_block, runs, stages=stages, profile=profile):
                 of_block.layers.append(layer)
                 on_layer(block.index, layer)
         with stages("recover"):
@@ -146,6 +150,7 @@ def _prune_group(
     method: Method,
     allocated: Mapping[str, Pattern],
     pruned: Pruned,
+    runs: Mapping[str, Tensor] | None,
     *,
     stages: Stages,
     profile: bool,
@@ -161,12 +166,15 @@ def _prune_group(
         pruned.channels |= _channels(stats[0], scores)
     pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
-        together = None
-        if "gram" in method.shuffle.collects() and stats[0].tokens:
-            together = Layers(_joined(weights), stats[0]["gram"].gram_II)
-        order_I = (
-            None if isinstance(method.shuffle, NoShuffle) else method.shuffle.order(_joined(scores), pattern, together)
-        )
+        order_I = None
+        if runs is not None:
+            if (runs_BRD := runs.get(matrices[0].entry)) is not None:
+                order_I = method.shuffle.folded_order(_joined(scores), pattern, runs_BRD)
+        elif not isinstance(method.shuffle, NoShuffle):
+            together = None
+            if "gram" in method.shuffle.collects() and stats[0].tokens:
+                together = Layers(_joined(weights), stats[0]["gram"].gram_II)
+            order_I = method.shuffle.order(_joined(scores), pattern, together)
         grouping = Grouping(pattern, order_I)
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)

@@ -103,7 +103,7 @@ def asks_for_nothing(path: str, value: Any) -> bool:
         return bool(value == "auto")  # what it was without them
     if path in ("calibration.chat", "evaluate.chat"):
         return not value
-    if path == "profile":
+    if path in ("profile", "shuffle.foldable"):
         return not value
     return path in GROUPS and GROUPS[path].idle(value)
 

@@ -24,7 +24,7 @@ from esparse.quantise import Quantise
 from esparse.recoveries import Recovery
 from esparse.run.duration import gpus
 from esparse.run.tracking import Tracking
-from esparse.shuffles import NoShuffle, Shuffle
+from esparse.shuffles import Shuffle
 from esparse.updates import Update
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Experiment:
         pattern, method = self.parsed_pattern(), self.method()
         method.check()
         self.bench.check(pattern)
-        self.export.check(pattern, self.recovery, shuffled=not isinstance(self.shuffle, NoShuffle))
+        self.export.check(pattern, self.recovery, self.shuffle)
         if self.model.store == "shards" and (why := method.needs_whole_model()) is not None:
             raise Mistake(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if self.model.processes > 1 and (why := method.needs_all_sequences()) is not None:

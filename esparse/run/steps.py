@@ -88,4 +88,14 @@ def export_model(
     with clock.stages("export"):
         finished = Finished(inputs.blocks, inputs.tokenizer, pruned, inputs.tokens_SL, record, folder)
         exported = experiment.export.write(finished)
+    if exported is not None:
+        log.info(
+            "exported to %s: %.1f MB; %s holds as stored in %d of %d layers; %s",
+            exported["path"],
+            exported["bytes"] / 1e6,
+            record["sparsity"]["pattern"],
+            exported["holds_in"],
+            exported["of_layers"],
+            exported["engines"],
+        )
     return {} if exported is None else {"export": exported} | clock.read(journal)

@@ -39,6 +39,8 @@ class Layers:
 class Shuffle(ABC):
     """Base class of shuffles: chooses the channels of each group from the scores."""
 
+    foldable: bool = False  # only orders that the layers before absorb: down_proj's, and o_proj's within its heads
+
     def collects(self) -> dict[str, Factory]:
         """The input statistics that `order` needs in `layers`, by name; default: none."""
         return {}
@@ -55,6 +57,26 @@ class Shuffle(ABC):
         does not divide the width, the last channels (the tail) stay in place. `layers` is None if `collects` is empty
         or no token reached the layers.
         """
+
+    def folded_order(self, scores_OI: Tensor, pattern: Pattern, runs_BRD: Tensor) -> Tensor:
+        """The order among those that keep each set of runs together: `runs_BRD[b]` (R x D channels) takes one order.
+
+        As `order`, which sees the runs of a set as rows of one matrix; sets whose width the groups do not divide keep
+        their channels' own order, as groups must not reach from one set into the next.
+        """
+        import torch
+
+        order_I = torch.arange(scores_OI.shape[1], device=scores_OI.device)
+        for runs_RD in runs_BRD.to(scores_OI.device):
+            runs, width = runs_RD.shape
+            nm = pattern.shuffled_groups(width)
+            if nm is None or (len(runs_BRD) * runs > 1 and width % nm.m):
+                continue
+            stacked_OD = scores_OI[:, runs_RD.flatten()].view(-1, runs, width).flatten(0, 1)
+            own_D = self.order(stacked_OD, pattern)
+            if own_D is not None:
+                order_I[runs_RD] = runs_RD[:, own_D]
+        return order_I
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +109,7 @@ class Search(Shuffle):
         return {"gram": Gram} if self.objective == "error" else {}
 
     def check(self, pattern: Pattern) -> None:
+        self.check_foldable()
         m = pattern.swap_width
         if m is not None and self.block < 2 * m:
             raise Mistake(
@@ -104,6 +127,14 @@ class Search(Shuffle):
         from esparse.shuffles.error_swaps import swap_by_error
 
         return swap_by_error(scores_OI, layers.dense_OI, layers.gram_II, order_I, n=nm.n, m=nm.m, block=self.block)
+
+    def check_foldable(self) -> None:
+        """Raises ValueError for an objective that needs more than scores, where orders are restricted."""
+        if self.foldable and self.objective == "error":
+            raise Mistake(
+                "shuffle.foldable=true gives several heads one order, which shuffle.objective=error does not foresee: "
+                "use shuffle.objective=score"
+            )
 
     @abstractmethod
     def by_score(self, scores_OI: Tensor, pattern: NM) -> Tensor:

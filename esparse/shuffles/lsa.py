@@ -37,6 +37,7 @@ class Lsa(Search):
         _check_rounds(self.rounds)
 
     def check(self, pattern: Pattern) -> None:
+        self.check_foldable()
         if self.objective == "error":
             Search.check(self, pattern)
 

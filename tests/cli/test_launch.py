@@ -374,7 +374,7 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
         (["pattern=4:2"], ["0 < n < m", "'4:2'"]),
         (["hydra.launcher=a100"], ["hydra/launcher=a100 chooses it"]),
         (["model.path=/x/step=1000"], ["""'model.path="/x/step=1000"'"""]),
-        (["-m", "export=dense", "export.path=X", "seed=1,2"], ["is one folder for 2 runs of the sweep"]),
+        (["-m", "export=packed", "export.path=X", "seed=1,2"], ["is one folder for 2 runs of the sweep"]),
         (["-m", "metric=wanda,magnitude", "export=packed", "export.path=X,./X"], ["one folder for 4 runs"]),
         (["pattern=124"], ["in YAML write it in quotes"]),
         (["metric=wandaa"], ["there is no metric 'wandaa': did you mean wanda?", "magnitude"]),
@@ -497,7 +497,11 @@ def test_a_home_folder_is_meant_by_every_path(
     (tmp_path / "here").mkdir()
     words = [word.replace(str(workshop), "~") for word in small_run(workshop, tmp_path)]
     words = [f"{key}='{value}'" if "~" in value else word for word in words for key, _, value in [word.partition("=")]]
-    words = [word for word in words if not word.startswith("output_root")] + ["output_root='~/out'", "export=dense"]
+    words = [word for word in words if not word.startswith("output_root")] + [
+        "output_root='~/out'",
+        "export=dense",
+        "shuffle=none",
+    ]
     words = ["-m", *words, "metric=wanda,magnitude"] if sweep else [*words, "export.path='~/exported'"]
     done = launch(*words, cwd=tmp_path / "here")
     assert done.returncode == 0, done.stderr

@@ -66,7 +66,7 @@ def packed(**settings: Any) -> Packed:
 
 
 def dense(**settings: Any) -> Dense:
-    return Dense(**({"path": None, "dtype": "auto", "order": "original"} | settings))
+    return Dense(**({"path": None, "dtype": "auto", "order": "physical"} | settings))
 
 
 def pruned(
@@ -105,7 +105,7 @@ def exported(
     before = {name: value.clone() for name, value in blocks.model.state_dict().items()}
     facts = written(export, blocks, of, folder)
     assert all(torch.equal(value, before[name]) for name, value in blocks.model.state_dict().items())
-    return expected, loaded(folder / "export"), facts, of
+    return expected, loaded(Path(facts["path"])), facts, of
 
 
 @pytest.mark.parametrize("order", ["physical", "original"])
@@ -186,12 +186,27 @@ def test_a_dense_checkpoint_is_an_ordinary_one(family: str, order: str, tmp_path
         assert patterns.parse("2:4").holds(model.get_submodule("model.layers.1.mlp.down_proj").weight != 0)
 
 
-def test_what_a_dense_checkpoint_cannot_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    exported("llama", dense(order="physical"), tmp_path)
+def test_a_dense_checkpoint_says_in_how_many_layers_the_pattern_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, _, facts, of = exported("llama", dense(), tmp_path)  # which `check` would have refused
+    assert 2 <= facts["holds_in"] < facts["of_layers"] == len(of.groupings)  # down_proj's, at least
     assert "weights keep their columns' own order" in caplog.text and "q_proj" in caplog.text
     caplog.clear()
-    exported("llama", dense(order="physical"), tmp_path, shuffle=NoShuffle())
+    for shuffle in (NoShuffle(), Gns(deal="straight", foldable=True)):
+        _, _, facts, of = exported("llama", dense(), tmp_path, shuffle=shuffle)
+        assert facts["holds_in"] == facts["of_layers"] == len(of.groupings)
+    _, _, facts, _ = exported("llama", dense(order="original"), tmp_path / "original")
+    assert facts["holds_in"] == 0 and facts["path"].endswith("export-original-order")
     assert not caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "bloom", "phi3", "gpt-neox"])
+def test_foldable_shuffles_leave_every_layer_in_groups(family: str, tmp_path: Path) -> None:
+    expected, model, facts, of = exported(family, dense(), tmp_path, shuffle=Gns(deal="straight", foldable=True))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert facts["holds_in"] == facts["of_layers"] == len(of.groupings)
+    assert facts["absorbed"] > 0 and len(of.orders) == facts["absorbed"]
 
 
 @pytest.mark.parametrize("make", [packed, dense])

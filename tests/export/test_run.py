@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.workshop import ROOT, furnished, launch, small_run
 
@@ -56,10 +57,45 @@ def test_a_packed_run_is_loaded_after_import_esparse(workshop: Path, tmp_path: P
 
 def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -> None:
     place = tmp_path / "there"
-    done = launch(*small_run(workshop, tmp_path / "out"), "export=dense", f"export.path={place}", "model.store=shards")
+    done = launch(
+        *small_run(workshop, tmp_path / "out"),
+        "export=dense",
+        f"export.path={place}",
+        "model.store=shards",
+        "shuffle=none",
+    )
     assert done.returncode == 0, done.stderr
     read = python("import sys\n" + pages_example().partition("\n")[2], str(place))
     assert "KINDS ['Linear']" in read.stdout, read.stderr
+
+
+def test_every_pruned_matrix_of_a_dense_export_holds_its_pattern_as_stored(workshop: Path, tmp_path: Path) -> None:
+    """Or the export says in its name, its card, its record and on the terminal that it does not."""
+    folds = ["shuffle=best", "shuffle.foldable=true", "update=obs"]
+    for choice, held, name in (folds, 14, "export"), (["export.order=original"], 0, "export-original-order"):
+        done = launch(*small_run(workshop, tmp_path / name), "export=dense", *choice)
+        assert done.returncode == 0, done.stderr
+        folder, record = only_record(tmp_path / name)
+        exported = record["export"]
+        assert exported["path"] == str(folder / name) and exported["of_layers"] == 14
+        assert exported["holds_in"] == held == len(holding(folder / name)), choice
+        card = (folder / name / "README.md").read_text()
+        said = f"2:4 holds as stored in {held} of 14 layers"
+        assert said in card and said in done.stderr and str(folder / name) in done.stderr
+        assert ("no groups" in card.partition("## Recipe")[0]) == (held == 0)
+        assert ("cuSPARSELt" in exported["engines"]) == (held > 0)
+
+
+def holding(folder: Path) -> list[str]:
+    """The matrices whose rows keep at most two of any four neighbours, counted one group at a time."""
+    stored = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    found = []
+    for name, value in stored.items():
+        if name.endswith("proj.weight"):
+            rows = (value != 0).tolist()
+            if all(sum(row[first : first + 4]) <= 2 for row in rows for first in range(0, len(row), 4)):
+                found.append(name)
+    return found
 
 
 @pytest.mark.slow
@@ -70,7 +106,7 @@ def test_several_processes_leave_one_checkpoint(workshop: Path, tmp_path: Path) 
 
 
 def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tmp_path: Path) -> None:
-    done = launch(*small_run(workshop, tmp_path), "export=dense", "recovery=bias")
+    done = launch(*small_run(workshop, tmp_path), "export=dense", "recovery=bias", "shuffle=none")
     assert done.returncode == 1
     assert "has no place for them: use export=packed" in done.stderr
     assert "block 1 of" not in done.stderr
@@ -81,6 +117,9 @@ def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tm
     [
         (["export=packed", "pattern=50%", "shuffle=none"], "export=packed stores n:m patterns"),
         (["export=packed", "export.order=original", "outliers=16:256"], "use export.order=physical"),
+        (["export=dense"], "Use shuffle.foldable=true"),
+        (["export=dense", "shuffle=best"], "or export.order=original"),
+        (["export=dense", "shuffle=gns", "pattern=8:16", "outliers=16:256"], "or export=packed"),
         (["export=dense", "export.order=any"], "export.order must be one of original, physical"),
         (["export=dense", "export.dtype=int8"], "export.dtype must be one of"),
     ],
