@@ -18,6 +18,7 @@ from esparse.cli.hydra_errors import explained
 from esparse.cli.messages import sentence
 from esparse.cli.typed_words import arranged, check, doubled, in_hydras_words
 from esparse.errors import Mistake
+from esparse.parts.conf_folder import own_folder
 
 log = logging.getLogger("esparse")
 
@@ -30,6 +31,8 @@ def exit_code(main: Callable[[], Any]) -> int:
     try:
         sys.argv[1:] = words = in_hydras_words(arranged(sys.argv[1:]))
         check(words)
+        if (own := own_folder()) is not None:
+            log.info("%s stands in front of esparse's own configuration", own)
         for sentence_ in doubled(words):
             log.warning("%s", sentence_)
         with store_not_copied(), _errors_come_through():

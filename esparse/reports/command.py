@@ -20,6 +20,8 @@ from esparse.reports.table import Spread, Table, natural
 from esparse.reports.tabulate import means, profiles, table_of
 from esparse.reports.writing import csv_of, latencies, markdown_of
 
+ENDINGS = {".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html"}  # of tables that are no Markdown
+
 
 def markdown(records: Sequence[Record], *, mean: bool = False, best: bool = False, **asked: Any) -> str:
     """A Markdown table whose columns are aligned in plain text too; `asked` as in `table_of`."""
@@ -89,10 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", metavar="COLUMN,...", help="only these columns, in this order")
     parser.add_argument("--best", action="store_true", help="bold: the best of each model, pattern and measurement")
     parser.add_argument("--profile", action="store_true", help="the zeros of layers and heads (runs with profile=true)")
-    parser.add_argument("--plot", choices=PICTURES, default="perplexity", help="which picture a .png, .svg or .pdf is")
+    parser.add_argument("--plot", choices=PICTURES, help="which picture a .png, .svg or .pdf is (else perplexity)")
     parser.add_argument("--layer", metavar="NAME", help="of --plot channels: a part of the name of the layer to show")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
+    if kind is None:
+        return stop(
+            f"--out {options.out}: a table ends in {', '.join(sorted(ENDINGS))} or .md, a picture in "
+            f"{', '.join(sorted(FORMATS))}; --format says it where the name ends otherwise",
+            2,
+        )
+    if options.plot and kind == "html":
+        return stop("the page has all pictures: leave --plot out, or write one picture, --out plot.svg", 2)
+    if options.plot and kind != "png":
+        return stop(f"--plot {options.plot} is a picture and needs a file: --out {options.plot}.png (.svg, .pdf)", 2)
     if options.latency and kind != "markdown":
         return stop(f"the table of latencies is written as Markdown, not {kind}", 2)
     if options.best and kind not in ("markdown", "latex", "html"):
@@ -108,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     try:
         if kind == "png":
-            plot(records, options.out, name=options.plot, corpus=options.corpus, layer=options.layer)
+            plot(records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer)
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value, "pairs": options.pairs}
@@ -136,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _kind(out: Path | None) -> str:
-    endings = {".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html", **dict.fromkeys(FORMATS, "png")}
-    return endings.get(out.suffix.lower(), "markdown") if out is not None else "markdown"
+def _kind(out: Path | None) -> str | None:
+    """What is written, by the ending of the file; None for an ending that stands for nothing."""
+    if out is None or out.suffix.lower() in ("", ".md", ".markdown", ".txt"):
+        return "markdown"
+    return (ENDINGS | dict.fromkeys(FORMATS, "png")).get(out.suffix.lower())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from transformers import PretrainedConfig
 
 from esparse import patterns
 from esparse.models.load import published_config
-from esparse.packed import memory
-from esparse.packed.memory import as_published, main, of_model
+from esparse.packed import savings
+from esparse.packed.memory import main
+from esparse.packed.savings import as_published, of_model
 from esparse.packed.sizes import of_matrix
 from tests.models.families import tiny
 
@@ -43,7 +46,7 @@ def test_experts_count_as_packed() -> None:
     assert saving.dense - saving.in_memory == matrices * 4 * 15 // 32  # a half of 32 bits, less one
 
 
-@pytest.mark.parametrize(("name", "per_cent"), memory.PUBLISHED.items())
+@pytest.mark.parametrize(("name", "per_cent"), savings.PUBLISHED.items())
 def test_what_is_published_comes_out_when_counted_as_there(name: str, per_cent: float) -> None:
     assert round(100 * as_published(llama(name), patterns.parse("2:4")).share_in_memory, 2) == per_cent
 
@@ -77,3 +80,13 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_help_comes_before_torch() -> None:
+    code = (
+        "import sys, runpy, atexit; sys.argv = ['memory', '--help']\n"
+        "atexit.register(lambda: print('TORCH', 'torch' in sys.modules))\n"
+        "runpy.run_module('esparse.packed.memory', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "TORCH False" in done.stdout and "--patterns" in done.stdout

@@ -385,8 +385,8 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     assert said == [f"esparse: {tmp_path / n / 'result.json'} is left out: {why}" for n, why in expected.items()]
 
 
-def shown(table):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def shown(table, width=120):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table)
     return console.export_text()
 
@@ -472,6 +472,26 @@ def test_command_ends_in_one_sentence_and_a_code(tmp_path):
         (1, [tmp_path / "runs", "--out", empty], f"cannot write {empty}: Is a directory"),
     ]:
         assert command(*arguments) == (code, "", f"esparse: {sentence}\n")
+    for arguments, words in [
+        (["--plot", "errors"], "--plot errors is a picture and needs a file: --out errors.png"),
+        (["--plot", "errors", "--out", tmp_path / "t.csv"], "--plot errors is a picture and needs a file"),
+        (["--plot", "errors", "--out", tmp_path / "p.html"], "the page has all pictures: leave --plot out"),
+        (["--out", tmp_path / "t.xlsx"], "t.xlsx: a table ends in .csv, .htm, .html, .tex or .md, a picture in .pdf"),
+    ]:
+        code, out, err = command(tmp_path / "runs", *arguments)
+        assert (code, out, words in err) == (2, "", True), err
+    assert command(tmp_path / "runs", "--out", tmp_path / "t.xlsx", "--format", "csv")[0] == 0
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_no_broken_word():
+    for width in (60, 80, 100):
+        lines = shown(runs_table(TWO, width=width), width).splitlines()
+        table = [line for line in lines if line.strip() and "not shown" not in line]
+        assert max(map(len, table)) <= width
+        words = {word for line in table for word in line.split()}
+        assert {"wanda", "entropy", "pruned"} <= words
+        left_out = " ".join(lines).partition("not shown on")[2]
+        assert ("host MiB" in left_out) == ("MiB" not in words)
 
 
 def test_importing_tables_loads_nothing_heavy():

@@ -125,4 +125,4 @@ def plot(
     figure = draw(name, records, corpus=corpus, layer=layer)
     if figure is None:
         raise Mistake(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200, bbox_inches="tight")  # legends stand outside, titles may be wider than the axes

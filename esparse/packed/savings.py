@@ -1,0 +1,96 @@
+"""What n:m saves of a model, from its configuration: `python -m esparse.packed.memory` prints the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from esparse import patterns
+from esparse.models.load import published_config
+from esparse.models.matrices import BlockMatrices
+from esparse.models.model_parts import find_blocks
+from esparse.packed.sizes import META, Saving, of_matrix
+from esparse.patterns import Pattern
+
+# Per cent saved by 2:4 on LLaMA, as E-Sparse publishes it (arXiv 2310.15929, abstract: 42.64 % to 43.52 %).
+PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
+
+
+def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
+    """Bytes of a whole model: all decoder layers and experts packed, embeddings, norms and head dense."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    saving = Saving(total, total, total)
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        matrices = BlockMatrices(block, f"{prefix}.{index}")
+        packed = [of_matrix(pattern, *layer.view().shape, dtype) for layer in matrices.layers()]
+        # Only a forward pass shows which side of an expert is its input; that matters for a tail of the groups only.
+        experts = [parameter.shape for parameter in matrices.parameters().values() if parameter.ndim == 3]
+        packed += [of_matrix(pattern, *shape[1:], dtype) * shape[0] for shape in experts]
+        for part in packed:
+            saving += Saving(0, part.in_memory - part.dense, part.on_disk - part.dense)
+    return saving
+
+
+def as_published(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
+    """Bytes as E-Sparse counts them, with too few matrices; see the top of the module."""
+    width, inner = config.hidden_size, config.intermediate_size
+    block = of_matrix(pattern, width, width, dtype) * 4
+    block += of_matrix(pattern, inner, width, dtype) + of_matrix(pattern, width, inner, dtype)
+    embedding = nn.Embedding(config.vocab_size, width, dtype=dtype, device=META).weight.nbytes
+    return block * config.num_hidden_layers + Saving(embedding, embedding, embedding)
+
+
+def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[list[str]]:
+    """A header, and one row per model and pattern."""
+    header = [
+        "model",
+        "pattern",
+        "dense",
+        "in memory",
+        "saved",
+        "on disk",
+        "saved",
+        "counted as published",
+        "published",
+    ]
+    rows = [header]
+    for name, config in models.items():
+        for text in asked:
+            pattern = patterns.from_str(text)
+            whole = of_model(config, pattern)
+            llama = config.model_type == "llama"
+            counted = as_published(config, pattern).share_in_memory if llama else None
+            published = PUBLISHED.get(name) if text == "2:4" else None
+            rows.append(
+                [
+                    name,
+                    text,
+                    _gb(whole.dense),
+                    _gb(whole.in_memory),
+                    _percent(whole.share_in_memory),
+                    _gb(whole.on_disk),
+                    _percent(whole.share_on_disk),
+                    "" if counted is None else _percent(counted),
+                    "" if published is None else f"{published:.2f} %",
+                ]
+            )
+    return rows
+
+
+def config_of(name: str) -> PretrainedConfig:
+    return published_config(name) or AutoConfig.from_pretrained(str(Path(name).expanduser()))
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
