@@ -1,6 +1,6 @@
 """Lets a folder of one's own stand in front of esparse's configuration: $ESPARSE_CONF, or ~/.config/esparse.
 
-What lies there replaces the file of the same name in conf/ (hydra/launcher/site.yaml for instance) or is an option more.
+What lies there replaces the file of the same name in conf/ (for instance hydra/launcher/site.yaml) or adds an option.
 """
 
 from __future__ import annotations

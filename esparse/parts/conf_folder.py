@@ -26,7 +26,7 @@ def checkout() -> Path | None:
 
 
 def own_folder() -> Path | None:
-    """The user's own folder of configuration, in front of esparse's: $ESPARSE_CONF, else ~/.config/esparse if it is there.
+    """The user's own folder of configuration: $ESPARSE_CONF, else ~/.config/esparse if it is there.
 
     Raises Mistake for a folder in ESPARSE_CONF that there is not.
     """

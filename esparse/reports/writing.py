@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MISSING = {"failed": "red", "not finished": "yellow"}
 
 
+GAP = 2  # between two columns on the terminal; rich wants room for one half of it behind the last one, too
 # What a narrow terminal does without, the first one first; endings of columns that have the corpus's name in front.
 SPARED = ("host MiB", "device MiB", "kept", "seconds", "density", "error", " ratio", " ppl dense", " dense")
 
@@ -72,7 +73,7 @@ def _spared(columns: Sequence[str], widths: Sequence[int], most: int | None) -> 
     left = dict(zip(columns, widths, strict=True))
     for ending in SPARED:
         for column in [column for column in left if column == ending or (ending[0] == " " and column.endswith(ending))]:
-            if most is None or sum(left.values()) + len(left) - 1 <= most:
+            if most is None or sum(left.values()) + GAP * len(left) - 1 <= most:
                 return [column for column in columns if column not in left]
             del left[column]
     return [column for column in columns if column not in left]
