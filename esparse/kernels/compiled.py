@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -66,16 +66,22 @@ def dense(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None, inputs:
 @cache
 def vectors_for(dtype: torch.dtype) -> bool:
     """Whether this CPU spreads 32 values of this dtype with one instruction."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512f" if dtype == torch.float32 else "avx512vbmi2"))
+    return ("avx512f" if dtype == torch.float32 else "avx512vbmi2") in features()
 
 
 @cache
 def takes(dtype: torch.dtype) -> bool:
     """Whether the loops support this dtype on this CPU: float16 needs the CPU's conversion instructions."""
     if dtype == torch.float16:
-        return bool(binding.get_host_cpu_features().get("f16c")) or binding.get_process_triple().startswith("aarch64")
+        return "f16c" in features() or binding.get_process_triple().startswith("aarch64")
     return dtype in STORED
+
+
+def features() -> set[str]:
+    """What numba may use of this CPU: with NUMBA_CPU_NAME=generic, one cache for many machines, less than there is."""
+    if config.CPU_FEATURES is not None:
+        return {name.removeprefix("+") for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    return {name for name, there in binding.get_host_cpu_features().items() if there}
 
 
 def _arrays(values_OK: Tensor, bits_OB: Tensor, outliers: Outliers | None) -> tuple[Any, ...]:

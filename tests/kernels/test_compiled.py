@@ -26,6 +26,8 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def packed(asked: tuple[str, str | None], outputs: int, inputs: int, dtype: torch.dtype) -> PackedMatrix:
+    if not compiled.takes(dtype):
+        pytest.skip(f"numba may not use what this CPU has for {dtype}")
     pattern = patterns.parse(*asked)
     return pack(pruned(pattern, outputs, inputs, dtype), pattern)
 
@@ -76,6 +78,8 @@ def test_several_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_odd_values_are_what_they_were(dtype: torch.dtype) -> None:
+    if not compiled.takes(dtype):
+        pytest.skip(f"numba may not use what this CPU has for {dtype}")
     info = torch.finfo(dtype)
     values = [info.smallest_normal / 4, info.max, -info.tiny, -info.max, info.eps, -info.smallest_normal / 2]
     row = torch.tensor([[value for pair in zip(values, [0.0] * 6, strict=True) for value in pair]]).to(dtype)
@@ -99,3 +103,15 @@ def test_a_layer_takes_them_for_a_few_tokens(monkeypatch: pytest.MonkeyPatch) ->
     for tokens in (64, 65):
         of(torch.ones(tokens, 40).bfloat16())
     assert called == [1, 16, 64]
+
+
+def test_numba_may_use_less_than_the_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NUMBA_CPU_NAME=generic says: LLVM would end the process at a conversion that it may not use."""
+    for features, half in (("", False), ("+avx2,-f16c", False), ("+avx2,+f16c", True)):
+        monkeypatch.setattr(compiled.config, "CPU_FEATURES", features)
+        monkeypatch.setattr(compiled.binding, "get_process_triple", lambda: "x86_64-linux")
+        compiled.takes.cache_clear()
+        assert compiled.takes(torch.float16) == half
+        assert compiled.takes(torch.bfloat16)
+    monkeypatch.undo()
+    compiled.takes.cache_clear()
