@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ ELSEWHERE = {
     "python experiments/families.py": ("tests/models/test_forward_check.py", "families.py"),
     "wandb sweep sweep.yaml": ("tests/run/test_wandb_agent.py", "agent"),
     "wandb agent ENTITY/PROJECT/ID": ("tests/run/test_wandb_agent.py", "agent"),
+    "vllm serve DIR": ("tests/vllm/test_serving.py", "serve"),
+    "pip install --no-deps esparse": (".ci/vllm_environment", "--no-deps"),
     "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
     "python launch.py model=hf model.path=FILE.gguf": ("tests/models/test_gguf_file.py", "small.gguf"),
     "python docs/settings.py": ("tests/test_site.py", "settings.page()"),
@@ -51,6 +54,8 @@ ELSEWHERE = {
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }
+# What no test can do: it takes an account on the hub.
+NOWHERE = {"hf upload NAME DIR ."}
 # Of the commands that prune: the other ones differ in options, each of which tests/api/test_every_option.py tries.
 QUICK = {"python launch.py", "python launch.py export=dense shuffle.foldable=true"}
 # What a machine without a GPU, a queue and internet can only plan.
@@ -200,7 +205,14 @@ def counted(words: list[str], at: At) -> None:
 
 
 def edited(words: list[str], at: At) -> None:
-    assert (ROOT / words[0]).is_file()
+    assert (ROOT / "conf" / words[0].removeprefix("~/.config/esparse/")).is_file()
+
+
+def copied(words: list[str], at: At) -> None:
+    at.monkeypatch.setenv("HOME", str(at.tmp))
+    subprocess.run(["install", "-D", *(str(Path(word).expanduser()) for word in words)], cwd=ROOT, check=True)
+    (copy,) = (at.tmp / ".config" / "esparse").rglob("*.yaml")
+    assert copy.read_text() == (ROOT / words[0]).read_text()
 
 
 # What carries a command out, by how it begins; it gets the rest.
@@ -210,6 +222,7 @@ BY: dict[str, Callable[[list[str], At], None]] = {
     r"python -m esparse\.sweep(?= )": swept,
     r"python -m esparse\.packed\.memory(?: |$)": counted,
     r"\$EDITOR": edited,
+    r"install -D ": copied,
 }
 
 
@@ -239,7 +252,7 @@ def how_long(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow if prunes and command not in QUICK else ())
 
 
-@pytest.mark.parametrize("command", [how_long(command) for command in ALL if command not in ELSEWHERE])
+@pytest.mark.parametrize("command", [how_long(command) for command in ALL if command not in ELSEWHERE.keys() | NOWHERE])
 def test_a_command_works(command: str, at: At) -> None:
     carry_out, words = who_carries_out(command)
     carry_out(words, at)
