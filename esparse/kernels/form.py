@@ -76,6 +76,6 @@ def unpacked_bits(bits_RB: Tensor, inputs: int) -> Tensor:
 
 
 def to_dense(values_RK: Tensor, bits_RB: Tensor, inputs: int) -> Tensor:
-    """The dense matrix (R x inputs), zeros where nothing survived."""
+    """The dense matrix (R x inputs), with zeros for pruned weights."""
     dense_RI = values_RK.new_zeros(values_RK.shape[0], inputs)
     return dense_RI.masked_scatter_(unpacked_bits(bits_RB, inputs), values_RK)

@@ -30,7 +30,7 @@ def latex_of(table: Table, *, best: bool = False) -> str:
 
 
 def _heads(table: Table, columns: list[str]) -> list[str]:
-    """The header, in two lines where the columns stand for more than one value each."""
+    """The header, in two lines if columns stand for more than one value each."""
     first = next((next(iter(values)) for values in table.stands.values() if len(values) > 1), None)
     if first is None:
         return [_row([_escaped(column) for column in columns])]

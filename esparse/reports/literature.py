@@ -1,9 +1,9 @@
-"""Measured numbers beside published ones: `python -m esparse.published OUTPUT_ROOT`.
+"""Compares measured with published numbers: `python -m esparse.published OUTPUT_ROOT`.
 
 assets/published.csv has what papers and repositories printed, each number with its source and with how sure it is: read
-there (`read`), read in another source (`secondary`), or remembered (`recalled`). A published number stands beside a run
-of the same model, pattern, method, text and window length, whatever its calibration text. The two are never mixed: a
-published number is in no other table.
+there (`read`), read in another source (`secondary`), or remembered (`recalled`). A published number is compared with
+runs of the same model, pattern, method, text and window length, whatever their calibration text. The two are never
+mixed: a published number is in no other table.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Published:
         return self.pattern == run.pattern and run.whole and all(self._has(group, run) for group in METHOD_GROUPS)
 
     def _has(self, group: str, run: _Run) -> bool:
-        """Whether the run's option of a group is the source's; what a source has no column for, it did not do."""
+        """Whether the run's option of a group is the source's; without a column in the source, the option is `none`."""
         option = run.choices.get(group)
         return getattr(self, group, "") in ("any", option if acts(group, option) else "")
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What one record measured."""
+    """The measurements of one record."""
 
     name: str
     model: str
@@ -73,7 +73,7 @@ class _Run:
 
 
 def read(path: Path = NUMBERS) -> list[Published]:
-    """The published numbers of a file; ValueError with the line where one of them cannot be read."""
+    """The published numbers of a file; raises ValueError, with the line, if one cannot be read."""
     numbers = []
     with path.open(newline="", encoding="utf-8") as lines:
         for line, row in enumerate(DictReader(lines), start=2):

@@ -1,7 +1,7 @@
-"""Runs that differ in one thing alone, compared pair by pair.
+"""Compares, pair by pair, runs that differ in one column only.
 
-A mean over many runs hides a small difference behind what else differs between them (metric, pattern, calibration
-sample); between two runs that are alike otherwise it shows.
+A mean over many runs hides a small difference behind other differences (metric, pattern, calibration sample); a
+comparison of two runs that are otherwise equal shows it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
     """A row for every two values of a column: in how many pairs of runs the first has less of `value`, and by how much.
 
     The two runs of a pair have all other columns in common, the seed too; `across` gives rows to each value of those
-    columns. Settings of the column's own choice (shuffle.block beside shuffle) belong to its value. `value` is the
-    first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that the table
-    lacks, where no two runs make a pair, and for kept scores of two metrics.
+    columns. Settings of the column's own choice (shuffle.block for shuffle) belong to its value. `value`: default is
+    the first corpus's pruned perplexity. Raises ValueError for columns that the table lacks, if no two runs make a
+    pair, and for kept scores of two metrics.
     """
     value = known(table, (column, *across), value)
     comparable(value, (column,))
@@ -32,7 +32,7 @@ def pairs(table: Table, column: str, *, across: Sequence[str] = (), value: str |
     for row in table.rows:
         if row.get(value) is None:
             continue
-        # Of `8:16+16:256` the outliers are in a column of their own: one of the two can then differ alone.
+        # The outliers of `8:16+16:256` have their own column, so that a pair may differ only in them.
         row = row | {"pattern": str(row["pattern"]).removesuffix(f"+{row['outliers']}")}
         settings = [f"{c.removeprefix(f'{column}.')}={text(c, row[c])}" for c in own if row.get(c) is not None]
         name = " ".join([text(column, row.get(column)) or "-", *settings])

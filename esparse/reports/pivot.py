@@ -1,4 +1,4 @@
-"""A table turned: one column for each value of some columns, one measurement in all of them."""
+"""Pivots a table: one column for each value of some columns, with one measurement in all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from esparse.reports.table import IDS, Table, exact, ids_of, natural, text
 
 
 def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Table:
-    """One row for what differs beside `across`, and the `value` of every combination of them as a column.
+    """One row for each combination of the other columns, and the `value` of each combination of `across` as a column.
 
-    `value` is the first corpus's pruned perplexity where nothing else is asked for. Raises ValueError for columns that
-    the table lacks.
+    `value`: default is the first corpus's pruned perplexity. Raises ValueError for columns that the table lacks.
     """
     value = known(table, across, value)
     comparable(value, across)
@@ -31,7 +30,7 @@ def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Tabl
 
 
 def known(table: Table, columns: Sequence[str], value: str | None) -> str:
-    """The measured column `value`, or the first pruned perplexity; ValueError where it or another column is missing."""
+    """The measured column `value`, or the first pruned perplexity; raises ValueError if a column is missing."""
     value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
     for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:
         if column not in there or column not in table.columns:

@@ -1,4 +1,4 @@
-"""Records from a folder, checked for what a table needs of them."""
+"""Reads records from a folder, and checks that they have the fields that tables need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 Record = dict[str, Any]
 
 NUMBER = (int, float)
-# What a table needs of a record, and its type.
+# The fields of a record that tables need, with their types.
 NEEDED: dict[str, Any] = {
     "id": str,
     "config": dict,
@@ -42,7 +42,7 @@ def read_records(root: Path) -> list[Record]:
 
 
 def _fault(record: Any) -> str | None:
-    """What a table misses in a record, or None."""
+    """The first missing or wrong field of a record, or None."""
     if not isinstance(record, dict):
         return "it is not a record"
     if record.get("status", "finished") != "finished":
@@ -77,6 +77,6 @@ def keys(records: Sequence[Record], field: str) -> list[str]:
 
 
 def stop(sentence: str, code: int) -> int:
-    """Says why a command ends here; returns its exit code."""
+    """Prints why a command ends; returns its exit code."""
     print(f"esparse: {sentence}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""A table of raw values by column, and how each value is written; which of its cells are ahead of all others."""
+"""A table of raw values by column, the text of each value, and the cells that are ahead of all others."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Raw values by column: `asked` columns say what a run was, `measured` ones what came out."""
+    """Raw values by column: `asked` columns hold settings, `measured` columns results."""
 
     asked: list[str]
     measured: list[str]
     rows: list[dict[str, Any]]
     like: dict[str, str] = field(default_factory=dict)  # columns that are written as another one is
-    stands: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a turned table: what a column stands for
-    chosen: list[str] = field(default_factory=list)  # the columns to show, where some were asked for
+    stands: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a pivoted table: the meaning of a column
+    chosen: list[str] = field(default_factory=list)  # the columns to show; empty: all
 
     def choose(self, columns: Sequence[str]) -> Table:
-        """The table with these columns alone, in this order; ValueError for one that is not there."""
+        """The table with only these columns, in this order; raises ValueError for an unknown column."""
         for column in columns:
             if column not in self.columns:
                 raise Mistake(f"no column {column!r} to show; there is {', '.join(self.columns)}")
@@ -50,8 +50,8 @@ class Table:
     def best(self) -> set[tuple[int, str]]:
         """The cells (row, column) that are ahead of all others of the same model, pattern and measurement.
 
-        The lowest perplexity or error and the highest score of a task; several where they are written alike, none where
-        all are.
+        The lowest perplexity or error and the highest score of a task; several if their texts are equal, none if all
+        texts are.
         """
         rivals: dict[str, dict[tuple[int, str], float]] = {}
         for i, row in enumerate(self.rows):
@@ -86,7 +86,7 @@ class Table:
         ]
 
     def shared(self) -> list[str]:
-        """Columns whose value all runs have in common and that one line can say for all of them."""
+        """Columns with the same value in all runs, which one line can show."""
 
         def sayable(column: str) -> bool:
             dense = column == "density" or column.endswith(" dense")
@@ -126,7 +126,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def _better(column: str) -> int:
-    """1 where more of it is better, -1 where less is, 0 where it says nothing: a kept score is the metric's own."""
+    """1 if higher is better, -1 if lower is, 0 if neither: kept scores of two metrics cannot be compared."""
     if " ppl " in column or column == "error" or column.endswith(" ratio"):
         return -1 if not column.endswith(" dense") else 0
     return 1 if column.endswith(" pruned") else 0

@@ -1,4 +1,4 @@
-"""The columns of records: what was asked, what was measured, and which of both differ between runs.
+"""The columns of records: settings and measurements, and which of them differ between runs.
 
 A column per choice (metric, shuffle, ...), per setting in which runs of the same choice differ (metric.alpha)
 and per measurement. Computed here: ratio = pruned / dense perplexity, means over tasks, means over layers (error =
@@ -17,10 +17,10 @@ from esparse.records.report import NOT_IDENTITY, asks_for_nothing
 from esparse.reports.reading import Record, at, keys
 from esparse.reports.table import IDS, Table, exact, ids_of, mean, natural, spread, text
 
-# The groups whose options are the first columns, and those that other columns tell.
+# Groups whose options are the first columns, and groups that other columns show.
 FRONT = tuple(name for name, group in GROUPS.items() if group.column == "front")
 MEASURING = {name for name, group in GROUPS.items() if group.column == "none"}
-# Settings that are not worth a column: they change no measurement here, or have a column already.
+# Settings without a column: they change no measurement here, or have a column already.
 HIDDEN = NOT_IDENTITY | {"pattern", "outliers", "seed", "name", "dry_run", "profile", "bench", "export", "hydra"}
 HIDDEN |= {"model.device", "model.name", "evaluate.corpora", "zeroshot.tasks"}
 
@@ -80,7 +80,7 @@ def _asked(record: Record) -> dict[str, Any]:
 
 
 def _choices(record: Record) -> dict[str, str]:
-    """The option chosen in each group; its class where a record does not say."""
+    """The option chosen in each group; its class if a record does not name the option."""
     config = record["config"]
     classes = {g: config[g]["_class"] for g in FRONT if at(config, f"{g}._class") is not None}
     return classes | (config.get("choices") or {})
@@ -130,9 +130,9 @@ def bits_per_weight(record: Record) -> float | None:
 
 
 def profiles(records: Sequence[Record]) -> Table:
-    """The profiles of all runs that have one: a row per layer, input of a layer or attention head.
+    """The profiles of all runs with one: a row per layer, input of a layer or attention head.
 
-    Raises ValueError where no run has one.
+    Raises ValueError if no run has one.
     """
     rows = [
         {"id": record["id"], "model": record["model"]["name"], "pattern": record["sparsity"]["pattern"]} | row
@@ -147,7 +147,7 @@ def profiles(records: Sequence[Record]) -> Table:
 
 
 def _differing(records: Sequence[Record]) -> list[str]:
-    """Settings that two runs of the same choice have differently, as paths like metric.alpha."""
+    """Settings that differ between two runs of the same choice, as paths like metric.alpha."""
     seen: dict[str, dict[str, set[str]]] = {}
     for record in records:
         choices = _choices(record) | {"model": record["model"]["name"]}
@@ -175,7 +175,7 @@ def scored_by(row: dict[str, Any], table: Table) -> str:
 
 
 def _place(corpora: list[str]) -> Any:
-    """Density, perplexities, tasks, then what the run cost."""
+    """Density, perplexities, tasks, then time and memory."""
     first = ["density", "bits", *[f"{c} {what}" for c in corpora for what in ("ppl dense", "ppl pruned", "ratio")]]
     last = ["error", "kept", "seconds", "host MiB", "device MiB"]
     places = {c: i for i, c in enumerate(first)} | {c: len(first) + 1 + i for i, c in enumerate(last)}
@@ -183,7 +183,7 @@ def _place(corpora: list[str]) -> Any:
 
 
 def means(table: Table) -> Table:
-    """The runs that differ by nothing but seeds as one row each: `Spread` values, and how many runs."""
+    """One row for the runs that differ only in their seeds: `Spread` values, and the number of runs."""
     asked = [c for c in table.asked if c not in ("id", "seed") and not c.endswith(".seed")]
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in table.rows:

@@ -1,4 +1,4 @@
-"""What a tracking service is told of a run, by which names: its history by block, its summary, its tables.
+"""The values that a tracking service gets of a run, and their names: history by block, summary, tables.
 
 | name | what |
 |---|---|
@@ -90,7 +90,7 @@ def parts(record: Values) -> tuple[Values, dict[str, list[Any]]]:
 
 
 def block_of(name: str) -> int | None:
-    """The first number in a layer's name; None where there is none."""
+    """The first number in a layer's name; None if there is none."""
     found = re.search(r"(?:^|\.)(\d+)(?=\.)", name)
     return int(found[1]) if found else None
 

@@ -1,6 +1,6 @@
-"""Where a run's numbers go beside its record: Weights & Biases, or nowhere. The only file that imports wandb.
+"""Sends a run's numbers to Weights & Biases in addition to its record. The only file that imports wandb.
 
-W&B is a reader of the record, never the only copy: what fails here is said in one sentence, the run goes on.
+W&B is a reader of the record, never the only copy: a failure here is logged in one sentence, and the run goes on.
 wandb-core writes to disk about twice a minute, so a killed process loses its last half minute of `log` calls.
 """
 
@@ -45,12 +45,12 @@ class Sink:
         """Adds one step to the run's history, e.g. one pruned block."""
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Takes over what the finished run's record says."""
+        """Takes the values of the finished run's record."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Tracking(ABC):
-    """Where the numbers of a run go while it runs."""
+    """Base class of trackers, which get the numbers of a run while it runs."""
 
     @abstractmethod
     def in_sweep(self, name: str) -> None:
@@ -70,7 +70,7 @@ class Tracking(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class NoTracking(Tracking):
-    """Nothing is tracked."""
+    """Tracks nothing."""
 
     def in_sweep(self, name: str) -> None:
         pass
@@ -317,7 +317,7 @@ class _WandbSink(Sink):
 
 
 def wandb_folder(folder: Path) -> Path:
-    """Where W&B puts a run's files: beside the record, unless WANDB_DIR says where."""
+    """The folder for W&B's files of a run: beside the record, or WANDB_DIR."""
     given = os.environ.get("WANDB_DIR")
     return Path(given).expanduser().absolute() if given else folder
 

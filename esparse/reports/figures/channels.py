@@ -34,12 +34,12 @@ MOST = 4  # shuffles beside the own order
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Input:
-    """The channels of the tensor that a layer reads: values in their own order, by kind, and what a shuffle made."""
+    """The channels of the tensor that a layer reads: values in their own order, by kind, and the shuffle's order."""
 
     name: str  # of the first layer that reads it
     values: dict[str, Values]
-    order_I: Values | None  # the channel at each place; None where nothing was shuffled
-    m: int | None  # channels of a group; None where the pattern has no groups
+    order_I: Values | None  # the channel at each place; None without a shuffle
+    m: int | None  # channels of a group; None if the pattern has no groups
 
     def placed(self, kind: str, *, shuffled: bool) -> Values:
         """The values by place."""
@@ -47,14 +47,14 @@ class Input:
         return own_I if self.order_I is None or not shuffled else own_I[self.order_I]
 
     def groups(self, kind: str, *, shuffled: bool) -> Values | None:
-        """The mean of each group of m, without a shorter last one; None where there is no whole group."""
+        """The mean of each group of m, without a shorter last group; None if there is no whole group."""
         value_I = self.placed(kind, shuffled=shuffled)
         if self.m is None or len(value_I) < self.m:
             return None
         return value_I[: len(value_I) // self.m * self.m].reshape(-1, self.m).mean(1)
 
     def deviation(self, kind: str, *, shuffled: bool) -> float | None:
-        """The standard deviation of the groups' means, as a share of their mean; None where there is none."""
+        """The standard deviation of the groups' means, relative to their mean; None if there is none."""
         mean_G = self.groups(kind, shuffled=shuffled)
         return None if mean_G is None or not mean_G.mean() else float(mean_G.std() / abs(mean_G.mean()))
 

@@ -1,4 +1,4 @@
-"""Layers, tasks, latencies and zeros of many runs as pictures; each is None where the records have nothing for it."""
+"""Pictures of layers, tasks, latencies and zeros of many runs; each is None if the records have no data for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Bytes of a value that goes into a product and of one that comes out, where they are not 2.
+# Bytes of a value at the input and at the output of a product, if they are not 2.
 ELEMENT = {"int8": (1, 4), "float8_e4m3fn": (1, 2), "float32": (4, 4)}
 
 PANELS = 24  # at most, of a picture with a panel per metric
@@ -131,7 +131,7 @@ def work_of(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _roofs(ax: Axes, records: Sequence[Record], dtype: str | None, places: Sequence[float]) -> None:
-    """What each device could do at most at these intensities, as its runs measured it."""
+    """Each device's limit at these intensities, as its runs measured it."""
     roofs = {}
     for record in records:
         limits = record.get("limits") or {}
@@ -330,7 +330,7 @@ def timed_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def kernel_name(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """How a legend calls it: with the pattern where several were timed."""
+    """The name in a legend: with the pattern if several were timed."""
     several = len({other.get("pattern") for other in rows}) > 1
     return " ".join(filter(None, (str(row.get("kernel") or "sparse"), row.get("pattern") if several else None)))
 

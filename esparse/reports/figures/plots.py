@@ -121,7 +121,7 @@ def _lines(table: Table, model: str, corpus: str) -> dict[str, list[dict[str, An
 
 
 def _lost(table: Table, model: str, corpus: str) -> list[str]:
-    """What was measured and is not finite."""
+    """The measured values that are NaN or Inf."""
     rows = [row for row in table.rows if row["model"] == model and row[f"{corpus} ppl pruned"] is not None]
     return [f"{r['method']} {r['pattern']}" for r in rows if not math.isfinite(r[f"{corpus} ppl pruned"].mean)]
 
@@ -162,7 +162,7 @@ def _rest(method: str) -> str:
 
 
 def beside_metric(method: str) -> str:
-    """How a legend calls a method where its metric is known."""
+    """A method's name in a legend if its metric is known."""
     return _rest(method).strip(" +,") or "metric alone"
 
 
