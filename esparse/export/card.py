@@ -73,7 +73,7 @@ def _card(record: dict[str, Any], facts: dict[str, Any], how: str, first: str) -
         f"- pattern {sparsity['pattern']}: {100 * sparsity['density']:.2f} % of the pruned layers' "
         f"{record['model']['pruned_parameters']:,} weights are left",
         *_share(sparsity),
-        *_grid(record),
+        *_grid(record, as_codes="grid" in facts),
         f"- {choices}",
         f"- `python -m esparse {_command(record)}`, other settings as its record `{record['id']}` has them",
         f"- calibrated on {calibration['sequences']} sequences of {calibration['corpus'] or 'a text'}, seed "
@@ -126,7 +126,7 @@ def _numbers(record: dict[str, Any]) -> list[str]:
     return [*head, *rows, ""]
 
 
-def _grid(record: dict[str, Any]) -> list[str]:
+def _grid(record: dict[str, Any], *, as_codes: bool = False) -> list[str]:
     """To what kept values were rounded; nothing if they were not."""
     asked = record["config"].get("quantise") or {}
     option = record["config"]["choices"].get("quantise")
@@ -137,8 +137,8 @@ def _grid(record: dict[str, Any]) -> list[str]:
     bits = f"{record['memory']['bits_per_weight']:.3f}"
     return [
         f"- every kept value is one of {option}'s levels times a scale: one {asked['scale']} scale{zero} for {group}, "
-        f"in the order in which groups were cut. As codes a weight takes {bits} bits; here values are stored in the "
-        "checkpoint's precision"
+        f"in the order in which groups were cut. As codes a weight takes {bits} bits; here values are stored "
+        + ("so." if as_codes else "in the checkpoint's precision.")
     ]
 
 

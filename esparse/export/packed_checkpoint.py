@@ -65,7 +65,8 @@ class Packed(ToFolder):
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts, precisions
         from esparse.models.source import folder_of
-        from esparse.packed.format import FORMAT_NAME, VERSION
+        from esparse.packed.format import FORMAT_NAME, VERSION, WITH_GRID
+        from esparse.quantise.grids import settings
 
         dtype, physical = self.precision(run.blocks), self.order == "physical"
         precision = precisions(run.blocks.model, dtype)
@@ -115,6 +116,9 @@ class Packed(ToFolder):
                 "experts": contents.experts,
                 "files": draft.files,
             }
+            if run.pruned.grid is not None:
+                entry["grid"], entry["version"] = settings(run.pruned.grid), WITH_GRID
+                facts["grid"] = entry["grid"]
             mark = {"id": run.record["id"], "format": "packed"}
             draft.finish(dtype, packed_card(run.record, facts), mark, entry)
         if contents.dense_experts:
@@ -138,14 +142,22 @@ class Packed(ToFolder):
     ) -> dict[str, Tensor]:
         """One file's tensors, packed; `contents` takes notes of what was packed."""
         from esparse.export.writer import cast, on_disk
+        from esparse.packed import quantised
         from esparse.packed.matrix import pack, to_file
+        from esparse.pruning.rounding import scales_of
 
         packed: dict[str, Tensor] = {}
         for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
             stored = cast(plan.stored(name, tensors[name]), precision(name))
-            of_layer = to_file(pack(stored.T.contiguous() if matrix.transposed else stored, pattern))
+            stored_OI = stored.T.contiguous() if matrix.transposed else stored
+            scales, rows = scales_of(run.pruned.grids, matrix), plan.rows.get(name)
+            if scales is None or run.pruned.grid is None:
+                of_layer = to_file(pack(stored_OI, pattern))
+            else:
+                scales = scales if rows is None else scales.rows(rows.cpu())
+                of_layer = quantised.to_file(stored_OI.cpu(), pattern, run.pruned.grid, scales)
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
             contents.layers[layer] = str(pattern)
             if f"{layer}.bias" in tensors:

@@ -2,7 +2,8 @@
 
 FORMAT_NAME = "esparse"
 VERSION = 2
-READS = (1, 2)  # version 1 did not have WITHOUT_ESPARSE
+WITH_GRID = 3  # the version of a checkpoint whose values are codes, which earlier ones cannot read
+READS = (1, 2, 3)  # version 1 did not have WITHOUT_ESPARSE
 
 # The entry `transformers_weights` of config.json names the file of the weights. What stands there is no such name, so
 # that transformers alone ends with this sentence, whichever class is asked for and whatever code it may run; once

@@ -23,11 +23,11 @@ PARTS = ("values", "index", "scales", "zero_points", "outliers", "padding")
 def file_shapes(pattern: Pattern, outputs: int, inputs: int, grid: Grid) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors on disk, by the ending of their names.
 
-    Codes, zero points and indices count in bytes, scales and the values of outliers in themselves. The pattern is n:m,
-    n:m with outliers, or dense.
+    All count in bytes, but for the values of outliers: scales, too, so that no loader changes their precision. The
+    pattern is n:m, n:m with outliers, or dense.
     """
     groups = inputs // grid.columns(inputs)
-    shapes: dict[str, tuple[int, ...]] = {"scales": (outputs, groups)}
+    shapes: dict[str, tuple[int, ...]] = {"scales": (outputs, groups * PRECISION_BITS[grid.scale] // 8)}
     if grid.zero_bits:
         shapes["zeros"] = (outputs, _bytes(groups * grid.zero_bits))
     if not pattern.parts():
@@ -45,8 +45,7 @@ def file_bytes(pattern: Pattern, outputs: int, inputs: int, grid: Grid) -> int:
     total = 0
     for ending, shape in file_shapes(pattern, outputs, inputs, grid).items():
         size = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        each = PRECISION_BITS[grid.scale] // 8 if ending == "scales" else 2 if ending == "salient_values" else 1
-        total += size * each
+        total += size * (2 if ending == "salient_values" else 1)
     return total
 
 

@@ -19,9 +19,10 @@ from torch.nn.functional import linear
 from esparse.kernels import linear as kernels
 from esparse.kernels import loops as compiled_loops
 from esparse.kernels.linear import few_tokens, packed_linear
-from esparse.packed import matrix
+from esparse.packed import grid_sizes, matrix, quantised
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
+from esparse.quantise.grids import Grid
 
 TILE_BYTES = 2**22  # of the rows that are dense at one time: they should stay in a core's cache
 LOOP_TOKENS = {2: 64, 4: 16}  # by bytes of a value: up to this many tokens compiled loops are faster than dense rows
@@ -49,14 +50,21 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         ordered: bool = False,
+        grid: Grid | None = None,
     ) -> None:
-        """`ordered`: the columns on disk are in the order `order`, and `settle` puts them back into their own order."""
+        """`grid`: of values that are codes on disk. `ordered`: the columns on disk are in the order `order`, and
+        `settle` puts them back into their own order.
+        """
         super().__init__()
         self.in_features, self.out_features, self.pattern = inputs, outputs, pattern
         # Kernels find a kept weight by its group, so they need the columns in group order.
         self.for_kernels = len(pattern.parts()) == 1 and not ordered
-        for name, shape in matrix.file_shapes(pattern, outputs, inputs).items():
-            if name.endswith("index"):
+        self._grid, self._dtype = grid, dtype
+        shapes = matrix.file_shapes(pattern, outputs, inputs)
+        if grid is not None:
+            shapes = grid_sizes.file_shapes(pattern, outputs, inputs, grid)
+        for name, shape in shapes.items():
+            if not name.endswith("values"):
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
             else:
                 self._keep_values(name, torch.empty(shape, dtype=dtype, device=device))
@@ -68,12 +76,17 @@ class PackedLinear(nn.Module):
 
     def settle(self) -> None:
         """Replaces the form on disk by the form in memory; raises ValueError for a damaged index."""
-        device = self.values.device
         tensors = {name: value.cpu() for name, value in self.state_dict().items() if name != "bias"}
-        packed = matrix.from_file(tensors, self.pattern, self.in_features)
+        device = next(self.buffers()).device
+        if self._grid is None:
+            packed = matrix.from_file(tensors, self.pattern, self.in_features)
+        else:
+            packed = quantised.from_file(tensors, self.pattern, self.in_features, self._grid, self._dtype)
         order_I = self._buffers.pop("order", None)
         self._take(packed if order_I is None else packed.restored(order_I.cpu().long()), device)
-        for name in [name for name in self._buffers if name.endswith("index")]:
+        for name in [
+            name for name in self._buffers if name.endswith(("index", "codes")) or name in ("scales", "zeros")
+        ]:
             del self._buffers[name]
 
     def _take(self, packed: PackedMatrix, device: torch.device) -> None:
@@ -89,7 +102,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The kept values (O x K), for code that asks a layer's weight for its device or precision."""
-        return self.values
+        return self.values if "values" in self._parameters else self.get_buffer("codes")  # not settled yet
 
     def packed(self) -> PackedMatrix:
         """The packed weight; it shares memory with the layer."""

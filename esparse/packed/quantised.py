@@ -1,7 +1,7 @@
 """A quantised matrix on disk: codes, an index and scales, of which the same values come back to the bit.
 
 Tensors by the ending of their names (sizes in grid_sizes.py): `codes` (every row's kept values as one stream of bits),
-`index` as of a matrix without a grid, `scales`, `zeros` (codes of zero, a stream of bits per row), and for outliers
+`index` as of a matrix without a grid, `scales` (their bytes), `zeros` (codes of zero, a stream per row), for outliers
 `salient_index` with `salient_values` (16 bits) or `salient_codes`. Columns stand in the order in which groups are cut.
 
 Shapes: O outputs, I inputs, K kept values of a row, S outliers of a row, G groups of a row, C columns of a group.
@@ -29,7 +29,7 @@ def to_file(weight_OI: Tensor, pattern: Pattern, grid: Grid, scales: Scales) -> 
     placed_OI, *salient = _split(weight_OI, pattern, scales.whole_OI)
     codes_OI = grid.codes(weight_OI.float(), *_of_columns(scales, inputs))
     taken = _taken(codes_OI, placed_OI)
-    tensors = {"codes": stream(taken, grid.code_bits), "scales": scales.scale_OG.to(getattr(torch, grid.scale))}
+    tensors = {"codes": stream(taken, grid.code_bits), "scales": _scale_bytes(scales.scale_OG, grid)}
     if scales.zero_OG is not None:
         tensors["zeros"] = stream(scales.zero_OG, grid.zero_bits)
     shell = PackedMatrix(pattern, inputs, taken, packed_bits(placed_OI))
@@ -53,7 +53,7 @@ def from_file(
     """The matrix that `to_file` was given, with its values in that precision; ValueError for damaged tensors."""
     base, *outliers = pattern.parts()
     groups = inputs // grid.columns(inputs)
-    scale_OG = tensors["scales"].float()
+    scale_OG = tensors["scales"].contiguous().view(getattr(torch, grid.scale)).float()
     if not bool((torch.isfinite(scale_OG) & (scale_OG > 0)).all()):
         raise ValueError("a scale is not a positive number: the file is damaged")
     zero_OG = unstream(tensors["zeros"], groups, grid.zero_bits) if grid.zero_bits else None
@@ -73,6 +73,10 @@ def from_file(
     codes_OS = unstream(tensors["salient_codes"], outliers[0].kept_per_row(inputs), grid.code_bits)
     columns_OS = packed.outlier_places_OS.long() + matrix.starts(outliers[0], inputs)
     return replace(packed, outlier_values_OS=_values(codes_OS, columns_OS, grid, scales, dtype))
+
+
+def _scale_bytes(scale_OG: Tensor, grid: Grid) -> Tensor:
+    return scale_OG.to(getattr(torch, grid.scale)).contiguous().view(torch.uint8)
 
 
 def stream(codes_OK: Tensor, bits: int) -> Tensor:

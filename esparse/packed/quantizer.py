@@ -44,6 +44,7 @@ class EsparseConfig(QuantizationConfigMixin):
         before: Sequence[str] = (),
         readers: dict[str, list[str]] | None = None,
         experts: dict[str, dict[str, Any]] | None = None,
+        grid: dict[str, Any] | None = None,
         **other: Any,
     ) -> None:
         """`layers`: pattern by packed layer. `files`: SHA-256 by file of weights.
@@ -52,7 +53,7 @@ class EsparseConfig(QuantizationConfigMixin):
         gathered behind the norms `behind`, which the layers `readers` read, and in front of the layers `before`; if
         `original`, loading puts the columns of the layers `ordered` back into their own order. `experts`: for each
         parameter that holds experts its pattern, whether it is stored transposed, and whether its columns are ordered
-        (loading then puts them back).
+        (loading then puts them back). `grid`: of which class and settings the codes of all layers are, if they are.
         """
         if version not in READS:
             reads = " and ".join(map(str, READS))
@@ -67,6 +68,9 @@ class EsparseConfig(QuantizationConfigMixin):
         self.biases, self.ordered = list(biases), list(ordered)
         self.behind, self.before = list(behind), list(before)
         self.readers, self.experts = readers or {}, experts or {}
+        if grid is not None:
+            _check_kinds({"grid": grid}, dict)
+            self.grid = grid
 
 
 def _check_kinds(entries: dict[str, Any], kind: type) -> None:
@@ -134,8 +138,10 @@ class EsparseQuantizer(HfQuantizer):
         from esparse.models.reorder import gather_before, gather_behind
         from esparse.packed.experts import PackedExperts
         from esparse.packed.layer import PackedLinear
+        from esparse.quantise.grids import from_settings
 
         config = self.quantization_config
+        grid = None if getattr(config, "grid", None) is None else from_settings(config.grid)
         check_files([Path(file) for file in checkpoint_files or ()], config.files)
         for name, pattern in config.layers.items():
             old = _found(model, name, "packed layer", lambda found: isinstance(found, nn.Linear | Conv1D))
@@ -146,6 +152,7 @@ class EsparseQuantizer(HfQuantizer):
                 _pattern(name, pattern),
                 bias=old.bias is not None or name in config.biases,
                 ordered=name in config.ordered,
+                grid=grid,
                 dtype=old.weight.dtype,
                 device=old.weight.device,
             )
@@ -176,7 +183,7 @@ class EsparseQuantizer(HfQuantizer):
             gather_behind(norm, torch.empty(len(weight), dtype=torch.int32, device=weight.device))
         for name in config.before:
             layer = _found(model, name, "packed layer", lambda found: isinstance(found, PackedLinear))
-            inputs, device = layer.in_features, next(layer.parameters()).device
+            inputs, device = layer.in_features, layer.weight.device
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

@@ -34,7 +34,7 @@ class Scales:
     zero_OG: Tensor | None = None
     whole_OI: Tensor | None = None
 
-    def rows(self, part: slice) -> Scales:
+    def rows(self, part: slice | Tensor) -> Scales:
         """The parameters of some rows."""
         others = (None if x is None else x[part] for x in (self.zero_OG, self.whole_OI))
         return Scales(self.scale_OG[part], *others)

@@ -10,15 +10,15 @@ Shapes: O outputs, I inputs, G groups of a row, C columns of a group.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.quantise import Quantise, Scales
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -248,6 +248,21 @@ class NormalFloat(Grid):
 
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return normal_levels().to(codes.device)[codes.long()] * scale
+
+
+def settings(grid: Grid) -> dict[str, Any]:
+    """The class and the settings of a grid, as config.json has them."""
+    return {"class": type(grid).__name__} | asdict(grid)
+
+
+def from_settings(content: Mapping[str, Any]) -> Grid:
+    """The grid that `settings` was given. Raises Mistake for what it has not written."""
+    classes: dict[str, type[Grid]] = {kind.__name__: kind for kind in (Integer, Float8, NormalFloat)}
+    others = {name: value for name, value in content.items() if name != "class"}
+    try:
+        return classes[content["class"]](**others)
+    except (KeyError, TypeError) as error:
+        raise Mistake("config.json is damaged, or of a later esparse: its grid has other settings") from error
 
 
 @lru_cache

@@ -183,7 +183,11 @@ def with_bytes(pruned: Pruned) -> list[LayerReport]:
         layer = replace(layer, dense_bytes=math.prod(layer.shape) * dtype.itemsize)
         if pattern.parts() and (matrix.expert is None or grouping.order_I is None or len(pattern.parts()) == 1):
             size = of_matrix(pattern, *layer.shape, dtype)
-            layer = replace(layer, packed_bytes=size.in_memory, file_bytes=size.on_disk)
+            on_disk = size.on_disk
+            if pruned.grid is not None and matrix.expert is None:  # in memory its values are numbers again
+                outputs, inputs = layer.shape
+                on_disk = grid_sizes.file_bytes(pattern, outputs, inputs, pruned.grid)
+            layer = replace(layer, packed_bytes=size.in_memory, file_bytes=on_disk)
         layers.append(layer)
     return layers
 

@@ -45,4 +45,4 @@ def test_without_groups_the_fewest_bits_are_counted() -> None:
 def test_the_parts_are_the_bytes_of_the_tensors(pattern: str, quantise: str) -> None:
     grid = option("quantise", quantise, group=None)
     assert sum(stored_bits(parse(pattern), 7, 50, grid).values()) == 8 * file_bytes(parse(pattern), 7, 50, grid)
-    assert file_shapes(parse(pattern), 7, 50, grid)["scales"] == (7, 1)
+    assert file_shapes(parse(pattern), 7, 50, grid)["scales"] == (7, 2)

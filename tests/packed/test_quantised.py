@@ -55,7 +55,7 @@ def test_what_is_not_on_the_grid_or_is_damaged_is_refused() -> None:
         to_file(rounded_OI * 1.01, pattern, grid, scales)
     tensors = to_file(rounded_OI, pattern, grid, scales)
     for damage in (float("nan"), float("inf"), 0.0, -1.0):
-        scales_OG = tensors["scales"].clone()
+        scales_OG = tensors["scales"].view(torch.float16).clone()
         scales_OG[1, 1] = damage
         with pytest.raises(ValueError, match="a scale is not a positive number"):
-            from_file(tensors | {"scales": scales_OG}, pattern, 64, grid, torch.float32)
+            from_file(tensors | {"scales": scales_OG.view(torch.uint8)}, pattern, 64, grid, torch.float32)
