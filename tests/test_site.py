@@ -92,7 +92,7 @@ def test_the_picture_shows_what_was_measured() -> None:
     assert f"dense {dense:.2f}" in picture.PICTURE.read_text()
     readme = (ROOT / "README.md").read_text()
     assert f"from {values['entropy']:.2f} to" in " ".join(readme.split())
-    assert f"(dense {dense:.2f})" in " ".join(readme.split())
+    assert f"(dense {dense:.2f}; " in " ".join(readme.split())
     results = (DOCS / "results.md").read_text()
     for kernel, by_tokens in picture.speedups().items():
         ends = [by_tokens[min(by_tokens)], by_tokens[max(by_tokens)]]
