@@ -28,8 +28,9 @@ def perplexity_by_bits(records: Sequence[Record], corpus: str | None = None) -> 
     table = means(table_of(records, corpus=corpus))
     corpora, name_of = [corpus] if corpus is not None else keys(records, "quality"), namer(table)
     panels = [(model, name) for model in dict.fromkeys(row["model"] for row in table.rows) for name in corpora]
+    unsaid = {c: None for c in table.columns if c.startswith("quantise.") or c == "outliers"}  # the point says these
     for row in table.rows:
-        row["family"] = ", ".join(filter(None, (row["pattern"], name_of(row | {"quantise": "none"}))))
+        row["family"] = ", ".join(filter(None, (row["pattern"], name_of(row | unsaid | {"quantise": "none"}))))
     families = list(dict.fromkeys(row["family"] for row in table.rows))
     figure, axes = grid_of(len(panels), width=5.2)
     for ax, (model, name) in zip(axes, panels, strict=False):
@@ -59,16 +60,22 @@ def perplexity_by_bits(records: Sequence[Record], corpus: str | None = None) -> 
 
 
 def family(pattern: str, of_method: str, record: Record) -> str:
-    """A run's pattern and method without the quantiser."""
+    """A run's pattern and method without the quantiser and its settings."""
     chosen, *settings = of_method.split(", ")
-    parts = " + ".join(part for part in chosen.split(" + ") if part != quantiser(record))
-    return ", ".join(filter(None, (pattern, parts, *settings)))
+    unsaid = {"outliers", *(at(record, "config.quantise") or {})}
+    parts = " + ".join(part for part in chosen.split(" + ") if part != at(record, "config.choices.quantise"))
+    return ", ".join(filter(None, (pattern, parts, *[s for s in settings if s.partition("=")[0] not in unsaid])))
 
 
 def quantiser(record: Record) -> str:
     """How a run's kept values are stored."""
-    chosen = at(record, "config.choices.quantise")
-    return str(chosen) if acts("quantise", chosen) else "16 bits"
+    return _label(at(record, "config.choices.quantise"), at(record, "config.quantise.bits"))
+
+
+def _label(option: str | None, bits: int | None) -> str:
+    if not acts("quantise", option):
+        return "16 bits"
+    return str(option) if bits is None else f"int{bits}"
 
 
 Point = tuple[float, float, str, str, float]  # bits, perplexity, family, quantiser, deviation
@@ -81,8 +88,8 @@ def points_of(rows: Sequence[dict[str, Any]], corpus: str) -> list[Point]:
         value, bits = row[f"{corpus} ppl pruned"], row["bits"]
         if value is None or bits is None or not math.isfinite(value.mean):
             continue
-        quantiser = row.get("quantise") if acts("quantise", row.get("quantise")) else "16 bits"
-        points.append((bits.mean, value.mean, row["family"], str(quantiser), value.deviation or 0.0))
+        label = _label(row.get("quantise"), row.get("quantise.bits"))
+        points.append((bits.mean, value.mean, row["family"], label, value.deviation or 0.0))
     return points
 
 
