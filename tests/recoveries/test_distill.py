@@ -386,7 +386,7 @@ def test_a_pattern_without_groups_is_passed_over_and_named(caplog: pytest.LogCap
     blocks, left = pruned(pattern=Unstructured(50))
     logging.getLogger("esparse").propagate = True
     assert recover(replace(FULL, lasso=1e-3, dropout=0.1, epochs=1), blocks, left).steps == 3
-    assert "pass over" in caplog.text
+    assert "skip layers" in caplog.text
     assert "model.layers.0.self_attn.q_proj.weight" in caplog.text
 
 
