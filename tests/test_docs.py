@@ -46,7 +46,8 @@ def test_there_are_commands() -> None:
     assert len(ALL) >= 5
 
 
-@pytest.mark.parametrize("command", ALL)
+# A sweep is composed job by job; tests/test_readme.py carries sweeps out.
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow if "-m " in c else ()) for c in ALL])
 def test_commands_compose(command: str) -> None:
     words = shlex.split(command)
     multirun = "-m" in words
@@ -63,7 +64,11 @@ def test_commands_compose(command: str) -> None:
             registry.build(compose("config", job))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "experiment",
+    [EXPERIMENTS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in EXPERIMENTS[1:])],
+    ids=lambda path: path.stem,
+)
 def test_experiments_compose(experiment: Path) -> None:
     done = launch("-cd", "experiments", "-cn", experiment.stem, "--cfg", "job", cwd=ROOT)
     assert done.returncode == 0, done.stderr
