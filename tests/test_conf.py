@@ -197,14 +197,18 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
         assert run_id(settings(elsewhere)) == usual, elsewhere
     others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.alpha=2", "shuffle=gns"]
     others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
-    others += ["export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true"]
+    others += ["export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true", "quantise=int8"]
     ids = [usual, *(run_id(settings(other)) for other in others), run_id(settings("export=dense", "shuffle=none"))]
     assert len(set(ids)) == len(ids)
 
 
 def test_a_part_that_asks_for_nothing_does_not_make_another_run() -> None:
     with_all = settings("seed=5")
-    without = {key: value for key, value in with_all.items() if key not in ("bench", "export", "zeroshot", "profile")}
+    without = {
+        key: value
+        for key, value in with_all.items()
+        if key not in ("bench", "export", "zeroshot", "profile", "quantise")
+    }
     assert run_id(without) == run_id(with_all)
     assert run_id(settings("seed=5", "zeroshot.tasks=[piqa]")) != run_id(with_all)
     for group in ("calibration", "evaluate"):  # which came later
