@@ -102,6 +102,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not place or place in places(to), f"{page.name} links to {target}"
 
 
+def test_each_public_report_names_tests_that_there_are() -> None:
+    named = re.findall(r"`([\w/]+\.py)?(?:::(test_\w+))?`", (ROOT / "docs" / "public_reports.md").read_text())
+    file, checked = "", 0
+    for path, test in named:
+        file = path or file
+        if test or path:
+            assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+            checked += 1
+    assert checked > 40
+
+
 def test_the_docs_example_of_a_metric_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "extending.md").read_text()
     blocks = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, flags=re.S))
