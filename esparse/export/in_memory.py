@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from esparse.errors import Mistake
 from esparse.export.packed_checkpoint import _why_dense
 from esparse.models.matrices import Matrix
 from esparse.models.reorder import gather_before
@@ -52,7 +53,7 @@ def _parameter(model: nn.Module, matrix: Matrix) -> nn.Parameter:
     try:
         return model.get_parameter(matrix.entry)
     except AttributeError:
-        raise ValueError(f"the model has no weight {matrix.entry}: it is packed already, or another model") from None
+        raise Mistake(f"the model has no weight {matrix.entry}: it is packed already, or another model") from None
 
 
 def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
@@ -113,7 +114,7 @@ def _packed(matrix: Matrix, grouping: Grouping, weight_OI: Tensor) -> PackedMatr
     try:
         return pack(grouping.ordered(weight_OI).contiguous(), grouping.pattern)
     except ValueError as error:
-        raise ValueError(f"{matrix.name} cannot be packed: {error}; was it changed since it was pruned?") from error
+        raise Mistake(f"{matrix.name} cannot be packed: {error}; was it changed since it was pruned?") from error
 
 
 def _fill(layer: nn.Module, tensors: dict[str, Tensor]) -> None:

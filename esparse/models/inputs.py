@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.models.model_files import shards_of
 
 PLAIN = {"F64", "F32", "F16", "BF16"}  # dtypes of unquantised weights, by safetensors' names
@@ -28,9 +29,9 @@ def check_files(folder: Path) -> None:
                 for name in file.keys():  # noqa: SIM118
                     kind = file.get_slice(name).get_dtype() if name.endswith(("weight", "weight_packed")) else "F32"
                     if kind not in PLAIN:
-                        raise ValueError(f"{shard} holds quantised weights ({name} is {kind}): {DEQUANTISED}")
+                        raise Mistake(f"{shard} holds quantised weights ({name} is {kind}): {DEQUANTISED}")
         except SafetensorError as error:
-            raise ValueError(
+            raise Mistake(
                 f"{shard} is damaged or cut short ({shard.stat().st_size:,} bytes; {error}): copy it again"
             ) from error
 
@@ -43,11 +44,11 @@ def check_config(asked: str, config: Mapping[str, Any]) -> None:
             continue
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
         if method == "esparse":
-            raise ValueError(
+            raise Mistake(
                 f"{asked} is packed by esparse (export=packed) and is pruned already: give the original model, or an "
                 "export=dense of it"
             )
-        raise ValueError(f"{asked} is quantised ({method or 'by its config.json'}): {DEQUANTISED}")
+        raise Mistake(f"{asked} is quantised ({method or 'by its config.json'}): {DEQUANTISED}")
 
 
 def check_hub(path: str, revision: str | None) -> None:
@@ -59,4 +60,4 @@ def check_hub(path: str, revision: str | None) -> None:
     if cached_file(path, "config.json", **asked) is None:
         adapter = cached_file(path, "adapter_config.json", **asked)
         if adapter is not None:
-            raise ValueError(adapter(path, json.loads(Path(adapter).read_text())))
+            raise Mistake(adapter(path, json.loads(Path(adapter).read_text())))

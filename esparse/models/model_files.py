@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esparse.errors import Mistake
+
 # In transformers' order of preference.
 NAMES = (
     "model.safetensors",
@@ -23,7 +25,7 @@ def shards_of(folder: Path) -> list[Path]:
     Raises FileNotFoundError or ValueError if it lacks one of its files, or holds something else than a model.
     """
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(adapter(str(folder), json.loads((folder / "adapter_config.json").read_text())))
+        raise Mistake(adapter(str(folder), json.loads((folder / "adapter_config.json").read_text())))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model directory: it has no config.json{_other_format(folder)}")
     _check_no_pointer(folder / "config.json")
@@ -36,7 +38,7 @@ def shards_of(folder: Path) -> list[Path]:
         try:
             shards = [folder / name for name in sorted(set(json.loads(entry.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{entry} is damaged: it is not the index of a checkpoint ({error!r})") from error
+            raise Mistake(f"{entry} is damaged: it is not the index of a checkpoint ({error!r})") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -58,7 +60,7 @@ def adapter(asked: str, config: Mapping[str, Any]) -> str:
 def _check_no_pointer(file: Path) -> None:
     with file.open("rb") as read:
         if read.read(len(POINTER)) == POINTER:
-            raise ValueError(
+            raise Mistake(
                 f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull` or `hf download`"
             )
 

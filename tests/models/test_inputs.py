@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from esparse.errors import Mistake
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN, Model, load, longest_sequence
 from tests.models.families import FAMILIES, SMALL, tiny
@@ -185,7 +186,7 @@ WRONG: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("words", WRONG)
 def test_what_cannot_be_pruned_is_one_sentence(words: str, store: str, folder: Path) -> None:
     WRONG[words](folder)
-    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+    with pytest.raises((Mistake, FileNotFoundError)) as raised:
         opened(folder, store=store)
     said = str(raised.value)
     assert words.replace("FOLDER", str(folder)) in said
