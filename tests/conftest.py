@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -34,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kinds.mark(items)
     config.stash[kinds.COLLECTED] = list(items)
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_the_log_go_with_their_test() -> Iterator[None]:
+    """A command that was carried out in this process leaves one, whose stream pytest closes behind the test."""
+    log = logging.getLogger("esparse")
+    before = list(log.handlers)
+    yield
+    log.handlers[:] = [handler for handler in log.handlers if handler in before]
 
 
 @pytest.fixture(scope="module", params=["compiled", "plain"])
