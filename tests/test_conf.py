@@ -190,6 +190,7 @@ def test_every_yaml_says_what_it_is() -> None:
             assert text.startswith("# "), f"{path} does not open with a sentence"
 
 
+@pytest.mark.slow
 def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
     usual = run_id(settings())
     how = ["output_root=x", "tracking=none", "rerun=true", "model.devices=cpu", "model.batch_tokens=1"]

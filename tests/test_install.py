@@ -134,6 +134,7 @@ def test_the_wheel_has_all_that_a_checkout_has(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "experiments", "conf/"))]
 
 
+@pytest.mark.slow
 def test_a_wheel_from_the_source_distribution_is_the_same(source: Path, wheel: Path, tmp_path: Path) -> None:
     build = "from setuptools.build_meta import build_sdist; import sys; print(build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
@@ -156,6 +157,7 @@ def test_the_installed_command_prunes_as_launch_py_does(environment: Callable[..
     assert masks(tmp_path / "outputs") == masks(tmp_path / "launch") != {}
 
 
+@pytest.mark.slow
 def test_a_sweep_and_an_experiment_of_ones_own(environment: Callable[..., Path], tmp_path: Path) -> None:
     """`-cd` finds the user's files, whose defaults find esparse's; a launcher of one's own lies there, too."""
     programs = environment("run")
@@ -237,6 +239,7 @@ assert not loaded, loaded
 """
 
 
+@pytest.mark.slow
 def test_the_core_alone_prunes_from_python_and_loads_what_was_packed(
     environment: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def process(code: str, folder: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=kept | environment, cwd=folder)
 
 
+@pytest.mark.slow
 def test_without_esparse_nothing_is_loaded_and_one_sentence_says_why(tmp_path: Path) -> None:
     """transformers alone would skip the format with a warning, and fill the missing weights with random numbers."""
     exported("llama", packed(), tmp_path)

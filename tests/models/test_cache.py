@@ -190,6 +190,7 @@ def test_another_model_takes_the_place(workshop: Path, tmp_path: Path, loads: li
     assert len(loads) == 3
 
 
+@pytest.mark.slow
 def test_with_too_little_memory_it_is_loaded_anew(
     workshop: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ def test_a_transformers_that_esparse_does_not_fit_works_all_the_same(first: str)
     assert done.stderr.count("transformers cannot load checkpoints that esparse packed") == 1
 
 
+@pytest.mark.slow
 def test_the_module_that_is_watched_keeps_its_loader(tmp_path: Path) -> None:
     done = python("import esparse, inspect, transformers.quantizers.auto as auto; print(len(inspect.getsource(auto)))")
     assert int(done.stdout) > 1000, done.stderr

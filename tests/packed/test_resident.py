@@ -79,6 +79,7 @@ def taken(small: Path, large: Path) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says what is resident in /proc")
+@pytest.mark.slow
 def test_a_packed_model_takes_less_loaded_and_while_it_is_loaded(tmp_path: Path) -> None:
     found, large = {}, {}
     for name, export in (("dense", dense()), ("packed", packed())):

@@ -190,6 +190,7 @@ def test_a_mistake_leaves_nothing_behind(workshop: Path, tmp_path: Path) -> None
     assert not list(tmp_path.rglob("blocks"))
 
 
+@pytest.mark.slow
 def test_the_wandb_run_of_a_run_that_goes_on_is_whole(workshop: Path, tmp_path: Path) -> None:
     def history(out: Path) -> list[dict[str, float]]:
         (file,) = out.glob("*/wandb/offline-run-*/*.wandb")
@@ -213,6 +214,7 @@ def test_the_wandb_run_of_a_run_that_goes_on_is_whole(workshop: Path, tmp_path: 
     assert [row["block"] for row in history(tmp_path / "whole")] == list(range(len(history(tmp_path / "whole"))))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_and_has_room_again(workshop: Path, tmp_path: Path) -> None:
     """A real one, of memory, in a name space of its own."""
     disk = tmp_path / "disk"

@@ -184,6 +184,7 @@ def test_rows_of_means_and_turned_tables_know_their_runs() -> None:
     assert 'data-runs="a b c"' in html(runs, title="x", across=["pattern"])
 
 
+@pytest.mark.slow
 def test_means_and_turned_tables_make_pages_too(tmp_path: Path) -> None:
     write(tmp_path / "runs", *RUNS)
     for extra in ([], ["--mean"], ["--across", "pattern"], ["--pairs", "metric"], ["--profile"]):
@@ -272,6 +273,7 @@ def many(root: Path, runs: int, blocks: int) -> Path:
 
 
 @needs_vega
+@pytest.mark.slow
 def test_three_hundred_runs_are_a_page_below_five_megabytes(tmp_path: Path) -> None:
     text = html(read_records(many(tmp_path, 300, 32)), title="x")
     assert len(text.encode()) < 5e6 and len(json.loads(packed(text, "facts"))["runs"]) == 300

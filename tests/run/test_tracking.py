@@ -121,6 +121,7 @@ def test_a_run_of_no_sweep_says_how_to_upload_it(tmp_path, caplog):
     assert ours == [f"to upload this run to W&B: wandb sync {file.parent}"]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_group_unless_told_otherwise(tmp_path):
     for group, expected in [(None, "of-the-day"), ("mine", "mine")]:
         component = tracking(group=group)
@@ -188,6 +189,7 @@ def test_an_exception_marks_the_run_failed_and_goes_on(tmp_path):
     assert (run["exit_code"], run["state"], run["summary"]["block"]) == (1, "failed", 0)
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_costs_seconds_and_one_sentence(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
@@ -246,6 +248,7 @@ def server():
         serving.server_close()
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_costs_seconds_at_the_end(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     with server() as address:

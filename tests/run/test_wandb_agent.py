@@ -96,6 +96,7 @@ def inspected(place: Path, run: str) -> tuple[dict[str, Any], list[dict[str, Any
 
 
 @pytest.mark.parametrize("run", ["first", "second", "again"])
+@pytest.mark.slow
 def test_every_run_of_an_agent_has_its_numbers(run: str, swept: tuple[Path, str]) -> None:
     place, printed = swept
     assert "Traceback" not in printed, printed

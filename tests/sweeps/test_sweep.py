@@ -83,6 +83,7 @@ def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
     assert code == 0 and "4 runs: 4 finished" in said, said
 
 
+@pytest.mark.slow
 def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*small_run(workshop / "deep", out), "update=obs"]
@@ -121,6 +122,7 @@ def test_killed_cancelled_and_run_by_hand(workshop: Path, tmp_path: Path) -> Non
     assert code == 0 and "2 runs: 2 finished" in said
 
 
+@pytest.mark.slow
 def test_inside_of_a_job_of_slurms(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an allocation (salloc, a notebook on a node), or in a task of an array."""
     for name, value in {"JOB_ID": "4711", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "2"}.items():
