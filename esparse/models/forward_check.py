@@ -181,10 +181,7 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             hidden, kept = again
         apart = min(apart, _apart(blocks.logits(tokens_BL, hidden, kept), plain))
         if apart <= _rounding(plain):
-            half = slice(tokens_BL.shape[1] // 2, None)
-            blocks.logits_by_token = not kept.values and _apart(
-                blocks.logits(tokens_BL[:, half], hidden[:, half]), plain[:, half]
-            ) <= _rounding(plain)
+            blocks.logits_by_token = not kept.values and _by_token(blocks, tokens_BL, hidden, plain)
             return
     blocks.hands_on = HandsOn.HIDDEN
     # Kernels that add in no fixed order (atomics in mixtures of experts on a GPU) give slightly other logits each time.
@@ -205,6 +202,16 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
         f"(they differ by {apart / float(plain.abs().max()):.2g} of the largest): {first}; esparse would prune and "
         "measure another network"
     )
+
+
+def _by_token(blocks: BlockModel, tokens_BL: Tensor, hidden_BLH: Tensor, plain: Tensor) -> bool:
+    """Whether the head gives the logits of some tokens if it is given their hidden states alone."""
+    half = slice(tokens_BL.shape[1] // 2, None)
+    try:
+        logits = blocks.logits(tokens_BL[:, half], hidden_BLH[:, half])
+    except Exception:  # a model that cuts its hidden states apart by their place, as ProphetNet's streams
+        return False
+    return _apart(logits, plain[:, half]) <= _rounding(plain)
 
 
 def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:

@@ -45,6 +45,7 @@ EXACT = {
     "dbrx": "experts in two dimensions",
     "zamba2": "two kinds of blocks, some with weights of an earlier one",
     "bart": "cross-attention that text does not use",
+    "prophetnet": "a head that needs all hidden states at once",
 }
 
 
