@@ -3,7 +3,7 @@
 A test with many parameters has a case for each combination of them. By default every value of every parameter is
 tried once, as few cases as it takes; the rest is `product`. A test that goes through all model families takes a share
 of them by default, another one than the next test; the rest is `families`. What takes seconds is marked `slow` by hand,
-beside a quicker test of the same subject. tests/test_selection.py says what must not be left out.
+beside a quicker test of the same subject. tests/test_kinds.py says what must not be left out.
 
 `pytest -m "not slurm"` runs all kinds, `pytest -m product` one of them, and what is named with `::` always runs.
 """
