@@ -24,6 +24,7 @@ from esparse.metrics.wanda import Wanda
 from esparse.parts import numbers
 from esparse.records import audit
 from tests.models.families import FAMILIES, tiny
+from tests.same import same_but_for_ties
 from tests.workshop import ROOT, furnished, launch, small_run
 
 # By its name in later versions of transformers, and in earlier ones.
@@ -96,16 +97,14 @@ def test_the_masks_and_numbers_are_those_of_a_run(
     record = json.loads((folder / "result.json").read_text())
     report = esparse.prune(*loaded, calibration=workshop / "text.txt", sequences=4, length=16, **how)
     masks = audit.read_masks(folder)
-    assert set(report.keeps) == set(masks)
-    assert all(torch.equal(report.keeps[name], keep) for name, keep in masks.items())
     made = json.loads(json.dumps(report.to_dict()))
     assert set(made) <= set(record)
     for key in ("sparsity", "recovery"):
         assert made[key] == record[key]
-    for ours, theirs in zip(made["layers"], record["layers"], strict=True):
-        for number in ("kept_score", "relative_error"):
-            assert ours.pop(number) == pytest.approx(theirs.pop(number), rel=1e-5)
-        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    # The damping of the conf/ of each update; without one, masks depend on sums of integers and on squares alone.
+    damp = 0.01 if {"metric=sparsegpt", "update=alps"} & set(overrides) else None
+    tied = same_but_for_ties((report.keeps, masks), (made["layers"], record["layers"]), damp=damp, share=0.95)
+    assert damp is not None or not tied
     for group in ("metric", "shuffle", "update", "recovery", "prepare", "allocation"):
         assert made["config"][group] == record["config"][group]
         assert made["config"]["choices"][group] == record["config"]["choices"][group]

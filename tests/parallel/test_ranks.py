@@ -31,6 +31,7 @@ from esparse.parallel.ranks import Ranks, together
 from esparse.records import audit
 from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Gram, Statistic, TokenSample
 from tests import forks, members
+from tests.same import rounding, same_but_for_ties
 from tests.workshop import ROOT, furnished, small_run
 
 registry.register()
@@ -44,7 +45,6 @@ METHODS = {
     "experts": ["calibration.sequences=3", "calibration.length=4", "model.batch_tokens=4", "update=obs"],
 }
 DAMP = {"gram": 0.01, "experts": 0.01}  # of methods that factorise the Gram matrix
-EPS = torch.finfo(torch.float32).eps
 SLOW = pytest.mark.slow
 
 
@@ -220,17 +220,6 @@ def pruned(workshop: Path, quick_start: None) -> Callable[[str], tuple[Path, Pat
     return prune
 
 
-def rounding(name: str, inputs: int) -> float:
-    """By how much two runs may differ that add the same float32 numbers in another order, relative to what they add.
-
-    A sum of as many products as a layer has inputs is off by eps times their number at most. A factor of the Gram
-    matrix multiplies that by the matrix's condition, which damping bounds: the largest eigenvalue is not above the
-    trace, `inputs` times the mean of the diagonal, and the least one not below `damp` times that mean.
-    """
-    condition = 1 + inputs / DAMP[name] if name in DAMP else 1
-    return 2 * inputs * EPS * condition
-
-
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name != "second look" else ()) for name in METHODS])
 def test_two_processes_prune_as_one_does(pruned: Callable[[str], tuple[Path, Path]], name: str) -> None:
     one, two = pruned(name)
@@ -240,34 +229,10 @@ def test_two_processes_prune_as_one_does(pruned: Callable[[str], tuple[Path, Pat
     records = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
     assert records[0]["sparsity"] == records[1]["sparsity"]
     assert records[1]["environment"]["device"] == f"2 x {records[0]['environment']['device']}"
-    masks = [audit.read_masks(folder) for folder in (one, two)]
-    assert masks[0].keys() == masks[1].keys()
-    tied = False  # whether a choice between two weights, up to here, was that of the last digit
-    for layer, other in zip(*(record["layers"] for record in records), strict=True):
-        assert {key: value for key, value in layer.items() if not isinstance(value, float)} == {
-            key: value for key, value in other.items() if not isinstance(value, float)
-        }
-        off = rounding(name, layer["shape"][1])
-        if not tied:  # what is kept in a tie is worth the same; the layers behind it see other numbers
-            assert other["kept_score"] == pytest.approx(layer["kept_score"], rel=off), layer
-        tied |= differ(*masks, layer["name"])
-        if not tied and layer["relative_error"] is not None:
-            # The squares are what is summed up, relative to the output's square.
-            square, error = layer["relative_error"] ** 2, layer["relative_error"]
-            slack = 2 * layer["shape"][1] * EPS + (2 * error * off + off**2 if name in DAMP else 0.0)
-            assert other["relative_error"] ** 2 == pytest.approx(square, rel=off, abs=slack), layer
-    same = [(masks[0][entry] == masks[1][entry]).float().mean() for entry in masks[0]]
-    assert min(same) >= 0.99  # ties are few
+    first, second = (audit.read_masks(folder) for folder in (one, two))
+    tied = same_but_for_ties((first, second), (records[0]["layers"], records[1]["layers"]), damp=DAMP.get(name))
     losses = [load_file(folder / "window_losses.safetensors") for folder in (one, two)]
-    torch.testing.assert_close(*losses, rtol=1e-2 if tied else rounding(name, 64), atol=0)
-
-
-def differ(first: dict[str, Tensor], second: dict[str, Tensor], layer: str) -> bool:
-    """Whether the masks of a layer do, which may be one of a parameter's experts: NAME[2]."""
-    entry, _, expert = layer.removesuffix("]").partition("[")
-    entry = entry if entry in first else f"{entry}.weight"
-    keeps = [masks[entry][int(expert)] if expert else masks[entry] for masks in (first, second)]
-    return not torch.equal(*keeps)
+    torch.testing.assert_close(*losses, rtol=1e-2 if tied else rounding(64, DAMP.get(name)), atol=0)
 
 
 @pytest.mark.slow
