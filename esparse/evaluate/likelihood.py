@@ -6,7 +6,7 @@ Shapes: B inputs of a bucket, L tokens of each, T tokens of a continuation, V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -42,9 +42,10 @@ def log_likelihoods(
     ranks = blocks.ranks
     found: dict[int, tuple[float, bool]] = {}
     for chunk in _chunks(longest_first[ranks.rank :: ranks.size], _room(blocks)):
-        for inputs, logits_LV in _logits(blocks, chunk, on_block):
+        longest = {inputs: max(len(requests[index][1]) for index in wanted[inputs]) for inputs in chunk}
+        for inputs, logits_TV in _logits(blocks, longest, on_block):
             for index in wanted[inputs]:
-                found[index] = _log_likelihood(logits_LV, inputs, requests[index][1])
+                found[index] = _log_likelihood(logits_TV, requests[index][1])
     for other in ranks.gather(found):
         found |= other
     if not all(math.isfinite(value) for value, _ in found.values()):
@@ -53,10 +54,13 @@ def log_likelihoods(
 
 
 def _logits(
-    blocks: BlockModel, chunk: Sequence[Tokens], on_block: Callable[[int], None]
+    blocks: BlockModel, longest: Mapping[Tokens, int], on_block: Callable[[int], None]
 ) -> Iterator[tuple[Tokens, Tensor]]:
-    """The inputs of one pass over the blocks, each with its logits_LV (which continue into the padding)."""
-    buckets = [list(same) for _, same in groupby(chunk, key=_padded)]
+    """The inputs of one pass over the blocks, each with the logits_TV of its last tokens.
+
+    `longest` has the inputs, and of how many tokens the longest continuation of each is; T is at least that.
+    """
+    buckets = [list(same) for _, same in groupby(longest, key=_padded)]
     tokens = [torch.tensor([[*inputs, *[0] * (_padded(inputs) - len(inputs))] for inputs in b]) for b in buckets]
     streams = [Activations(blocks, tokens_BL) for tokens_BL in tokens]
     for index in range(len(blocks.blocks)):
@@ -66,14 +70,23 @@ def _logits(
         on_block(index)
     with blocks.ends_resident():
         for bucket, tokens_BL, stream in zip(buckets, tokens, streams, strict=True):
-            of_bucket = iter(bucket)
+            first = 0
             for batch, ids_BL in enumerate(blocks.micro_batches(tokens_BL)):
-                yield from ((next(of_bucket), logits_LV) for logits_LV in stream.logits(batch, ids_BL))
+                together = bucket[first : first + len(ids_BL)]
+                first += len(ids_BL)
+                yield from zip(together, stream.logits_at(batch, ids_BL, _last_tokens(together, longest)), strict=True)
 
 
-def _log_likelihood(logits_LV: Tensor, inputs: Tokens, continuation: Tokens) -> tuple[float, bool]:
+def _last_tokens(together: Sequence[Tokens], longest: Mapping[Tokens, int]) -> Tensor:
+    """The positions (B x T) of each input's last tokens; a short input repeats its first one, which nobody reads."""
+    size = max(longest[inputs] for inputs in together)
+    end_B = torch.tensor([len(inputs) for inputs in together])
+    return (end_B[:, None] + torch.arange(-size, 0)).clamp_min(0)
+
+
+def _log_likelihood(logits_TV: Tensor, continuation: Tokens) -> tuple[float, bool]:
     # Converts only the continuation's logits to float32, because a large vocabulary takes much memory.
-    logits_TV = logits_LV[len(inputs) - len(continuation) : len(inputs)].float()
+    logits_TV = logits_TV[-len(continuation) :].float()
     target_T = torch.tensor(continuation, device=logits_TV.device)
     log_p_T = logits_TV.log_softmax(-1).gather(-1, target_T[:, None])
     return float(log_p_T.double().sum()), bool((logits_TV.argmax(-1) == target_T).all())

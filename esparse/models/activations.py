@@ -96,6 +96,23 @@ class Activations:
         """The model's logits (B x L x V), after the last block; needs `ends_resident`."""
         return self.blocks.logits(tokens_BL, self.hidden[batch], self._carried[batch])
 
+    def logits_at(self, batch: int, tokens_BL: Tensor, positions_BT: Tensor) -> Tensor:
+        """The model's logits at T positions of each sequence (B x T x V), computed for these alone if the head can.
+
+        Needs `ends_resident`.
+        """
+        if not self.blocks.logits_by_token:
+            logits_BLV = self.logits(batch, tokens_BL)
+            return logits_BLV.gather(
+                1, positions_BT[..., None].to(logits_BLV.device).expand(-1, -1, logits_BLV.shape[2])
+            )
+        hidden_BLH = self.hidden[batch]
+        hidden_BTH = hidden_BLH.gather(
+            1, positions_BT[..., None].to(hidden_BLH.device).expand(-1, -1, hidden_BLH.shape[2])
+        )
+        with torch.no_grad():
+            return self.blocks.logits(tokens_BL.gather(1, positions_BT), hidden_BTH)
+
     def logits_in_parts(
         self, batch: int, tokens_BL: Tensor, values: int | None = None
     ) -> Iterator[tuple[slice, Tensor]]:

@@ -41,10 +41,24 @@ def blocks_of(family: str, batch_tokens: int = 96) -> BlockModel:
     return BlockModel(tiny(family), device=torch.device("cpu"), batch_tokens=batch_tokens)
 
 
+@pytest.mark.parametrize("by_token", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "mixtral"])
-def test_equals_the_formula(family: str) -> None:
-    asked = requests(12)
-    for got, request in zip(log_likelihoods(blocks_of(family), asked), asked, strict=True):
+def test_equals_the_formula(family: str, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a head that runs on the tokens alone whose logits are read, and with one that runs on all."""
+    asked, blocks = requests(12), blocks_of(family)
+    check(blocks, torch.randint(1, 96, (2, 12)))
+    assert blocks.logits_by_token
+    blocks.logits_by_token = by_token
+    lengths, whole = set(), BlockModel.logits
+
+    def logits(self: BlockModel, tokens_BL: torch.Tensor, *rest: object) -> torch.Tensor:
+        lengths.add(tokens_BL.shape[1])
+        return whole(self, tokens_BL, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BlockModel, "logits", logits)
+    answers = log_likelihoods(blocks, asked)
+    assert (lengths <= {16, 32, 48}) != by_token  # inputs are padded to these
+    for got, request in zip(answers, asked, strict=True):
         expected = by_the_formula(family, request)
         assert got[0] == pytest.approx(expected[0], rel=1e-4) and got[1] == expected[1]
 
