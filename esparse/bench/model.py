@@ -241,9 +241,9 @@ def _obeying(switch: Switch, packed: Packed, dense: Callable[[Any], Any], subjec
         if not switch.sparse:
             return dense(x)
         tokens = x.numel() // x.shape[-1]
-        there = {"on_gpu": x.is_cuda, "has_triton": kernels.has_triton(), "has_blob": packed.blob is not None}
+        facts = {"on_gpu": x.is_cuda, "has_triton": kernels.has_triton(), "has_blob": packed.blob is not None}
         few = kernels.few_tokens(x.dtype, x.shape[-1], n=nm.n, m=nm.m)
-        way = kernels.kernel(tokens, few, n=nm.n, m=nm.m, **there)
+        way = kernels.kernel(tokens, few, n=nm.n, m=nm.m, **facts)
         switch.ways.add(way)
         order = packed.order
         if order is not None and way != "gemv":  # that kernel gathers by itself

@@ -87,13 +87,13 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
         )
     if queued:
         return
-    there = gpu_is_there()
-    if kind == "cuda" and not there:
+    has_gpu = gpu_is_there()
+    if kind == "cuda" and not has_gpu:
         raise Mistake(
             f"model.devices={asked} asks for a GPU, and this machine has none that can be seen (nvidia-smi, /dev, "
             "CUDA_VISIBLE_DEVICES): use model.devices=auto or cpu"
         )
-    if not isinstance(experiment.bench, NoBench) and (kind == "cpu" or not there):
+    if not isinstance(experiment.bench, NoBench) and (kind == "cpu" or not has_gpu):
         raise Mistake(
             f"bench={type(experiment.bench).__name__.lower()} times sparse kernels on a GPU, and this run computes on "
             "the cpu: use bench=none, or model.devices=cuda on a machine with one"
@@ -120,11 +120,11 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
 
 
 def _check_root(root: Path) -> None:
-    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        raise Mistake(f"output_root={root}: {there} is no folder, so that nothing can be written there")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Mistake(f"output_root={root}: nothing can be written to {there}")
+    nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise Mistake(f"output_root={root}: {nearest} is no folder, so that nothing can be written there")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise Mistake(f"output_root={root}: nothing can be written to {nearest}")
 
 
 def _place(model: Model) -> Path:
@@ -173,11 +173,14 @@ def _longest(model: Model) -> int | None:
     config = _place(model) / "config.json"
     try:
         if config.is_file():
-            said = json.loads(config.read_text(encoding="utf-8"))
+            written = json.loads(config.read_text(encoding="utf-8"))
         else:
-            said = json.loads((ASSETS / "shapes.json").read_text(encoding="utf-8")).get(model.path, {})
-        said = said.get("text_config") or said
-        longest = next((said[name] for name in POSITIONS if isinstance(said.get(name), int) and said[name] > 0), None)
+            written = json.loads((ASSETS / "shapes.json").read_text(encoding="utf-8")).get(model.path, {})
+        written = written.get("text_config") or written
+        longest = next(
+            (written[name] for name in POSITIONS if isinstance(written.get(name), int) and written[name] > 0),
+            None,
+        )
     except (ValueError, AttributeError, OSError):  # a damaged file: its reader says what is wrong with it
         return None
     return None if longest is None else int(longest)

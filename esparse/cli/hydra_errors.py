@@ -57,8 +57,8 @@ def explained(error: BaseException, words: Sequence[str]) -> str | None:
         if isinstance(one, ValidationError) and one.full_key:
             return _wrong_value(one, words)
     for one in chain:
-        if isinstance(one, ConfigCompositionException) and (said := _composition(str(one))) is not None:
-            return said
+        if isinstance(one, ConfigCompositionException) and (sentence := _composition(str(one))) is not None:
+            return sentence
     if any(isinstance(one, HydraException | OmegaConfBaseException) for one in chain):
         return " ".join(str(chain[0]).split())
     return None
@@ -73,22 +73,22 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
     """A setting that there is not: `owner` is the class that was to have it."""
     *above, key = path.split(".")
-    known, where, said = _settings(owner), ".".join(above), f"there is no setting {path}"
+    known, where, sentence = _settings(owner), ".".join(above), f"there is no setting {path}"
     if not above:
         known = [*known, METHOD]
     likely = [f"{where}.{name}" if where else name for name in get_close_matches(key, known, n=3)]
-    said += f": did you mean {' or '.join(likely)}?" if likely else ""
+    sentence += f": did you mean {' or '.join(likely)}?" if likely else ""
     end = "" if likely else ":"
     if not above:
-        return said if likely else f"{said}: there is {', '.join(known)}"
+        return sentence if likely else f"{sentence}: there is {', '.join(known)}"
     takes = ", ".join(sorted(known)) or "no settings"
     if above[0] not in GROUPS:
-        return f"{said}{end} {where} takes {takes}"
+        return f"{sentence}{end} {where} takes {takes}"
     one_class = len(above) > 1 or ANY in GROUPS[where].options
     who = where if one_class else f"{where}={_option(where, owner, words)}"
     others = [name for name, component in _classes(above[0]).items() if key in _settings(component)]
     more = f"; {key} is a setting of {where}={', '.join(others)}" if others and len(above) == 1 else ""
-    return f"{said}{end} {who} takes {takes}{more}"
+    return f"{sentence}{end} {who} takes {takes}{more}"
 
 
 def check_added(config: DictConfig, words: Sequence[str]) -> None:
@@ -155,32 +155,32 @@ def _flag(words: Sequence[str], *names: str) -> str | None:
 
 
 def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
-    key, said = str(error.full_key), str(error).partition("\n")[0]
+    key, sentence = str(error.full_key), str(error).partition("\n")[0]
     typed = [m[3] for word in words if (m := SETTING.fullmatch(word)) and m[2] == key]
     value = typed[-1] if typed else None
     got = f", got {value!r}" if value is not None else ""
-    if "is not a ListConfig" in said:
+    if "is not a ListConfig" in sentence:
         return f"{key} takes a list{f': {key}=[{value}]' if value else ''}"
-    if "is not Optional" in said:
+    if "is not Optional" in sentence:
         return f"{key} needs a value: null is none"
-    if value is None and "of type 'dict'" in said:
+    if value is None and "of type 'dict'" in sentence:
         return f"{key} is one value and has no settings of its own"
     for words_of_it, kind in KINDS:
-        if words_of_it in said:
-            return f"{key} takes {kind}{got or f' ({said})'}"
-    return f"{key}: {said}{got}"
+        if words_of_it in sentence:
+            return f"{key} takes {kind}{got or f' ({sentence})'}"
+    return f"{key}: {sentence}{got}"
 
 
-def _composition(said: str) -> str | None:
-    if given := re.match(r"Ambiguous value for argument '(.*?)'\n", said, flags=re.S):
+def _composition(sentence: str) -> str | None:
+    if given := re.match(r"Ambiguous value for argument '(.*?)'\n", sentence, flags=re.S):
         return f"{given[1]} are several values, of which one run takes one: -m makes a sweep of them, [...] a list"
-    if given := re.match(r"Could not append to config. An item is already at '(.*?)'", said):
+    if given := re.match(r"Could not append to config. An item is already at '(.*?)'", sentence):
         return f"{given[1]} is there already: leave out the +"
-    if given := re.match(r"Could not delete from config. (.*)", said):
+    if given := re.match(r"Could not delete from config. (.*)", sentence):
         return f"there is nothing to take away (~): {given[1]}"
-    if given := re.match(r"Error merging override (~\S+)", said):
+    if given := re.match(r"Error merging override (~\S+)", sentence):
         return f"{given[1]}: a setting cannot be taken away, only changed"
-    if given := re.match(r"Could not override '(.*?)'", said):
+    if given := re.match(r"Could not override '(.*?)'", sentence):
         return f"there is no {given[1]}: groups are {', '.join([*GROUPS, METHOD])}"
     return None
 

@@ -45,10 +45,12 @@ def exit_code(main: Callable[[], Any]) -> int:
         print("esparse: interrupted; finished runs are kept", file=sys.stderr)
         return 130
     except Exception as error:
-        said = None if call.begun else str(error) if isinstance(error, Mistake) else explained(error, sys.argv[1:])
-        if said is None or IN_FULL in os.environ:
+        explanation = (
+            None if call.begun else str(error) if isinstance(error, Mistake) else explained(error, sys.argv[1:])
+        )
+        if explanation is None or IN_FULL in os.environ:
             raise
-        print(f"esparse: {said}", file=sys.stderr)
+        print(f"esparse: {explanation}", file=sys.stderr)
         return MISTAKE
     return call.code
 

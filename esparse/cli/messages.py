@@ -13,10 +13,10 @@ NO_MEMORY = ("out of memory", "t allocate memory", "Cannot allocate memory")
 
 
 def say_failed(error: Exception, name: str, folder: Path) -> None:
-    said = f"esparse: {name} failed: {sentence(error)}"
+    line = f"esparse: {name} failed: {sentence(error)}"
     if not isinstance(error, Mistake | OSError | MemoryError) and not lacks_memory(error):  # not foreseen
-        said += f" ({type(error).__name__}; the traceback is in {folder / 'run.log'})"
-    print(said, file=sys.stderr)
+        line += f" ({type(error).__name__}; the traceback is in {folder / 'run.log'})"
+    print(line, file=sys.stderr)
 
 
 def sentence(error: BaseException) -> str:
@@ -34,4 +34,4 @@ def sentence(error: BaseException) -> str:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)

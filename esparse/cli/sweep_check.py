@@ -32,14 +32,14 @@ class Sweep(Callback):
         call.sweep = Path(config.hydra.sweep.dir).name
         call.runs.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
-            said: list[str] = []
+            lines: list[str] = []
             for overrides in _jobs(config):
                 call.runs[tuple(overrides)], sentences = _composed(config, overrides)
-                said += sentences
+                lines += sentences
             if not all(settings["dry_run"] for settings in call.runs.values()):
                 foresight.check_queue(OmegaConf.to_container(config.hydra.launcher))  # type: ignore[arg-type]
             _check_exports(list(call.runs.values()))
-            remarks.say(said)
+            remarks.say(lines)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if call.submitted or all(settings["dry_run"] for settings in call.runs.values()):

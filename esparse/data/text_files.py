@@ -129,16 +129,16 @@ class Rows:
         """The value of the wanted column; `where`: the row, for the error message."""
         return row[self.name(where, list(row))]
 
-    def name(self, where: str, there: list[str]) -> str:
+    def name(self, where: str, columns: list[str]) -> str:
         """The column to read among those in `there`; raises Mistake if it is missing."""
-        if self.column in there:
+        if self.column in columns:
             return self.column
-        chats = [name for name in CHATS if name in there]
+        chats = [name for name in CHATS if name in columns]
         if self.render is not None and chats and self.column == "text":
             return chats[0]
         hint = f", or {self.group}.chat=true to render chats" if chats and self.render is None else ""
         raise Mistake(
-            f"{where}: expected a column {self.column!r}, found {', '.join(map(repr, there)) or 'none'}; set "
+            f"{where}: expected a column {self.column!r}, found {', '.join(map(repr, columns)) or 'none'}; set "
             f"{self.group}.column=NAME{hint}"
         )
 
@@ -281,8 +281,8 @@ def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, value
     except pyarrow.ArrowException as cause:
-        said = str(cause).strip().splitlines()[0]
-        raise Mistake(f"{rows.path} can not be read as parquet ({said})") from cause
+        reason = str(cause).strip().splitlines()[0]
+        raise Mistake(f"{rows.path} can not be read as parquet ({reason})") from cause
 
 
 _READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {

@@ -131,8 +131,8 @@ class ZeroShot:
             raise Mistake(f"the task {name} names no split to be measured on: it cannot have local copies")
         if measured not in found:
             endings = " or ".join(f"{measured}{ending}" for ending in (".jsonl", ".parquet"))
-            there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-            raise Mistake(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {there or 'nothing'}")
+            names = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise Mistake(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {names or 'nothing'}")
         examples = wanted.get("fewshot_split") or wanted.get("training_split")
         if self.shots and examples not in (None, *found):
             raise Mistake(f"zeroshot.data: examples of the task {name} come from {folder}/{examples}.*, not there")

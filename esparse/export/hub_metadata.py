@@ -20,11 +20,11 @@ def licence_of(folder: Path | None) -> dict[str, str]:
     if card is None or not card.is_file():
         return {}
     try:
-        said = metadata_load(card) or {}
+        metadata = metadata_load(card) or {}
     except ValueError as error:  # no YAML, of someone else
         log.warning("the licence cannot be taken over from %s: %s", card, str(error).partition("\n")[0])
         return {}
-    return {name: said[name] for name in LICENCE if isinstance(said.get(name), str)}
+    return {name: metadata[name] for name in LICENCE if isinstance(metadata.get(name), str)}
 
 
 def metadata(record: dict[str, Any], facts: dict[str, Any], *, original: str | None) -> str:

@@ -118,9 +118,9 @@ def _packed(matrix: Matrix, grouping: Grouping, weight_OI: Tensor) -> PackedMatr
 
 
 def _fill(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
-    there = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    stored = dict(layer.named_parameters()) | dict(layer.named_buffers())
     for name, value in tensors.items():
-        there[name].data.copy_(value)
+        stored[name].data.copy_(value)
 
 
 def _succeed(layer: nn.Module, old: nn.Module) -> None:

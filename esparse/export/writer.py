@@ -190,16 +190,16 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
     is_wide = stays_wide(model, dtype)
     if dtype.itemsize < 4:
         if model.dtype == dtype:
-            there = [*model.named_parameters(), *model.named_buffers()]
+            tensors = [*model.named_parameters(), *model.named_buffers()]
         else:  # the run computed in float32: which tensors would be float32 in a half-precision model?
             try:
                 with torch.device("meta"):
                     again = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-                there = [*again.named_parameters(), *again.named_buffers()]
+                tensors = [*again.named_parameters(), *again.named_buffers()]
             except Exception as error:  # a model's own code may fail here
                 log.debug("tensors that stay in float32 are known by their names only: %s", error)
-                there = []
-        kept = {name for name, value in there if value.is_floating_point() and value.dtype.itemsize >= 4}
+                tensors = []
+        kept = {name for name, value in tensors if value.is_floating_point() and value.dtype.itemsize >= 4}
 
     def of(name: str) -> torch.dtype:
         return torch.float32 if name in kept or is_wide(name) else dtype

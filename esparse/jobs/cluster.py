@@ -81,10 +81,10 @@ def _own_local_job() -> str | None:
 @functools.cache
 def _is_of_array(job: str, array: str, task: str) -> bool:
     """Whether the job is that task; one that a task submits inherits the task's variables. Slurm itself knows."""
-    said = _answer(["scontrol", "show", "job", job]) or ""
-    if f"JobId={job}" not in said:
+    output = _answer(["scontrol", "show", "job", job]) or ""
+    if f"JobId={job}" not in output:
         return True  # nobody to ask
-    return f"ArrayJobId={array} " in said and f"ArrayTaskId={task} " in said
+    return f"ArrayJobId={array} " in output and f"ArrayTaskId={task} " in output
 
 
 def restarts() -> int:
@@ -110,8 +110,8 @@ def outside_of_jobs(*, keep_slurm: bool) -> Iterator[None]:
 @functools.cache
 def name() -> str | None:
     """The Slurm cluster of this machine; None if it belongs to none or Slurm does not answer."""
-    said = _answer(["scontrol", "show", "config"])
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", said or "", flags=re.M)
+    output = _answer(["scontrol", "show", "config"])
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", output or "", flags=re.M)
     return found.group(1) if found else None
 
 
@@ -148,11 +148,11 @@ class Queue:
 
 
 def _ask(array: str) -> dict[str, tuple[str, str]] | None:
-    said = _answer(["squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%i|%T|%r"])
-    if said is None:
+    output = _answer(["squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%i|%T|%r"])
+    if output is None:
         return None
     answers = {}
-    for line in said.splitlines():
+    for line in output.splitlines():
         job, state, reason = ([*line.strip().split("|"), "", ""])[:3]
         answers[job] = (state, reason)
     if not answers:  # squeue forgets a job after minutes; accounting, if there is any, does not
@@ -178,8 +178,8 @@ def _answer(command: list[str]) -> str | None:
 
 def _tree(root: int) -> list[int]:
     """A process and all its descendants, itself first, so that none is left that could start another."""
-    said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-    parents = {int(pid): int(parent) for pid, parent in map(str.split, said.splitlines())}
+    output = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in map(str.split, output.splitlines())}
     tree = [root]
     for pid in tree:
         tree.extend(child for child, parent in parents.items() if parent == pid)

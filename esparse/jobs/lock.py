@@ -106,8 +106,8 @@ def read(folder: Path) -> Owner | None:
 def _read(file: Path) -> Owner | None:
     """Fields that this version does not know, of a newer one, are left out."""
     try:
-        said = json.loads(file.read_text())
-        return Owner(**{field.name: said[field.name] for field in fields(Owner) if field.name in said})
+        stored = json.loads(file.read_text())
+        return Owner(**{field.name: stored[field.name] for field in fields(Owner) if field.name in stored})
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
 
@@ -119,19 +119,19 @@ def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
 
 def known_alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool | None:
     """Whether an owner works on the run, or will; None if that is unknown."""
-    said = queue.state(owner.job, owner.cluster) if owner.job else None
+    state = queue.state(owner.job, owner.cluster) if owner.job else None
     if owner.state == "queued":
         if owner.job and owner.job.startswith(cluster.LOCAL):
             return owner.process_is_there() if owner.here() else None
-        return None if said is None else said not in cluster.ENDED
+        return None if state is None else state not in cluster.ENDED
     if owner.here():
         # A job that Slurm ends, or will begin again, is not over when its process is.
-        return owner.process_is_there() or (owner.sweep is not None and said not in {None} | cluster.ENDED)
-    if said in cluster.ENDED:
+        return owner.process_is_there() or (owner.sweep is not None and state not in {None} | cluster.ENDED)
+    if state in cluster.ENDED:
         return False
     if _age_s(folder) <= PATIENCE_S:
         return True
-    return said is not None  # suspended, or hung, or waiting for its next start
+    return state is not None  # suspended, or hung, or waiting for its next start
 
 
 def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
@@ -139,14 +139,14 @@ def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
 
     Raises Busy if the owner is known to be alive.
     """
-    there = read(folder)
-    if there is None:
+    present = read(folder)
+    if present is None:
         if _file(folder).exists() and _age_s(folder) <= PATIENCE_S:
             raise Busy(UNREADABLE)
-    elif known_alive(folder, there, queue):
-        raise Busy(there)
+    elif known_alive(folder, present, queue):
+        raise Busy(present)
     _file(folder).unlink(missing_ok=True)
-    return there
+    return present
 
 
 @contextmanager
@@ -175,57 +175,60 @@ def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
     """Makes `mine` the owner; raises Busy if there is a living owner, and waits for one that must end first."""
     until = time.monotonic() + 2 * PATIENCE_S
     while True:
-        if (there := read(folder)) is None and _create(folder, mine, _file(folder)):
+        if (present := read(folder)) is None and _create(folder, mine, _file(folder)):
             break
-        if there is None:
+        if present is None:
             if _age_s(folder) > PATIENCE_S:  # left half written by a file system without hard links
                 _file(folder).unlink(missing_ok=True)
             elif time.monotonic() > until:  # somebody of another version touches it
                 raise Busy(UNREADABLE)
             time.sleep(0.05)
             continue
-        heir, successor = _is_heir(mine, there), _is_next_start(mine, there)
-        if not (heir or successor) and alive(folder, there, queue):
-            raise Busy(there)
+        heir, successor = _is_heir(mine, present), _is_next_start(mine, present)
+        if not (heir or successor) and alive(folder, present, queue):
+            raise Busy(present)
         # Of all processes that find it dead only one may replace it: the one that creates the file with its token.
-        right = folder / f"owner-{there.token}-heir.part"
+        right = folder / f"owner-{present.token}-heir.part"
         if not _create(folder, mine, right):
             _drop_if_left(right)
             time.sleep(0.02)
             continue
-        if read(folder) != there:
+        if read(folder) != present:
             right.unlink(missing_ok=True)
             continue
         put(folder, mine)
         if successor:
-            _wait_for_the_end_of(there)
+            _wait_for_the_end_of(present)
         if read(folder) == mine:
             break
     for draft in folder.glob("owner-*.part"):  # the right to it, and what processes left that were killed here
         draft.unlink(missing_ok=True)
 
 
-def _is_heir(mine: Owner, there: Owner) -> bool:
+def _is_heir(mine: Owner, present: Owner) -> bool:
     """Whether the run waited in the queue for this very job."""
-    waits = there.state != "running" and there.sweep is not None
-    return waits and mine.state == "running" and there.sweep == mine.sweep and there.job in (None, mine.job)
+    waits = present.state != "running" and present.sweep is not None
+    return waits and mine.state == "running" and present.sweep == mine.sweep and present.job in (None, mine.job)
 
 
-def _is_next_start(mine: Owner, there: Owner) -> bool:
+def _is_next_start(mine: Owner, present: Owner) -> bool:
     """Whether Slurm has restarted the owner's job, and this process is the restart."""
     return (
-        there.state == "running" and mine.job is not None and there.job == mine.job and there.restarts < mine.restarts
+        present.state == "running"
+        and mine.job is not None
+        and present.job == mine.job
+        and present.restarts < mine.restarts
     )
 
 
 def _wait_for_the_end_of(former: Owner) -> None:
     """Waits until an earlier start of this job, perhaps on a node that Slurm has lost, has noticed and ended."""
     until = time.monotonic() + PATIENCE_S
-    said = False
+    announced = False
     while time.monotonic() < until and (not former.here() or former.process_is_there()):
-        if not said:
+        if not announced:
             log.info("an earlier start of this job may still be %s; it gets %g s to end", former, PATIENCE_S)
-            said = True
+            announced = True
         time.sleep(0.2)
 
 
@@ -242,7 +245,7 @@ def put(folder: Path, owner: Owner) -> None:
 
 def release(folder: Path, owner: Owner) -> None:
     """Removes the owner, if it is this one."""
-    if (there := read(folder)) is not None and there.token == owner.token:
+    if (present := read(folder)) is not None and present.token == owner.token:
         _file(folder).unlink(missing_ok=True)
 
 
@@ -257,11 +260,11 @@ def queued(owner: Owner, job: str, name: str | None) -> Owner:
 def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         try:
-            there = read(folder)
-            if there is not None and _is_heir(mine, there):
+            present = read(folder)
+            if present is not None and _is_heir(mine, present):
                 put(folder, mine)  # the job began before its submitter could write down its id
-            elif there is not None and there.token != mine.token:
-                log.error("%s was taken over: it is %s; this process ends", folder, there)
+            elif present is not None and present.token != mine.token:
+                log.error("%s was taken over: it is %s; this process ends", folder, present)
                 os._exit(FENCED)
             os.utime(_file(folder))
         except OSError:  # a server that does not answer, a folder that somebody removed

@@ -40,30 +40,30 @@ def status(folder: Path) -> dict[str, Any]:
 
 def state_of(folder: Path, queue: cluster.Queue) -> State:
     """The state of a run. Asks the queue before it reads the folder, so that no end is missed in between."""
-    there = lock.read(folder)
-    lives = there is not None and lock.alive(folder, there, queue)
+    owner = lock.read(folder)
+    lives = owner is not None and lock.alive(folder, owner, queue)
     if (record := finished(folder)) is not None:
         return State("finished", f"in {record['seconds']:.0f} s")
-    said = status(folder)
-    before = said.get("status")
-    if there is not None and lives:
-        kind = "running" if there.state == "running" else "queued"
-        waits = queue.why(there.job, there.cluster) if kind == "queued" and there.job else ""
+    written = status(folder)
+    before = written.get("status")
+    if owner is not None and lives:
+        kind = "running" if owner.state == "running" else "queued"
+        waits = queue.why(owner.job, owner.cluster) if kind == "queued" and owner.job else ""
         again = f"{before} before, " if kind == "queued" and before in ("preempted", "interrupted") else ""
-        return State(kind, f"{again}{there}{f': {waits}' if waits else ''}", there)
+        return State(kind, f"{again}{owner}{f': {waits}' if waits else ''}", owner)
     if before == "failed":
-        return State("failed", said["reason"])
+        return State("failed", written["reason"])
     if before in ("cancelled", "interrupted", "preempted"):
         kind = "interrupted" if before == "preempted" else before
-        return State(kind, f"{before} on {said['host']}" if said.get("host") else str(before))
+        return State(kind, f"{before} on {written['host']}" if written.get("host") else str(before))
     if before is None:
         return State("never started", "never started")
-    job = said.get("job") or (there.job if there else None)
-    ended = queue.state(job, there.cluster if there else None) if job else None
+    job = written.get("job") or (owner.job if owner else None)
+    ended = queue.state(job, owner.cluster if owner else None) if job else None
     how = f"; job {job}: {ended}" if ended in cluster.ENDED - {cluster.GONE} else f"; job {job}" if job else ""
-    host = there.host if there is not None and there.state == "running" else said.get("host")
+    host = owner.host if owner is not None and owner.state == "running" else written.get("host")
     # Its owner's file is written first.
-    while_ = there.state if there is not None else before
+    while_ = owner.state if owner is not None else before
     return State("died", f"died while {while_}{f' on {host}' if host else ''}{how}")
 
 

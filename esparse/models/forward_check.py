@@ -305,8 +305,8 @@ def _said(blocks: BlockModel, failed: Exception | None) -> Exception:
         return failed or UnsupportedModel(
             f"what the blocks of {type(blocks.model).__name__} return changes from pass to pass"
         )
-    said = str(failed).strip().partition("\n")[0]
+    reason = str(failed).strip().partition("\n")[0]
     return UnsupportedModel(
         f"{type(blocks.model).__name__} does not run while its blocks only hand on what they are given, so they cannot "
-        f"be run one by one ({type(failed).__name__}: {said})"
+        f"be run one by one ({type(failed).__name__}: {reason})"
     )

@@ -31,9 +31,10 @@ def check(file: Path) -> None:
     try:
         reader = GGUFReader(file)
     except Exception as error:  # of many types: it reads whatever the bytes say
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise Mistake(
-            f"{file} cannot be read as a GGUF file ({said}): copy it again; if its format is new, install a newer gguf"
+            f"{file} cannot be read as a GGUF file ({reason}): copy it again; if its format is "
+            "new, install a newer gguf"
         ) from error
     split = reader.get_field("split.count")
     if split is not None and int(split.contents()) > 1:

@@ -9,20 +9,20 @@ LONGEST_SAID = 400  # most characters of a library's message in ours
 
 def explained(asked: str, is_local: bool, error: Exception, what: str = "model") -> Exception:
     """An error with the library's message (shortened), what was asked for, and what to do."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    needs_code = "trust_remote_code" in said
-    said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."
+    reason = " ".join(str(error).split()) or type(error).__name__
+    needs_code = "trust_remote_code" in reason
+    reason = reason if len(reason) <= LONGEST_SAID else f"{reason[:LONGEST_SAID]}..."
     if needs_code:
         return Mistake(
             f"the {what} in {asked} has Python code of its own: read it, and allow it with model.trust_remote_code=true"
         )
     if isinstance(error, ImportError):
-        return Mistake(f"the {what} in {asked} needs a package that is not there: {said}")
+        return Mistake(f"the {what} in {asked} needs a package that is not there: {reason}")
     if is_local:
-        return Mistake(f"the {what} in {asked} cannot be loaded: {said}")
+        return Mistake(f"the {what} in {asked} cannot be loaded: {reason}")
     if not isinstance(error, OSError):
-        return Mistake(f"the {what} {asked} cannot be loaded: {said}")
+        return Mistake(f"the {what} {asked} cannot be loaded: {reason}")
     return ConnectionError(
-        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({said}); without internet, copy "
+        f"{asked} is neither a local directory nor in reach on the Hugging Face hub ({reason}); without internet, copy "
         "the model here and name its directory: model=hf model.path=DIR"
     )

@@ -74,10 +74,10 @@ def _other_format(folder: Path) -> str:
         ".msgpack": "weights of Flax: give the PyTorch version of the model",
         ".onnx": "weights in ONNX: give the PyTorch version of the model",
     }
-    there = sorted({file.suffix for file in folder.iterdir()} & set(known))
+    suffixes = sorted({file.suffix for file in folder.iterdir()} & set(known))
     below = sorted(file.parent.name for file in folder.glob("*/config.json"))
-    if there:
-        return f"; it holds {known[there[0]]}"
+    if suffixes:
+        return f"; it holds {known[suffixes[0]]}"
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if shards and not (folder / "model.safetensors").exists():
         return f"; it has {shards[0]}, but neither model.safetensors nor model.safetensors.index.json that names it"

@@ -100,11 +100,11 @@ def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    there = model.state_dict()
+    state = model.state_dict()
 
     def is_loaded(name: str) -> bool:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
-        return renamed in there or rename_source_key(name, [], [], model.base_model_prefix, there)[0] in there
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return renamed in state or rename_source_key(name, [], [], model.base_model_prefix, state)[0] in state
 
     return checkpoint, [name for name in names if not OLD_BUFFERS.search(name) and not is_loaded(name)]
 

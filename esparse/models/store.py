@@ -38,10 +38,10 @@ def stays_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bo
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
-def mismatch(asked: str, name: str, there: Iterable[int], here: Iterable[int]) -> str:
+def mismatch(asked: str, name: str, shape: Iterable[int], here: Iterable[int]) -> str:
     """The sentence about a weight whose shapes differ in the checkpoint and in the model."""
     return (
-        f"{name} is {list(there)} in the checkpoint {asked}, and {list(here)} by its config.json: one of the two files "
+        f"{name} is {list(shape)} in the checkpoint {asked}, and {list(here)} by its config.json: one of the two files "
         "is another model's, or config.json was edited (vocab_size, hidden_size, ...); copy both again"
     )
 
@@ -213,18 +213,18 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         aliases.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
     for names in aliases.values():
-        there = [file_name for name in names if (file_name := in_file(name)) is not None]
-        if not there:
+        stored = [file_name for name in names if (file_name := in_file(name)) is not None]
+        if not stored:
             raise Mistake(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
         shape = skeleton.get_parameter(names[0]).shape
-        if any(shapes[file_name] != shape for file_name in there):
-            said = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[there[0]], shape)
+        if any(shapes[file_name] != shape for file_name in stored):
+            sentence = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[stored[0]], shape)
             # Weights that transformers converts while loading may have other shapes on disk.
             converts = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(skeleton))
-            raise Mistake(f"{said}; {INSTEAD}" if converts else said)
-        if not _all_equal(checkpoint, there):
+            raise Mistake(f"{sentence}; {INSTEAD}" if converts else sentence)
+        if not _all_equal(checkpoint, stored):
             raise Mistake(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
-        found |= dict.fromkeys(names, there[0])
+        found |= dict.fromkeys(names, stored[0])
     buffers = {name: in_file(name) for name, _ in skeleton.named_buffers()}
     return found | {name: file_name for name, file_name in buffers.items() if file_name is not None}
 

@@ -85,8 +85,8 @@ def explained(main: Callable[[], int], *, program: str) -> int:
     try:
         return main()
     except ModuleNotFoundError as error:
-        said = sentence(error.name or "", program)
-        if said is None:
+        text = sentence(error.name or "", program)
+        if text is None:
             raise
-        print(f"esparse: {said}", file=sys.stderr)
+        print(f"esparse: {text}", file=sys.stderr)
         return 2

@@ -80,20 +80,20 @@ class Journal:
         """
         journal = cls(folder, snapshot_seconds)
         try:
-            there = json.loads((folder / "journal.json").read_text())
+            stored = json.loads((folder / "journal.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
-            there = {}
-        if there.get("run") == run:
-            journal.resumed = there["resumed"]
+            stored = {}
+        if stored.get("run") == run:
+            journal.resumed = stored["resumed"]
             while journal._done(journal.finished).exists() and journal.weights(journal.finished).exists():
                 journal.finished += 1
-        elif there:
+        elif stored:
             log.info("%s belongs to another version, model or text: the run begins anew", folder)
         if journal.finished:
             journal.resumed.append(journal.finished)
             journal.seconds = journal.read(journal.finished - 1).facts["seconds"]
             log.info("an earlier attempt finished %d blocks: the run continues after them", journal.finished)
-        elif not journal._dense.exists() or there.get("run") != run:
+        elif not journal._dense.exists() or stored.get("run") != run:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "journal.json", {"run": run, "resumed": journal.resumed})

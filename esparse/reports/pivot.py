@@ -32,9 +32,9 @@ def pivot(table: Table, across: Sequence[str], value: str | None = None) -> Tabl
 def known(table: Table, columns: Sequence[str], value: str | None) -> str:
     """The measured column `value`, or the first pruned perplexity; raises ValueError if a column is missing."""
     value = value or next((c for c in table.columns if c.endswith(" ppl pruned")), "")
-    for column, there in [*((c, table.asked) for c in columns), (value, table.measured)]:
-        if column not in there or column not in table.columns:
-            found = ", ".join(c for c in there if c in table.columns and c not in ("id", "runs"))
+    for column, allowed in [*((c, table.asked) for c in columns), (value, table.measured)]:
+        if column not in allowed or column not in table.columns:
+            found = ", ".join(c for c in allowed if c in table.columns and c not in ("id", "runs"))
             raise Mistake(f"no column {column!r}; there is {found or 'nothing'}")
     return value
 

@@ -104,8 +104,8 @@ def cells(table: Table) -> tuple[str, list[str], list[bool], list[list[str]]]:
     """The line of what all runs share, and the header, right alignment and texts of what differs."""
     shared, columns = table.shown()
     right = [all(isinstance(r.get(c), (*NUMBER, Spread, type(None))) for r in table.rows) for c in columns]
-    said = ", ".join(f"{column} {table.text(column, table.rows[0].get(column))}" for column in shared)
-    line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {said}" if said else ""
+    in_common = ", ".join(f"{column} {table.text(column, table.rows[0].get(column))}" for column in shared)
+    line = f"{'All runs' if len(table.rows) > 1 else 'Run'}: {in_common}" if in_common else ""
     return line, columns, right, [[table.text(c, row.get(c)) for c in columns] for row in table.rows]
 
 

@@ -61,13 +61,13 @@ def gpus() -> dict[str, dict[str, Any]]:
 
 def published(name: str) -> Rates:
     """The rates of a GPU as its maker publishes them."""
-    said = gpus()[name]
+    rates = gpus()[name]
     return Rates(
-        name=said["name"],
-        arithmetic=said["tflops"] * 1e12,
-        copy=said["gb_per_s"] * 1e9,
-        memory=said["gb"] * 1e9,
-        source=said["source"],
+        name=rates["name"],
+        arithmetic=rates["tflops"] * 1e12,
+        copy=rates["gb_per_s"] * 1e9,
+        memory=rates["gb"] * 1e9,
+        source=rates["source"],
     )
 
 

@@ -90,15 +90,15 @@ class Progress:
         """A measurement begins; returns what to call after each block."""
         name = f"measuring {what}"
         self._begin(name, total=self._blocks)
-        began = said = time.monotonic()
+        began = printed = time.monotonic()
 
         def on_block(index: int) -> None:
-            nonlocal said
+            nonlocal printed
             self._update(completed=index + 1)
             now = time.monotonic()
-            if now - said < LINE_EVERY_S and index + 1 < self._blocks:
+            if now - printed < LINE_EVERY_S and index + 1 < self._blocks:
                 return
-            said = now
+            printed = now
             elapsed = now - began
             left = elapsed / (index + 1) * (self._blocks - index - 1)
             log.log(self._level, "%s, block %d of %d%s", name, index + 1, self._blocks, _times(elapsed, left))

@@ -58,8 +58,8 @@ class TokenSample(Statistic):
             place_T = torch.cat([place_T, torch.arange(held, size)])
             self._token_S = torch.cat([self._token_S, token_T.new_zeros(size - held)])
         self._token_S[place_T] = token_T[come_T]
-        there = [index.to(self.device, non_blocking=True) for index in (place_T, near_T[come_T])]
-        self._x_SI.index_copy_(0, there[0], x_TI.index_select(0, there[1]))
+        on_device = [index.to(self.device, non_blocking=True) for index in (place_T, near_T[come_T])]
+        self._x_SI.index_copy_(0, on_device[0], x_TI.index_select(0, on_device[1]))
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
         token_S, x_SI = torch.cat(ranks.gather(self._token_S)), ranks.joined(self._held())

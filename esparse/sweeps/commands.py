@@ -73,14 +73,14 @@ def _at_a_time(sweep: Folder, tasks: int) -> int:
 
 def wait(sweep: Folder) -> dict[Path, run_states.State]:
     """Returns when no run is queued or running any more."""
-    pause, said, said_at = POLL_S[0], "", float("-inf")
+    pause, shown, said_at = POLL_S[0], "", float("-inf")
     while True:
         states = run_states.states_of(run.folder for run in sweep.runs)
         now = run_states.counted(states.values())
         over = not any(state.kind in run_states.OPEN for state in states.values())
-        if now != said and (over or time.monotonic() - said_at > SAY_S):
+        if now != shown and (over or time.monotonic() - said_at > SAY_S):
             log.info("%d runs: %s", len(states), now)
-            said, said_at = now, time.monotonic()
+            shown, said_at = now, time.monotonic()
         if over:
             return states
         time.sleep(pause)
@@ -111,11 +111,11 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
     """Only what this sweep submitted: a run that another one is at stays."""
     states = run_states.states_of(run.folder for run in sweep.runs)
     ours = {
-        run.folder: there
+        run.folder: owner
         for run in sweep.runs
-        if (there := states[run.folder].owner) is not None and there.sweep == sweep.path.name and there.job
+        if (owner := states[run.folder].owner) is not None and owner.sweep == sweep.path.name and owner.job
     }
-    refused = cluster.cancel(sorted({there.job for there in ours.values() if there.job}))
+    refused = cluster.cancel(sorted({owner.job for owner in ours.values() if owner.job}))
     if refused is not None:
         print(f"esparse: not cancelled: {refused}", file=sys.stderr)
         return FAILED
@@ -130,8 +130,8 @@ def _cancel(sweep: Folder, options: argparse.Namespace) -> int:
         write_json(folder / "status.json", run_states.status(folder) | {"status": "cancelled"})
         lock.release(folder, ours[folder])
     print(f"{len(cancelled)} runs cancelled")
-    for folder, there in left.items():
-        print(f"esparse: {folder} is still {there}", file=sys.stderr)
+    for folder, owner in left.items():
+        print(f"esparse: {folder} is still {owner}", file=sys.stderr)
     return FAILED if left else FINISHED
 
 
@@ -165,17 +165,17 @@ def _release(folder: Path) -> int:
         print(f"esparse: {folder} is no run's folder (OUTPUT_ROOT/<run id>)", file=sys.stderr)
         return MISTAKE
     try:
-        there = lock.give_up(folder, cluster.Queue())
+        owner = lock.give_up(folder, cluster.Queue())
     except lock.Busy as busy:
         print(f"esparse: {folder} is not given up: it is {busy.owner}", file=sys.stderr)
         return FAILED
-    if there is None:
+    if owner is None:
         print(f"{folder} is nobody's")
         return FINISHED
-    said = run_states.status(folder)
-    if said.get("status") in ("queued", "running"):
-        write_json(folder / "status.json", said | {"status": "interrupted"})
-    print(f"{folder} is given up: it was {there}; if started again, it continues after its last finished block")
+    written = run_states.status(folder)
+    if written.get("status") in ("queued", "running"):
+        write_json(folder / "status.json", written | {"status": "interrupted"})
+    print(f"{folder} is given up: it was {owner}; if started again, it continues after its last finished block")
     return FINISHED
 
 
@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 a run has failed or Slurm refuses, 2 a mistake."""
     parser = argparse.ArgumentParser(prog="python -m esparse.sweep", description="A sweep in a queue.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, said) in COMMANDS.items():
-        command = commands.add_parser(name, help=said, description=said)
+    for name, (_, explained) in COMMANDS.items():
+        command = commands.add_parser(name, help=explained, description=explained)
         if name == "resubmit":
             command.add_argument("--failed", action="store_true", help="only what failed or died")
         command.add_argument("folder", type=Path, metavar="DIR", help="OUTPUT_ROOT/sweeps/<time>")
@@ -211,8 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sweep = Folder.read(options.folder)
     except (FileNotFoundError, NotADirectoryError):
-        there = sorted(str(path.parent) for path in options.folder.glob("sweeps/*/sweep.json"))
-        hint = f"; there is {', '.join(there)}" if there else ""
+        folders = sorted(str(path.parent) for path in options.folder.glob("sweeps/*/sweep.json"))
+        hint = f"; there is {', '.join(folders)}" if folders else ""
         print(f"esparse: {options.folder} has no sweep.json{hint}", file=sys.stderr)
         return MISTAKE
     try:

@@ -60,12 +60,12 @@ class Folder:
     def read(cls, path: Path) -> Folder:
         """Reads the sweep; raises FileNotFoundError if no sweep was submitted from this folder."""
         path = path.absolute()
-        there = json.loads((path / "sweep.json").read_text())
+        stored = json.loads((path / "sweep.json").read_text())
         runs = [
             Run(row["id"], row["name"], Path(os.path.normpath(path / row["folder"])), row["settings"])
-            for row in there["runs"]
+            for row in stored["runs"]
         ]
-        return cls(path, there["executor"], there["launcher"], Path(there["cwd"]), runs)
+        return cls(path, stored["executor"], stored["launcher"], Path(stored["cwd"]), runs)
 
     def chosen(self, ids: Iterable[str]) -> list[Run]:
         by_id = {run.id: run for run in self.runs}

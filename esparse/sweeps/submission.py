@@ -73,8 +73,8 @@ def submit(sweep: Folder, runs: Iterable[Run]) -> tuple[dict[str, str], dict[str
         raise
     name = cluster.name() if isinstance(launcher, Slurm) else None
     for run in chosen:
-        there = lock.read(run.folder)
-        if there is not None and there.token == claims[run.id].token:  # else the job began already
+        owner = lock.read(run.folder)
+        if owner is not None and owner.token == claims[run.id].token:  # else the job began already
             lock.put(run.folder, lock.queued(claims[run.id], jobs[run.id], name))
     return jobs, left_out
 
@@ -127,9 +127,9 @@ def _executor(sweep: Folder, launcher: Launcher) -> submitit.Executor:
 
 
 def _refusal(error: Exception) -> str:
-    said = " ".join(str(getattr(error, "stderr", None) or error).split())
-    found = re.search(r"(?:sbatch: )?error: .*", said)
-    said = found.group(0) if found else said
-    if "array" in said:
-        said += " (a cluster limits an array's tasks: pack more runs into a job, hydra.launcher.runs_per_job=N)"
-    return said
+    message = " ".join(str(getattr(error, "stderr", None) or error).split())
+    found = re.search(r"(?:sbatch: )?error: .*", message)
+    message = found.group(0) if found else message
+    if "array" in message:
+        message += " (a cluster limits an array's tasks: pack more runs into a job, hydra.launcher.runs_per_job=N)"
+    return message

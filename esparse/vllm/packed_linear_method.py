@@ -187,8 +187,8 @@ def _rows(
 
 def _together(pieces: list[PackedMatrix]) -> PackedMatrix:
     def joined(of_each: list[Tensor | None]) -> Tensor | None:
-        there = [value for value in of_each if value is not None]
-        return torch.cat(there) if there else None
+        present = [value for value in of_each if value is not None]
+        return torch.cat(present) if present else None
 
     return replace(
         pieces[0],

@@ -173,8 +173,8 @@ def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     table = table_of(records)
     settings = [column for column in table.columns if column.startswith("shuffle.")]
     for row in table.rows:
-        said = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in settings if row.get(c) is not None]
-        yield row["id"], ", ".join([str(row["shuffle"]), *said])
+        settings_shown = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in settings if row.get(c) is not None]
+        yield row["id"], ", ".join([str(row["shuffle"]), *settings_shown])
 
 
 def input_names(record: Record) -> list[str]:
@@ -182,8 +182,8 @@ def input_names(record: Record) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(record["folder"] / "channels.safetensors", framework="np") as file:
-        there = set(file.keys())
-    return [layer["name"] for layer in record["layers"] if f"norm/{layer['name']}" in there]
+        entries = set(file.keys())
+    return [layer["name"] for layer in record["layers"] if f"norm/{layer['name']}" in entries]
 
 
 def chosen(names: Sequence[str], layer: str | None) -> str:

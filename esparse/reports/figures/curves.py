@@ -44,7 +44,7 @@ def tasks(records: Sequence[Record]) -> Figure | None:
     if not names:
         return None
     measured = [run for run in _runs(records) if run[2].get("zeroshot")]
-    measured, said = _few(measured, lambda record: _mean(task["pruned"] for task in record["zeroshot"].values()), max)
+    measured, note = _few(measured, lambda record: _mean(task["pruned"] for task in record["zeroshot"].values()), max)
     style = styles([name for _, name, _ in measured])
     figure, panels = _panels(measured, width=1.6 + 0.9 * len(names))
     for ax, runs in panels:
@@ -55,19 +55,19 @@ def tasks(records: Sequence[Record]) -> Figure | None:
                 level = sum(dense) / len(dense)
                 ax.hlines(level, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1, label="dense")
         for k, (name, record) in enumerate(runs):
-            there = [(i, record["zeroshot"][t]) for i, t in enumerate(names) if t in record["zeroshot"]]
+            known = [(i, record["zeroshot"][t]) for i, t in enumerate(names) if t in record["zeroshot"]]
             color, marker = style[name]
             ax.errorbar(
-                [i + (k - (len(runs) - 1) / 2) * step for i, _ in there],
-                [value["pruned"] for _, value in there],
-                yerr=[value.get("stderr") or 0.0 for _, value in there],
+                [i + (k - (len(runs) - 1) / 2) * step for i, _ in known],
+                [value["pruned"] for _, value in known],
+                yerr=[value.get("stderr") or 0.0 for _, value in known],
                 color=color, marker=marker, markersize=5, capsize=2, linestyle="none", label=name,
             )  # fmt: skip
         turned: dict[str, Any] = {"rotation": 20, "ha": "right"} if len(names) > 1 else {}
         ax.set_xticks(range(len(names)), names, **turned)
         ax.set_ylabel("score of a task (higher is better)", fontsize=9)
     _same_heights([ax for ax, _ in panels])
-    return finished(figure, said)
+    return finished(figure, note)
 
 
 def latency(records: Sequence[Record]) -> Figure | None:
@@ -183,7 +183,7 @@ def _along_depth(
     runs = [run for run in _runs(records, by_metric=by_metric) if mean(run[2]) is not None]
     if not runs:
         return None
-    runs, said = _few_of_each(runs, mean, best) if by_metric else _few(runs, mean, best)
+    runs, note = _few_of_each(runs, mean, best) if by_metric else _few(runs, mean, best)
     style = styles([name for _, name, _ in runs])
     figure, panels = _panels(runs, width=3.6)
     for ax, of_panel in panels:
@@ -198,13 +198,13 @@ def _along_depth(
         ax.set_ylabel(what, fontsize=9)
     if not by_metric:
         _same_heights([ax for ax, _ in panels])
-    return finished(figure, said)
+    return finished(figure, note)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     """Of those that are there and finite."""
-    there = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(there) / len(there) if there else None
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _few(
@@ -258,9 +258,9 @@ def _few_of_each(
     names = list(dict.fromkeys(panel for panel, _, _ in runs))
     few = [_few([run for run in runs if run[0] == name], value, best) for name in names[:PANELS]]
     which = "lowest" if best is min else "highest"
-    said = [f"the first {PANELS} of {len(names)} panels"] if len(names) > PANELS else []
-    said += [f"in each at most the {SIDE_BY_SIDE} {which}"] if any(left_out for _, left_out in few) else []
-    return [run for of_panel, _ in few for run in of_panel], ", ".join(said)
+    note = [f"the first {PANELS} of {len(names)} panels"] if len(names) > PANELS else []
+    note += [f"in each at most the {SIDE_BY_SIDE} {which}"] if any(left_out for _, left_out in few) else []
+    return [run for of_panel, _ in few for run in of_panel], ", ".join(note)
 
 
 def _runs(records: Sequence[Record], *, by_metric: bool = False) -> list[tuple[str, str, Record]]:
@@ -306,7 +306,7 @@ def _same_heights(axes: Sequence[Axes]) -> None:
         ax.set_ylim(min(limits), max(limits))
 
 
-def finished(figure: Figure, said: str = "") -> Figure:
+def finished(figure: Figure, note: str = "") -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     for ax in figure.axes:
@@ -317,8 +317,8 @@ def finished(figure: Figure, said: str = "") -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     labels = dict.fromkeys(label for ax in figure.axes for label in ax.get_legend_handles_labels()[1])
     legend(figure, sorted(labels, key=lambda label: label == "dense"))
-    if said:
-        figure.suptitle(said, fontsize=10)
+    if note:
+        figure.suptitle(note, fontsize=10)
     return figure
 
 

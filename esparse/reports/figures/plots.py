@@ -97,8 +97,8 @@ def _listed(table: Table, corpora: Sequence[str], models: Sequence[str]) -> Figu
         drawn = [row[f"{corpus} ppl pruned"].mean for name in names for row in of_panel[name]]
         if drawn and max(drawn) > 5 * min([*drawn, *floor]) > 0:
             _logarithmic(ax.xaxis, ax.set_xscale)
-        said = f", the {LINES} lowest of {len(of_panel)} methods" if left_out > 0 else ""
-        ax.set_title(f"{model} on {corpus}{said}", fontsize=10)
+        note = f", the {LINES} lowest of {len(of_panel)} methods" if left_out > 0 else ""
+        ax.set_title(f"{model} on {corpus}{note}", fontsize=10)
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlabel("perplexity (lower is better)" + _not_finite(_lost(table, model, corpus)), fontsize=9)

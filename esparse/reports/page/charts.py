@@ -134,8 +134,8 @@ def _along_depth(records: Sequence[Record], what: str, title: str, few: Few, *, 
 
 
 def _mean(values: Iterable[float]) -> float:
-    there = list(values)
-    return sum(there) / len(there)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
 def tasks(records: Sequence[Record], corpus: str | None = None) -> Group:

@@ -57,7 +57,7 @@ def page(
     default. Without Vega's package there are no figures, which the page says.
     """
     shared, columns = table.shown()
-    said = ", ".join(f"{escape(c)} <b>{escape(table.text(c, table.rows[0].get(c)))}</b>" for c in shared)
+    in_common = ", ".join(f"{escape(c)} <b>{escape(table.text(c, table.rows[0].get(c)))}</b>" for c in shared)
     library = vega.library()
     groups = drawn(records, corpus) if library is not None else {}
     absent = [f"{PICTURES[name].title} ({PICTURES[name].needs})" for name in PICTURES if name not in groups]
@@ -68,7 +68,8 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_own('style.css')}</style></head><body><main>",
         f"<h1>{escape(title)}</h1>",
-        f"<p>{len(records)} run{'s' if len(records) > 1 else ''} of esparse.{f' All have {said}.' if said else ''}</p>",
+        f"<p>{len(records)} run{'s' if len(records) > 1 else ''} of esparse."
+        f"{f' All have {in_common}.' if in_common else ''}</p>",
         f'<p class="dim">{escape(_when(records))}</p>',
         _runs(table, columns, best),
         _meanings(columns),
@@ -125,10 +126,10 @@ two or more to see what differs between them.</p>
 
 def _meanings(columns: Sequence[str]) -> str:
     """What the columns that are there mean, once for all corpora."""
-    there = {end: [c for c in columns if c == end or (end[0] == " " and c.endswith(end))] for end in MEANINGS}
+    columns_of = {end: [c for c in columns if c == end or (end[0] == " " and c.endswith(end))] for end in MEANINGS}
     items = "".join(
         f"<dt>{escape(found[0] if len(found) == 1 else '…' + end)}</dt><dd>{escape(MEANINGS[end])}</dd>"
-        for end, found in there.items()
+        for end, found in columns_of.items()
         if found
     )
     return (
@@ -167,9 +168,9 @@ def _table(table: Table, columns: Sequence[str], ahead: set[tuple[int, str]]) ->
 
 def _head(table: Table, column: str, number: bool, minor: bool) -> str:
     means = meaning(table.like.get(column, column))
-    said = f' title="{escape(means)}"' if means else ""
+    title = f' title="{escape(means)}"' if means else ""
     within = " data-within" if table.like.get(column, column) == "kept" else ""
-    return f'<th scope="col"{_class(number, minor)}{within}{said}><button type="button">{escape(column)}</button></th>'
+    return f'<th scope="col"{_class(number, minor)}{within}{title}><button type="button">{escape(column)}</button></th>'
 
 
 def _row(table: Table, row: dict[str, Any], columns: Sequence[str]) -> str:

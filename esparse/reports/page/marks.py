@@ -82,7 +82,7 @@ def listed() -> Spec:
     x = number("ppl", "perplexity (lower is better)", scale="$scale", axis={"format": "~g", "tickCount": 6})
     y = named("method", sort="$order")
     seeds = mean_over_seeds("ppl", "dense")
-    said = hover(
+    tooltip = hover(
         ("method", "method"), ("label", "pattern"), ("ppl", "perplexity"), ("spread", "standard deviation"),
         ("runs", "runs"), ("dense", "dense"),
     )  # fmt: skip
@@ -95,7 +95,7 @@ def listed() -> Spec:
                 "encoding": {"x": x | {"field": "dense"}, "tooltip": hover(("dense", "dense perplexity"))},
             },
             layer(mark("rule"), transform=seeds, y=y, x=x | {"field": "least"}, x2={"field": "most"}),
-            layer(mark("point", size=70), transform=seeds, y=y, x=x, tooltip=said),
+            layer(mark("point", size=70), transform=seeds, y=y, x=x, tooltip=tooltip),
             layer(
                 mark("text", text="not finite", align="right", fontSize=11),
                 transform=[{"filter": "!isValid(datum.ppl)"}],
@@ -114,11 +114,11 @@ def along_depth(title: str, *, shared: bool = True) -> Spec:
     x = number("block", "block", axis={"tickMinStep": 1, "format": "d", "grid": False})
     y = number("value", title, scale={"zero": False, "nice": not shared} | ends)
     seeds = mean_over_seeds("value", "block")
-    said = hover(("method", "method"), ("block", "block"), ("value", title), ("runs", "runs"))
+    tooltip = hover(("method", "method"), ("block", "block"), ("value", title), ("runs", "runs"))
     return figure(
         [
             layer(mark("line", strokeWidth=1.5), transform=seeds, x=x, y=y, detail={"field": "method"}),
-            layer(mark("point"), transform=seeds, x=x, y=y, tooltip=said),
+            layer(mark("point"), transform=seeds, x=x, y=y, tooltip=tooltip),
         ]
     )
 
@@ -132,7 +132,7 @@ def scores() -> Spec:
     seeds[2:] = [
         {"calculate": f"datum.pruned {s} datum.stderr", "as": end} for s, end in (("-", "least"), ("+", "most"))
     ]
-    said = hover(
+    tooltip = hover(
         ("task", "task"), ("method", "method"), ("pruned", "score"), ("stderr", "standard error"), ("runs", "runs")
     )
     dense = [{"aggregate": [{"op": "mean", "field": "dense", "as": "dense"}], "groupby": ["task", "method"]}]
@@ -149,7 +149,7 @@ def scores() -> Spec:
                 | beside,
             },
             layer(mark("rule"), transform=seeds, y=y, x=x | {"field": "least"}, x2={"field": "most"}, **beside),
-            layer(mark("point"), transform=seeds, y=y, x=x, tooltip=said, **beside),
+            layer(mark("point"), transform=seeds, y=y, x=x, tooltip=tooltip, **beside),
         ],
         height={"step": 13, "for": "offset"},
     )
@@ -159,14 +159,14 @@ def shares() -> Spec:
     """Zeros dashed, near zeros as lines in the band from their least to their most."""
     x = number("block", "block", axis={"tickMinStep": 1, "format": "d", "grid": False})
     y = number("value", "share of values", scale={"domain": [0, 1]})
-    said = hover(("method", "values"), ("block", "block"), ("value", "mean"), ("least", "least"), ("most", "most"))
+    tooltip = hover(("method", "values"), ("block", "block"), ("value", "mean"), ("least", "least"), ("most", "most"))
     dash = {"condition": {"test": "datum.zero", "value": DASHED}, "value": [1, 0]}
     near = [{"filter": "!datum.zero"}]
     return figure(
         [
             layer(mark("area", fillOpacity=0.15), transform=near, x=x, y=y | {"field": "least"}, y2={"field": "most"}),
             layer(mark("line", strokeWidth=1.5), x=x, y=y, strokeDash=dash, detail={"field": "method"}),
-            layer(mark("point", size=35), x=x, y=y, tooltip=said),
+            layer(mark("point", size=35), x=x, y=y, tooltip=tooltip),
         ]
     )
 
@@ -176,11 +176,11 @@ def times() -> Spec:
     x = number("x", "tokens", scale={"type": "log", "base": 2}, axis={"format": "~g", "grid": False})
     y = number("y", "ms (lower is better)", scale={"type": "log"}, axis={"format": "~g", "tickCount": 5})
     means = mean_over_seeds("y", "x")
-    said = hover(("method", "kernel"), ("x", "tokens"), ("y", "ms"), ("runs", "measurements"))
+    tooltip = hover(("method", "kernel"), ("x", "tokens"), ("y", "ms"), ("runs", "measurements"))
     return figure(
         [
             layer(mark("line", strokeWidth=1.5), transform=means, x=x, y=y, detail={"field": "method"}),
-            layer(mark("point"), transform=means, x=x, y=y, tooltip=said),
+            layer(mark("point"), transform=means, x=x, y=y, tooltip=tooltip),
         ]
     )
 
@@ -190,7 +190,7 @@ def by_bits() -> Spec:
     x = number("x", "bits per weight", scale={"type": "log", "base": 2}, axis={"format": "~g", "tickCount": 5})
     y = number("y", "perplexity (lower is better)", axis={"format": "~g", "tickCount": 6})
     seeds = mean_over_seeds("y", "x", "quantiser")
-    said = hover(
+    tooltip = hover(
         ("method", "method"), ("quantiser", "values"), ("x", "bits per weight"), ("y", "perplexity"),
         ("spread", "standard deviation"), ("runs", "runs"),
     )  # fmt: skip
@@ -198,7 +198,7 @@ def by_bits() -> Spec:
         [
             layer(mark("line", strokeWidth=1.5), transform=seeds, x=x, y=y, detail={"field": "method"}),
             layer(mark("rule"), transform=seeds, x=x, y=y | {"field": "least"}, y2={"field": "most"}),
-            layer(mark("point"), transform=seeds, x=x, y=y, tooltip=said),
+            layer(mark("point"), transform=seeds, x=x, y=y, tooltip=tooltip),
         ],
         height=320,
     )
@@ -208,13 +208,13 @@ def work(*, roofs: bool) -> Spec:
     """Work per second against work per byte, both logarithmic, and the limits of devices, where known, as lines."""
     x = number("x", "FLOP of the dense product per byte", scale={"type": "log"}, axis={"format": "~g", "tickCount": 5})
     y = number("y", "TFLOP/s of the dense product", scale={"type": "log"}, axis={"format": "~g", "tickCount": 5})
-    said = hover(
+    tooltip = hover(
         ("method", "kernel"), ("layer", "layer"), ("tokens", "tokens"), ("x", "FLOP per byte"), ("y", "TFLOP/s")
     )
     roof = layer(mark("line", strokeWidth=1.2), transform=[{"filter": "isValid(datum.roof)"}], x=x, y=y)
     roof["encoding"] |= {"detail": {"field": "roof"}, "tooltip": hover(("roof", "line"))}
     roof["encoding"]["opacity"] = {"value": 0.6}
-    points = layer(mark("point"), transform=[{"filter": "!isValid(datum.roof)"}], x=x, y=y, tooltip=said)
+    points = layer(mark("point"), transform=[{"filter": "!isValid(datum.roof)"}], x=x, y=y, tooltip=tooltip)
     return figure([roof, points] if roofs else [points])
 
 
@@ -223,7 +223,7 @@ def channels(what: str, low: float, high: float, *, far: bool, many: int) -> Spe
     scale: Spec = {"type": "log", "nice": False} if far else {"zero": False, "nice": True}
     x = number("place", "place of the channel", axis={"format": "d", "grid": False})
     y = number("value", what, scale=scale | {"domain": [low, high]})
-    said = hover(("channel", "channel"), ("place", "place"), ("value", what))
+    tooltip = hover(("channel", "channel"), ("place", "place"), ("value", what))
     groups = hover(("place", "first place of the group"), ("mean", "mean of the group"))
     return figure(
         [
@@ -232,7 +232,7 @@ def channels(what: str, low: float, high: float, *, far: bool, many: int) -> Spe
                 transform=[{"filter": "isValid(datum.value)"}],
                 x=x,
                 y=y,
-                tooltip=said,
+                tooltip=tooltip,
             ),
             layer(
                 mark("rule", strokeWidth=2),

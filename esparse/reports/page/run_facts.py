@@ -70,8 +70,8 @@ def _links(record: Record, start: Path) -> list[list[str]]:
     """What there is of a run on disk, as label and address."""
     if "folder" not in record:
         return []
-    there = [(label, record["folder"] / file) for label, file in FILES.items() if (record["folder"] / file).exists()]
-    return [[label, address(path, start)] for label, path in there]
+    files = [(label, record["folder"] / file) for label, file in FILES.items() if (record["folder"] / file).exists()]
+    return [[label, address(path, start)] for label, path in files]
 
 
 def address(path: Path, start: Path) -> str:

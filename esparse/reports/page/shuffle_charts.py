@@ -32,8 +32,8 @@ def channels(records: Sequence[Record], corpus: str | None = None) -> Group:
         spec = marks.channels(what, min(every), max(every), far=far, many=len(own_I))
         for label, run, of_input, shuffled in shown:
             deviation = of_input.deviation(kind, shuffled=shuffled)
-            said = "" if deviation is None else f": groups ± {deviation:.1%}"
-            charts.append(Chart(f"{label}, {what}{said}", _places(of_input, kind, run, shuffled), spec))
+            note = "" if deviation is None else f": groups ± {deviation:.1%}"
+            charts.append(Chart(f"{label}, {what}{note}", _places(of_input, kind, run, shuffled), spec))
     return Group(charts, least=15, columns=len(shown))
 
 
