@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
+from esparse.evaluate.tasks import FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -99,7 +100,7 @@ class ZeroShot:
         from lm_eval.tasks import TaskManager
 
         if name == BUILTIN:
-            return _builtin()
+            return dict(TaskManager(include_path=str(FOLDER), include_defaults=False).load([name]))
         file = task_file(name)
         if file is None:
             if self.data is not None:
@@ -271,32 +272,6 @@ def _from_hub(manager: Any, name: str) -> dict[str, Any]:
 
 def _first_line(cause: Exception) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
-
-
-def _builtin() -> dict[str, Any]:
-    from datasets import Dataset, DatasetDict
-    from lm_eval.api.task import ConfigurableTask
-
-    from esparse.data.choices import questions
-
-    rows = [dict(question) for question in questions()]
-    task = ConfigurableTask(
-        config={
-            "task": BUILTIN,
-            "custom_dataset": lambda **kwargs: DatasetDict({"held-out": Dataset.from_list(rows)}),
-            "test_split": "held-out",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{context}}",
-            "doc_to_choice": "{{endings}}",
-            "doc_to_target": "{{label}}",
-            "target_delimiter": "",
-            "num_fewshot": 0,
-            "metric_list": [
-                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-            ],
-        }
-    )
-    return {"tasks": {BUILTIN: task}, "groups": {}, "group_map": {}}
 
 
 def _copy(folder: Path, split: str) -> Path | None:
