@@ -81,6 +81,19 @@ def test_a_saved_model_is_loaded_as_it_was(family: str, packed: bool, tmp_path: 
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("foldable", [True, False])
+def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_names(
+    foldable: bool, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    shuffle = esparse.option("shuffle", "esparse", foldable=foldable)
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=shuffle)
+    written = esparse.save(model, None, report, tmp_path / "model", **({} if foldable else {"order": "original"}))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    assert written["holds_in"] == (written["of_layers"] if foldable else 0)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     report = esparse.prune(model, None, "50%", calibration=TOKENS_SL, shuffle=None)
