@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esparse.linalg import finite, inverse_factor, multiplies_into_float32
-from esparse.metrics.entropy import Entropy
+from esparse.metrics.entropy import EsparsePaper
 from esparse.models.blocks import BlockModel
 from esparse.models.offload import HiddenStateStore
 from esparse.models.store import MemoryStore
@@ -144,7 +144,7 @@ def test_weights_come_back_to_where_they_were() -> None:
 def test_a_model_is_pruned_as_on_a_cpu(place: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    metric = Entropy(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)
+    metric = EsparsePaper(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)
     shuffle = Esparse(objective="score", deal="straight", block=64)
     method = Method(metric=metric, pattern=NM(2, 4), shuffle=shuffle, update=Obs(mask="start", damp=0.01, block=128))
     config = LlamaConfig(

@@ -79,7 +79,7 @@ def prune(
     """Prunes a causal language model of transformers in place, block after block; E-Sparse unless told otherwise.
 
     A part is a name from the command line, with the numbers of conf/, or an object: `option("metric", "entropy",
-    alpha=0.5)`, or an object of your own class; None means none. Default shuffle and update are those of the metric's
+    gamma=0.25)`, or an object of your own class; None means none. Default shuffle and update are those of the metric's
     paper (entropy: shuffle esparse; sparsegpt: its own update; others: none). `calibration`: a corpus by name (builtin,
     c4, ...), a file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences`
     and `length`: number and length of the sequences cut out of a text. `skip`: regular expressions of layer names that

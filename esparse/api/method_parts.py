@@ -29,7 +29,7 @@ IMPLIED = (
 def option(group: str, name: str, /, **changes: Any) -> Any:
     """The part of this name on the command line, with the numbers of conf/, some of them changed.
 
-    Example: `option("metric", "entropy", alpha=0.5)`. Raises ValueError, with similar names, for an unknown name or
+    Example: `option("metric", "entropy", gamma=0.25)`. Raises ValueError, with similar names, for an unknown name or
     setting.
     """
     part, _ = numbers.option(group, name, class_of, changes, outside=numbers.usual())

@@ -71,6 +71,7 @@ GROUPS: dict[str, Group] = {
             "random": "esparse.metrics.random:Random",
             "wanda": "esparse.metrics.wanda:Wanda",
             "entropy": "esparse.metrics.entropy:Entropy",
+            "esparse_paper": "esparse.metrics.entropy:EsparsePaper",
             "ria": "esparse.metrics.ria:Ria",
             "nowag": "esparse.metrics.nowag:NoWag",
             "gradient": "esparse.metrics.gradient:Gradient",
@@ -80,7 +81,10 @@ GROUPS: dict[str, Group] = {
         },
         method=True,
         column="front",
-        notes={"entropy": "implies shuffle=esparse", "sparsegpt": "implies update=sparsegpt"},
+        notes={
+            **dict.fromkeys(("entropy", "esparse_paper"), "implies shuffle=esparse"),
+            "sparsegpt": "implies update=sparsegpt",
+        },
     ),
     "allocation": Group(
         options={

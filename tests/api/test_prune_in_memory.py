@@ -124,7 +124,7 @@ def test_the_shuffle_and_the_update_follow_the_metric_also_where_it_is_an_object
         report = pruned(tiny("llama"), metric=metric, **other)
         return report.config["choices"]["shuffle"], report.config["choices"]["update"]
 
-    assert chosen(esparse.option("metric", "entropy", alpha=0.5)) == ("esparse", "none")
+    assert chosen(esparse.option("metric", "entropy", gamma=0.25)) == ("esparse", "none")
     assert chosen(esparse.option("metric", "sparsegpt", damp=0.1)) == ("none", "sparsegpt")
     assert chosen(esparse.option("metric", "wanda")) == chosen("wanda") == ("none", "none")
     assert chosen("entropy", shuffle=None) == ("none", "none")
@@ -209,7 +209,7 @@ def test_experts_are_pruned_however_they_are_computed(family: str) -> None:
 
 def test_parts_of_ones_own_and_none() -> None:
     model, other = tiny("llama"), tiny("llama")
-    report = pruned(model, metric=esparse.option("metric", "entropy", alpha=0.5), shuffle=None, update=None)
+    report = pruned(model, metric=esparse.option("metric", "entropy", gamma=0.25), shuffle=None, update=None)
     assert report.config["metric"]["alpha"] == 0.5
     assert report.config["choices"]["metric"] == "Entropy"
     assert not report.orders

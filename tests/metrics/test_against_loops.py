@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from esparse.metrics import Metric
-from esparse.metrics.entropy import Entropy
+from esparse.metrics.entropy import Entropy, EsparsePaper
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.random import Random
 from esparse.metrics.wanda import Wanda
@@ -40,7 +40,7 @@ def reference_scores(kind: str, weight: list[list[float]], x_SLI: torch.Tensor) 
         for value in values:
             counts[min(int((value - low) / (high - low) * 100), 99)] += 1
         entropy = -sum(c / len(values) * math.log(c / len(values)) for c in counts if c)
-        channel_scores.append({"wanda": norm, "entropy": entropy + norm, "magnitude": 1.0}[kind])
+        channel_scores.append({"wanda": norm, "esparse_paper": entropy + norm, "magnitude": 1.0}[kind])
     return [[abs(w) * channel_scores[i] for i, w in enumerate(row)] for row in weight]
 
 
@@ -89,7 +89,10 @@ def pruned_by(metric: Metric, pattern: NM) -> Pruned:
     [
         ("magnitude", Magnitude()),
         ("wanda", Wanda()),
-        ("entropy", Entropy(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0)),
+        (
+            "esparse_paper",
+            EsparsePaper(base="magnitude", alpha=1.0, bins=100, norm="sequence", range="channel", limit=8.0),
+        ),
     ],
 )
 def test_keep_masks_equal_the_loops(kind: str, metric: Metric, n: int, m: int) -> None:
@@ -122,4 +125,7 @@ def test_random_scores_depend_on_seed_and_layer_alone() -> None:
 def test_entropy_refuses_settings_that_make_no_sense(settings: dict, part: str) -> None:
     usual = {"base": "magnitude", "alpha": 1.0, "bins": 100, "norm": "sequence", "range": "channel", "limit": 8.0}
     with pytest.raises(ValueError, match=part):
-        Entropy(**(usual | settings))
+        EsparsePaper(**(usual | settings))
+    if "norm" not in settings:
+        with pytest.raises(ValueError, match=part):
+            Entropy(gamma=0.5, **{k: v for k, v in (usual | settings).items() if k not in ("alpha", "norm")})

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from esparse.metrics import Metric
-from esparse.metrics.entropy import Entropy
+from esparse.metrics.entropy import LEAST_SHARE, Entropy, EsparsePaper
 from esparse.metrics.fisher import Fisher
 from esparse.metrics.gradient import Gradient
 from esparse.metrics.nowag import NoWag, normalised
 from esparse.metrics.ria import Ria, relative_importance
 from esparse.metrics.sparsegpt import SparseGpt
+from esparse.metrics.wanda import Wanda
 from esparse.stats import ColumnEntropy, ColumnNorm, Gram, LayerStats, WeightGradient
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -23,13 +24,13 @@ MEAN_SQUARE = torch.rand(3, 8, generator=GENERATOR).square()
 X_TI = torch.randn(40, 8, generator=GENERATOR) * torch.linspace(0.2, 3, 8)
 
 
-def stats() -> LayerStats:
-    size = {"inputs": 8, "sequences": 4, "device": torch.device("cpu")}
+def stats(x_TI: torch.Tensor = X_TI, sequences: int = 4) -> LayerStats:
+    size = {"inputs": 8, "sequences": sequences, "device": torch.device("cpu")}
     entropy = ColumnEntropy(bins=5, range="channel", limit=1.0, **size)
     statistics = {"norm": ColumnNorm(**size), "gram": Gram(**size), "entropy": entropy}
     for statistic in statistics.values():
         for pass_index in range(statistic.passes):
-            statistic.add(X_TI, pass_index)
+            statistic.add(x_TI, pass_index)
     return LayerStats("layer", statistics | {"gradient": WeightGradient(MEAN_SQUARE)}, 40)
 
 
@@ -127,22 +128,66 @@ def test_fisher(source: str) -> None:
             assert got[i, j].item() == pytest.approx(w**2 * MEAN_SQUARE[i, j].item(), rel=1e-5)
 
 
+def entropies_by_loops() -> list[float]:
+    """Of each channel, from five bins over its own range."""
+    entropies = []
+    for j in range(8):
+        values = [token[j] for token in X_TI.double().tolist()]
+        low, high = min(values), max(values)
+        counts = [0] * 5
+        for value in values:
+            counts[min(int((value - low) / (high - low) * 5), 4)] += 1
+        entropies.append(-sum(c / 40 * math.log(c / 40) for c in counts if c))
+    return entropies
+
+
 @pytest.mark.parametrize(("base", "loops"), [("ria", relative_importance_by_loops), ("nowag", normalised_by_loops)])
 def test_entropy_with_another_measure_of_the_weight(
     base: str, loops: Callable[[list[list[float]]], list[list[float]]]
 ) -> None:
-    got = Entropy(base=base, alpha=0.7, bins=5, norm="rms", range="channel", limit=1.0).score(WEIGHT, stats())
+    got = EsparsePaper(base=base, alpha=0.7, bins=5, norm="rms", range="channel", limit=1.0).score(WEIGHT, stats())
+    entropies = entropies_by_loops()
     x = X_TI.double().tolist()
     for i, row in enumerate(loops(WEIGHT.double().tolist())):
         for j, w in enumerate(row):
-            values = [token[j] for token in x]
-            low, high = min(values), max(values)
-            counts = [0] * 5
-            for value in values:
-                counts[min(int((value - low) / (high - low) * 5), 4)] += 1
-            entropy = -sum(c / 40 * math.log(c / 40) for c in counts if c)
-            rms = math.sqrt(sum(value**2 for value in values) / 40)
-            assert got[i, j].item() == pytest.approx(abs(w) * (entropy + 0.7 * rms), rel=1e-5)
+            rms = math.sqrt(sum(token[j] ** 2 for token in x) / 40)
+            assert got[i, j].item() == pytest.approx(abs(w) * (entropies[j] + 0.7 * rms), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, -1.0])
+def test_the_entropy_multiplies_the_norm(gamma: float) -> None:
+    got = Entropy(base="magnitude", gamma=gamma, bins=5, range="channel", limit=1.0).score(WEIGHT, stats())
+    entropies = entropies_by_loops()
+    mean = sum(entropies) / len(entropies)
+    x = X_TI.double().tolist()
+    for i, row in enumerate(WEIGHT.double().tolist()):
+        for j, w in enumerate(row):
+            norm = math.sqrt(sum(token[j] ** 2 for token in x) / 4)  # 4 sequences
+            assert got[i, j].item() == pytest.approx(abs(w) * norm * (entropies[j] / mean) ** gamma, rel=1e-5)
+
+
+def test_the_entropy_s_share_has_no_unit() -> None:
+    """Sequences of any length and inputs of any size leave the order of the scores; a power of 0 leaves Wanda's."""
+    metric = Entropy(base="magnitude", gamma=0.5, bins=5, range="channel", limit=1.0)
+    usual = metric.score(WEIGHT, stats())
+    for other in (stats(sequences=1), stats(sequences=40), stats(X_TI * 64)):
+        scores = metric.score(WEIGHT, other)
+        torch.testing.assert_close(scores / scores[0, 0], usual / usual[0, 0])
+    without = Entropy(base="magnitude", gamma=0.0, bins=5, range="channel", limit=1.0)
+    torch.testing.assert_close(without.score(WEIGHT, stats()), Wanda().score(WEIGHT, stats()))
+
+
+@pytest.mark.parametrize("gamma", [0.5, -0.5])
+def test_a_channel_that_never_changes_has_a_score(gamma: float) -> None:
+    x_TI = X_TI.clone()
+    x_TI[:, 3] = 2.0
+    scores = Entropy(base="magnitude", gamma=gamma, bins=5, range="channel", limit=1.0).score(WEIGHT, stats(x_TI))
+    assert torch.isfinite(scores).all()
+    norm = math.sqrt(40 * 4 / 4)
+    torch.testing.assert_close(scores[:, 3], WEIGHT[:, 3].abs() * norm * LEAST_SHARE**gamma)
+    x_TI[:] = 2.0  # no channel of the layer has any entropy
+    scores = Entropy(base="magnitude", gamma=gamma, bins=5, range="channel", limit=1.0).score(WEIGHT, stats(x_TI))
+    assert torch.isfinite(scores).all()
 
 
 @pytest.mark.parametrize(

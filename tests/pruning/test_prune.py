@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from esparse.allocations import Allocation, Measured
 from esparse.metrics import Metric
-from esparse.metrics.entropy import Entropy
+from esparse.metrics.entropy import EsparsePaper
 from esparse.metrics.magnitude import Magnitude
 from esparse.metrics.wanda import Wanda
 from esparse.models import host_memory
@@ -82,7 +82,7 @@ class Forwards:
         self.count += 1
 
 
-ENTROPY = Entropy(base="magnitude", alpha=1.0, bins=20, norm="sequence", range="channel", limit=1.0)
+ENTROPY = EsparsePaper(base="magnitude", alpha=1.0, bins=20, norm="sequence", range="channel", limit=1.0)
 
 
 def overwriting(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from esparse.metrics import Metric
-from esparse.metrics.entropy import Entropy
+from esparse.metrics.entropy import EsparsePaper
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
@@ -156,7 +156,7 @@ def entropies(x_TI: torch.Tensor, bins: int) -> list[float]:
 
 @pytest.mark.parametrize(("metric", "bins"), [(Wanda(), BINS), (None, 20)])
 def test_what_is_kept_against_a_slow_count(metric: Metric | None, bins: int) -> None:
-    of_metric = Entropy(base="magnitude", alpha=1.0, bins=20, norm="rms", range="channel", limit=1.0)
+    of_metric = EsparsePaper(base="magnitude", alpha=1.0, bins=20, norm="rms", range="channel", limit=1.0)
     got = pruned(metric or of_metric, profile=True).channels
     dense, seen = tiny("llama"), {}
     attention = dense.model.layers[0].self_attn
