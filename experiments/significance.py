@@ -23,13 +23,13 @@ from esparse.reports.reading import Record, read_records
 
 PAIRS = [
     ("wanda", "magnitude"),
-    ("entropy", "wanda"),
-    ("entropy + gns", "entropy"),
-    ("entropy + esparse", "entropy + gns"),
-    ("entropy + esparse", "entropy"),
-    ("entropy + esparse", "magnitude"),
+    ("esparse_paper", "wanda"),
+    ("esparse_paper + gns", "esparse_paper"),
+    ("esparse_paper + esparse", "esparse_paper + gns"),
+    ("esparse_paper + esparse", "esparse_paper"),
+    ("esparse_paper + esparse", "magnitude"),
     ("wanda + esparse", "wanda"),
-    ("entropy + esparse", "wanda + esparse"),
+    ("esparse_paper + esparse", "wanda + esparse"),
 ]
 NEIGHBOURS = 8
 DRAWS = 10_000

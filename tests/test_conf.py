@@ -126,7 +126,7 @@ OF_METHODS = {
     "wanda": ["wanda"],
     "sparsegpt": ["sparsegpt", "sparsegpt"],
     "ria": ["ria", "lsa"],
-    "esparse": ["entropy", "esparse"],
+    "esparse": ["esparse_paper", "esparse"],
     "nowag": ["nowag"],
     "gblm": ["gradient"],
     "owl": ["wanda", "owl"],
@@ -148,7 +148,7 @@ def test_a_method_by_name_sets_every_part_and_each_can_be_changed(name: str) -> 
 
 
 def test_a_method_is_the_same_run_as_its_parts() -> None:
-    assert run_id(settings("method=esparse")) == run_id(settings())
+    assert run_id(settings("method=esparse")) == run_id(settings("metric=esparse_paper"))
     assert run_id(settings("method=wanda")) == run_id(settings("metric=wanda"))
     asked = settings("method=eight_sixteen")
     assert (asked["pattern"], asked["outliers"]) == ("8:16", "16:256")
