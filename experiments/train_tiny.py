@@ -5,7 +5,7 @@
 Learning rate: 200 warm-up steps, constant, and over the last quarter of the time a straight line to zero. What comes
 out stands in esparse/assets/tiny with a note (TRAINING.json) of how it was made; `--steps` and `--decay-from` of that
 note repeat the same run without a clock. Text, split and order of the batches depend on the seed and on the Python
-version alone.
+version alone: the texts are those of the running Python's library, of which the built-in corpus is a small part.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from standard_library import documents
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from esparse.data.builtin import documents
 
 HOME = Path(__file__).parent.parent / "esparse" / "assets" / "tiny"
 END = "<|end|>"

@@ -84,4 +84,10 @@ class Calibration:
                 f"the calibration corpus {corpus.name} has {len(tokens_T)} tokens, too few for one sequence of "
                 f"{length}: use a longer text or set calibration.length lower"
             )
+        if corpus.name == "builtin" and len(tokens_T) < count * length:
+            raise Mistake(
+                f"the built-in corpus has {len(tokens_T):,} tokens to calibrate on, fewer than the {count} x {length} "
+                "that calibration.sequences and calibration.length ask for: ask for fewer, or give a longer text "
+                "(calibration=text calibration.path=FILE)"
+            )
         return tokens.random_windows(tokens_T, **how)

@@ -1,7 +1,7 @@
 """Multiple-choice questions from the built-in corpus: which of four texts continues a given text?
 
 The three wrong texts are continuations from other documents, the nearest in length, so that length is no hint. The
-questions depend only on the order of the held-out documents, so each version of the corpus has one set of questions.
+questions depend on the held-out passages alone, and are always the same.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Question(TypedDict):
 
 
 def questions() -> list[Question]:
-    """At most QUESTIONS questions, from as many documents as possible, in the order of the held-out documents."""
-    passages = _passages()
+    """At most QUESTIONS questions, from as many documents as possible, in the order of the held-out passages."""
+    cuts = _cuts()
     asked: list[Question] = []
-    for index, (document, context, ending) in enumerate(passages):
-        others = [p for p in passages if p[0] != document]
-        nearest = sorted(others, key=lambda p: (abs(len(p[2]) - len(ending)), _draw("near", index, p[2])))
-        wrong = list(dict.fromkeys(p[2] for p in nearest if p[2] != ending))[:WRONG]
+    for index, (document, context, ending) in enumerate(cuts):
+        others = [cut for cut in cuts if cut[0] != document]
+        nearest = sorted(others, key=lambda cut: (abs(len(cut[2]) - len(ending)), _draw("near", index, cut[2])))
+        wrong = list(dict.fromkeys(other for *_, other in nearest if other != ending))[:WRONG]
         if len(wrong) < WRONG:
             continue
         endings = sorted([ending, *wrong], key=lambda text: _draw("place", index, text))
@@ -41,11 +41,12 @@ def questions() -> list[Question]:
     return asked
 
 
-def _passages() -> list[tuple[int, str, str]]:
-    """(document number, context, ending): the first passage of each document, then the second of each, and so on."""
-    of_document = [list(_cut(text)) for text in builtin.documents("held-out")]
-    rounds = max(map(len, of_document), default=0)
-    found = [(d, *cuts[r]) for r in range(rounds) for d, cuts in enumerate(of_document) if r < len(cuts)]
+def _cuts() -> list[tuple[str, str, str]]:
+    """(document, context, ending): the first of every passage, then the second of every passage, and so on."""
+    held_out = builtin.passages("held-out")
+    of_passage = [(passage.document, list(_cut(passage.text))) for passage in held_out]
+    rounds = max((len(cuts) for _, cuts in of_passage), default=0)
+    found = [(document, *cuts[r]) for r in range(rounds) for document, cuts in of_passage if r < len(cuts)]
     return found[:QUESTIONS]
 
 

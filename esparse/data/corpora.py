@@ -131,7 +131,7 @@ def read(
         return _from_file(Rows(Path(path), column, GROUP[purpose], render))
     if name == "builtin":
         split = {"calibration": "train", "evaluation": "held-out"}[purpose]
-        return Corpus(name=name, texts=builtin.documents(split))
+        return Corpus(name=name, texts=builtin.texts(split))
     group = GROUP[purpose]
     return _from_hub(name, HUB[name][purpose], instead=f"a local file: {group}=text {group}.path=FILE")
 

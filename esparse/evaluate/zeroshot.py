@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.evaluate.tasks import FOLDER
+from esparse.records.sources import CORPUS, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -148,10 +149,11 @@ class ZeroShot:
         return json.dumps(asked)  # JSON is YAML
 
     def stamps(self) -> list[str]:
-        """Name, size and modification time of every local copy."""
+        """Name, size and modification time of every local copy, and the built-in corpus's digest if it is asked for."""
         folders = [] if self.data is None else [Path(self.data).expanduser() / task for task in self.tasks]
         files = sorted(file for folder in folders for file in folder.glob("*.*"))
-        return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        corpus = [f"{CORPUS.name} {digest(CORPUS)}"] if BUILTIN in self.tasks else []
+        return corpus + [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
     def measure(
         self,

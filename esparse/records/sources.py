@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".py")  # in a model's folder
-BUILTIN = Path(__file__).parent.parent / "assets" / "tiny"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = ASSETS / "tiny"
+CORPUS = ASSETS / "corpus" / "passages.jsonl.gz"  # the built-in corpus
+READS_CORPUS = ("calibration.corpus", "evaluate.corpora", "zeroshot.tasks")  # settings that may name `builtin`
 
 _digests: dict[tuple[str, tuple[int, ...]], str] = {}  # of this process, so that a sweep reads a model once
 
@@ -78,7 +81,13 @@ def files_of(config: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
             found[setting] = {f.name: f for f in sorted(path.iterdir()) if f.suffix in MODEL_FILES and f.is_file()}
         elif path.is_dir() and setting == "zeroshot.data":
             found[setting] = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-    return found
+    return found | {setting: {CORPUS.name: CORPUS} for setting in READS_CORPUS if _reads_corpus(config, setting)}
+
+
+def _reads_corpus(config: Mapping[str, Any], setting: str) -> bool:
+    group, _, name = setting.partition(".")
+    named = (config.get(group) or {}).get(name) or ()
+    return "builtin" in ([named] if isinstance(named, str) else named)
 
 
 def changed(recorded: Mapping[str, Mapping[str, Mapping[str, Any]]], config: Mapping[str, Any]) -> list[str]:
@@ -87,6 +96,8 @@ def changed(recorded: Mapping[str, Mapping[str, Mapping[str, Any]]], config: Map
     for setting, now in files_of(config).items():
         before = recorded.get(setting)
         if before is None:
+            if setting in READS_CORPUS:  # until 2026-11-28 the corpus was the running Python's library
+                differ.append(f"{setting}: the built-in corpus was another one then")
             continue
         for name in sorted(set(before) | set(now)):
             if name not in now:

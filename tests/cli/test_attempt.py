@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from esparse.cli.earlier import differs
 from esparse.errors import Mistake
 from esparse.jobs import lock
 from esparse.pruning.journal import Journal
+from esparse.records import sources
 from esparse.records.report import run_id, write_json
-from esparse.records.sources import Sources
+from esparse.records.sources import CORPUS, Sources
 from esparse.run import experiment as one_run
 from tests.workshop import ROOT
 
@@ -87,7 +89,7 @@ def test_finished_blocks_outlive_what_others_raise(error: Exception, stays: bool
 
 def test_a_text_that_changed_is_another_run(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     record = record_of(settings)
-    assert set(record["sources"]) == {"calibration.path", "model.path"}
+    assert set(record["sources"]) == {"calibration.path", "evaluate.corpora", "model.path"}
     folder_of(settings).mkdir(parents=True)
     write_json(folder_of(settings) / "result.json", record)
     text = tmp_path / "text.txt"
@@ -102,6 +104,35 @@ def test_a_text_that_changed_is_another_run(settings: dict[str, Any], tmp_path: 
     assert call.code == 1 and (folder_of(settings) / "result.json").exists()
     text.unlink()
     assert carried_out(settings) is not None  # nobody can say
+
+
+def test_a_run_on_another_built_in_corpus_is_another_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["zeroshot"] |= {"tasks": ["builtin"]}
+    settings["calibration"] |= {"corpus": "builtin", "path": None}
+    record = record_of(settings)
+    reading = {"calibration.corpus", "evaluate.corpora", "zeroshot.tasks"}
+    assert set(record["sources"]) == {*reading, "model.path"}
+    assert record["sources"]["evaluate.corpora"][CORPUS.name]["sha256"] == sha256(CORPUS.read_bytes()).hexdigest()
+    assert differs(record, settings) is None
+    # Records from before the corpus had a file say nothing of it, or have no `sources` at all.
+    for setting in reading:
+        del record["sources"][setting]
+        why = differs(record, settings)
+        assert why is not None and "the built-in corpus was another one then" in why and "rerun=true" in why
+    del record["sources"]
+    assert "the built-in corpus was another one then" in str(differs(record, settings))
+    own = {"calibration": {"corpus": "text"}, "evaluate": {"corpora": ["text"]}, "zeroshot": {"tasks": []}}
+    for group, change in own.items():
+        settings[group] |= change
+    assert differs(record | {"config": settings}, settings) is None
+
+    record = record_of(settings | {"calibration": settings["calibration"] | {"corpus": "builtin"}})
+    other = tmp_path / CORPUS.name
+    other.write_bytes(b"other passages")
+    monkeypatch.setattr(sources, "CORPUS", other)
+    assert f"calibration.corpus: {other} holds something else" in str(differs(record, record["config"]))
 
 
 def test_a_model_that_changed_is_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -130,6 +161,7 @@ def test_two_runs_of_one_id_are_told_apart(settings: dict[str, Any]) -> None:
     other = settings | {"seed": 7}
     assert "whose id is the same by chance" in str(differs(record_of(other), settings))
     assert differs(record_of(settings | {"rerun": True, "output_root": "x"}), settings) is None
+    settings["evaluate"] |= {"corpora": ["text"]}
     assert differs({"status": "finished"}, settings) is None  # of an old version
 
 

@@ -73,7 +73,7 @@ def test_length_by_default_is_2048_or_what_the_model_takes(file):
 
 
 def test_built_in_documents_follow_the_end_of_text_token(monkeypatch):
-    monkeypatch.setattr(builtin, "documents", lambda split: ["ab\n", "c\n"])
+    monkeypatch.setattr(builtin, "texts", lambda split: ["ab\n", "c\n"])
     settings = calibration(corpus="builtin", length=7, sequences=1)
     marked = settings.sample(byte_tokenizer(starts=True), longest=64)
     text = byte_tokenizer().convert_ids_to_tokens(marked[0].tolist())
@@ -84,7 +84,7 @@ def test_built_in_documents_follow_the_end_of_text_token(monkeypatch):
 
 
 def test_a_small_sample_of_many_documents_tokenises_only_some_of_them_and_others_for_another_seed(monkeypatch):
-    monkeypatch.setattr(builtin, "documents", lambda split: [f"{i:04d} words" for i in range(2000)])
+    monkeypatch.setattr(builtin, "texts", lambda split: [f"{i:04d} words" for i in range(2000)])
     seen: list[str] = []
     original = tokens._ids
     monkeypatch.setattr(tokens, "_ids", lambda texts, *a, **k: seen.extend(texts) or original(texts, *a, **k))

@@ -57,7 +57,7 @@ def test_the_hub_names_are_those_of_the_literature():
 
 
 def test_builtin_and_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "documents", lambda split: [f"of {split}", "more"])
+    monkeypatch.setattr(builtin, "texts", lambda split: [f"of {split}", "more"])
     assert corpora.read("builtin", "calibration").texts == ["of train", "more"]
     assert corpora.read("builtin", "evaluation").texts == ["of held-out", "more"]
     (tmp_path / "mine.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')

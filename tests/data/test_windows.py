@@ -71,7 +71,7 @@ def test_c4_stops_after_256_windows(cache):
 
 
 def test_built_in_windows_start_with_the_end_of_text_token_and_tokenise_no_more_than_needed(monkeypatch):
-    monkeypatch.setattr(builtin, "documents", lambda split: {"held-out": [f"doc {i:03d}" for i in range(100)]}[split])
+    monkeypatch.setattr(builtin, "texts", lambda split: {"held-out": [f"doc {i:03d}" for i in range(100)]}[split])
     seen = []
     original = tokens._ids
     monkeypatch.setattr(tokens, "_ids", lambda texts, *a, **k: seen.extend(texts) or original(texts, *a, **k))
@@ -84,7 +84,7 @@ def test_built_in_windows_start_with_the_end_of_text_token_and_tokenise_no_more_
 
 
 def test_the_records_name_of_a_text_is_its_file(file, monkeypatch):
-    monkeypatch.setattr(builtin, "documents", lambda split: ["abcd", "efgh"])
+    monkeypatch.setattr(builtin, "texts", lambda split: ["abcd", "efgh"])
     settings = perplexity(corpora=["builtin", "text"], path=file)
     assert [settings.name(corpus) for corpus in settings.corpora] == ["builtin", "mine.txt"]
     assert settings.windows("builtin", byte_tokenizer(), longest=64).shape[1] == 4  # its path is the text's alone
