@@ -19,10 +19,9 @@ from torch.nn.functional import linear
 from esparse.kernels import linear as kernels
 from esparse.kernels import loops as compiled_loops
 from esparse.kernels.linear import few_tokens, packed_linear
-from esparse.packed import grid_sizes, matrix, quantised
+from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
-from esparse.quantise.grids import Grid
 
 TILE_BYTES = 2**22  # of the rows that are dense at one time: they should stay in a core's cache
 LOOP_TOKENS = {2: 64, 4: 16}  # by bytes of a value: up to this many tokens compiled loops are faster than dense rows
@@ -50,20 +49,13 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         ordered: bool = False,
-        grid: Grid | None = None,
     ) -> None:
-        """`grid`: of values that are codes on disk. `ordered`: the columns on disk are in the order `order`, and
-        `settle` puts them back into their own order.
-        """
+        """`ordered`: the columns on disk are in the order `order`, and `settle` puts them back into their own order."""
         super().__init__()
         self.in_features, self.out_features, self.pattern = inputs, outputs, pattern
         # Kernels find a kept weight by its group, so they need the columns in group order.
         self.for_kernels = len(pattern.parts()) == 1 and not ordered
-        self._grid, self._dtype = grid, dtype
-        shapes = matrix.file_shapes(pattern, outputs, inputs)
-        if grid is not None:
-            shapes = grid_sizes.file_shapes(pattern, outputs, inputs, grid)
-        for name, shape in shapes.items():
+        for name, shape in self.file_shapes().items():
             if not name.endswith("values"):
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
             else:
@@ -74,22 +66,19 @@ class PackedLinear(nn.Module):
         self.sparse_cores = False
         self._blob: Tensor | None = None
 
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weight's tensors on disk."""
+        return matrix.file_shapes(self.pattern, self.out_features, self.in_features)
+
     def settle(self) -> None:
         """Replaces the form on disk by the form in memory; raises ValueError for a damaged index."""
         tensors = {name: value.cpu() for name, value in self.state_dict().items() if name != "bias"}
         device = next(self.buffers()).device
-        if self._grid is None:
-            packed = matrix.from_file(tensors, self.pattern, self.in_features)
-        else:
-            packed = quantised.from_file(tensors, self.pattern, self.in_features, self._grid, self._dtype)
+        packed = matrix.from_file(tensors, self.pattern, self.in_features)
         order_I = self._buffers.pop("order", None)
-        self._take(packed if order_I is None else packed.restored(order_I.cpu().long()), device)
-        for name in [
-            name for name in self._buffers if name.endswith(("index", "codes")) or name in ("scales", "zeros")
-        ]:
+        packed = packed if order_I is None else packed.restored(order_I.cpu().long())
+        for name in [name for name in self._buffers if name.endswith("index")]:
             del self._buffers[name]
-
-    def _take(self, packed: PackedMatrix, device: torch.device) -> None:
         self._keep_values("values", packed.values_OK.to(device))
         self.register_buffer("bits", packed.bits_OB.to(device))
         if packed.outlier_values_OS is not None and packed.outlier_places_OS is not None:
@@ -102,7 +91,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The kept values (O x K), for code that asks a layer's weight for its device or precision."""
-        return self.values if "values" in self._parameters else self.get_buffer("codes")  # not settled yet
+        return self.values
 
     def packed(self) -> PackedMatrix:
         """The packed weight; it shares memory with the layer."""
@@ -127,6 +116,10 @@ class PackedLinear(nn.Module):
         if x_TI.is_cuda and self.for_kernels:
             return self.by_kernels(x_TI, bias_O)
         return multiply(self.packed(), x_TI, bias_O)
+
+    def rows_with_zeros(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, dense; of values that are not rounded the precision is their own."""
+        return with_zeros(self.packed(), rows)
 
     def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product, computed by the kernel for this number of tokens (esparse/kernels/linear.py)."""
@@ -189,7 +182,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_TI = grad_TO.new_zeros(len(grad_TO), layer.in_features)
             for rows in tiles(layer.out_features, layer.in_features, grad_TO.element_size()):
-                grad_TI += grad_TO[:, rows] @ with_zeros(layer.packed(), rows)
+                grad_TI += grad_TO[:, rows] @ layer.rows_with_zeros(rows, grad_TO.dtype)
         if ctx.needs_input_grad[1]:
             grad_O = grad_TO.sum(0)
         return grad_TI, grad_O, None

@@ -13,6 +13,7 @@ from torch import nn
 from esparse.errors import Mistake
 from esparse.kernels.linear import why_not_cusparselt
 from esparse.packed.layer import PackedLinear
+from esparse.packed.quantised_layer import QuantisedLinear
 
 
 def use_sparse_cores(model: nn.Module, on: bool = True) -> dict[str, str]:
@@ -40,6 +41,8 @@ def _layers(model: nn.Module) -> dict[str, PackedLinear]:
 
 
 def _why_not(layer: PackedLinear) -> str | None:
+    if isinstance(layer, QuantisedLinear):
+        return f"its values are codes of {layer.grid.code_bits} bits, which sparse tensor cores do not take"
     if not layer.for_kernels:
         return "its groups do not stand side by side: sparse tensor cores take export.order=physical without outliers"
     (nm,) = layer.pattern.parts()

@@ -1,8 +1,9 @@
-"""A quantised matrix on disk: codes, an index and scales, of which the same values come back to the bit.
+"""A quantised matrix without its zeros: codes, an index and scales, of which the same values come back to the bit.
 
-Tensors by the ending of their names (sizes in grid_sizes.py): `codes` (every row's kept values as one stream of bits),
-`index` as of a matrix without a grid, `scales` (their bytes), `zeros` (codes of zero, a stream per row), for outliers
-`salient_index` with `salient_values` (16 bits) or `salient_codes`. Columns stand in the order in which groups are cut.
+Tensors on disk by the ending of their names (sizes in grid_sizes.py): `codes` (every row's kept values as one stream of
+bits), `index` as of a matrix without a grid, `scales` (their bytes), `zeros` (codes of zero, a stream per row), for
+outliers `salient_index` with `salient_values` (16 bits) or `salient_codes`. Columns stand in the order in which groups
+are cut.
 
 Shapes: O outputs, I inputs, K kept values of a row, S outliers of a row, G groups of a row, C columns of a group.
 """
@@ -10,7 +11,7 @@ Shapes: O outputs, I inputs, K kept values of a row, S outliers of a row, G grou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,56 +24,146 @@ from esparse.quantise import Scales
 from esparse.quantise.grids import Grid
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedMatrix:
+    """A quantised matrix in its form in memory, from which products are computed; columns are in group order.
+
+    `codes_OB` and `scales_OB` are as on disk: scales as bytes, so that nobody changes their precision. `bits_OB` says
+    which weights are kept; None if all are. Zero points and codes of outliers take a byte each.
+    """
+
+    pattern: Pattern
+    inputs: int
+    grid: Grid
+    codes_OB: Tensor
+    scales_OB: Tensor
+    zeros_OG: Tensor | None = None
+    bits_OB: Tensor | None = None
+    outlier_values_OS: Tensor | None = None
+    outlier_codes_OS: Tensor | None = None
+    outlier_places_OS: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by the names that a layer gives them."""
+        found = {
+            "codes": self.codes_OB,
+            "scales": self.scales_OB,
+            "zeros": self.zeros_OG,
+            "bits": self.bits_OB,
+            "salient_values": self.outlier_values_OS,
+            "salient_codes": self.outlier_codes_OS,
+            "salient_places": self.outlier_places_OS,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int, grid: Grid) -> QuantisedMatrix:
+        """The inverse of `tensors`."""
+        first = (tensors["codes"], tensors["scales"])
+        others = ("zeros", "bits", "salient_values", "salient_codes", "salient_places")
+        return cls(pattern, inputs, grid, *first, *(tensors.get(name) for name in others))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.tensors().values())
+
+    @property
+    def kept(self) -> int:
+        """Weights of a row that have a code, without outliers."""
+        return self.pattern.parts()[0].kept_per_row(self.inputs) if self.pattern.parts() else self.inputs
+
+    @property
+    def scale_OG(self) -> Tensor:
+        """The scales in the precision in which they are stored."""
+        return self.scales_OB.view(getattr(torch, self.grid.scale))
+
+    def rows(self, part: slice) -> QuantisedMatrix:
+        """Some of its rows."""
+        cut = {name: value[part] for name, value in self.tensors().items()}
+        return QuantisedMatrix.of(cut, self.pattern, self.inputs, self.grid)
+
+    def dense(self, first: int = 0, end: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rows from `first` to before `end`, dense: the values of the grid, rounded to that precision."""
+        of = self.rows(slice(first, end))
+        values_OK = unstream(of.codes_OB, of.kept, of.grid.code_bits)
+        scales = _of_columns(Scales(of.scale_OG.float(), of.zeros_OG), of.inputs)
+        if of.bits_OB is None:
+            return _values(values_OK, None, of.grid, scales, dtype)
+        keep_OI = unpacked_bits(of.bits_OB, of.inputs)
+        columns_OK = keep_OI.nonzero()[:, 1].view(values_OK.shape)
+        kept_OK = _values(values_OK, columns_OK, of.grid, scales, dtype)
+        weight_OI = kept_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, kept_OK)
+        if of.outlier_places_OS is not None:
+            starts_S = matrix.starts(of.pattern.parts()[1], of.inputs).to(keep_OI.device)
+            columns_OS = of.outlier_places_OS.long() + starts_S
+            found = of.outlier_values_OS
+            if of.outlier_codes_OS is not None:
+                found = _values(of.outlier_codes_OS, columns_OS, of.grid, scales, dtype)
+            assert found is not None
+            weight_OI.scatter_add_(1, columns_OS, found.to(dtype))
+        return weight_OI
+
+
 def to_file(weight_OI: Tensor, pattern: Pattern, grid: Grid, scales: Scales) -> dict[str, Tensor]:
     """The tensors that stand for the matrix. Raises ValueError if a value is not on the grid or breaks the pattern."""
     inputs = weight_OI.shape[1]
-    placed_OI, *salient = _split(weight_OI, pattern, scales.whole_OI)
-    codes_OI = grid.codes(weight_OI.float(), *_of_columns(scales, inputs))
-    taken = _taken(codes_OI, placed_OI)
-    tensors = {"codes": stream(taken, grid.code_bits), "scales": _scale_bytes(scales.scale_OG, grid)}
+    tensors = {"scales": _scale_bytes(scales.scale_OG, grid)}
     if scales.zero_OG is not None:
         tensors["zeros"] = stream(scales.zero_OG, grid.zero_bits)
-    shell = PackedMatrix(pattern, inputs, taken, packed_bits(placed_OI))
-    if salient:
-        places_OS = salient[0].nonzero()[:, 1].view(len(weight_OI), -1) - matrix.starts(pattern.parts()[1], inputs)
-        shell = replace(shell, outlier_values_OS=taken, outlier_places_OS=places_OS)
-        if scales.whole_OI is None:
-            tensors["salient_codes"] = stream(_taken(codes_OI, salient[0]), grid.code_bits)
-        else:
-            tensors["salient_values"] = _half(_taken(weight_OI, salient[0]))
-    tensors |= {name: value for name, value in matrix.to_file(shell).items() if name.endswith("index")}
-    again = from_file(tensors, pattern, inputs, grid, weight_OI.dtype)
-    if not torch.equal(again.dense(), weight_OI):
+    if pattern.parts():
+        tensors |= _placed(weight_OI, pattern, grid, scales)
+    else:
+        tensors["codes"] = stream(_codes(weight_OI, grid, scales), grid.code_bits)
+    again = from_file(tensors, pattern, inputs, grid)
+    if not torch.equal(again.dense(dtype=weight_OI.dtype), weight_OI):
         raise ValueError(f"its values do not lie on the grid of {grid.code_bits} bits, or do not hold {pattern}")
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def from_file(
-    tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int, grid: Grid, dtype: torch.dtype
-) -> PackedMatrix:
-    """The matrix that `to_file` was given, with its values in that precision; ValueError for damaged tensors."""
-    base, *outliers = pattern.parts()
+def _placed(weight_OI: Tensor, pattern: Pattern, grid: Grid, scales: Scales) -> dict[str, Tensor]:
+    """The codes of kept weights, and the index; of outliers likewise."""
+    inputs = weight_OI.shape[1]
+    placed_OI, *salient = _split(weight_OI, pattern, scales.whole_OI)
+    taken = _taken(_codes(weight_OI, grid, scales), placed_OI)
+    tensors = {"codes": stream(taken, grid.code_bits)}
+    shell = PackedMatrix(pattern, inputs, taken, packed_bits(placed_OI))
+    if salient:
+        places_OS = salient[0].nonzero()[:, 1].view(len(weight_OI), -1) - matrix.starts(pattern.parts()[1], inputs)
+        shell = replace(shell, outlier_values_OS=taken, outlier_places_OS=places_OS)
+        # With few nonzeros, some places chosen for outliers are also places of the base: they get the value 0.
+        others_OI = weight_OI.masked_fill(placed_OI, 0)
+        if scales.whole_OI is None:
+            tensors["salient_codes"] = stream(_taken(_codes(others_OI, grid, scales), salient[0]), grid.code_bits)
+        else:
+            tensors["salient_values"] = _half(_taken(others_OI, salient[0]))
+    return tensors | {name: value for name, value in matrix.to_file(shell).items() if name.endswith("index")}
+
+
+def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int, grid: Grid) -> QuantisedMatrix:
+    """The matrix that `to_file` was given; ValueError for damaged tensors."""
     groups = inputs // grid.columns(inputs)
-    scale_OG = tensors["scales"].contiguous().view(getattr(torch, grid.scale)).float()
-    if not bool((torch.isfinite(scale_OG) & (scale_OG > 0)).all()):
+    of = QuantisedMatrix(pattern, inputs, grid, tensors["codes"].contiguous(), tensors["scales"].contiguous())
+    if not bool((torch.isfinite(of.scale_OG) & (of.scale_OG > 0)).all()):
         raise ValueError("a scale is not a positive number: the file is damaged")
-    zero_OG = unstream(tensors["zeros"], groups, grid.zero_bits) if grid.zero_bits else None
-    scales = _of_columns(Scales(scale_OG, zero_OG), inputs)
-    kept = {"values": unstream(tensors["codes"], base.kept_per_row(inputs), grid.code_bits), "index": tensors["index"]}
-    if outliers:
-        kept["salient_index"] = tensors["salient_index"]
-        kept["salient_values"] = tensors.get("salient_values", scale_OG)
-    packed = matrix.from_file(kept, pattern, inputs)
-    columns_OK = unpacked_bits(packed.bits_OB, inputs).nonzero()[:, 1].view(packed.values_OK.shape)
-    packed = replace(packed, values_OK=_values(packed.values_OK, columns_OK, grid, scales, dtype))
+    if grid.zero_bits:
+        of = replace(of, zeros_OG=unstream(tensors["zeros"], groups, grid.zero_bits))
+    if not pattern.parts():
+        return of
+    _, *outliers = pattern.parts()
+    # The index is read by what reads it without a grid, which wants values beside it.
+    shell = {name: value for name, value in tensors.items() if name.endswith("index")} | {"values": of.codes_OB}
+    index = matrix.from_file(shell, pattern, inputs)
+    of = replace(of, bits_OB=index.bits_OB, outlier_places_OS=index.outlier_places_OS)
     if not outliers:
-        return packed
-    assert packed.outlier_places_OS is not None and packed.outlier_values_OS is not None
+        return of
     if grid.outlier_bits is not None:
-        return replace(packed, outlier_values_OS=packed.outlier_values_OS.to(dtype))
+        return replace(of, outlier_values_OS=tensors["salient_values"])
     codes_OS = unstream(tensors["salient_codes"], outliers[0].kept_per_row(inputs), grid.code_bits)
-    columns_OS = packed.outlier_places_OS.long() + matrix.starts(outliers[0], inputs)
-    return replace(packed, outlier_values_OS=_values(codes_OS, columns_OS, grid, scales, dtype))
+    return replace(of, outlier_codes_OS=codes_OS)
+
+
+def _codes(weight_OI: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    return grid.codes(weight_OI.float(), *_of_columns(scales, weight_OI.shape[1]))
 
 
 def _scale_bytes(scale_OG: Tensor, grid: Grid) -> Tensor:
@@ -117,11 +208,12 @@ def _of_columns(scales: Scales, inputs: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _values(
-    codes_OK: Tensor, columns_OK: Tensor, grid: Grid, scales: tuple[Tensor, Tensor | None], dtype: torch.dtype
+    codes_OK: Tensor, columns_OK: Tensor | None, grid: Grid, scales: tuple[Tensor, Tensor | None], dtype: torch.dtype
 ) -> Tensor:
-    scale_OI, zero_OI = scales
-    zero_OK = None if zero_OI is None else zero_OI.gather(1, columns_OK)
-    return grid.values(codes_OK, scale_OI.gather(1, columns_OK), zero_OK).to(dtype) + 0.0  # no -0.0
+    """The values of codes that stand in these columns; None: in all."""
+    scale_OK, zero_OK = (x if x is None or columns_OK is None else x.gather(1, columns_OK) for x in scales)
+    assert scale_OK is not None
+    return grid.values(codes_OK, scale_OK, zero_OK).to(dtype) + 0.0  # no -0.0
 
 
 def _half(weight: Tensor) -> Tensor:

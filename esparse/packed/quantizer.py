@@ -138,6 +138,7 @@ class EsparseQuantizer(HfQuantizer):
         from esparse.models.reorder import gather_before, gather_behind
         from esparse.packed.experts import PackedExperts
         from esparse.packed.layer import PackedLinear
+        from esparse.packed.quantised_layer import QuantisedLinear
         from esparse.quantise.grids import from_settings
 
         config = self.quantization_config
@@ -146,31 +147,30 @@ class EsparseQuantizer(HfQuantizer):
         for name, pattern in config.layers.items():
             old = _found(model, name, "packed layer", lambda found: isinstance(found, nn.Linear | Conv1D))
             outputs, inputs = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
-            layer = PackedLinear(
-                inputs,
-                outputs,
-                _pattern(name, pattern),
-                bias=old.bias is not None or name in config.biases,
-                ordered=name in config.ordered,
-                grid=grid,
-                dtype=old.weight.dtype,
-                device=old.weight.device,
-            )
+            shape = (inputs, outputs, _pattern(name, pattern))
+            how = {
+                "bias": old.bias is not None or name in config.biases,
+                "ordered": name in config.ordered,
+                "dtype": old.weight.dtype,
+                "device": old.weight.device,
+            }
+            layer = PackedLinear(*shape, **how) if grid is None else QuantisedLinear(*shape, grid, **how)
             model.set_submodule(name, layer)
-        for name, how in config.experts.items():
+        for name, entry in config.experts.items():
             path, _, own = name.rpartition(".")
             owner = _found(model, path, "owner of packed experts", lambda found: own in found._parameters)  # noqa: B023
             old = owner.get_parameter(own)
-            if old.ndim != 3 or not {"pattern", "transposed", "ordered"} <= set(how):
+            if old.ndim != 3 or not {"pattern", "transposed", "ordered"} <= set(entry):
                 raise Mistake(_unfit(model, f"packed experts {name}"))
             del owner._parameters[own]
             owner.register_module(
                 own,
                 PackedExperts(
                     old.shape,
-                    _pattern(name, how["pattern"]),
-                    transposed=how["transposed"],
-                    ordered=how["ordered"],
+                    _pattern(name, entry["pattern"]),
+                    transposed=entry["transposed"],
+                    ordered=entry["ordered"],
+                    grid=grid,
                     dtype=old.dtype,
                     device=old.device,
                 ),

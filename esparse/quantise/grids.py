@@ -69,6 +69,15 @@ class Grid(Quantise):
         """Bits of a group's zero point; 0 if all groups have the same one."""
         return 0
 
+    @property
+    @abstractmethod
+    def zero_code(self) -> int:
+        """The code of zero, if groups have no zero points of their own."""
+
+    def levels(self) -> Tensor | None:
+        """The level of each code, a value over its scale; None if that is the code minus the code of zero."""
+        return None
+
     @abstractmethod
     def fit(self, values_GC: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (uint8) of each group, over the last dimension; values that do not count must be 0."""
@@ -179,6 +188,10 @@ class Integer(Grid):
     def zero_bits(self) -> int:
         return 0 if self.symmetric else self.bits
 
+    @property
+    def zero_code(self) -> int:
+        return int(2 ** (self.bits - 1))
+
     def fit(self, values_GC: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
@@ -191,11 +204,11 @@ class Integer(Grid):
     def codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         import torch
 
-        middle, least = (2 ** (self.bits - 1), 1) if zero is None else (zero, 0)
+        middle, least = (self.zero_code, 1) if zero is None else (zero, 0)
         return ((weight / scale).round() + middle).clamp(least, 2**self.bits - 1).to(torch.uint8)
 
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return (codes.float() - (2 ** (self.bits - 1) if zero is None else zero.float())) * scale
+        return (codes.float() - (self.zero_code if zero is None else zero.float())) * scale
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,6 +218,13 @@ class Float8(Grid):
     @property
     def code_bits(self) -> int:
         return 8
+
+    @property
+    def zero_code(self) -> int:
+        return 0
+
+    def levels(self) -> Tensor:
+        return float8_levels()
 
     def ready(self, widths: Iterable[tuple[str, int]]) -> None:
         import torch
@@ -235,6 +255,13 @@ class NormalFloat(Grid):
     @property
     def code_bits(self) -> int:
         return 4
+
+    @property
+    def zero_code(self) -> int:
+        return 7
+
+    def levels(self) -> Tensor:
+        return normal_levels()
 
     def fit(self, values_GC: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.stored_scale(values_GC.abs().amax(-1)), None
@@ -274,6 +301,14 @@ def normal_levels() -> Tensor:
     below_7 = -torch.special.ndtri(torch.linspace(NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([above_8, below_7, torch.zeros(1, dtype=torch.float64)]).sort().values
     return (levels / levels.max()).float()
+
+
+@lru_cache
+def float8_levels() -> Tensor:
+    """The value of each code of e4m3 (float32)."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() + 0.0  # no -0.0
 
 
 def half(weight: Tensor) -> Tensor:

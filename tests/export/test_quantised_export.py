@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import esparse
 from esparse.packed.checksums import checksum
 from esparse.packed.grid_sizes import file_bytes
-from esparse.packed.layer import PackedLinear
+from esparse.packed.quantised_layer import QuantisedLinear
 from esparse.quantise.grids import settings
 from tests.models.families import tiny
 
@@ -45,14 +45,14 @@ def test_what_is_loaded_is_what_was_pruned(
 ) -> None:
     model = exported(tmp_path / "packed", family, quantise, order, **changes)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, PackedLinear)}
-    assert layers
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert layers and not any("values" in dict(layer.named_parameters()) for layer in layers.values())
     expected, found = (of(input_ids=TOKENS_SL).logits for of in (model.eval(), loaded.eval()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if order == "original":
         for name, layer in layers.items():
             weight = model.get_submodule(name).weight
-            assert torch.equal(layer.packed().dense(), weight.T if family == "gpt2" else weight), name
+            assert torch.equal(layer.dense(), weight.T if family == "gpt2" else weight), name
     said = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     grid = esparse.option("quantise", quantise, group=16, **changes)
     assert said["grid"] == settings(grid) and said["version"] == 3

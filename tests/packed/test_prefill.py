@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esparse import patterns
+from esparse import option, patterns
 from esparse.kernels import linear as kernels
 from esparse.packed import prefill
 from esparse.packed.layer import PackedLinear
 from esparse.packed.matrix import pack, to_file
 from esparse.packed.prefill import second_copy_bytes, use_sparse_cores
+from esparse.packed.quantised_layer import QuantisedLinear
 from tests.packed.test_matrix import pruned
 
 CPU = torch.device("cpu")
@@ -124,3 +125,10 @@ def test_where_no_layer_can_the_reason_is_given() -> None:
         use_sparse_cores(layer(shape=(24, 64)))
     with pytest.raises(ValueError, match="no packed layer"):
         use_sparse_cores(nn.Linear(4, 4))
+
+
+def test_codes_are_no_matter_of_sparse_cores(library: Callable[..., Library]) -> None:
+    library()
+    grid = option("quantise", "int8", group=None)
+    coded = QuantisedLinear(64, 32, patterns.parse("2:4"), grid, bias=False, dtype=torch.bfloat16, device=CPU)
+    assert "codes of 8 bits" in use_sparse_cores(nn.ModuleList([layer(), coded]))["1"]

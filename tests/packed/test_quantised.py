@@ -12,7 +12,7 @@ from esparse.packed.grid_sizes import file_bytes, file_shapes
 from esparse.packed.quantised import from_file, stream, to_file, unstream
 from esparse.patterns import parse
 
-PATTERNS = [("2:4", None), ("8:16", None), ("3:7", None), ("2:4", "1:16"), ("8:16", "4:64")]
+PATTERNS = [("2:4", None), ("8:16", None), ("3:7", None), ("dense", None), ("2:4", "1:16"), ("8:16", "4:64")]
 
 
 @given(bits=st.integers(2, 8), rows=st.integers(1, 4), count=st.integers(1, 30), seed=st.integers(0, 99))
@@ -42,7 +42,9 @@ def test_a_matrix_comes_back_to_the_bit(quantise: str, pattern: tuple[str, str |
         rounded_OI, scales = grid.nearest(weight_OI, keep_OI, parsed)
         stored_OI = rounded_OI.to(dtype) + 0.0
         tensors = to_file(stored_OI, parsed, grid, scales)
-        assert torch.equal(from_file(tensors, parsed, 64, grid, dtype).dense(), stored_OI)
+        again = from_file(tensors, parsed, 64, grid)
+        assert torch.equal(again.dense(dtype=dtype), stored_OI)
+        assert torch.equal(again.dense(1, 4, dtype), stored_OI[1:4])
         assert {name: tuple(value.shape) for name, value in tensors.items()} == file_shapes(parsed, 5, 64, grid)
         assert sum(value.nbytes for value in tensors.values()) == file_bytes(parsed, 5, 64, grid)
 
@@ -58,4 +60,15 @@ def test_what_is_not_on_the_grid_or_is_damaged_is_refused() -> None:
         scales_OG = tensors["scales"].view(torch.float16).clone()
         scales_OG[1, 1] = damage
         with pytest.raises(ValueError, match="a scale is not a positive number"):
-            from_file(tensors | {"scales": scales_OG.view(torch.uint8)}, pattern, 64, grid, torch.float32)
+            from_file(tensors | {"scales": scales_OG.view(torch.uint8)}, pattern, 64, grid)
+
+
+def test_few_nonzeros_are_stored_once() -> None:
+    """Outliers in as many bits as the others: where few weights are left, both parts would choose the same places."""
+    grid, pattern = option("quantise", "int4", group=None, outlier_bits=None), parse("2:4", "1:16")
+    for seed in range(5):
+        weight_OI = torch.randn(5, 37, generator=torch.Generator().manual_seed(seed))
+        weight_OI[:, 10:] = 0
+        rounded_OI, scales = grid.nearest(weight_OI, pattern.keep_top(weight_OI.abs()), pattern)
+        tensors = to_file(rounded_OI + 0.0, pattern, grid, scales)
+        assert torch.equal(from_file(tensors, pattern, 37, grid).dense(), rounded_OI + 0.0)
