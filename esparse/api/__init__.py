@@ -173,7 +173,8 @@ def save(
     check_same(model, report)
     changes = {"path": str(folder), "dtype": dtype} | ({} if order is None else {"order": order})
     export = option("export", "packed" if packed else "dense", **changes)
-    export.check(report.method.pattern, report.method.recovery, report.method.shuffle)
+    method = report.method
+    export.check(method.pattern, method.recovery, method.shuffle, method.quantise)
     with as_found(model):
         blocks = _blocks(model, None, None)
         export.ready(blocks, report.method.recovery, Path(folder))
@@ -190,9 +191,10 @@ def pack(model: PreTrainedModel, report: Report) -> dict[str, str]:
     """
     check_model(model)
     check_same(model, report)
-    if not report.method.pattern.parts():
-        raise Mistake(f"only n:m patterns can be packed, and {report.method.pattern} is none")
-    left = pack_layers(model, report.pruned.groupings)
+    pattern, grid = report.method.pattern, report.pruned.grid
+    if not pattern.parts() and (grid is None or str(pattern) != "dense"):
+        raise Mistake(f"only n:m patterns and quantised weights can be packed, and {pattern} is none")
+    left = pack_layers(model, report.pruned)
     if any(matrix.expert is not None and matrix.entry not in left for matrix, _ in report.pruned.groupings):
         model.set_experts_implementation("eager")  # other ways multiply all experts of a parameter at once
     return left

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
     from esparse.patterns import Pattern
     from esparse.pruning.outcome import Pruned
+    from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
 
@@ -47,7 +48,7 @@ class Finished:
 class Export(ABC):
     """Base class of what a run exports beside its record."""
 
-    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle) -> None:
+    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle, quantise: Quantise) -> None:
         """Raises Mistake if the settings do not fit the method; called before anything runs."""
         return None
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from esparse.models.blocks import BlockModel
     from esparse.patterns import Pattern
+    from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
 
@@ -32,7 +33,7 @@ class Dense(ToFolder):
     absorb (`shuffle.foldable`). With `original` it has the quality of any shuffle, and no groups: its name says so.
     """
 
-    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle) -> None:
+    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle, quantise: Quantise) -> None:
         if not pattern.parts() or isinstance(shuffle, NoShuffle) or self.order == "original" or shuffle.foldable:
             return
         raise Mistake(

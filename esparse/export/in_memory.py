@@ -6,22 +6,24 @@ Every matrix goes through the form on disk (packed/matrix.py), so that there is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esparse.errors import Mistake
-from esparse.export.packed_checkpoint import _why_dense
+from esparse.export.packed_checkpoint import _why_dense, tensors_of
 from esparse.models.matrices import Matrix
 from esparse.models.reorder import gather_before
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
-from esparse.packed.matrix import PackedMatrix, pack, to_file
+from esparse.packed.quantised_layer import QuantisedLinear
 from esparse.patterns import Grouping
+from esparse.pruning.outcome import Pruned
 
 
 @torch.no_grad()
-def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) -> dict[str, str]:
+def pack_layers(model: nn.Module, pruned: Pruned) -> dict[str, str]:
     """Replaces the model's layers by packed ones; returns the weights that stay dense, each with the reason.
 
     Raises ValueError for a pattern without n:m groups, and for a weight that is not the model's or does not hold its
@@ -32,12 +34,12 @@ def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) 
         names.setdefault(id(parameter), set()).add(name)
     stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
     left = {}
-    for matrix, grouping in groupings:
+    for matrix, grouping in pruned.groupings:
         parameter = _parameter(model, matrix)
         if len(names[id(parameter)]) > 1:
             left[matrix.entry] = f"it is one weight with {', '.join(sorted(names[id(parameter)] - {matrix.entry}))}"
         elif matrix.expert is None:
-            _pack_layer(model, matrix, grouping)
+            _pack_layer(model, matrix, grouping, pruned)
         else:
             stacks.setdefault(matrix.entry, []).append((matrix, grouping))
     for entry, experts in stacks.items():
@@ -45,7 +47,7 @@ def pack_layers(model: nn.Module, groupings: Sequence[tuple[Matrix, Grouping]]) 
         if (why := _why_dense([grouping for _, grouping in experts])) is not None:
             left[entry] = why
         else:
-            _pack_experts(model, entry, experts)
+            _pack_experts(model, entry, experts, pruned)
     return left
 
 
@@ -56,26 +58,23 @@ def _parameter(model: nn.Module, matrix: Matrix) -> nn.Parameter:
         raise Mistake(f"the model has no weight {matrix.entry}: it is packed already, or another model") from None
 
 
-def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
+def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping, pruned: Pruned) -> None:
     name = matrix.entry.removesuffix(".weight")
     old = model.get_submodule(name)
     parameter = model.get_parameter(matrix.entry)
     weight_OI = matrix.part_of(parameter.data).cpu()
     order_I = None if grouping.order_I is None else grouping.order_I.cpu()
     gathered = order_I is not None and len(grouping.pattern.parts()) > 1  # outliers cannot be reordered
-    tensors = to_file(_packed(matrix, Grouping(grouping.pattern, order_I), weight_OI))
+    tensors = _tensors(matrix, Grouping(grouping.pattern, order_I), weight_OI, pruned)
     if order_I is not None and not gathered:
         tensors["order"] = order_I.int()
     outputs, inputs = weight_OI.shape
-    layer = PackedLinear(
-        inputs,
-        outputs,
-        grouping.pattern,
-        bias=False,
-        dtype=parameter.dtype,
-        device=torch.device("cpu"),
-        ordered="order" in tensors,
-    )
+    shape = (inputs, outputs, grouping.pattern)
+    how: dict[str, Any] = {"dtype": parameter.dtype, "device": torch.device("cpu"), "ordered": "order" in tensors}
+    if pruned.grid is None:
+        layer = PackedLinear(*shape, bias=False, **how)
+    else:
+        layer = QuantisedLinear(*shape, pruned.grid, bias=False, **how)
     _fill(layer, tensors)
     layer.settle()
     layer.to(parameter.device)
@@ -87,15 +86,15 @@ def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping) -> None:
     model.set_submodule(name, layer)
 
 
-def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, Grouping]]) -> None:
+def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, Grouping]], pruned: Pruned) -> None:
     path, _, own = entry.rpartition(".")
     owner, parameter = model.get_submodule(path), model.get_parameter(entry)
     first, ordered = experts[0][0], experts[0][1].order_I is not None
     of_each = []
     for matrix, grouping in experts:
         order_I = None if grouping.order_I is None else grouping.order_I.cpu()
-        packed = _packed(matrix, Grouping(grouping.pattern, order_I), matrix.part_of(parameter.data).cpu())
-        of_each.append(to_file(packed) | ({} if order_I is None else {"order": order_I.int()}))
+        one = _tensors(matrix, Grouping(grouping.pattern, order_I), matrix.part_of(parameter.data).cpu(), pruned)
+        of_each.append(one | ({} if order_I is None else {"order": order_I.int()}))
     layer = PackedExperts(
         (parameter.shape[0], parameter.shape[1], parameter.shape[2]),
         experts[0][1].pattern,
@@ -103,6 +102,7 @@ def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, 
         ordered=ordered,
         dtype=parameter.dtype,
         device=torch.device("cpu"),
+        grid=pruned.grid,
     )
     _fill(layer, {name: torch.stack([one[name] for one in of_each]) for name in of_each[0]})
     layer.settle()
@@ -110,9 +110,9 @@ def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, 
     owner.register_module(own, layer.to(parameter.device).train(owner.training))
 
 
-def _packed(matrix: Matrix, grouping: Grouping, weight_OI: Tensor) -> PackedMatrix:
+def _tensors(matrix: Matrix, grouping: Grouping, weight_OI: Tensor, pruned: Pruned) -> dict[str, Tensor]:
     try:
-        return pack(grouping.ordered(weight_OI).contiguous(), grouping.pattern)
+        return tensors_of(grouping.ordered(weight_OI).contiguous(), grouping.pattern, pruned, matrix)
     except ValueError as error:
         raise Mistake(f"{matrix.name} cannot be packed: {error}; was it changed since it was pruned?") from error
 

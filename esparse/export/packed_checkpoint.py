@@ -10,6 +10,7 @@ from esparse.errors import Mistake
 from esparse.export import Finished, ToFolder
 from esparse.export.engines import usable_by
 from esparse.export.hub_metadata import licence_of
+from esparse.quantise import NoQuantise
 from esparse.shuffles import NoShuffle
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from esparse.models.matrices import Matrix
     from esparse.models.reorder import Reordered
     from esparse.patterns import Grouping, Pattern
+    from esparse.pruning.outcome import Pruned
+    from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
 
@@ -52,8 +55,10 @@ class Packed(ToFolder):
     with outliers and a shuffle stay dense, and the log says so.
     """
 
-    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle) -> None:
-        if not pattern.parts():
+    def check(self, pattern: Pattern, recovery: Recovery, shuffle: Shuffle, quantise: Quantise) -> None:
+        if str(pattern) == "dense" and isinstance(quantise, NoQuantise):
+            raise Mistake("export=packed has nothing to pack at pattern=dense without quantise: use export=dense")
+        if not pattern.parts() and str(pattern) != "dense":
             raise Mistake(f"export=packed stores n:m patterns, and {pattern} is none: use export=dense")
         if self.order == "original" and not isinstance(shuffle, NoShuffle) and len(pattern.parts()) > 1:
             raise Mistake(
@@ -79,7 +84,7 @@ class Packed(ToFolder):
                     plan.columns = {name: order.long() for name, order in run.pruned.orders.items() if name in tensors}
                     plan.columns = {name: order for name, order in plan.columns.items() if name in matrices}
                     plan.transposed = {name for name in plan.columns if matrices[name][0].transposed}
-                packed = _experts(tensors, stacks, contents, precision)
+                packed = _experts(run.pruned, tensors, stacks, contents, precision)
                 rest = {name: value for name, value in tensors.items() if name not in contents.experts}
                 draft.add(packed | self._packed(run, rest, plan, matrices, contents, precision))
             not_loaded = draft.add_not_loaded()
@@ -142,9 +147,6 @@ class Packed(ToFolder):
     ) -> dict[str, Tensor]:
         """One file's tensors, packed; `contents` takes notes of what was packed."""
         from esparse.export.writer import cast, on_disk
-        from esparse.packed import quantised
-        from esparse.packed.matrix import pack, to_file
-        from esparse.pruning.rounding import scales_of
 
         packed: dict[str, Tensor] = {}
         for name in (name for name in tensors if name in matrices):
@@ -152,12 +154,7 @@ class Packed(ToFolder):
             layer = name.removesuffix(".weight")
             stored = cast(plan.stored(name, tensors[name]), precision(name))
             stored_OI = stored.T.contiguous() if matrix.transposed else stored
-            scales, rows = scales_of(run.pruned.grids, matrix), plan.rows.get(name)
-            if scales is None or run.pruned.grid is None:
-                of_layer = to_file(pack(stored_OI, pattern))
-            else:
-                scales = scales if rows is None else scales.rows(rows.cpu())
-                of_layer = quantised.to_file(stored_OI.cpu(), pattern, run.pruned.grid, scales)
+            of_layer = tensors_of(stored_OI, pattern, run.pruned, matrix, plan.rows.get(name))
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
             contents.layers[layer] = str(pattern)
             if f"{layer}.bias" in tensors:
@@ -176,6 +173,24 @@ class Packed(ToFolder):
         return packed | on_disk(run, rest, precision)
 
 
+def tensors_of(
+    stored_OI: Tensor, pattern: Pattern, pruned: Pruned, matrix: Matrix, rows: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors on disk of a matrix whose columns are in group order; of codes, if it was rounded to a grid.
+
+    `rows`: the order of its rows, if it is not their own. Raises ValueError if the pattern or the grid do not hold.
+    """
+    from esparse.packed import quantised
+    from esparse.packed.matrix import pack, to_file
+    from esparse.pruning.rounding import scales_of
+
+    scales = scales_of(pruned.grids, matrix)
+    if scales is None or pruned.grid is None:
+        return to_file(pack(stored_OI, pattern))
+    scales = scales if rows is None else scales.rows(rows.cpu())
+    return quantised.to_file(stored_OI.cpu(), pattern, pruned.grid, scales)
+
+
 def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
     """For each parameter that holds experts, its experts in order."""
     stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
@@ -186,6 +201,7 @@ def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
 
 
 def _experts(
+    pruned: Pruned,
     tensors: dict[str, Tensor],
     stacks: dict[str, list[tuple[Matrix, Grouping]]],
     contents: _Contents,
@@ -195,7 +211,6 @@ def _experts(
     import torch
 
     from esparse.export.writer import cast
-    from esparse.packed.matrix import pack, to_file
 
     packed: dict[str, Tensor] = {}
     for name in (name for name in tensors if name in stacks):
@@ -212,7 +227,7 @@ def _experts(
         for matrix, grouping in stacks[name]:
             stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), precision(name)).contiguous()
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
-            of_each.append(to_file(pack(stored_OI, pattern)) | order)
+            of_each.append(tensors_of(stored_OI, pattern, pruned, matrix) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}
         transposed = stacks[name][0][0].transposed
         contents.experts[name] = {"pattern": str(pattern), "transposed": transposed, "ordered": ordered}

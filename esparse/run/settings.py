@@ -84,7 +84,7 @@ class Experiment:
         pattern, method = self.parsed_pattern(), self.method()
         method.check()
         self.bench.check(pattern)
-        self.export.check(pattern, self.recovery, self.shuffle)
+        self.export.check(pattern, self.recovery, self.shuffle, self.quantise)
         if self.model.store == "shards" and (why := method.needs_whole_model()) is not None:
             raise Mistake(f"{why}, and model.store=shards reads it block by block: use model.store=memory")
         if self.model.processes > 1 and (why := method.needs_all_sequences()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import esparse
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
+from esparse.packed.quantised_layer import QuantisedLinear
 from tests.models.families import tiny
 
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -94,6 +96,44 @@ def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_
     assert written["holds_in"] == (written["of_layers"] if foldable else 0)
 
 
+GRIDS = [
+    ("llama", {"shuffle": "esparse", "quantise": "int4"}),
+    ("llama", {"shuffle": None, "pattern": "dense", "quantise": "int8"}),
+    ("llama", {"shuffle": "gns", "pattern": "4:8", "outliers": "1:16", "quantise": "nf4"}),
+    ("gpt2", {"shuffle": "esparse", "quantise": "int3"}),
+    ("mixtral", {"shuffle": "gns", "quantise": "fp8"}),
+    ("mixtral", {"shuffle": None, "pattern": "dense", "quantise": "int4"}),
+]
+
+
+@pytest.mark.parametrize(("family", "how"), GRIDS, ids=str)
+def test_a_quantised_model_computes_from_codes(family: str, how: dict, tmp_path: Path) -> None:
+    """In memory and from disk, layers and experts, with a pattern and without."""
+    grid = esparse.option("quantise", how["quantise"], group=8, rounding="nearest")
+    model = tiny(family).eval()
+    report = esparse.prune(model, None, calibration=TOKENS_SL, **how | {"quantise": grid})
+    expected = logits(model)
+    esparse.save(model, None, report, tmp_path / "model", packed=True)
+    entry = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert entry["grid"]["class"] == type(grid).__name__
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert esparse.pack(model, report) == {}
+    for packed in (model, again):
+        layers = [m for m in packed.modules() if isinstance(m, QuantisedLinear)]
+        stacks = [m for m in packed.modules() if isinstance(m, PackedExperts)]
+        assert len(layers) + len(stacks) == len(report.keeps)
+        assert all("codes" in m._buffers and "values" not in dict(m.named_parameters()) for m in (*layers, *stacks))
+        torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_changed_since_it_was_rounded_is_refused() -> None:
+    model = tiny("llama")
+    report = esparse.prune(model, None, "dense", calibration=TOKENS_SL, shuffle=None, quantise="int8")
+    next(model.get_parameter(name) for name in report.keeps).data *= 1.01
+    with pytest.raises(ValueError, match=r"do not lie on the grid of 8 bits.*changed since it was pruned"):
+        esparse.pack(model, report)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     report = esparse.prune(model, None, "50%", calibration=TOKENS_SL, shuffle=None)
@@ -113,3 +153,8 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="q_proj has weights that were pruned according to the report"):
             use(tiny("llama"), report)  # the dense one
     assert not (tmp_path / "model").exists()
+    report = esparse.prune(model, None, "dense", calibration=TOKENS_SL, shuffle=None)
+    with pytest.raises(ValueError, match="dense is none"):
+        esparse.pack(model, report)
+    with pytest.raises(ValueError, match="nothing to pack at pattern=dense without quantise"):
+        esparse.save(model, None, report, tmp_path / "model", packed=True)
