@@ -8,9 +8,8 @@ from typing import Any
 def usable_by(kind: str, pattern: str, facts: dict[str, Any]) -> str:
     """`kind`: dense or packed; `facts`: in how many layers the pattern holds as stored (holds_in, of_layers)."""
     if kind == "packed":
-        served = (
-            "" if facts["packed_experts"] or facts["dense_experts"] else ", and vLLM once esparse is installed there"
-        )
+        refused = facts["packed_experts"] or facts["dense_experts"] or "grid" in facts
+        served = "" if refused else ", and vLLM once esparse is installed there"
         return f"transformers loads it after import esparse{served}"
     loads = "whatever loads a Hugging Face checkpoint takes it as a dense model"
     if facts["holds_in"] == 0:

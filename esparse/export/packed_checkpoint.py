@@ -107,7 +107,6 @@ class Packed(ToFolder):
             }
             if licence := licence_of(folder_of(run.blocks.model)):
                 facts["licence"] = licence
-            facts["engines"] = usable_by("packed", run.record["sparsity"]["pattern"], facts)
             entry = {
                 "quant_method": FORMAT_NAME,
                 "version": VERSION,
@@ -124,6 +123,7 @@ class Packed(ToFolder):
             if run.pruned.grid is not None:
                 entry["grid"], entry["version"] = settings(run.pruned.grid), WITH_GRID
                 facts["grid"] = entry["grid"]
+            facts["engines"] = usable_by("packed", run.record["sparsity"]["pattern"], facts)
             mark = {"id": run.record["id"], "format": "packed"}
             draft.finish(dtype, packed_card(run.record, facts), mark, entry)
         if contents.dense_experts:

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 from esparse import patterns
 from esparse.errors import Mistake
+from esparse.parts import numbers
+from esparse.quantise.grids import Grid
+from esparse.records.groups import GROUPS
 
 PATTERNS = ("2:4", "4:8", "8:16", "8:16+16:256")
 LLAMA = [f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b")]
@@ -25,15 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esparse.packed.memory", description=__doc__)
     parser.add_argument("models", nargs="*", help="hub names or directories (default: LLaMA-7B to 65B)")
     parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with outliers")
+    parser.add_argument(
+        "--quantise", default="", help="none, int8, int4, int3, fp8, nf4, ...: of kept values, with conf/'s groups"
+    )
     asked = parser.parse_args(arguments)
     from esparse.packed import savings  # torch is loaded from here on
 
     try:
+        grids = {name: _grid(name) for name in asked.quantise.split(",") if name}
         for text in asked.patterns.split(","):
-            if not patterns.from_str(text).parts():
-                raise Mistake(f"{text} is no n:m pattern, and only n:m can be packed")
+            coded = str(patterns.from_str(text)) == "dense" and any(grid is not None for grid in grids.values())
+            if not patterns.from_str(text).parts() and not coded:
+                raise Mistake(f"{text} is no n:m pattern, and only n:m can be packed, or dense with --quantise")
         models = {name.rstrip("/").rpartition("/")[2]: savings.config_of(name) for name in asked.models or LLAMA}
-        rows = savings.table(models, asked.patterns.split(","))
+        rows = savings.table(models, asked.patterns.split(","), grids)
     except (ValueError, OSError) as error:
         print(f"esparse: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 2
@@ -43,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("|---" * len(row) + "|")
     print("\nIn 16-bit precision; GB are 10^9 bytes. Saved: of the whole model, embeddings, norms and head dense.")
     return 0
+
+
+def _grid(name: str) -> Grid | None:
+    """The grid of conf/quantise/NAME.yaml; None for 16 bits. Raises Mistake for an unknown name."""
+    part, _ = numbers.option("quantise", name, lambda group, own: GROUPS[group].component(own), outside=numbers.usual())
+    return part if isinstance(part, Grid) else None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
 from esparse.packed.sizes import META, Saving, of_matrix
 from esparse.patterns import Pattern
+from esparse.quantise.grids import Grid
 
 # Per cent saved by 2:4 on LLaMA, as E-Sparse publishes it (arXiv 2310.15929, abstract: 42.64 % to 43.52 %).
 PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
 
 
-def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16) -> Saving:
+def of_model(
+    config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = torch.float16, grid: Grid | None = None
+) -> Saving:
     """Bytes of a whole model: all decoder layers and experts packed, embeddings, norms and head dense."""
     with META:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -29,10 +33,10 @@ def of_model(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype = to
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         matrices = BlockMatrices(block, f"{prefix}.{index}")
-        packed = [of_matrix(pattern, *layer.view().shape, dtype) for layer in matrices.layers()]
+        packed = [of_matrix(pattern, *layer.view().shape, dtype, grid) for layer in matrices.layers()]
         # Only a forward pass shows which side of an expert is its input; that matters for a tail of the groups only.
         experts = [parameter.shape for parameter in matrices.parameters().values() if parameter.ndim == 3]
-        packed += [of_matrix(pattern, *shape[1:], dtype) * shape[0] for shape in experts]
+        packed += [of_matrix(pattern, *shape[1:], dtype, grid) * shape[0] for shape in experts]
         for part in packed:
             saving += Saving(0, part.in_memory - part.dense, part.on_disk - part.dense)
     return saving
@@ -47,11 +51,14 @@ def as_published(config: PretrainedConfig, pattern: Pattern, dtype: torch.dtype 
     return block * config.num_hidden_layers + Saving(embedding, embedding, embedding)
 
 
-def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[list[str]]:
-    """A header, and one row per model and pattern."""
+def table(
+    models: dict[str, PretrainedConfig], asked: Sequence[str], grids: Mapping[str, Grid | None] | None = None
+) -> list[list[str]]:
+    """A header, and one row per model, pattern and grid (by its name; None: values of 16 bits)."""
     header = [
         "model",
         "pattern",
+        *(["quantise"] if grids else []),
         "dense",
         "in memory",
         "saved",
@@ -62,16 +69,19 @@ def table(models: dict[str, PretrainedConfig], asked: Sequence[str]) -> list[lis
     ]
     rows = [header]
     for name, config in models.items():
-        for text in asked:
+        for text, (quantise, grid) in product(asked, (grids or {"none": None}).items()):
             pattern = patterns.from_str(text)
-            whole = of_model(config, pattern)
-            llama = config.model_type == "llama"
+            if grid is None and not pattern.parts():
+                continue  # 16 bits of every weight are not packed
+            whole = of_model(config, pattern, grid=grid)
+            llama = config.model_type == "llama" and grid is None
             counted = as_published(config, pattern).share_in_memory if llama else None
             published = PUBLISHED.get(name) if text == "2:4" else None
             rows.append(
                 [
                     name,
                     text,
+                    *([quantise] if grids else []),
                     _gb(whole.dense),
                     _gb(whole.in_memory),
                     _percent(whole.share_in_memory),

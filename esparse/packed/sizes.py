@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from esparse.packed import matrix
+from esparse.packed import grid_sizes, matrix
 from esparse.patterns import Pattern
+from esparse.quantise.grids import Grid
 
 META = torch.device("meta")
 
@@ -36,9 +37,28 @@ class Saving:
         return 1 - self.on_disk / self.dense
 
 
+def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, grid: Grid | None = None) -> Saving:
+    """Bytes of one pruned matrix; the pattern must be n:m, or n:m with outliers, or with a grid dense.
+
+    Raises Mistake if the grid's groups do not divide the inputs.
+    """
+    if grid is None:
+        return _of_values(pattern, outputs, inputs, dtype)
+    shapes = grid_sizes.file_shapes(pattern, outputs, inputs, grid)
+    in_memory = sum(outputs * shape[1] for name, shape in shapes.items() if name in ("codes", "scales"))
+    in_memory += outputs * (inputs // grid.columns(inputs)) if grid.zero_bits else 0
+    if pattern.parts():
+        in_memory += outputs * -(-inputs // 8)
+        other_bytes = dtype.itemsize if grid.outlier_bits is not None else 1
+        for outliers in pattern.parts()[1:]:
+            place_bytes = 1 if outliers.m <= 256 else 4
+            in_memory += outputs * outliers.kept_per_row(inputs) * (other_bytes + place_bytes)
+    on_disk = grid_sizes.file_bytes(pattern, outputs, inputs, grid)
+    return Saving(outputs * inputs * dtype.itemsize, in_memory, on_disk)
+
+
 @lru_cache
-def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype) -> Saving:
-    """Bytes of one pruned matrix; the pattern must be n:m, or n:m with outliers."""
+def _of_values(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype) -> Saving:
     dense = torch.empty(outputs, inputs, dtype=dtype, device=META)
     on_disk = sum(
         torch.empty(shape, dtype=torch.uint8 if name.endswith("index") else dtype, device=META).nbytes

@@ -34,6 +34,11 @@ class ServedCheckpoint(QuantizationConfig):
                 f"vLLM cannot serve packed experts ({next(iter(entry.experts))}, ...): prune again with the experts "
                 "in model.skip, or use export=dense"
             )
+        if getattr(entry, "grid", None) is not None:
+            raise Mistake(
+                "vLLM cannot serve packed codes (quantise=...): load the folder with transformers after import "
+                "esparse, or prune again with quantise=none or export=dense"
+            )
         missing = [norm for norm in entry.behind if norm not in entry.readers]
         if missing:
             raise Mistake(

@@ -63,6 +63,7 @@ def test_what_is_loaded_is_what_was_pruned(
         assert size == file_bytes(layer.pattern, layer.out_features, layer.in_features, grid)
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "scale" in card and "here values are stored so." in card
+    assert "transformers loads it after import esparse" in card and "vLLM" not in card
 
 
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PretrainedConfig
 
-from esparse import patterns
+from esparse import option, patterns
 from esparse.models.load import published_config
-from esparse.packed import savings
+from esparse.packed import quantised, savings
 from esparse.packed.memory import main
 from esparse.packed.savings import as_published, of_model
 from esparse.packed.sizes import of_matrix
@@ -90,3 +91,38 @@ def test_help_comes_before_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "TORCH False" in done.stdout and "--patterns" in done.stdout
+
+
+@pytest.mark.parametrize("pattern", [("2:4", None), ("8:16", "16:256"), ("dense", None)], ids=str)
+@pytest.mark.parametrize(
+    ("quantise", "changes"),
+    [("int8", {}), ("int4", {"symmetric": False}), ("nf4", {"outlier_bits": None}), ("int3", {"scale": "float32"})],
+    ids=str,
+)
+def test_a_quantised_matrix_takes_the_bytes_of_its_tensors(
+    quantise: str, changes: dict[str, Any], pattern: tuple[str, str | None]
+) -> None:
+    parsed, grid = patterns.parse(*pattern), option("quantise", quantise, group=64, **changes)
+    weight_OI = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    rounded_OI, scales = grid.nearest(weight_OI, parsed.keep_top(weight_OI.abs()), parsed)
+    tensors = quantised.to_file(rounded_OI.half() + 0.0, parsed, grid, scales)
+    counted = of_matrix(parsed, 8, 512, torch.float16, grid)
+    assert counted.dense == 8 * 512 * 2
+    assert counted.on_disk == sum(value.nbytes for value in tensors.values())
+    assert counted.in_memory == quantised.from_file(tensors, parsed, 512, grid).nbytes
+
+
+def test_the_command_says_what_quantised_values_save(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny("llama").config.save_pretrained(tmp_path / "model")
+    asked = [str(tmp_path / "model"), "--patterns", "2:4,dense", "--quantise"]
+    assert main([*asked, "none,int8"]) == 0
+    rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| model")]
+    cells = [(pattern.strip(), quantise.strip()) for pattern, quantise in rows]
+    assert cells == [("pattern", "quantise"), ("2:4", "none"), ("2:4", "int8"), ("dense", "int8")]
+    for quantise, words in (
+        ("none", "only n:m can be packed, or dense with --quantise"),
+        ("int4", "quantise.group=64 does not divide the 32 inputs"),
+        ("int5", "int5"),
+    ):
+        assert main([*asked, quantise]) == 2
+        assert words in capsys.readouterr().err

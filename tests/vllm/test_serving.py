@@ -93,6 +93,8 @@ def damaged(folder: Path, how: str) -> None:
         entry["layers"]["model.layers.0.self_attn.k_proj"] = "8:16"
     elif how == "experts":
         entry["experts"] = {"model.layers.0.mlp.experts": {}}
+    elif how == "grid":
+        entry["grid"] = {"class": "Integer"}
     elif how == "version":
         entry["version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
@@ -105,6 +107,7 @@ def damaged(folder: Path, how: str) -> None:
         ("gone", "is missing: copy the folder again"),
         ("mixed", "computes model.layers.0.self_attn.qkv_proj as one layer, and its parts differ"),
         ("experts", "cannot serve packed experts"),
+        ("grid", "cannot serve packed codes"),
         ("version", "version 99 of esparse's format"),
     ],
 )
