@@ -14,7 +14,7 @@ from esparse import patterns
 from esparse.models.load import published_config
 from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
-from esparse.packed.sizes import META, Saving, of_matrix
+from esparse.packed.sizes import META, Saving, of_codes, of_matrix
 from esparse.patterns import Pattern
 from esparse.quantise.grids import Grid
 
@@ -33,10 +33,10 @@ def of_model(
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         matrices = BlockMatrices(block, f"{prefix}.{index}")
-        packed = [of_matrix(pattern, *layer.view().shape, dtype, grid) for layer in matrices.layers()]
+        packed = [_of_matrix(pattern, list(layer.view().shape), dtype, grid) for layer in matrices.layers()]
         # Only a forward pass shows which side of an expert is its input; that matters for a tail of the groups only.
         experts = [parameter.shape for parameter in matrices.parameters().values() if parameter.ndim == 3]
-        packed += [of_matrix(pattern, *shape[1:], dtype, grid) * shape[0] for shape in experts]
+        packed += [_of_matrix(pattern, list(shape[1:]), dtype, grid) * shape[0] for shape in experts]
         for part in packed:
             saving += Saving(0, part.in_memory - part.dense, part.on_disk - part.dense)
     return saving
@@ -96,6 +96,13 @@ def table(
 
 def config_of(name: str) -> PretrainedConfig:
     return published_config(name) or AutoConfig.from_pretrained(str(Path(name).expanduser()))
+
+
+def _of_matrix(pattern: Pattern, shape: Sequence[int], dtype: torch.dtype, grid: Grid | None) -> Saving:
+    outputs, inputs = shape
+    if grid is None:
+        return of_matrix(pattern, outputs, inputs, dtype)
+    return of_codes(pattern, outputs, inputs, dtype, grid)
 
 
 def _gb(size: int) -> str:

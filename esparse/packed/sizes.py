@@ -37,13 +37,22 @@ class Saving:
         return 1 - self.on_disk / self.dense
 
 
-def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, grid: Grid | None = None) -> Saving:
-    """Bytes of one pruned matrix; the pattern must be n:m, or n:m with outliers, or with a grid dense.
+@lru_cache
+def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype) -> Saving:
+    """Bytes of one pruned matrix; the pattern must be n:m, or n:m with outliers."""
+    dense = torch.empty(outputs, inputs, dtype=dtype, device=META)
+    on_disk = sum(
+        torch.empty(shape, dtype=torch.uint8 if name.endswith("index") else dtype, device=META).nbytes
+        for name, shape in matrix.file_shapes(pattern, outputs, inputs).items()
+    )
+    return Saving(dense.nbytes, matrix.empty(pattern, outputs, inputs, dtype, META).nbytes, on_disk)
+
+
+def of_codes(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, grid: Grid) -> Saving:
+    """Bytes of one quantised matrix, whose outliers may have that dtype; the pattern may also be dense.
 
     Raises Mistake if the grid's groups do not divide the inputs.
     """
-    if grid is None:
-        return _of_values(pattern, outputs, inputs, dtype)
     shapes = grid_sizes.file_shapes(pattern, outputs, inputs, grid)
     in_memory = sum(outputs * shape[1] for name, shape in shapes.items() if name in ("codes", "scales"))
     in_memory += outputs * (inputs // grid.columns(inputs)) if grid.zero_bits else 0
@@ -55,13 +64,3 @@ def of_matrix(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype, g
             in_memory += outputs * outliers.kept_per_row(inputs) * (other_bytes + place_bytes)
     on_disk = grid_sizes.file_bytes(pattern, outputs, inputs, grid)
     return Saving(outputs * inputs * dtype.itemsize, in_memory, on_disk)
-
-
-@lru_cache
-def _of_values(pattern: Pattern, outputs: int, inputs: int, dtype: torch.dtype) -> Saving:
-    dense = torch.empty(outputs, inputs, dtype=dtype, device=META)
-    on_disk = sum(
-        torch.empty(shape, dtype=torch.uint8 if name.endswith("index") else dtype, device=META).nbytes
-        for name, shape in matrix.file_shapes(pattern, outputs, inputs).items()
-    )
-    return Saving(dense.nbytes, matrix.empty(pattern, outputs, inputs, dtype, META).nbytes, on_disk)

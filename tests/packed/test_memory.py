@@ -16,7 +16,7 @@ from esparse.models.load import published_config
 from esparse.packed import quantised, savings
 from esparse.packed.memory import main
 from esparse.packed.savings import as_published, of_model
-from esparse.packed.sizes import of_matrix
+from esparse.packed.sizes import of_codes, of_matrix
 from tests.models.families import tiny
 
 # GB in 16 bit: two embeddings, per block 4 d^2 + 3 d f, of which 9 of 16 bits (in memory) are left at 2:4.
@@ -106,7 +106,7 @@ def test_a_quantised_matrix_takes_the_bytes_of_its_tensors(
     weight_OI = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
     rounded_OI, scales = grid.nearest(weight_OI, parsed.keep_top(weight_OI.abs()), parsed)
     tensors = quantised.to_file(rounded_OI.half() + 0.0, parsed, grid, scales)
-    counted = of_matrix(parsed, 8, 512, torch.float16, grid)
+    counted = of_codes(parsed, 8, 512, torch.float16, grid)
     assert counted.dense == 8 * 512 * 2
     assert counted.on_disk == sum(value.nbytes for value in tensors.values())
     assert counted.in_memory == quantised.from_file(tensors, parsed, 512, grid).nbytes
