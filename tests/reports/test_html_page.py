@@ -23,7 +23,7 @@ import pytest
 
 from esparse.reports.command import html
 from esparse.reports.figures.catalogue import PICTURES
-from esparse.reports.page import vega
+from esparse.reports.page import marks, vega
 from esparse.reports.page.html_page import page
 from esparse.reports.page.pictures import as_data, drawn
 from esparse.reports.reading import read_records
@@ -476,3 +476,24 @@ def test_text_stands_out_in_both_schemes(browser: Any, scheme: str) -> None:
         time.sleep(0.3)
         wait(browser)
         assert abs(light(browser.execute_script(style, "figure .role-axis-label text", "fill")) - label) > 0.5
+
+
+@needs_vega
+def test_the_front_of_perplexity_by_bits_is_what_no_run_is_ahead_of() -> None:
+    """Drawn by Vega, as a browser does: the dashed line has these corners, of means over seeds."""
+    import vl_convert
+
+    points = [("a", 4.0, 11.0), ("a", 2.0, 22.0), ("a", 2.0, 24.0)]
+    points += [("b", 3.0, 25.0), ("b", 4.0, 12.0), ("b", 16.0, 10.0)]
+    rows = [
+        {"run": f"{i}", "method": name, "label": name, "style": [0, 0], "quantiser": f"{x}", "x": x, "y": y}
+        for i, (name, x, y) in enumerate(points)
+    ]
+    spec = marks.by_bits() | {"width": 300, "data": {"values": rows}}
+    spec["layer"] = [layer for layer in spec["layer"] if "strokeDash" in layer["mark"]]  # the front alone
+    (front,) = re.findall(r'aria-roledescription="line mark"[^>]* d="([^"]*)"', vl_convert.vegalite_to_svg(spec))
+    corners = [tuple(map(float, corner.split(","))) for corner in re.split("[ML]", front)[1:]]
+    assert len(corners) == 3
+    (left, first), (middle, second), (right, third) = corners
+    assert (middle - left) / (right - left) == pytest.approx(1 / 3, rel=1e-4)  # 2, 4 and 16 bits on a logarithmic axis
+    assert (first - second) / (first - third) == pytest.approx((23 - 11) / (23 - 10), rel=1e-4)

@@ -186,7 +186,7 @@ def times() -> Spec:
 
 
 def by_bits() -> Spec:
-    """Perplexity against bits per weight, which are on a logarithmic axis."""
+    """Perplexity against bits per weight, which are on a logarithmic axis, and the Pareto front of what is shown."""
     x = number("x", "bits per weight", scale={"type": "log", "base": 2}, axis={"format": "~g", "tickCount": 5})
     y = number("y", "perplexity (lower is better)", axis={"format": "~g", "tickCount": 6})
     seeds = mean_over_seeds("y", "x", "quantiser")
@@ -194,8 +194,20 @@ def by_bits() -> Spec:
         ("method", "method"), ("quantiser", "values"), ("x", "bits per weight"), ("y", "perplexity"),
         ("spread", "standard deviation"), ("runs", "runs"),
     )  # fmt: skip
+    along = {"sort": [{"field": "x"}, {"field": "y"}]}
+    front = {
+        "transform": [
+            *seeds,
+            along | {"window": [{"op": "min", "field": "y", "as": "best"}], "frame": [None, 0]},
+            along | {"window": [{"op": "lag", "field": "best", "as": "before"}]},
+            {"filter": "!isValid(datum.before) || datum.y < datum.before"},
+        ],
+        "mark": {"type": "line", "strokeDash": DASHED, "strokeWidth": 1.2, "color": "#888"},
+        "encoding": {"x": x, "y": y, "tooltip": {"value": "Pareto front"}},
+    }
     return figure(
         [
+            front,
             layer(mark("line", strokeWidth=1.5), transform=seeds, x=x, y=y, detail={"field": "method"}),
             layer(mark("rule"), transform=seeds, x=x, y=y | {"field": "least"}, y2={"field": "most"}),
             layer(mark("point"), transform=seeds, x=x, y=y, tooltip=tooltip),

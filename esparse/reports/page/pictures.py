@@ -27,8 +27,9 @@ DRAWN: dict[str, Callable[[Sequence[Record], str | None], Group]] = {
 CAPTIONS = {
     "perplexity": "A line per method, a marker per pattern: mean over seeds, with the standard deviation. Dashed: the "
     "dense model.",
-    "bits": "A line per pattern and method, a point per quantiser: mean over seeds. Bits are all that a pruned weight "
-    "takes on disk: values, index, scales, zero points, outliers, padding; a value that is not rounded counts 16.",
+    "bits": "A line per pattern and method, a point per quantiser: mean over seeds. Dashed: the Pareto front; no run "
+    "has fewer bits and a lower perplexity. Bits are all that a pruned weight takes on disk: values, index, scales, "
+    "zero points, outliers, padding; a value that is not rounded counts 16.",
     "channels": "Of the input of one layer: every channel at its place, and the mean of every group that competes. "
     "First in the channels' own order, then as each shuffle cuts the groups, of runs that differ by nothing else.",
     "evenness": "Standard deviation of the means of a layer's groups, in per cent of their mean, as a mean over the "
