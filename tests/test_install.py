@@ -165,7 +165,7 @@ def test_a_sweep_and_an_experiment_of_ones_own(environment: Callable[..., Path],
     (own / "hydra" / "launcher").mkdir(parents=True)
     (own / "metric").mkdir()
     (own / "hydra" / "launcher" / "cluster.yaml").write_text("# ours\ndefaults: [a100, _self_]\npartition: short\n")
-    (own / "metric" / "sharp.yaml").write_text("# ours\ndefaults: [entropy, _self_]\nalpha: 0.25\n")
+    (own / "metric" / "sharp.yaml").write_text("# ours\ndefaults: [entropy, _self_]\ngamma: 0.25\n")
     (own / "study.yaml").write_text(
         "# A sweep.\ndefaults:\n  - config\n  - override tracking: none\n  - override evaluate: none\n  - _self_\n"
         "calibration: {sequences: 2, length: 32}\noutput_root: swept\n"

@@ -210,7 +210,7 @@ def test_experts_are_pruned_however_they_are_computed(family: str) -> None:
 def test_parts_of_ones_own_and_none() -> None:
     model, other = tiny("llama"), tiny("llama")
     report = pruned(model, metric=esparse.option("metric", "entropy", gamma=0.25), shuffle=None, update=None)
-    assert report.config["metric"]["alpha"] == 0.5
+    assert report.config["metric"]["gamma"] == 0.25
     assert report.config["choices"]["metric"] == "Entropy"
     assert not report.orders
     assert pruned(other, metric=Wanda(), recovery=None, prepare=None, allocation=None).config["metric"] == {

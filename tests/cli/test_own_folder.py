@@ -19,12 +19,12 @@ def test_what_lies_there_replaces_what_esparse_has_and_adds_to_it(
     theirs = (conf_folder() / "hydra" / "launcher" / "site.yaml").read_text()
     (place / "site.yaml").write_text(theirs.replace("partition: null", "partition: mine"))
     shutil.copytree(conf_folder() / "metric", tmp_path / "metric", dirs_exist_ok=True)
-    (tmp_path / "metric" / "sharp.yaml").write_text("defaults: [entropy, _self_]\nalpha: 0.25\n")
+    (tmp_path / "metric" / "sharp.yaml").write_text("defaults: [entropy, _self_]\ngamma: 0.25\n")
     monkeypatch.setenv("ESPARSE_CONF", str(tmp_path))
     done = launch("--cfg", "all", "hydra/launcher=a100", "metric=sharp")
     assert done.returncode == 0, done.stderr
     assert "partition: mine" in done.stdout  # a100 builds on site
-    assert "alpha: 0.25" in done.stdout
+    assert "gamma: 0.25" in done.stdout
     assert f"{tmp_path} stands in front of esparse's own configuration" in done.stderr
 
 
