@@ -3,11 +3,16 @@
     python experiments/bench_packed.py                   # codec, then memory and time of a model of 0.2 B parameters
     python experiments/bench_packed.py --blocks 8
     python experiments/bench_packed.py --only codec
+    python experiments/bench_packed.py --only decode     # one token from values and codes, as ratios: a minute
 
 First the codec in bfloat16, the best of three rounds: seconds, and in brackets those of all cores together, which say
 more where other jobs are running. Then a LLaMA with random weights is pruned and packed with `python launch.py`, and
 the dense and the packed checkpoint are loaded by a process each, which says what it has in memory beyond what the
 libraries take (resident set, and of it what is no file) and how long a forward pass takes.
+`decode` times one token through a layer of LLaMA-7B's width on one thread: dense 16-bit weights (PyTorch), packed ones,
+and codes. All ways take turns; the time is the thread's own (what it computed, not what it waited for), the least of
+all rounds. Only ratios within one run mean anything. Beside each stands the ratio of the bytes, which a product bound
+by memory would reach.
 Cost: five minutes on two cores, and the disk space of the model twice.
 """
 
@@ -29,12 +34,21 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import esparse  # noqa: E402
 from esparse import patterns  # noqa: E402
+from esparse.kernels.form import packed_bits  # noqa: E402
 from esparse.models.load import BUILTIN  # noqa: E402
+from esparse.packed import grid_sizes, quantised_layer  # noqa: E402
+from esparse.packed.layer import multiply  # noqa: E402
 from esparse.packed.matrix import from_file, pack, to_file  # noqa: E402
+from esparse.packed.quantised import QuantisedMatrix  # noqa: E402
+from esparse.quantise.grids import Grid  # noqa: E402
 
 LAYER = (4096, 11008)
 CODED = [("2:4", None), ("4:8", None), ("8:16", None), ("16:32", None), ("8:16", "16:256")]
+# The name, the pattern, and what kept values are rounded to.
+DECODED = [("dense", "dense", None), ("2:4", "2:4", None), ("8:16", "8:16", None)]
+DECODED += [(f"{p} + {q}", p, q) for p in ("2:4", "8:16", "dense") for q in ("int8", "int4", "int3", "nf4", "fp8")]
 
 # Loads a small model of the same kind first: what the libraries take is no part of what a model takes.
 MEASURE = """
@@ -102,6 +116,48 @@ def codec() -> None:
         print(f"  {pattern!s:14} to disk {encode}   from disk {decode}   index {bits} bits per weight")
 
 
+def decode() -> None:
+    torch.set_num_threads(1)
+    outputs, inputs, rounds = LAYER[1] // 2, LAYER[0], 15
+    x_TI = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ways: dict[str, tuple[int, Callable[[], object]]] = {}
+    for name, asked, quantise in DECODED:
+        pattern = patterns.parse(asked)
+        generator = torch.Generator().manual_seed(1)
+        weight_OI = torch.randn(outputs, inputs, generator=generator).bfloat16()
+        if name == "dense":
+            ways[name] = (weight_OI.nbytes, lambda w=weight_OI: torch.nn.functional.linear(x_TI, w))  # type: ignore[misc]
+        elif quantise is None:
+            packed = pack(weight_OI.masked_fill(~pattern.keep_top(weight_OI.abs().float()), 0.0), pattern)
+            ways[name] = (packed.nbytes, lambda p=packed: multiply(p, x_TI, None))  # type: ignore[misc]
+        else:
+            codes = random_codes(pattern, outputs, inputs, esparse.option("quantise", quantise))
+            ways[name] = (codes.nbytes, lambda c=codes: quantised_layer.multiply(c, x_TI, None))  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (_, product) in ways.items():
+            start = time.thread_time()
+            product()
+            times[name].append(time.thread_time() - start)
+    dense_bytes, dense_time = ways["dense"][0], min(times["dense"])
+    print(
+        f"decode, {outputs} x {inputs}, one token, one thread, least of {rounds} rounds, load {os.getloadavg()[0]:.1f}"
+    )
+    for name, (size, _) in ways.items():
+        ratio, limit = dense_time / min(times[name]), dense_bytes / size
+        print(f"  {name:14} {ratio:5.2f} times dense   bytes {limit:5.2f}   share of the limit {ratio / limit:4.2f}")
+
+
+def random_codes(pattern: patterns.Pattern, outputs: int, inputs: int, grid: Grid) -> QuantisedMatrix:
+    """A quantised matrix of any values: rounding one would take minutes."""
+    shapes, seeded = grid_sizes.file_shapes(pattern, outputs, inputs, grid), torch.Generator().manual_seed(2)
+    keep_OI = pattern.keep_top(torch.rand(outputs, inputs, generator=seeded)) if pattern.parts() else None
+    scale_OG = torch.full((outputs, inputs // grid.columns(inputs)), 0.01, dtype=getattr(torch, grid.scale))
+    codes_OB = torch.randint(256, shapes["codes"], dtype=torch.uint8, generator=seeded)
+    bits_OB = None if keep_OI is None else packed_bits(keep_OI)
+    return QuantisedMatrix(pattern, inputs, grid, codes_OB, scale_OG.view(torch.uint8), bits_OB=bits_OB)
+
+
 def model(blocks: int, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,8 +204,11 @@ def model(blocks: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--only", choices=("codec", "model"))
+    parser.add_argument("--only", choices=("codec", "model", "decode"))
     asked = parser.parse_args()
+    if asked.only == "decode":
+        decode()
+        return
     if asked.only != "model":
         codec()
     if asked.only == "codec":
