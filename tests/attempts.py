@@ -12,12 +12,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from esparse.cli import attempt as one_run
 from esparse.cli import registry
 from esparse.cli.call import call
 from tests import forks
+from tests.composing import composing
 
 CONF = Path(__file__).parent.parent / "conf"
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}
@@ -39,8 +40,7 @@ def attempt(overrides: list[str], kill_at: int | None, counted: Path | None) -> 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)  # as in forks.run
-    registry.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         config = compose("config", overrides, return_hydra_config=True)
     experiment = registry.build(config)
     root = Path(experiment.output_root)

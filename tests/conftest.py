@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from esparse import kernels
 from tests import compile_once, kinds
+from tests.process_state import left_as_found
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -34,7 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kinds.mark(items)
+    kinds.long_files_first(items)
     config.stash[kinds.COLLECTED] = list(items)
+
+
+@pytest.fixture(autouse=True)
+def the_process_is_left_as_it_was_found() -> Iterator[None]:
+    """Else a test makes others fail, elsewhere; it begins with random numbers of its own, whatever ran before it."""
+    torch.manual_seed(0)
+    with left_as_found():
+        yield
 
 
 @pytest.fixture(autouse=True)

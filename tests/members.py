@@ -13,14 +13,15 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def carry_out(ranks: Ranks, runs: dict[str, list[str]], out: Path) -> None:
     """Carries out runs, by the name of each one's folder."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
 
     from esparse.cli import registry
     from esparse.run import experiment
+    from tests.composing import composing
 
     registry.register()
     for name, overrides in runs.items():
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with composing():
             config = compose("config", overrides, return_hydra_config=True)
         asked = registry.build(config)
         settings = registry.resolved(config, asked, config.hydra.runtime.choices)

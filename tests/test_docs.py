@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -21,6 +21,7 @@ from esparse.pruning.prune import Method, prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.updates import NoUpdate
+from tests.composing import composing
 from tests.models.families import tiny
 from tests.workshop import launch
 
@@ -46,6 +47,7 @@ def test_there_are_commands() -> None:
     assert len(ALL) >= 5
 
 
+@pytest.mark.tries(3)
 # A sweep is composed job by job; tests/test_readme.py carries sweeps out.
 @pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow if "-m " in c else ()) for c in ALL])
 def test_commands_compose(command: str) -> None:
@@ -56,8 +58,7 @@ def test_commands_compose(command: str) -> None:
         for word in words
         if word != "-m"
     ]
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         parsed = OverridesParser.create().parse_overrides(overrides)
         jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
         for job in jobs:
@@ -78,8 +79,7 @@ def test_experiments_compose(experiment: Path) -> None:
 def test_options_of_the_experiments_compose() -> None:
     options = sorted((ROOT / "experiments").glob("*/*.yaml"))
     assert options
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         for path in options:
             where = f"hydra.searchpath=[file://{ROOT / 'experiments'}]"
             registry.build(compose("config", [where, f"{path.parent.name}={path.stem}"]))
@@ -122,8 +122,7 @@ def test_the_docs_example_of_a_metric_works(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(tmp_path)
     power = importlib.import_module("power_example").Power
     monkeypatch.setitem(registry.CHOICES["metric"], "power", power)
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         overrides = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "metric=power", "metric.exponent=2"]
         metric = registry.build(compose("config", overrides)).metric
     assert metric == power(exponent=2.0)

@@ -80,6 +80,7 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr == "gpu.py measures a GPU, and PyTorch sees none here (--dry-run tries the script itself)\n"
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_products(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--dry-run", "--parts", "larger", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

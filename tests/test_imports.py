@@ -123,6 +123,7 @@ def test_few_modules_lie_in_no_folder() -> None:
     assert len(list((ROOT / "esparse").glob("*.py"))) <= LOOSE
 
 
+@pytest.mark.tries(3)
 @pytest.mark.parametrize(
     "arguments",
     [

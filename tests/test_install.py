@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 
 from esparse.parts.extras import EXTRAS
 from esparse.records import audit
-from tests.workshop import ROOT
+from tests.workshop import ROOT, launch
 
 SMALL = ["calibration.sequences=2", "calibration.length=32", "evaluate.max_tokens=64", "evaluate.length=32"]
 PARTS = ["esparse", "conf", "hydra_plugins", "pyproject.toml", "README.md", "LICENSE"]
@@ -152,7 +152,7 @@ def test_the_installed_command_prunes_as_launch_py_does(environment: Callable[..
     programs = environment("run")
     done = run(programs / "esparse", *SMALL, cwd=tmp_path)  # W&B's offline run included, as it is the default
     assert done.returncode == 0, done.stderr
-    launched = run(sys.executable, ROOT / "launch.py", *SMALL, "tracking=none", "output_root=launch", cwd=tmp_path)
+    launched = launch(*SMALL, "tracking=none", "output_root=launch", cwd=tmp_path)
     assert launched.returncode == 0, launched.stderr
     assert masks(tmp_path / "outputs") == masks(tmp_path / "launch") != {}
 
@@ -182,6 +182,7 @@ def test_a_sweep_and_an_experiment_of_ones_own(environment: Callable[..., Path],
     assert "gres: gpu:a100:1" in shown
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("asked", "package", "extra"),
     [

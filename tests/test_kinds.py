@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
 
+from esparse.records.groups import GROUPS
 from tests import kinds
 from tests.api.test_every_option import OPTIONS as OF_METHODS
 from tests.models.families import FAMILIES, MORE
-from tests.test_conf import OPTIONS
+from tests.test_conf import METHODS, OPTIONS
 from tests.test_readme import ALL, ELSEWHERE, NOWHERE
 from tests.workshop import ROOT
 
@@ -35,7 +38,7 @@ SUBJECTS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
     """All tests that there are."""
     named = {Path(request.config.invocation_params.dir, argument) for argument in request.config.args}
@@ -44,9 +47,24 @@ def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
     return request.config.stash[kinds.COLLECTED]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def by_default(collected: list[pytest.Item]) -> list[pytest.Item]:
-    return [item for item in collected if not any(map(item.get_closest_marker, ("slurm", *kinds.KINDS)))]
+    return [item for item in collected if chosen(kinds.DEFAULT, item)]
+
+
+def chosen(expression: str, item: pytest.Item) -> bool:
+    """Whether pytest -m takes it: such an expression is one of Python, in which the markers that it has are true."""
+
+    class Markers(dict[str, bool]):
+        def __missing__(self, name: str) -> bool:
+            return item.get_closest_marker(name) is not None
+
+    return eval(_compiled(expression), {}, Markers())
+
+
+@functools.cache
+def _compiled(expression: str) -> CodeType:
+    return compile(expression, "-m", "eval")
 
 
 def parameters(items: list[pytest.Item], *names: str) -> set[Any]:
@@ -61,6 +79,23 @@ def test_the_kinds_are_left_out() -> None:
     assert {*kinds.KINDS} <= {marker.partition(":")[0] for marker in settings["markers"]}
 
 
+def test_ci_runs_every_test_once_and_properties_twice(collected: list[pytest.Item]) -> None:
+    """The README's command is the first of its runs; those of properties try more examples in the second one."""
+    script = (ROOT / ".ci" / "run").read_text()
+    left_out = re.findall(r'^left_out="(.+)"$', script, flags=re.M)
+    brought_up = re.findall(r"\.venv/bin/python -m pytest -m (\w+) -n 0 tests/(\w+)$", script, flags=re.M)
+    assert brought_up == [(name, name) for name in kinds.BROUGHT_UP]
+    assert len(left_out) == 1
+    assert script.count(' -m "$left_out"\n') == 1
+    expressions = [kinds.DEFAULT, *left_out, *kinds.BROUGHT_UP]
+    for item in collected:
+        property_by_default = item.get_closest_marker("hypothesis") and chosen(kinds.DEFAULT, item)
+        times = sum(chosen(expression, item) for expression in expressions)
+        assert times == (2 if property_by_default else 1), item.nodeid
+        for name in kinds.BROUGHT_UP:
+            assert bool(item.get_closest_marker(name)) == (item.path.parent.name == name), item.nodeid
+
+
 def test_every_test_is_tried_but_slow_ones_and_those_have_a_quicker_neighbour(
     collected: list[pytest.Item], by_default: list[pytest.Item]
 ) -> None:
@@ -68,7 +103,7 @@ def test_every_test_is_tried_but_slow_ones_and_those_have_a_quicker_neighbour(
     folders = {item.path.parent for item in by_default}
     for item in collected:
         test = item.nodeid.partition("[")[0]
-        if not item.get_closest_marker("slurm"):
+        if not any(map(item.get_closest_marker, kinds.BROUGHT_UP)):
             assert test in tried or item.get_closest_marker("slow"), test
             assert item.path.parent in folders, test
 
@@ -78,12 +113,15 @@ def test_every_subject_is_tried(subject: str, by_default: list[pytest.Item]) -> 
     assert [item for item in by_default if item.nodeid.startswith(SUBJECTS[subject])]
 
 
-def test_every_option_is_composed_and_those_of_a_method_prune(by_default: list[pytest.Item]) -> None:
+def test_every_option_of_a_method_prunes_and_every_other_one_is_composed(by_default: list[pytest.Item]) -> None:
     prunes = [item for item in by_default if item.nodeid.startswith("tests/api/test_every_option.py")]
     composes = [item for item in by_default if item.nodeid.startswith("tests/test_conf.py")]
     assert parameters(prunes, "group", "option") == {*OF_METHODS}
     models = {(group, option) for group, option in OPTIONS if group == "model"}
-    assert parameters(composes, "group", "option") == {*OPTIONS} - models | {("model", "tiny"), ("model", "hf")}
+    composed = parameters(composes, "group", "option")
+    assert {*OPTIONS} - models - {*OF_METHODS} | {("model", "tiny"), ("model", "hf")} <= composed
+    assert {group for group, _ in composed} == {*GROUPS}
+    assert parameters(composes, "name") == {(name,) for name in METHODS}
 
 
 def test_every_family_is_tried(by_default: list[pytest.Item]) -> None:

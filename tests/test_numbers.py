@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 import esparse
 from esparse.cli import registry
 from esparse.parts.conf_folder import conf_folder
 from esparse.recoveries.window import Window
+from tests.composing import composing
 from tests.test_conf import NEEDED, NEEDED_BY, OPTIONS
 
 # What both can build: the rest of the groups is of a run.
@@ -25,9 +26,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def composing() -> Iterator[None]:
-    registry.register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+def conf_is_read() -> Iterator[None]:
+    with composing(conf_folder()):
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 import esparse
 from esparse.cli import registry
@@ -20,6 +20,7 @@ from esparse.metrics import Metric
 from esparse.metrics.wanda import Wanda
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
+from tests.composing import composing
 from tests.models.families import tiny
 from tests.workshop import ROOT, furnished, launch_anew, small_run
 
@@ -147,8 +148,7 @@ def test_its_options_stand_in_help_and_take_settings(package: Path, workshop: Pa
 
 
 def test_a_sweep_in_a_queue_finds_them_again(here: None) -> None:
-    registry.register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with composing(conf_folder()):
         config = compose("config", ["metric=ours", "shuffle=reversed", "seed=3"], return_hydra_config=True)
     asked = registry.build(config)
     settings = json.loads(json.dumps(registry.resolved(config, asked, config.hydra.runtime.choices)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -28,6 +28,7 @@ from esparse.sweeps import commands as sweep
 from esparse.sweeps.folder import Folder
 from tests import test_docs
 from tests.attempts import start
+from tests.composing import composing
 from tests.reports import test_html_page
 from tests.reports.test_tables import record, write
 from tests.workshop import ROOT, furnished, launch, small_run
@@ -56,8 +57,14 @@ ELSEWHERE = {
 }
 # What no test can do: it takes an account on the hub.
 NOWHERE = {"hf upload NAME DIR ."}
-# Of the commands that prune: the other ones differ in options, each of which tests/api/test_every_option.py tries.
-QUICK = {"python launch.py", "python launch.py export=dense shuffle.foldable=true"}
+# Of the commands that prune or plan: the other ones differ in options, each of which is pruned with by
+# tests/api/test_every_option.py or composed by tests/test_conf.py.
+QUICK = {
+    "python launch.py",
+    "python launch.py export=dense shuffle.foldable=true",
+    "python launch.py model=llama-7b calibration=c4 dry_run=h200",
+    "python launch.py -m hydra/launcher=debug metric=wanda,entropy",
+}
 # What a machine without a GPU, a queue and internet can only plan.
 PLANNED = re.compile(r"(?:^| )(?:model=(?!tiny|hf)|bench=|hydra/launcher=|dry_run=)")
 
@@ -150,8 +157,7 @@ def run(words: list[str], at: At) -> None:
 
 
 def composed(*overrides: str) -> Any:
-    test_docs.registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         return compose("config", list(overrides), return_hydra_config=True)
 
 
@@ -247,9 +253,9 @@ def at(
 
 
 def how_long(command: str) -> Any:
-    """As a case of a test: a command that prunes takes a second for each run."""
-    prunes = re.match(r"python launch\.py(?! --help| -cd )", command) and not PLANNED.search(command)
-    return pytest.param(command, marks=pytest.mark.slow if prunes and command not in QUICK else ())
+    """As a case of a test: a command that prunes takes a second for each run, and the plan of a large model longer."""
+    runs = re.match(r"python launch\.py(?! --help| -cd )", command)
+    return pytest.param(command, marks=pytest.mark.slow if runs and command not in QUICK else ())
 
 
 @pytest.mark.parametrize("command", [how_long(command) for command in ALL if command not in ELSEWHERE.keys() | NOWHERE])

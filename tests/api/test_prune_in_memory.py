@@ -74,6 +74,7 @@ def test_importing_esparse_is_quick_and_loads_no_torch() -> None:
     assert set(esparse.__all__) <= set(dir(esparse))
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize(
     ("overrides", "how"),
     [

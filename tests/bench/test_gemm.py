@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from esparse.bench import Bench, LayerShape, distinct, in_words
 from esparse.bench import products as table
@@ -20,7 +20,8 @@ from esparse.bench.timing import WallClock
 from esparse.cli import registry
 from esparse.patterns import NM, parse
 from esparse.run.experiment import run
-from tests.workshop import ROOT, furnished, launch, small_run
+from tests.composing import composing
+from tests.workshop import furnished, launch, small_run
 
 CPU = torch.device("cpu")
 SHAPES = ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"]
@@ -175,7 +176,7 @@ def test_a_run_leaves_its_latencies_in_the_record(bench: str, tmp_path: Path, mo
     overrides = [f"bench={bench}", "bench.warm_up=1", "bench.repeats=2", "bench.least_ms=0.1", "shuffle=lbs"]
     overrides += {"gemm": ["bench.tokens=[1]", "bench.dtypes=[float32]"], "model": ["bench.batches=[1]"]}[bench]
     workshop = furnished(tmp_path, blocks=1)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         asked = registry.build(compose("config", [*small_run(workshop, tmp_path), *overrides]))
     monkeypatch.setattr(Bench, "require", lambda *_: None)
     monkeypatch.setattr("esparse.bench.timing.CudaClock", lambda _: WallClock())

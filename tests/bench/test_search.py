@@ -103,6 +103,7 @@ def test_a_damaged_cache_counts_as_empty(tmp_path: Path) -> None:
     assert cache.get(FIRST) == Algorithm(3, 2, 1)
 
 
+@pytest.mark.slow
 def test_a_child_that_falls_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     code = 'import sys, time; sys.stdin.read(); print(\'noise\\n{"case": 0, "found": {}}\', flush=True); time.sleep(60)'
     popen = search.subprocess.Popen

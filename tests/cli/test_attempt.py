@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from hashlib import sha256
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
+from hydra.core.config_store import ConfigStore
 
 from esparse.cli import attempt, registry
 from esparse.cli.call import FINISHED, Call, call
 from esparse.cli.earlier import differs
+from esparse.cli.help_text import store_not_copied
 from esparse.errors import Mistake
 from esparse.jobs import lock
 from esparse.pruning.journal import Journal
@@ -21,7 +24,7 @@ from esparse.records import sources
 from esparse.records.report import run_id, write_json
 from esparse.records.sources import CORPUS, Sources
 from esparse.run import experiment as one_run
-from tests.workshop import ROOT
+from tests.composing import composing
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +37,7 @@ def fresh_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(tmp_path: Path) -> dict[str, Any]:
     """Of a run whose text lies in tmp_path."""
     (tmp_path / "text.txt").write_text("one text")
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         words = ["calibration=text", f"calibration.path={tmp_path / 'text.txt'}", "model.devices=cpu", "tracking=none"]
         config = compose("config", [*words, f"output_root={tmp_path / 'out'}"], return_hydra_config=True)
     return registry.resolved(config, registry.build(config), config.hydra.runtime.choices)
@@ -176,3 +178,11 @@ def test_a_run_that_still_writes_is_left_alone(settings: dict[str, Any]) -> None
         assert (folder / "status.json.part").exists() and lock.read(folder) is not None
     assert carried_out(settings) is not None
     assert not list(folder.glob("*.part")) and call.code == FINISHED
+
+
+def test_hydras_store_is_as_it_was_outside_of_a_call() -> None:
+    """A process may have another Hydra app."""
+    store = ConfigStore.instance()
+    with store_not_copied():
+        assert copy.deepcopy(store) is store
+    assert copy.deepcopy(store) is not store

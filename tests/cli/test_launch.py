@@ -176,6 +176,7 @@ def test_memory_is_counted_on_tensors(small: list[str], workshop: Path, tmp_path
     assert memory["saving"] == pytest.approx(1 - memory["sparse_bytes"] / dense)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_one_table_and_a_failing_run_does_not_stop_it(small: list[str], tmp_path: Path) -> None:
     sweep = ["-m", *small, "metric=magnitude,wanda", "model.skip=[],[nothing_left]", "shuffle=none"]
     sweep[sweep.index("model.skip=[],[nothing_left]")] = "model.skip=[],['']"  # an empty expression skips all
@@ -278,6 +279,7 @@ DAMAGES = [truncated, lost_weight, damaged_weight, overflowing_activations, shor
 FORESEEN = [lost_shard, no_weights, no_config, no_text]  # by names alone, before torch is loaded
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_input_ends_in_one_sentence(
     damage: Callable[[Path], str], small: list[str], workshop: Path, tmp_path: Path
@@ -294,6 +296,7 @@ def test_damaged_input_ends_in_one_sentence(
     assert not records(tmp_path)
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize("damage", FORESEEN, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
@@ -308,6 +311,7 @@ def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
     assert not list((tmp_path / "out").glob("*/status.json"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_its_files_no_more(small: list[str], workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop, tmp_path / "shop")
     words = [argument.replace(str(workshop), str(tmp_path / "shop")) for argument in small]
@@ -324,6 +328,7 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
     assert (done.returncode, said in done.stderr) == (2, True)
 
 
+@pytest.mark.tries(4)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -368,6 +373,7 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.tries(6)
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -457,6 +463,7 @@ def test_a_wandb_server_that_is_not_there_does_not_stop_a_run(
     assert len(records(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_glob_in_a_sweep(small: list[str], tmp_path: Path) -> None:
     words = ["metric=glob([w*,m*])", "update=glob(*,exclude=[a*,j*,o*,r*,s*])", "shuffle=none", "dry_run=true"]
     done = launch("-m", *small, *words)

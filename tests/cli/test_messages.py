@@ -72,6 +72,7 @@ def test_a_setting_that_is_given_twice() -> None:
     assert said == "metric is given twice: +metric=entropy counts, metric=wanda does not"
 
 
+@pytest.mark.tries(6)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from esparse.data.calibration import Calibration
 from esparse.data.windows import Perplexity
+from tests.composing import composing
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {"calibration": Calibration, "evaluate": Perplexity}
@@ -27,7 +28,7 @@ def register():
 
 
 def component(group: str, choice: str, *overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return OmegaConf.to_object(compose("only_data", [f"+{group}={choice}", *overrides]))[group]
 
 

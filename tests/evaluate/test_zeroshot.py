@@ -39,6 +39,7 @@ def tiny_model(store: str = "memory", folder: Path = Path("unused")) -> tuple[Bl
     return BlockModel(model, device=torch.device("cpu"), batch_tokens=512, store=weights), tokenizer
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("longest", [256, 24])
 def test_equals_lm_evals_own_model(data: Path, longest: int) -> None:
     from lm_eval.evaluator import evaluate
@@ -129,7 +130,8 @@ def test_the_definitions_are_lm_evals_own() -> None:
         ({"tasks": [], "limit": 0}, "limit must be at least 1 question or null, got 0"),
         ({"tasks": [], "shots": -1}, "shots must not be negative"),
         ({"tasks": [], "data": "/no/such"}, "zeroshot.data=/no/such is no folder"),
-        ({"tasks": ["helaswag"]}, "knows no task 'helaswag'; near it: hellaswag"),
+        # lm-eval looks through all its tasks, which takes seconds.
+        pytest.param({"tasks": ["helaswag"]}, "knows no task 'helaswag'; near it: hellaswag", marks=pytest.mark.slow),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
@@ -187,6 +189,7 @@ def test_a_run_measures_the_dense_and_the_pruned_model(tmp_path: Path) -> None:
     assert shared["zeroshot"]["builtin"]["measures"] == alone["zeroshot"]["builtin"]["measures"]
 
 
+@pytest.mark.slow
 def test_the_builtin_model_knows_how_a_text_goes_on() -> None:
     blocks, tokenizer = tiny_model()
     assert BUILTIN.is_dir()

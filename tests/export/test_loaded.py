@@ -86,17 +86,18 @@ def answers(model: PreTrainedModel) -> torch.Tensor:
     return torch.stack([Answers(model)[index] for index in range(len(TOKENS_SL))])
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_packed_model_is_copied_pickled_and_sent_to_workers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_packed_model_is_copied_pickled_and_sent_to_workers(family: str, how: str, tmp_path: Path) -> None:
     _, model, _, _ = exported(family, packed(), tmp_path)
     expected = answers(model)
     copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     del model
     for other in (copied, pickled):
         assert torch.equal(answers(other), expected)
-    for how in ("fork", "spawn"):
-        loader = DataLoader(Answers(pickled), batch_size=None, num_workers=1, multiprocessing_context=how)
-        torch.testing.assert_close(torch.stack(list(loader)), expected)
+    loader = DataLoader(Answers(pickled), batch_size=None, num_workers=1, multiprocessing_context=how)
+    torch.testing.assert_close(torch.stack(list(loader)), expected)
 
 
 def test_a_packed_model_changes_its_precision_and_back(tmp_path: Path) -> None:

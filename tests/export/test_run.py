@@ -42,7 +42,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_a_packed_run_is_loaded_after_import_esparse(workshop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["import sys", pytest.param(f"import sys\n{FROM}", marks=pytest.mark.slow)])
+def test_a_packed_run_is_loaded_after_import_esparse(first: str, workshop: Path, tmp_path: Path) -> None:
+    """The order of the imports must not matter."""
     done = launch(*small_run(workshop, tmp_path / "out"), "export=packed", "export.dtype=float16", "pattern=4:8")
     assert done.returncode == 0, done.stderr
     folder, record = only_record(tmp_path / "out")
@@ -50,11 +52,11 @@ def test_a_packed_run_is_loaded_after_import_esparse(workshop: Path, tmp_path: P
     assert record["seconds_by_stage"]["export"] > 0
     assert not list(folder.glob("export.*"))
     assert all(layer["packed_bytes"] < layer["dense_bytes"] for layer in record["layers"])
-    for first in ("import sys", f"import sys\n{FROM}"):  # the order of the imports must not matter
-        read = python(f"{first}\n{pages_example()}", record["export"]["path"])
-        assert "KINDS ['PackedLinear']" in read.stdout, read.stderr
+    read = python(f"{first}\n{pages_example()}", record["export"]["path"])
+    assert "KINDS ['PackedLinear']" in read.stdout, read.stderr
 
 
+@pytest.mark.slow
 def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -> None:
     place = tmp_path / "there"
     done = launch(
@@ -112,6 +114,7 @@ def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tm
     assert "block 1 of" not in done.stderr
 
 
+@pytest.mark.tries(3)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -98,6 +98,7 @@ def test_gains_are_those_without_kernels(pattern: NM, ties: bool, kernels_everyw
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.tries(3)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_searches_end_where_they_do_without_kernels(pattern: NM, kernels_everywhere: None) -> None:
     """Rows of integers, so that all sums are exact, and with them every choice."""

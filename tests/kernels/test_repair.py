@@ -94,6 +94,7 @@ def test_of_equal_chances_the_lowest_index_survives() -> None:
     assert keep_OI.int().tolist() == [[1, 1, 0, 0, 1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 1, 1, 0, 0, 1, 0]]
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(8, 16), Outliers(NM(2, 4), NM(2, 16)), None], ids=str)
 @pytest.mark.parametrize("block", [1, 20, 128, 300])
 def test_the_whole_sweep(pattern: NM | None, block: int, kernels_everywhere: None) -> None:

@@ -67,6 +67,7 @@ def test_rows_may_have_gaps() -> None:
         assert torch.equal(least_PI, x_TI.amin(0, keepdim=True))
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("bounds", ["channel", "layer", "fixed"])
 def test_the_statistics_are_those_without_kernels(bounds: str, kernels_everywhere: None) -> None:
     size = {"inputs": 130, "sequences": 3}

@@ -73,6 +73,7 @@ IN_REGISTERS = [
 ]
 
 
+@pytest.mark.tries(24)  # both kernels, all numbers of tokens
 @pytest.mark.parametrize(("kernel", "n", "m", "tile_rows", "depth", "split"), IN_REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 33])
@@ -117,6 +118,7 @@ def test_what_registers_cannot_take() -> None:
     assert not taken(1, 4, 64, torch.bfloat16) and not taken(16, 32, 64, torch.bfloat16)
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize(("rows", "tokens"), [(1000, 1), (4096, 5), (16384, 16)])
 def test_every_tile_that_is_tried_is_right(rows: int, tokens: int) -> None:
     for n, m, dtype in ((2, 4, torch.bfloat16), (4, 8, torch.float32), (1, 4, torch.float32), (16, 32, torch.float32)):

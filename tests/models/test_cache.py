@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,8 +20,9 @@ from esparse.cli import registry
 from esparse.models import cache, host_memory, load
 from esparse.run import experiment, loading
 from esparse.run.measure import dense_known
+from tests.composing import composing
 from tests.models.families import FAMILIES, tiny
-from tests.workshop import ROOT, furnished, small_run
+from tests.workshop import furnished, small_run
 
 # What changes a model most: folds, biases it did not have, values of all survivors, orders that are made physical.
 CHANGES = {
@@ -59,8 +60,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def carry_out(workshop: Path, out: Path, *overrides: str, again: bool = False) -> dict[str, bytes]:
     """The bytes of what a run leaves, by file."""
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         words = [*small_run(workshop, out), "model.store=memory", *overrides]
         config = compose("config", words, return_hydra_config=True)
     asked = registry.build(config)
@@ -120,6 +120,7 @@ def test_a_copy_begins_at_the_same_place_of_a_cache_line() -> None:
     assert cache._copy(torch.tensor(3)) == 3 and cache._copy(torch.zeros(0)).shape == (0,)
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("first", CHANGES)
 def test_a_run_behind_another_ends_as_if_it_were_alone(
     first: str, workshop: Path, tmp_path: Path, loads: list[str]
@@ -135,6 +136,7 @@ def test_a_run_behind_another_ends_as_if_it_were_alone(
     assert len(loads) == 2 and not cache._kept  # the last one got what was kept
 
 
+@pytest.mark.slow
 def test_half_precision_and_tied_weights(workshop: Path, tmp_path: Path, loads: list[str]) -> None:
     model = load.load(_model(workshop), tmp_path)[0]
     model.config.tie_word_embeddings = True
@@ -151,8 +153,7 @@ def test_half_precision_and_tied_weights(workshop: Path, tmp_path: Path, loads: 
 
 
 def _model(workshop: Path) -> load.Model:
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         return registry.build(compose("config", small_run(workshop, workshop / "out"))).model
 
 
@@ -168,6 +169,7 @@ def _change_the_configuration(workshop: Path) -> None:
     file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-01'))
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("change", [_change_a_weight, _change_the_configuration])
 def test_a_checkpoint_that_changes_is_loaded_and_measured_anew(
     change: Any, workshop: Path, tmp_path: Path, loads: list[str]
@@ -182,6 +184,7 @@ def test_a_checkpoint_that_changes_is_loaded_and_measured_anew(
     assert carry_out(workshop, tmp_path / "alone") == after
 
 
+@pytest.mark.slow
 def test_another_model_takes_the_place(workshop: Path, tmp_path: Path, loads: list[str]) -> None:
     shutil.copytree(workshop / "model", workshop / "other")
     for name, path in (("a", "model"), ("b", "other"), ("c", "model")):

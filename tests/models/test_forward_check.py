@@ -176,6 +176,7 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     assert model.config._experts_implementation == "grouped_mm"
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("family", ["gemma4_text", "glm_moe_dsa", "inkling2_text"])
 def test_two_streams_have_their_own_state_and_it_can_be_saved(family: str) -> None:
     """Halved weights between the two streams: each ends as it would alone, also if it is saved on the way."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from esparse.cli import registry
@@ -19,7 +19,7 @@ from esparse.models.source import files_beside, folder_of, not_loaded
 from esparse.parts import extras
 from esparse.records import audit
 from tests import attempts
-from tests.attempts import CONF
+from tests.composing import composing
 from tests.models.test_inputs import model_of
 from tests.workshop import furnished, launch, small_run
 
@@ -172,6 +172,7 @@ def test_a_run_leaves_an_ordinary_checkpoint_that_measures_the_same(place: Path,
     assert second["quality"]["text.txt"]["dense"] == pytest.approx(record["quality"]["text.txt"]["pruned"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_with_the_same_masks(place: Path, tmp_path: Path) -> None:
     whole, stopped = (run_of(place, "small.gguf", tmp_path / name) for name in ("whole", "stopped"))
     process = attempts.start(whole)
@@ -220,8 +221,7 @@ def test_blocks_are_not_read_one_by_one() -> None:
 
 
 def test_a_missing_package_is_one_sentence_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         config = compose("config", run_of(tmp_path, "x.gguf", tmp_path / "out"))
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(Mistake, match=r"x\.gguf needs gguf, which is not installed: pip install 'esparse\[gguf\]'"):

@@ -15,6 +15,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("first", ["import esparse, transformers", "import transformers, esparse"])
 def test_a_transformers_that_esparse_does_not_fit_works_all_the_same(first: str) -> None:
     done = python(
@@ -34,6 +35,7 @@ def test_the_module_that_is_watched_keeps_its_loader(tmp_path: Path) -> None:
     assert int(done.stdout) > 1000, done.stderr
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("error", ["ImportError('Numba needs NumPy 2.3 or less')", "RuntimeError('no locator')"])
 def test_a_numba_that_is_broken_is_done_without_and_said(error: str, tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text(f"raise {error}\n")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -31,6 +31,7 @@ from esparse.parallel.ranks import Ranks, together
 from esparse.records import audit
 from esparse.stats import ColumnEntropy, ColumnMax, ColumnMoments, ColumnNorm, Gram, Statistic, TokenSample
 from tests import forks, members
+from tests.composing import composing
 from tests.same import rounding, same_but_for_ties
 from tests.workshop import ROOT, furnished, small_run
 
@@ -264,6 +265,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_ranks_end_with_who_asked_for_them(tmp_path: Path) -> None:
     code = f"import pathlib; from tests.members import *; sleep_together(pathlib.Path({str(tmp_path)!r}))"
@@ -300,6 +302,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
     assert (folder / "masks.safetensors").read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -310,7 +313,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
     ],
 )
 def test_what_needs_all_sequences_is_refused(overrides: list[str], reason: str, tmp_path: Path) -> None:
-    with initialize_config_dir(str(members.CONF), version_base="1.3"):
+    with composing():
         config = compose("config", [*overrides, "model.devices=cpu:2"])
         with pytest.raises(ValueError, match=re.escape(reason)) as refused:
             registry.build(config)
@@ -321,22 +324,22 @@ def test_what_needs_all_sequences_is_refused(overrides: list[str], reason: str, 
 def test_auto_uses_one_device_where_sequences_cannot_be_dealt_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
 
     from esparse.cli import registry
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    registry.register()
-    with initialize_config_dir(str(members.CONF), version_base="1.3"), caplog.at_level("INFO", "esparse"):
+    with composing(), caplog.at_level("INFO", "esparse"):
         assert [str(d) for d in registry.build(compose("config", [])).devices()] == ["cuda:0", "cuda:1", "cuda:2"]
         assert [str(d) for d in registry.build(compose("config", ["prepare=equalise"])).devices()] == ["cuda:0"]
     assert "of 3 devices only cuda:0 is used" in caplog.text
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize("devices", ["cpu:0", "cpu:", "cpu:-1", "cpu:two"])
 def test_a_number_of_processes_that_makes_no_sense(devices: str) -> None:
-    with initialize_config_dir(str(members.CONF), version_base="1.3"):
+    with composing():
         model = registry.build(compose("config", [f"model.devices='{devices}'"])).model
     with pytest.raises(ValueError, match=f"or cpu:N for N processes, got '{devices}'"):
         model.all_devices()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ from esparse.updates import Solution
 from esparse.updates.admm import Admm
 from esparse.updates.obs import Obs, sweep
 from esparse.updates.swap import Swap
+from tests.composing import composing
 from tests.updates.test_updates import error, problem
 
 CONF = Path(__file__).parent.parent.parent / "conf"
@@ -102,8 +103,7 @@ def test_a_grouping_cuts_in_its_order(pattern: Pattern) -> None:
 @cache
 def shuffle(*overrides: str) -> Shuffle:
     """With the numbers of its YAML file."""
-    registry.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return registry.build(compose("config", list(overrides))).shuffle
 
 

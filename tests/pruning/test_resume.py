@@ -130,7 +130,7 @@ def test_killed_whenever_a_file_is_touched(undisturbed: Undisturbed, tmp_path: P
         assert process.exitcode in (-signal.SIGKILL, 0)
         return process.exitcode == -signal.SIGKILL
 
-    killed(undisturbed, tmp_path, 5, attempt)
+    killed(undisturbed, tmp_path, 3, attempt)
 
 
 @pytest.mark.slow
@@ -145,6 +145,7 @@ def test_killed_at_any_time(undisturbed: Undisturbed, tmp_path: Path) -> None:
     killed(undisturbed, tmp_path, 3, attempt)
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize(
     ("written", "goes_on_at"), [("pruned-00001", 1), ("done-00002", 2), ("result", BLOCKS)], ids=str
 )

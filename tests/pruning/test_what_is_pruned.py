@@ -217,6 +217,7 @@ def test_few_pruned_weights_are_a_warning_that_names_the_largest(caplog: pytest.
     assert next(iter(result.left_dense)) in warning
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("snapshot_seconds", [0.0, None])
 @pytest.mark.parametrize("family", ["gemma4_text", "glm_moe_dsa"])
 def test_a_run_whose_blocks_share_state_goes_on_where_it_was(

@@ -374,6 +374,7 @@ def test_a_browser_finds_rows(browser: Any) -> None:
     assert found() == (["b2", "d4", "c3", "a1"], "")
 
 
+@pytest.mark.slow
 @needs_vega
 def test_figures_follow_the_filter(browser: Any) -> None:
     look(browser, whole_page())
@@ -392,6 +393,7 @@ def test_figures_follow_the_filter(browser: Any) -> None:
     assert said == "No run that is shown has something for it."
 
 
+@pytest.mark.slow
 @needs_vega
 def test_a_mark_says_its_values(browser: Any) -> None:
     from selenium.webdriver import ActionChains
@@ -423,6 +425,7 @@ def test_a_row_folds_out(browser: Any) -> None:
     assert not browser.find_elements("css selector", "tr.details")
 
 
+@pytest.mark.slow
 def test_what_differs_between_ticked_runs(browser: Any, tmp_path: Path) -> None:
     runs = [record("a", pruned=9.5), record("b", pruned=11.0, pattern="4:8"), record("c", metric="entropy")]
     for run, value in zip(runs, (0.9, 0.5, 0.1), strict=True):
@@ -446,6 +449,7 @@ def test_what_differs_between_ticked_runs(browser: Any, tmp_path: Path) -> None:
     assert not any(" kept " in row for row in rows) and "Kept scores are left out" in place.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_the_window(browser: Any, width: int) -> None:
     look(browser, whole_page(), width=width)
@@ -457,6 +461,7 @@ def test_the_page_fits_the_window(browser: Any, width: int) -> None:
     assert all(picture.size["height"] > 60 and picture.size["width"] <= width for picture in pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_schemes(browser: Any, scheme: str) -> None:
     look(browser, whole_page(), scheme=scheme)

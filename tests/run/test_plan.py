@@ -83,6 +83,7 @@ def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how
     return plan(model, method, display_name="x", sequences=128, length=2048, window=2048)
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_models_are_planned_without_weights(name: str, tmp_path: Path) -> None:
     config = PUBLISHED[name]
@@ -170,6 +171,7 @@ def test_of_experts_only_those_that_a_token_meets_are_counted(tmp_path: Path) ->
     assert more == 2 * 128 * 2048 * 2 * experts // text["num_local_experts"]
 
 
+@pytest.mark.slow
 def test_a_gpu_by_name_is_planned_for_at_its_published_rates(tmp_path: Path) -> None:
     work = Work(calibration=312 * 10**12, statistics=0, evaluation=624 * 10**12, moved=2039 * 10**9)
     assert published("a100").seconds(work) == pytest.approx(1 + 2 + 1)
@@ -183,6 +185,7 @@ def test_a_gpu_by_name_is_planned_for_at_its_published_rates(tmp_path: Path) -> 
     assert launch("dry_run=a1000").returncode == 2
 
 
+@pytest.mark.slow
 def test_what_this_machine_does_is_measured() -> None:
     rates = measured(torch.device("cpu"), torch.float32)
     assert rates.source is None and rates.arithmetic > 1e8 and rates.copy > 1e7

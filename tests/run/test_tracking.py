@@ -15,11 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import OmegaConf
 
 from esparse.cli import registry
 from esparse.run.tracking import NoTracking, Wandb, offline_runs
+from tests.composing import composing
 
 CONF = Path(__file__).parents[2] / "conf"
 PLACE = {"project": "esparse", "entity": None, "group": None, "tags": [], "artifacts": []}
@@ -141,6 +142,7 @@ def test_masks_are_uploaded_when_asked_for(tmp_path):
     assert "masks.safetensors" in json.dumps(artifact)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_uploaded_from_where_it_lies(tmp_path, monkeypatch):
     (tmp_path / "export" / "sub").mkdir(parents=True)
     files = {"model.safetensors": b"weights" * 10_000, "sub/config.json": b"{}"}
@@ -164,6 +166,7 @@ def test_a_checkpoint_is_uploaded_from_where_it_lies(tmp_path, monkeypatch):
     assert not copies
 
 
+@pytest.mark.slow
 def test_a_job_that_is_preempted_says_so(tmp_path):
     with pytest.raises(SystemExit), start(tracking(), tmp_path) as sink:
         sink.log({"block": 0})
@@ -171,6 +174,7 @@ def test_a_job_that_is_preempted_says_so(tmp_path):
     assert "preempting" in inspect(*files_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_each_run_of_a_process_is_its_own(tmp_path):
     for run_id, alpha in [("aaaa", 0.5), ("bbbb", 1.0)]:
         with start(tracking(), tmp_path / run_id, run_id, {"alpha": alpha}) as sink:
@@ -321,11 +325,11 @@ def test_a_setting_that_wandb_would_refuse_is_an_error(changed, named):
 
 
 def composed(*words):
-    registry.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return registry.build(compose("config", list(words))).tracking
 
 
+@pytest.mark.slow
 def test_wandbs_variables_stand_in_for_what_is_not_typed(tmp_path, monkeypatch):
     values = {"MODE": "dryrun", "PROJECT": "mine", "ENTITY": "us", "RUN_GROUP": "tonight", "TAGS": "a,b"}
     for name, value in values.items():
@@ -351,6 +355,7 @@ def test_wandb_is_disabled(name, value, tmp_path, caplog, monkeypatch):
     assert "W&B is disabled" in caplog.text and not list(tmp_path.glob("*wandb*"))
 
 
+@pytest.mark.slow
 def test_where_and_how_a_run_is_called(tmp_path, caplog, monkeypatch):
     for name, value in {"DIR": str(tmp_path / "there"), "NAME": "my run", "RUN_ID": "other"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -363,6 +368,7 @@ def test_where_and_how_a_run_is_called(tmp_path, caplog, monkeypatch):
     assert "WANDB_RUN_ID is not followed" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_attempt_that_goes_on_takes_the_place_of_the_one_before(tmp_path):
     """Else `wandb sync` of both would begin the history anew."""
     for attempt in range(2):
@@ -382,8 +388,7 @@ def test_an_attempt_that_goes_on_takes_the_place_of_the_one_before(tmp_path):
 
 @pytest.mark.parametrize(("option", "expected"), [("wandb", Wandb), ("none", NoTracking)])
 def test_the_options_on_the_command_line_become_components(option, expected):
-    registry.register()
-    with initialize_config_dir(str(CONF), version_base=None):
+    with composing():
         component = OmegaConf.to_object(compose(f"tracking/{option}").tracking)
     assert type(component) is expected
     if option == "wandb":

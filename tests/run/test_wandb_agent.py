@@ -111,6 +111,7 @@ def test_every_run_of_an_agent_has_its_numbers(run: str, swept: tuple[Path, str]
     assert '"sw33p"' in json.dumps(records)
 
 
+@pytest.mark.slow
 def test_what_an_agent_asks_for_twice_is_carried_out_once(swept: tuple[Path, str]) -> None:
     place, printed = swept
     assert len(list(place.glob("out/*/result.json"))) == 2 and "was run before" in printed

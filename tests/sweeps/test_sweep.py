@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from esparse.cli import registry
 from esparse.jobs import cluster, lock
@@ -20,6 +20,7 @@ from esparse.jobs.launchers import LAUNCHERS, Local, Slurm
 from esparse.sweeps import commands
 from esparse.sweeps.folder import Folder
 from tests import forks
+from tests.composing import composing
 from tests.workshop import ROOT, furnished, launch, small_run
 
 
@@ -45,6 +46,24 @@ def until(is_so: Callable[[], object]) -> None:
 
 
 def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
+    """One process with two runs, of which the second one fails."""
+    (tmp_path / "short.txt").write_text("Too short.")
+    same = [*small_run(workshop, tmp_path / "out"), "metric=wanda", "hydra/launcher=local"]
+    same.remove(f"calibration.path={workshop / 'text.txt'}")
+    paths = f"calibration.path={workshop / 'text.txt'},{tmp_path / 'short.txt'}"
+    one_process = ["hydra.launcher.wait=false", "hydra.launcher.array_parallelism=1"]
+    done = launch("-m", *same, paths, *one_process, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out").glob("sweeps/*")
+    assert f"not waited for: python -m esparse.sweep status|wait|cancel {folder}" in done.stderr
+    code, said = asked("wait", str(folder))
+    assert code == 1 and "2 runs: 1 finished, 1 failed" in said
+    code, said = asked("status", str(folder))
+    assert code == 1 and said.count("  finished: in ") == 1 and said.count("too few for one sequence of 16") == 1, said
+
+
+@pytest.mark.slow
+def test_a_sweep_in_two_processes_is_found_elsewhere_and_resubmitted(workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     same = [*small_run(workshop, out), "shuffle=none", "tracking=wandb", "hydra/launcher=local"]
     same.remove("tracking=none")
@@ -158,6 +177,7 @@ def test_plans_are_made_here(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*/status.json"))
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -190,8 +210,7 @@ def composed(*overrides: str) -> tuple[dict, registry.Experiment]:
 
 
 def test_settings_of_another_version_are_refused() -> None:
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         settings, _ = composed()
     settings["metric"]["forgotten"] = 1
     with pytest.raises(ValueError, match="another version of esparse"):
@@ -203,7 +222,7 @@ def test_every_launcher_composes_and_documents_every_setting() -> None:
     options = sorted((ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
     assert {path.stem for path in options} == {"site", "a100", "h100", "debug", "local"}
     for path in options:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with composing():
             config = compose("config", [f"hydra/launcher={path.stem}"], return_hydra_config=True)
         settings = {name: value for name, value in config.hydra.launcher.items() if name != "_target_"}
         kind = LAUNCHERS["local" if path.stem == "local" else "slurm"]
@@ -217,8 +236,7 @@ def test_every_launcher_composes_and_documents_every_setting() -> None:
 
 
 def test_local_jobs_are_no_more_than_asked_for() -> None:
-    registry.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         config = compose("config", ["hydra/launcher=local"], return_hydra_config=True)
     local = Local(**{n: v for n, v in config.hydra.launcher.items() if n != "_target_"} | {"array_parallelism": 3})
     assert [local.jobs(runs) for runs in (1, 3, 4, 7, 9)] == [1, 1, 2, 3, 3]
