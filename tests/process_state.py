@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 
+FOUND = frozenset(os.environ) - {"PYTEST_CURRENT_TEST"}
+OURS = ("ESPARSE_", "SLURM_", "HYDRA_")
+
+
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """Without what a library adds for itself where it is imported."""
+    return {name: value for name, value in os.environ.items() if name in FOUND or name.startswith(OURS)}
 
 
 def _set_environment(values: dict[str, str]) -> None:
