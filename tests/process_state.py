@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 FOUND = frozenset(os.environ) - {"PYTEST_CURRENT_TEST"}
 OURS = ("ESPARSE_", "SLURM_", "HYDRA_")
 
