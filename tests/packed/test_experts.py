@@ -14,15 +14,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("asked", [("2:4", None), ("3:5", None), ("8:16", "2:64")], ids=str)
+@pytest.mark.parametrize(
+    ("asked", "ordered"),
+    [
+        (("2:4", None), False),
+        (("2:4", None), True),
+        (("3:5", None), False),
+        (("3:5", None), True),
+        (("8:16", "2:64"), False),  # in another order it is refused by the export
+    ],
+)
 def test_an_expert_is_what_was_packed(
     asked: tuple[str, str | None], transposed: bool, ordered: bool, dtype: torch.dtype
 ) -> None:
     pattern = patterns.parse(*asked)
-    if ordered and len(pattern.parts()) > 1:
-        pytest.skip("refused by the export")
     experts, outputs, inputs = 3, 20, 36
     orders = [torch.randperm(inputs, generator=torch.Generator().manual_seed(e)) for e in range(experts)]
     stored = [pruned(pattern, outputs, inputs, dtype, seed=e) for e in range(experts)]
