@@ -43,6 +43,10 @@ ELSEWHERE = {
     "python experiments/families.py": ("tests/models/test_forward_check.py", "families.py"),
     "wandb sweep sweep.yaml": ("tests/run/test_wandb_agent.py", "agent"),
     "wandb agent ENTITY/PROJECT/ID": ("tests/run/test_wandb_agent.py", "agent"),
+    "lm_eval --model hf --model_args pretrained=DIR --tasks builtin --include_path esparse/evaluate/tasks": (
+        "tests/evaluate/test_lm_eval_command.py",
+        "pretrained=",
+    ),
     "vllm serve DIR": ("tests/vllm/test_serving.py", "serve"),
     "pip install --no-deps esparse": (".ci/vllm_environment", "--no-deps"),
     "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
