@@ -45,7 +45,7 @@ ELSEWHERE = {
     "wandb agent ENTITY/PROJECT/ID": ("tests/run/test_wandb_agent.py", "agent"),
     "lm_eval --model hf --model_args pretrained=DIR --tasks builtin --include_path esparse/evaluate/tasks": (
         "tests/evaluate/test_lm_eval_command.py",
-        "pretrained=",
+        '"-m", "lm_eval"',
     ),
     "vllm serve DIR": ("tests/vllm/test_serving.py", "serve"),
     "pip install --no-deps esparse": (".ci/vllm_environment", "--no-deps"),
