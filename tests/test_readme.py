@@ -47,6 +47,12 @@ ELSEWHERE = {
         "tests/evaluate/test_lm_eval_command.py",
         '"-m", "lm_eval"',
     ),
+    "python -m esparse.evaluate.lm_eval --model hf --model_args pretrained=DIR --tasks builtin": (
+        "tests/evaluate/test_lm_eval_command.py",
+        r"python -m esparse\.evaluate\.lm_eval",
+    ),
+    # Installs esparse from an index: that the extra is known, and what it asks for.
+    "pip install 'esparse[vllm]'": ("tests/test_install.py", "test_every_extra_is_known_by_its_name"),
     "vllm serve DIR": ("tests/vllm/test_serving.py", "serve"),
     "pip install --no-deps esparse": (".ci/vllm_environment", "--no-deps"),
     "wandb sync": ("tests/run/test_tracking.py", "wandb sync"),
