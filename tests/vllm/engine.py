@@ -3,7 +3,8 @@
     PYTHONPATH=... ENVIRONMENT/bin/python tests/vllm/engine.py JOBS.json ANSWERS.json
 
 A job: the arguments of LLM(...), prompts as lists of tokens, how many tokens to generate. An answer: the tokens, the
-log-probability of each, how many of a prompt's tokens came from the prefix cache, the bytes of all parameters, seconds.
+log-probability of each, how many of a prompt's tokens came from the prefix cache, the bytes of all parameters; seconds
+by the clock, and those of the processor for this process, which the engine is a part of.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     asked = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True)
     outputs = []
     for prompts in job["batches"]:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         of_batch = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
-        seconds = time.perf_counter() - began
+        seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
         outputs.append(
             {
                 "seconds": seconds,
+                "processor_seconds": processor_seconds,
                 "tokens": [list(one.outputs[0].token_ids) for one in of_batch],
                 "logprobs": [
                     [

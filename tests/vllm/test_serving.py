@@ -82,6 +82,32 @@ def test_weights_take_the_bytes_that_the_packed_form_has(pack: Pack, ask: Ask) -
     assert packed - orders <= answer["bytes"] <= packed + 3 * orders
 
 
+def two_ranks(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A job for two processes that share each layer, and the variable that gives them a core each."""
+    cores = sorted(os.sched_getaffinity(0))
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    return job(folder, "float32", BATCHES[:1], **engine), {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+
+
+def test_two_ranks_share_the_rows_and_columns_of_a_layer(pack: Pack, ask: Ask) -> None:
+    folder = pack("2:4", "foldable")
+    asked, bound = two_ranks(folder)
+    [answer], said = ask(asked, **bound)
+    assert "error" not in answer, said[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    [served] = answer["batches"]
+    for prompt, tokens, logprobs in zip(BATCHES[0], served["tokens"], served["logprobs"], strict=True):
+        expected_TV = greedy(model, prompt, tokens).log_softmax(-1)
+        assert expected_TV.argmax(-1).tolist() == tokens
+        torch.testing.assert_close(torch.tensor(logprobs), expected_TV.max(-1).values, rtol=0, atol=1e-3)
+
+
+def test_a_shuffle_that_reaches_across_ranks_is_refused_in_one_sentence(pack: Pack, ask: Ask) -> None:
+    asked, bound = two_ranks(pack("2:4", "esparse"))
+    [answer], said = ask(asked, **bound)
+    assert "reaches across ranks: use tensor_parallel_size=1, or prune with shuffle.foldable=true" in said, answer
+
+
 def damaged(folder: Path, how: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     entry, [first, *_] = config["quantization_config"], sorted(folder.glob("*.safetensors"))
