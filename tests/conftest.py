@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -51,9 +51,18 @@ def the_process_is_left_as_it_was_found() -> Iterator[None]:
 def handlers_of_the_log_go_with_their_test() -> Iterator[None]:
     """A command that was carried out in this process leaves one, whose stream pytest closes behind the test."""
     log = logging.getLogger("esparse")
-    before = list(log.handlers)
+    before, level = list(log.handlers), log.level
     yield
     log.handlers[:] = [handler for handler in log.handlers if handler in before]
+    log.setLevel(level)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads torch takes, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["compiled", "plain"])

@@ -26,7 +26,7 @@ from esparse.records.groups import METHOD_GROUPS
 from esparse.reports.page import vega
 from esparse.sweeps import commands as sweep
 from esparse.sweeps.folder import Folder
-from tests import test_docs
+from tests import forks, test_docs
 from tests.attempts import start
 from tests.composing import composing
 from tests.reports import test_html_page
@@ -50,6 +50,14 @@ ELSEWHERE = {
     "python -m esparse.evaluate.lm_eval --model hf --model_args pretrained=DIR --tasks builtin": (
         "tests/evaluate/test_lm_eval_command.py",
         r"python -m esparse\.evaluate\.lm_eval",
+    ),
+    "python -m esparse.evaluate.lm_eval --model hf": (
+        "tests/evaluate/test_lm_eval_command.py",
+        r"python -m esparse\.evaluate\.lm_eval",
+    ),
+    'ESPARSE_VLLM_MODEL=DIR python -m pytest -m vllm -n 0 tests/vllm/test_serving.py -k "test_greedy and esparse and float32"': (  # noqa: E501
+        "tests/vllm/conftest.py",
+        "ESPARSE_VLLM_MODEL",
     ),
     # Installs esparse from an index: that the extra is known, and what it asks for.
     "pip install 'esparse[vllm]'": ("tests/test_install.py", "test_every_extra_is_known_by_its_name"),
@@ -231,12 +239,19 @@ def copied(words: list[str], at: At) -> None:
     assert copy.read_text() == (ROOT / words[0]).read_text()
 
 
+def studied(words: list[str], at: At) -> None:
+    done = forks.run(ROOT / "experiments" / "metric_study.py", "report", *(ROOT / word for word in words))
+    assert done.returncode == 0, done.stderr
+    assert "| wanda | 95.14 |" in done.stdout
+
+
 # What carries a command out, by how it begins; it gets the rest.
 BY: dict[str, Callable[[list[str], At], None]] = {
     r"python launch\.py": launched,
     r"python -m(?= esparse\.(?:tables|published) )": tabled,
     r"python -m esparse\.sweep(?= )": swept,
     r"python -m esparse\.packed\.memory(?: |$)": counted,
+    r"python experiments/metric_study\.py report ": studied,
     r"\$EDITOR": edited,
     r"install -D ": copied,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,11 +81,11 @@ def test_by_hand() -> None:
     assert loops.product(coded(of, loops), torch.tensor([[3.0, 100.0, 100.0, 5.0]])).tolist() == [[1.5 - 5.0]]
 
 
-def test_several_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
     from esparse.kernels import compiled
 
     monkeypatch.setattr(compiled, "ALONE", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    threads(3)
     of, weight_OI = quantised_matrix(("4:8", None), "int4", {}, 64, 32)
     x_TI = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(loops.product(coded(of, loops), x_TI), x_TI @ weight_OI.T, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -66,9 +68,9 @@ def test_rows_of_unlike_groups() -> None:
     torch.testing.assert_close(y_TO.double(), x_TI.double() @ of.dense().double().T, rtol=1e-5, atol=1e-5)
 
 
-def test_several_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
     monkeypatch.setattr(compiled, "ALONE", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    threads(3)
     of = packed(("4:8", None), 7, 64, torch.float32)
     x_TI = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     y_TO = compiled.product(of.values_OK, of.bits_OB, x_TI)

@@ -28,6 +28,7 @@ class Exact(Grid):
     """No grid: every value is its own nearest."""
 
     code_bits = 32
+    zero_code = 0
 
     def __init__(self, group: int | None = None) -> None:
         self.group, self.outlier_bits = group, None
