@@ -204,7 +204,7 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
     how = ["output_root=x", "tracking=none", "rerun=true", "model.devices=cpu", "model.batch_tokens=1"]
     for elsewhere in [*how, "model.store=shards", "model.activations=disk", "dry_run=true"]:
         assert run_id(settings(elsewhere)) == usual, elsewhere
-    others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.alpha=2", "shuffle=gns"]
+    others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.gamma=2", "shuffle=gns"]
     others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
     others += ["export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true", "quantise=int8"]
     ids = [usual, *(run_id(settings(other)) for other in others), run_id(settings("export=dense", "shuffle=none"))]

@@ -429,10 +429,10 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_can_be_repeated(small: lis
 
 @pytest.mark.slow
 def test_too_little_memory_ends_in_one_sentence(tmp_path: Path) -> None:
-    def limited() -> None:  # libraries and tokens take 1.5 GB of addresses, the hidden states alone 1.6
-        resource.setrlimit(resource.RLIMIT_AS, (2_200_000_000, 2_200_000_000))
+    def limited() -> None:  # libraries and tokens take 1.5 GB of addresses, the hidden states alone 0.7
+        resource.setrlimit(resource.RLIMIT_AS, (1_900_000_000, 1_900_000_000))
 
-    many = ["calibration.sequences=8192", "model.activations=host", "evaluate=none", "tracking=none"]
+    many = ["calibration.sequences=3600", "model.activations=host", "evaluate=none", "tracking=none"]
     done = launch_anew(*many, f"output_root={tmp_path / 'out'}", preexec_fn=limited)
     assert done.returncode == 1, done.stderr
     assert "not enough memory" in done.stderr
