@@ -75,14 +75,22 @@ def test_no_text_comes_twice_and_every_text_is_whole_lines() -> None:
     assert all(text.strip() and text.endswith("\n") for text in texts)
 
 
-def test_no_document_is_over_two_per_cent_of_the_evaluation(tokenizer: Any) -> None:
-    held_out = builtin.passages("held-out")
-    for most, least in ((EVALUATED, 100), (2 * EVALUATED, 100), (None, 100)):
-        found = shares(held_out, tokenizer, most)
-        assert len(found) >= least and max(found.values()) <= 0.02, most
-    windows_WL = perplexity(corpora=["builtin"], length=256, max_tokens=EVALUATED).windows("builtin", tokenizer, 256)
-    assert windows_WL.numel() == EVALUATED  # the text is long enough
+@pytest.mark.parametrize(
+    "most", [EVALUATED, pytest.param(2 * EVALUATED, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_no_document_is_over_two_per_cent_of_the_evaluation(most: int | None, tokenizer: Any) -> None:
+    found = shares(builtin.passages("held-out"), tokenizer, most)
+    assert len(found) >= 100 and max(found.values()) <= 0.02
+
+
+@pytest.mark.slow
+def test_no_document_is_over_one_per_cent_of_the_calibration(tokenizer: Any) -> None:
     assert max(shares(builtin.passages("train"), tokenizer).values()) <= 0.01
+
+
+def test_the_text_is_long_enough(tokenizer: Any) -> None:
+    windows_WL = perplexity(corpora=["builtin"], length=256, max_tokens=EVALUATED).windows("builtin", tokenizer, 256)
+    assert windows_WL.numel() == EVALUATED
 
 
 def test_calibration_sees_many_documents(tokenizer: Any) -> None:

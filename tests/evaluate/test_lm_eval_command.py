@@ -33,7 +33,7 @@ def documented(kind: str) -> list[str]:
     ("kind", "choices"),
     [
         pytest.param("dense", ["shuffle=none", "pattern=1:4"], marks=pytest.mark.slow),
-        ("packed", ["shuffle=esparse", "pattern=2:4"]),
+        pytest.param("packed", ["shuffle=esparse", "pattern=2:4"], marks=pytest.mark.slow),
         pytest.param("dense", ["shuffle=esparse", "shuffle.foldable=true", "pattern=8:16"], marks=pytest.mark.slow),
     ],
     ids=str,
