@@ -102,16 +102,9 @@ class Activations:
         Needs `ends_resident`.
         """
         if not self.blocks.logits_by_token:
-            logits_BLV = self.logits(batch, tokens_BL)
-            return logits_BLV.gather(
-                1, positions_BT[..., None].to(logits_BLV.device).expand(-1, -1, logits_BLV.shape[2])
-            )
-        hidden_BLH = self.hidden[batch]
-        hidden_BTH = hidden_BLH.gather(
-            1, positions_BT[..., None].to(hidden_BLH.device).expand(-1, -1, hidden_BLH.shape[2])
-        )
+            return _at(self.logits(batch, tokens_BL), positions_BT)
         with torch.no_grad():
-            return self.blocks.logits(tokens_BL.gather(1, positions_BT), hidden_BTH)
+            return self.blocks.logits(tokens_BL.gather(1, positions_BT), _at(self.hidden[batch], positions_BT))
 
     def logits_in_parts(
         self, batch: int, tokens_BL: Tensor, values: int | None = None
@@ -260,3 +253,8 @@ def _filled(first: Any, content: Any) -> Any:
         new.update(content)
         return new
     return content
+
+
+def _at(x_BLN: Tensor, positions_BT: Tensor) -> Tensor:
+    """The rows of each sequence at its T positions (B x T x N)."""
+    return x_BLN.gather(1, positions_BT.to(x_BLN.device)[..., None].expand(-1, -1, x_BLN.shape[2]))
