@@ -1,25 +1,34 @@
-"""Which rungs of the ladder are real: perplexity ratios between methods, compared window by window.
+"""Which differences between methods are real: perplexity ratios, compared window by window.
 
     python launch.py -cd experiments -cn ladder
-    python experiments/significance.py outputs/ladder
-    python experiments/significance.py outputs/real --corpus wikitext2 --against wanda    # all, with one of them
+    python experiments/significance.py outputs/ladder                                     # the ladder's rungs
+    python experiments/significance.py outputs/real --corpus wikitext2 --against wanda    # all methods with one of them
 
-For each pattern and each pair of methods: the ratio of their perplexities (the same windows, averaged over calibration
-seeds), its 95 % interval by a bootstrap over runs of 8 neighbouring windows (neighbours share a document), and in how
-many seeds the ratio is below 1. "yes" stands where the interval lies below 1 and every seed agrees, "worse" where it
-lies above 1 and every seed agrees; what is neither is not shown by these data.
+For each pattern and each pair of methods: the ratio of their perplexities (the same calibration samples and windows),
+its 95 % interval by a bootstrap over samples and over stretches of at least 2048 neighbouring tokens (neighbours share
+a document), and in how many samples the ratio is below 1. "yes" stands if the interval lies below 1 and every sample
+agrees, "worse" if it lies above 1 and every sample agrees; what is neither is not shown by these data.
+
+A method is called by its metric, shuffle, update and recovery, those that do nothing left out, and by the settings in
+which runs of the folder differ: "entropy + esparse (shuffle.foldable=true)".
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's esparse
+
+from esparse.errors import Mistake
 from esparse.reports.reading import Record, read_records
+from esparse.reports.tabulate import FRONT, table_of
 
 PAIRS = [
     ("wanda", "magnitude"),
@@ -31,61 +40,103 @@ PAIRS = [
     ("wanda + esparse", "wanda"),
     ("esparse_paper + esparse", "wanda + esparse"),
 ]
-NEIGHBOURS = 8
+STRETCH = 2048  # tokens
 DRAWS = 10_000
 
-Losses = dict[tuple[str, str], dict[int, np.ndarray]]  # by pattern and method, then by seed: one loss per window
+Losses = dict[int, np.ndarray]  # of one method, by calibration sample: one loss per window
 
 
-def read_losses(root: Path, corpus: str) -> Losses:
-    """The pruned models' losses (nats, one per window) of every finished run below `root`."""
-    losses: Losses = defaultdict(dict)
-    for record in read_records(root):
-        windows = load_file(root / record["id"] / "window_losses.safetensors")[f"pruned/{corpus}"]
-        losses[record["sparsity"]["pattern"], method(record)][record["config"]["seed"]] = windows
-    return losses
+def names(records: Sequence[Record]) -> dict[str, str]:
+    """By id, what a run's method is called."""
+    table = table_of(records)
+    said = {"id", "pattern", "outliers", "seed", *FRONT, *table.shared()}
+    settings = [c for c in table.asked if c not in said and not c.endswith(".seed")]
+    found = {}
+    for row in table.rows:
+        parts = [row[group] for group in ("metric", "shuffle", "update", "recovery") if row.get(group) is not None]
+        name = " + ".join([parts[0], *(part for part in parts[1:] if part != "none")])
+        own = ", ".join(f"{c}={table.text(c, row[c])}" for c in settings if row.get(c) not in (None, "none"))
+        found[row["id"]] = f"{name} ({own})" if own else name
+    return found
 
 
-def method(record: Record) -> str:
-    """Metric, shuffle, update and recovery as a name, without those that do nothing."""
-    choices = record["config"]["choices"]
-    parts = [choices[group] for group in ("metric", "shuffle", "update", "recovery")]
-    return " + ".join([parts[0], *(part for part in parts[1:] if part != "none")])
+def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[str, str], Losses], int]:
+    """The pruned models' losses (nats) of every finished run below `root` by pattern and method; tokens of a window.
+
+    Raises ValueError if two runs would be one, if windows differ in length, and if nothing was measured on the corpus.
+    """
+    records = [record for record in read_records(root) if corpus in record["quality"]]
+    if not records:
+        raise Mistake(f"no run below {root} was measured on {corpus!r}: --corpus names another one")
+    lengths = {record["quality"][corpus]["sequence_length"] for record in records}
+    if len(lengths) > 1:
+        raise Mistake(f"windows of {sorted(lengths)} tokens cannot be compared")
+    found: dict[tuple[str, str], Losses] = defaultdict(dict)
+    called = names(records)
+    for record in records:
+        of_method = found[record["sparsity"]["pattern"], called[record["id"]]]
+        seed = record["config"]["seed"]
+        if seed in of_method:
+            raise Mistake(f"two runs of {called[record['id']]} with seed {seed}: {record['id']} is one of them")
+        of_method[seed] = load_file(record["folder"] / "window_losses.safetensors")[f"pruned/{corpus}"]
+    return found, lengths.pop()
 
 
-def compare(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> tuple[float, float, float, int, int]:
-    """Perplexity ratio first / second, its interval, seeds in which it is below 1, seeds in common."""
+def compare(first: Losses, second: Losses, neighbours: int) -> tuple[float, float, float, int, int]:
+    """Perplexity ratio first / second, its interval, samples in which it is below 1, samples in common.
+
+    `neighbours`: how many windows stay together when windows are drawn.
+    """
     seeds = sorted(first.keys() & second.keys())
-    by_seed = np.stack([first[seed] - second[seed] for seed in seeds])
-    difference = by_seed.mean(axis=0)
-    runs = np.array_split(difference, max(1, len(difference) // NEIGHBOURS))
-    sums, counts = np.array([run.sum() for run in runs]), np.array([len(run) for run in runs])
-    drawn = np.random.default_rng(0).integers(len(runs), size=(DRAWS, len(runs)))
-    low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [0.025, 0.975])
-    below = int((by_seed.mean(axis=1) < 0).sum())
-    return float(np.exp(difference.mean())), float(np.exp(low)), float(np.exp(high)), below, len(seeds)
+    by_seed_SW = np.stack([first[seed] - second[seed] for seed in seeds])
+    runs = np.array_split(np.arange(by_seed_SW.shape[1]), max(1, by_seed_SW.shape[1] // neighbours))
+    sums_SR = np.stack([by_seed_SW[:, run].sum(axis=1) for run in runs], axis=1)
+    counts_R = np.array([len(run) for run in runs])
+    random = np.random.default_rng(0)
+    drawn_DS = random.integers(len(seeds), size=(DRAWS, len(seeds)))
+    drawn_DR = random.integers(len(runs), size=(DRAWS, len(runs)))
+    sums_DSR = sums_SR[drawn_DS[:, :, None], drawn_DR[:, None, :]]
+    means_D = sums_DSR.sum(axis=(1, 2)) / (counts_R[drawn_DR].sum(axis=1) * len(seeds))
+    low, high = np.quantile(means_D, [0.025, 0.975])
+    below = int((by_seed_SW.mean(axis=1) < 0).sum())
+    return float(np.exp(by_seed_SW.mean())), float(np.exp(low)), float(np.exp(high)), below, len(seeds)
 
 
-def main() -> None:
+def verdict(low: float, high: float, below: int, seeds: int) -> str:
+    """What an interval and the samples say together."""
+    if high < 1 and below == seeds:
+        return "yes"
+    return "worse" if low > 1 and below == 0 else "not shown"
+
+
+def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--corpus", default="builtin")
     arguments.add_argument("--against", help="compares every other method with this one; otherwise the ladder's pairs")
     asked = arguments.parse_args()
-    losses = read_losses(asked.folder, asked.corpus)
+    try:
+        losses, length = read_losses(asked.folder, asked.corpus)
+    except Mistake as mistake:
+        print(f"significance: {mistake}", file=sys.stderr)
+        return 2
     methods = dict.fromkeys(name for _, name in losses)
+    if asked.against and asked.against not in methods:
+        print(f"significance: no method {asked.against!r}; there is {', '.join(methods)}", file=sys.stderr)
+        return 2
     pairs = [(name, asked.against) for name in methods if name != asked.against] if asked.against else PAIRS
-    print("| pattern | method | against | perplexity ratio | 95 % interval | seeds below 1 | lower |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| pattern | method | perplexity | against | ratio | 95 % interval | samples below 1 | lower |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for pattern in dict.fromkeys(pattern for pattern, _ in losses):
-        for better, worse in pairs:
-            if (pattern, better) in losses and (pattern, worse) in losses:
-                ratio, low, high, below, seeds = compare(losses[pattern, better], losses[pattern, worse])
-                shown = {(True, seeds): "yes", (False, 0): "worse"}.get((high < 1, below), "not shown")
-                shown = "not shown" if low <= 1 <= high else shown
-                interval = f"{low:.4f} – {high:.4f}"
-                print(f"| {pattern} | {better} | {worse} | {ratio:.4f} | {interval} | {below} of {seeds} | {shown} |")
+        for name, against in pairs:
+            first, second = losses.get((pattern, name), {}), losses.get((pattern, against), {})
+            if first.keys() & second.keys():
+                ratio, low, high, below, seeds = compare(first, second, max(1, STRETCH // length))
+                mean = np.mean([np.exp(of_windows.mean()) for of_windows in first.values()])
+                cells = [pattern, name, f"{mean:.2f}", against, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
+                print("| " + " | ".join([*cells, f"{below} of {seeds}", verdict(low, high, below, seeds)]) + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -80,6 +80,17 @@ class Stages:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+# Settings that came later, with the value by which a run is the one that it was without them.
+LATER = {
+    "calibration.bos": "auto",
+    "calibration.chat": False,
+    "evaluate.bos": "auto",
+    "evaluate.chat": False,
+    "profile": False,
+    "shuffle.foldable": False,
+}
+
+
 def run_id(config: Mapping[str, Any]) -> str:
     """The run's id: eight hex digits of a digest of `identity`."""
     return sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
@@ -99,12 +110,8 @@ def identity(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def asks_for_nothing(path: str, value: Any) -> bool:
     """Whether a setting has no effect, so that the run is the one from before esparse had the setting."""
-    if path in ("calibration.bos", "evaluate.bos"):  # settings that came later: as they are by themselves, a run is
-        return bool(value == "auto")  # what it was without them
-    if path in ("calibration.chat", "evaluate.chat"):
-        return not value
-    if path in ("profile", "shuffle.foldable"):
-        return not value
+    if path in LATER:
+        return bool(value == LATER[path])
     return path in GROUPS and GROUPS[path].idle(value)
 
 

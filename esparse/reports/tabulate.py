@@ -13,7 +13,7 @@ from typing import Any
 
 from esparse.errors import Mistake
 from esparse.records.groups import GROUPS
-from esparse.records.report import NOT_IDENTITY, asks_for_nothing
+from esparse.records.report import LATER, NOT_IDENTITY, asks_for_nothing
 from esparse.reports.reading import Record, at, keys
 from esparse.reports.table import IDS, Table, exact, ids_of, mean, natural, spread, text
 
@@ -151,7 +151,9 @@ def _differing(records: Sequence[Record]) -> list[str]:
     seen: dict[str, dict[str, set[str]]] = {}
     for record in records:
         choices = _choices(record) | {"model": record["model"]["name"]}
-        for path, value in leaves(record["config"]).items():
+        for path, value in (LATER | leaves(record["config"])).items():
+            if path in HIDDEN:
+                continue
             chosen = choices.get(path.partition(".")[0], "")
             seen.setdefault(path, {}).setdefault(chosen, set()).add(exact(value))
     return [path for path, by_choice in seen.items() if max(map(len, by_choice.values())) > 1]

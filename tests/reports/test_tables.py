@@ -194,6 +194,15 @@ def test_a_setting_that_an_older_record_lacks_is_no_difference():
     assert "metric.alpha" not in table_of([record("a"), record("b", alpha=1.0)]).columns
 
 
+@pytest.mark.parametrize("without", [{"foldable": False}, {}])  # {}: from before esparse had the setting
+def test_a_setting_that_asks_for_nothing_differs_from_one_that_does(without):
+    plain, folded = record("a"), record("b")
+    plain["config"]["shuffle"], folded["config"]["shuffle"] = without, {"foldable": True}
+    table = table_of([plain, folded])
+    assert [row.get("shuffle.foldable") for row in table.rows] == [True, None]
+    assert len(means(table).rows) == 2
+
+
 def test_a_column_of_another_group_appears_with_its_option():
     other = record("b")
     other["config"]["choices"]["calibration"] = "text"
