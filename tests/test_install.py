@@ -148,6 +148,7 @@ def test_a_wheel_from_the_source_distribution_is_the_same(source: Path, wheel: P
         assert set(one.namelist()) == set(other.namelist())
 
 
+@pytest.mark.slow
 def test_the_installed_command_prunes_as_launch_py_does(environment: Callable[..., Path], tmp_path: Path) -> None:
     programs = environment("run")
     done = run(programs / "esparse", *SMALL, cwd=tmp_path)  # W&B's offline run included, as it is the default

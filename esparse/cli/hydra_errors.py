@@ -25,7 +25,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from esparse.cli.typed_words import METHOD, SETTING
+from esparse.cli.typed_words import METHOD, SETTING, parted
 from esparse.errors import Mistake
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
@@ -196,8 +196,8 @@ def how_to_write(words: Sequence[str]) -> str | None:
         except HydraException:
             return False
 
-    for word in words:
-        if word.startswith("-") or reads(word):
+    for word in parted(words)[1]:
+        if reads(word):
             continue
         key, equals, value = word.partition("=")
         if not equals:

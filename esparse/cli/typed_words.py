@@ -22,6 +22,12 @@ def arranged(words: Sequence[str]) -> list[str]:
 
     Raises Mistake for a flag that there is not.
     """
+    flags, settings = parted(words)
+    return [*flags, *settings]
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and settings; raises Mistake for a flag that there is not."""
     flags, settings, rest = [], [], list(words)
     known = get_args_parser()._option_string_actions
     while rest:
@@ -38,7 +44,7 @@ def arranged(words: Sequence[str]) -> list[str]:
             continue
         if action.nargs is None or "=" not in rest[0]:  # --info takes a word, or none
             flags.append(rest.pop(0))
-    return [*flags, *settings]
+    return flags, settings
 
 
 def _no_flag(word: str, known: list[str]) -> str:

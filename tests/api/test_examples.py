@@ -70,8 +70,8 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
     names: dict[str, Any] = {"__name__": "__main__"}
-    for cell in cells:
-        carry_out(cell, names)
+    for cell in cells:  # with fewer tokens than one who reads it waits for
+        carry_out(cell.replace("4096", "1024").replace("sequences=8", "sequences=4").replace('": 8', '": 2'), names)
     said = capsys.readouterr().out
     assert 1 < names["dense"] < names["pruned"] < 3 * names["dense"]
     assert said.count("\n2:4 ") >= 4

@@ -17,6 +17,7 @@ from tests.workshop import ROOT, launch
         (["model.path=~/m"], """'model.path="~/m"'"""),
         (["-m", "calibration.path=/a=1/t.txt,~/u.txt"], """'calibration.path="/a=1/t.txt,~/u.txt"'"""),
         (["model.path=/x/a(b"], """'model.path="/x/a(b"'"""),
+        (["-cd", "experiments", "-cn", "ladder", "output_root=/tmp/a=b"], "'output_root=\"/tmp/a=b\"'"),
         (["metric=wanda", "gns"], "gns is no setting: write shuffle=gns"),
         (["nonsense"], "nonsense is no setting: write KEY=VALUE"),
         (["metric"], "metric needs an option"),

@@ -42,7 +42,8 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("first", ["import sys", pytest.param(f"import sys\n{FROM}", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import sys", f"import sys\n{FROM}"])
 def test_a_packed_run_is_loaded_after_import_esparse(first: str, workshop: Path, tmp_path: Path) -> None:
     """The order of the imports must not matter."""
     done = launch(*small_run(workshop, tmp_path / "out"), "export=packed", "export.dtype=float16", "pattern=4:8")

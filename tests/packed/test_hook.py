@@ -15,7 +15,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.tries(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import esparse, transformers", "import transformers, esparse"])
 def test_a_transformers_that_esparse_does_not_fit_works_all_the_same(first: str) -> None:
     done = python(
