@@ -135,19 +135,15 @@ def perplexity(
 
     `text`: a corpus by name, a file, texts, or windows of tokens (W x L). Raises as `prune` does.
     """
-    from esparse.evaluate.perplexity import mean_loss
     from esparse.evaluate.perplexity import perplexity as of_losses
+    from esparse.evaluate.whole_model import losses
 
     check_kind(model)
     windows_WL = windows(model, tokenizer, text, length=length, max_tokens=max_tokens)
     device = model.get_input_embeddings().weight.device
     at_once = max(1, (batch_tokens or usual_tokens_at_once(device)) // windows_WL.shape[1])
-    losses: list[float] = []
-    with as_found(model, experts=False), torch.no_grad():
-        for tokens_BL in windows_WL.split(at_once):
-            logits_BLV = model(input_ids=tokens_BL.to(device), use_cache=False).logits
-            losses += [mean_loss(*window) for window in zip(logits_BLV, tokens_BL, strict=True)]
-    losses_W = torch.tensor(losses, dtype=torch.float64)
+    with as_found(model, experts=False):
+        losses_W = losses(model, windows_WL, at_once)
     if not torch.isfinite(losses_W).all():
         raise ValueError("the perplexity is not a finite number: the model's logits hold NaN or Inf")
     return of_losses(losses_W)

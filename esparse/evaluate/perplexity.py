@@ -6,7 +6,7 @@ Shapes: W windows, L tokens of a window, B windows of a micro-batch, V vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def window_losses(
     losses = []
     with blocks.ends_resident():
         for batch, ids_BL in enumerate(blocks.micro_batches(windows_WL)):
-            losses += _mean_losses(activations, batch, ids_BL)
+            losses += mean_losses(activations.logits_in_parts(batch, ids_BL), ids_BL)
     losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
         raise Mistake("the perplexity is not a finite number: the model's logits hold NaN or Inf")
@@ -47,15 +47,13 @@ def perplexity(losses_W: Tensor) -> float:
     return math.exp(min(float(losses_W.mean()), 700.0))
 
 
-def mean_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
-    """The mean loss of a window's tokens with a predecessor in the window."""
-    return float(_losses(logits_LV[:-1], ids_L[1:]).double().mean())
+def mean_losses(parts: Iterable[tuple[slice, Tensor]], ids_BL: Tensor) -> list[float]:
+    """The mean loss of every window, over its tokens with a predecessor in the window.
 
-
-def _mean_losses(activations: Activations, batch: int, ids_BL: Tensor) -> list[float]:
-    """`mean_loss` of every window of a micro-batch; nothing holds the logits of a whole window."""
+    `parts`: which tokens, and their logits (B x T x V), one after the other.
+    """
     found: list[list[Tensor]] = [[] for _ in ids_BL]
-    for part, logits_BTV in activations.logits_in_parts(batch, ids_BL):
+    for part, logits_BTV in parts:
         for losses, logits_TV, ids_L in zip(found, logits_BTV, ids_BL, strict=True):
             next_T = ids_L[part.start + 1 : part.stop + 1]
             losses.append(_losses(logits_TV[: len(next_T)], next_T))

@@ -23,6 +23,12 @@ LOGITS_AT_ONCE = 2**23  # values on a CPU: 32 MiB in float32
 Ahead = list[tuple[Tensor, Carried]]  # a block's outputs, by micro-batch
 
 
+def tokens_at_once(device: torch.device, sequences: int, vocabulary: int) -> int:
+    """Of how many tokens of each sequence the logits are computed at once."""
+    most = LOGITS_AT_ONCE if device.type == "cpu" else 8 * LOGITS_AT_ONCE
+    return max(1, most // (sequences * vocabulary))
+
+
 class Activations:
     """The hidden states of all sequences in front of some block; a `HiddenStateStore` holds them between blocks.
 
@@ -106,17 +112,14 @@ class Activations:
         with torch.no_grad():
             return self.blocks.logits(tokens_BL.gather(1, positions_BT), _at(self.hidden[batch], positions_BT))
 
-    def logits_in_parts(
-        self, batch: int, tokens_BL: Tensor, values: int | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def logits_in_parts(self, batch: int, tokens_BL: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Which tokens of L, and their logits (B x T x V), part by part: those of all at once may be large.
 
-        A part has about as many `values` (by default what suits the device), and at least one token of each sequence.
+        A part has at least one token of each sequence.
         """
         hidden_BLH, (sequences, length) = self.hidden[batch], tokens_BL.shape
         head = self.blocks.model.get_input_embeddings().weight.shape[0]
-        most = LOGITS_AT_ONCE if self.blocks.device.type == "cpu" else 8 * LOGITS_AT_ONCE
-        at_once = max(1, most // (sequences * head)) if self.blocks.logits_by_token else length
+        at_once = tokens_at_once(self.blocks.device, sequences, head) if self.blocks.logits_by_token else length
         if at_once >= length:
             yield slice(0, length), self.logits(batch, tokens_BL)
             return
