@@ -9,7 +9,7 @@ Shapes: T tokens, O outputs, I inputs, K kept weights of a row, S outliers, G gr
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,24 +30,7 @@ from esparse.kernels.compiled import (
     features,
     takes,
 )
-
-
-class Coded(NamedTuple):
-    """A quantised matrix as the loops take it; columns are in group order."""
-
-    inputs: int
-    kept: int  # weights of a row that have a code
-    code_bits: int
-    codes_OB: Tensor  # of each row a stream of codes, filled to a byte
-    keep_OB: Tensor | None  # the keep bits; None if all weights are kept
-    scale_OG: Tensor  # float16, bfloat16 or float32
-    zero_OG: Tensor | None  # the code of zero of each group (uint8)
-    zero: int  # the code of zero, if all groups have the same
-    levels_256: Tensor | None  # by code (float32); None if the level of a code is code - zero
-    outlier_values_OS: Tensor | None = None  # of outliers in 16 bits
-    outlier_codes_OS: Tensor | None = None  # of other outliers (uint8)
-    outlier_places_OS: Tensor | None = None
-    outlier_starts_S: Tensor | None = None  # the column that each place counts from
+from esparse.kernels.form import Coded
 
 
 def product(of: Coded, x_TI: Tensor) -> Tensor:

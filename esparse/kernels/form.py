@@ -1,11 +1,13 @@
-"""Converts an n:m matrix to its compute form and back, in plain PyTorch.
+"""The compute forms of an n:m matrix, of values and of codes, and conversions in plain PyTorch.
 
-Shapes: R rows (outputs), I columns (inputs), K kept weights of a row, B bytes of a row's bits.
+Shapes: R or O rows (outputs), I columns (inputs), K kept weights of a row, B bytes of a row's bits or codes, G groups
+of a row that share a scale, S outliers of a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,24 @@ class Units:
 
     columns: int
     kept: int
+
+
+class Coded(NamedTuple):
+    """A quantised matrix as loops and kernels take it; columns are in group order."""
+
+    inputs: int
+    kept: int  # weights of a row that have a code
+    code_bits: int
+    codes_OB: Tensor  # of each row a stream of codes, filled to a byte
+    keep_OB: Tensor | None  # the keep bits; None if all weights are kept
+    scale_OG: Tensor  # float16, bfloat16 or float32
+    zero_OG: Tensor | None  # the code of zero of each group (uint8)
+    zero: int  # the code of zero, if all groups have the same
+    levels_256: Tensor | None  # by code (float32); None if the level of a code is code - zero
+    outlier_values_OS: Tensor | None = None  # of outliers in 16 bits
+    outlier_codes_OS: Tensor | None = None  # of other outliers (uint8)
+    outlier_places_OS: Tensor | None = None
+    outlier_starts_S: Tensor | None = None  # the column that each place counts from
 
 
 def units(n: int, m: int) -> Units | None:

@@ -1,7 +1,7 @@
 """A linear layer with quantised packed weights: its product comes from codes and scales, of which no copy is made.
 
-For a few tokens compiled CPU loops turn codes into numbers where they multiply them; otherwise a few rows at a time are
-made dense.
+For a few tokens compiled CPU loops or a GPU's kernels turn codes into numbers where they multiply them; otherwise a few
+rows at a time are made dense.
 
 Shapes: T tokens, O outputs, I inputs, G groups of a row.
 """
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from esparse.kernels import loops as compiled_loops
+from esparse.kernels.form import Coded
+from esparse.kernels.linear import has_triton
 from esparse.packed import grid_sizes, matrix, quantised
 from esparse.packed.layer import LOOP_TOKENS, PackedLinear, tiles
 from esparse.packed.quantised import QuantisedMatrix
-from esparse.patterns import Pattern
+from esparse.patterns import NM, Pattern
 from esparse.quantise.grids import Grid
 
 
@@ -42,7 +44,7 @@ class QuantisedLinear(PackedLinear):
     ) -> None:
         self.grid = grid
         super().__init__(inputs, outputs, pattern, bias=bias, dtype=dtype, device=device, ordered=ordered)
-        self.for_kernels = False  # those of esparse/kernels/linear.py take values
+        self.for_kernels = False  # those of esparse/kernels/linear.py take values; coded_gemv.py takes codes
 
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         return grid_sizes.file_shapes(self.pattern, self.out_features, self.in_features, self.grid)
@@ -80,7 +82,19 @@ class QuantisedLinear(PackedLinear):
         return super().forward(x if order_I is None else x.index_select(-1, order_I))
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if x_TI.is_cuda and has_triton() and (y_TO := self.of_few(x_TI, bias_O)) is not None:
+            return y_TO
         return multiply(self.quantised(), x_TI, bias_O)
+
+    def of_few(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor | None:
+        """The product by Triton kernels (esparse/kernels/coded_gemv.py); None if they do not take it."""
+        from esparse.kernels import coded_gemv
+
+        of, base = coded(self.quantised()), next(iter(self.pattern.parts()), NM(1, 1))
+        if not coded_gemv.takes(of, len(x_TI), n=base.n, m=base.m):
+            return None
+        y_TO = coded_gemv.product(of, x_TI, n=base.n, m=base.m)
+        return y_TO if bias_O is None else y_TO + bias_O
 
     def rows_with_zeros(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return with_zeros(self.quantised(), rows, dtype)
@@ -101,7 +115,7 @@ def multiply(of: QuantisedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor
     few = len(x_TI) <= LOOP_TOKENS.get(x_TI.dtype.itemsize, 0) and x_TI.device.type == "cpu"
     compiled = loops() if few else None
     if compiled is not None:
-        y_TO: Tensor = compiled.product(coded(of, compiled), x_TI)
+        y_TO: Tensor = compiled.product(coded(of), x_TI)
         return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
     y_TO = x_TI.new_empty(len(x_TI), outputs)
     for rows in tiles(outputs, of.inputs, x_TI.element_size()):
@@ -114,7 +128,7 @@ def with_zeros(of: QuantisedMatrix, rows: slice, dtype: torch.dtype) -> Tensor:
     compiled = loops() if of.codes_OB.device.type == "cpu" else None
     if compiled is None:
         return of.dense(rows.start, rows.stop, dtype)
-    weight_OI: Tensor = compiled.dense(coded(of, compiled), rows)
+    weight_OI: Tensor = compiled.dense(coded(of), rows)
     return weight_OI.to(dtype)
 
 
@@ -123,8 +137,8 @@ def loops() -> Any:
     return compiled_loops("coded")
 
 
-def coded(of: QuantisedMatrix, compiled: Any) -> Any:
-    """The matrix as the loops take it; it shares memory."""
+def coded(of: QuantisedMatrix) -> Coded:
+    """The matrix as loops and kernels take it; it shares memory."""
     outliers: dict[str, Tensor | None] = {}
     if of.outlier_places_OS is not None:
         outliers = {
@@ -133,7 +147,7 @@ def coded(of: QuantisedMatrix, compiled: Any) -> Any:
             "outlier_places_OS": of.outlier_places_OS,
             "outlier_starts_S": matrix.starts(of.pattern.parts()[1], of.inputs),
         }
-    return compiled.Coded(
+    return Coded(
         of.inputs,
         of.kept,
         of.grid.code_bits,

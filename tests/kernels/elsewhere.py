@@ -19,15 +19,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from esparse.kernels import exchange, tally
+from esparse.kernels import coded_gemv, exchange, tally
 from esparse.kernels.decode import decode
 from esparse.kernels.gemv import candidates, matvec
 from esparse.kernels.norm import norm
 from esparse.kernels.repair import sweep_block
+from esparse.packed.quantised_layer import coded
 from tests.kernels.packed import matrix
+from tests.kernels.quantised_matrices import quantised_matrix
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PRODUCTS = [(BF16, 2, 4, 1), (BF16, 2, 4, 4), (F16, 8, 16, 2), (F32, 4, 8, 16), (BF16, 16, 32, 3), (F16, 3, 6, 1)]
+# Pattern, grid and its settings, precision of the inputs, tokens.
+OF_CODES: list[tuple[tuple[str, str | None], str, dict[str, Any], torch.dtype, int]] = [
+    (("2:4", None), "int4", {}, BF16, 1),
+    (("2:4", None), "int8", {"symmetric": False}, F16, 4),
+    (("8:16", "16:256"), "int3", {}, BF16, 16),
+    (("dense", None), "nf4", {}, F32, 1),
+    (("2:4", "1:16"), "fp8", {"outlier_bits": None}, BF16, 2),
+]
 OF_INTEREST = re.compile(r"\b(?:ld\.global|st\.global|mma|wgmma)[\w.]*")
 
 
@@ -78,6 +88,12 @@ def main() -> None:
                 matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I, tile=tile)
             if tokens != 4:  # of each pattern once
                 decode(values_RK, bits_RB, inputs, n=n, m=m)
+        for asked, quantise, changes, dtype, tokens in OF_CODES:
+            about = {"for": capability, "dtype": str(dtype), "pattern": asked[0], "tokens": tokens, "codes": quantise}
+            of, cut = coded(quantised_matrix(asked, quantise, changes, 2048, 64)[0]), {"n": 1, "m": 1}
+            if asked[0] != "dense":
+                cut = dict(zip("nm", map(int, asked[0].split(":")), strict=True))
+            coded_gemv.product(of, torch.ones(tokens, 2048, dtype=dtype), **cut, tile=coded_gemv.TILES[0])
         for dtype, hidden in ((BF16, 4096), (F32, 20000)):
             about = {"for": capability, "dtype": str(dtype), "hidden": hidden}
             norm(torch.ones(2, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), 1e-5, torch.arange(hidden))

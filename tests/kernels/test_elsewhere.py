@@ -31,6 +31,8 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
         "spread_kernel": 4,
         "select_kernel": 2,
         "decode_kernel": 5,
+        "coded_kernel": 5,
+        "outliers_kernel": 2,
         "norm_kernel": 2,
         "reduce_kernel": 6,
         "count_kernel": 3,
@@ -45,5 +47,7 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     for one in compiled:
         if one["kernel"] == "expand_kernel" and one["dtype"] != "torch.float32":
             assert any(name.startswith("mma") for name in one["instructions"]), one  # matrix units
+        if one["kernel"] == "coded_kernel" and one["tokens"] > 1:
+            assert any(name.startswith("mma") for name in one["instructions"]), one
         if one["kernel"] == "decode_kernel" and one["pattern"] == "2:4":
             assert one["instructions"]["st.global.v4.b32"] >= 1, one

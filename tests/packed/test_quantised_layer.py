@@ -15,6 +15,7 @@ from esparse.packed.experts import PackedExperts
 from esparse.packed.quantised_layer import QuantisedLinear
 from esparse.quantise import Scales
 from esparse.quantise.grids import Grid
+from tests.kernels.packed import DEVICE
 
 CPU = torch.device("cpu")
 GRIDS: list[tuple[str, dict[str, Any]]] = [
@@ -159,3 +160,20 @@ def test_a_damaged_scale_of_an_expert_is_refused() -> None:
     packed.load_state_dict(tensors | {"scales": torch.full_like(tensors["scales"], 255)})
     with pytest.raises(ValueError, match="a scale is not a positive number"):
         packed.settle()
+
+
+@pytest.mark.parametrize(("quantise", "changes"), GRIDS, ids=str)
+@pytest.mark.parametrize("asked", [*PATTERNS, ("8:16", "16:256")], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_kernels_of_a_gpu_give_what_others_give(
+    asked: tuple[str, str | None], quantise: str, changes: dict[str, Any], tokens: int
+) -> None:
+    pytest.importorskip("triton")
+    of, weight_OI = layer(asked, quantise, changes, torch.float32, None)
+    x_TI = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(2))
+    expected_TO = x_TI @ weight_OI.T + of.bias
+    of, x_TI = of.to(DEVICE), x_TI.to(DEVICE)
+    y_TO = of.of_few(x_TI, of.bias)
+    assert y_TO is not None
+    torch.testing.assert_close(y_TO.cpu(), expected_TO, rtol=1e-5, atol=1e-5)
+    assert of.of_few(torch.ones(17, 36, device=DEVICE), of.bias) is None
