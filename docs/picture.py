@@ -2,7 +2,7 @@
 
     python docs/picture.py
 
-Left: experiments/everything.csv. Right: experiments/results/gpu-NVIDIA-H200-*.json. A test compares the numbers that
+Left: experiments/results/real-smollm2.csv. Right: experiments/results/gpu-NVIDIA-H200-*.json. A test compares the numbers that
 the picture shows with these files.
 """
 
@@ -17,18 +17,21 @@ import matplotlib
 
 ROOT = Path(__file__).parents[1]
 PICTURE = Path(__file__).with_name("overview.svg")
-TABLE = ROOT / "experiments" / "everything.csv"
-GPU = ROOT / "experiments" / "results" / "gpu-NVIDIA-H200-2026-11-28.json"
+TABLE = ROOT / "experiments" / "results" / "real-smollm2.csv"
+GPU = TABLE.with_name("gpu-NVIDIA-H200-2026-11-28.json")
 PREFILL = GPU.with_name("gpu-NVIDIA-H200-2026-11-28-prefill.json")
 # What each bar is called, and its metric, shuffle, update and recovery in the table.
 BARS = {
-    "magnitude": ("magnitude", "none", "none", "none"),
     "Wanda": ("wanda", "none", "none", "none"),
     "entropy": ("entropy", "none", "none", "none"),
-    "+ shuffle": ("entropy", "best3", "none", "none"),
-    "+ ALPS": ("entropy", "none", "alps", "none"),
-    "+ shuffle, ALPS, window": ("entropy", "best3", "alps", "small"),
+    "Wanda, shuffle": ("wanda", "esparse", "none", "none"),
+    "entropy, shuffle": ("entropy", "esparse", "none", "none"),
+    "SparseGPT": ("sparsegpt", "none", "sparsegpt", "none"),
+    "SparseGPT, shuffle": ("entropy", "esparse", "sparsegpt", "none"),
+    "ALPS, shuffle": ("entropy", "esparse", "alps", "none"),
+    "ALPS, shuffle, window": ("entropy", "esparse", "alps", "window_parent"),
 }
+CORPUS = "test.txt"  # WikiText-2's test split
 KERNELS = {"packed": "esparse's kernel", "cusparselt": "cuSPARSELt"}
 GREY, DARK, LIGHT, LINE = "#7a7a7a", "#00796b", "#80cbc4", "#c62828"
 
@@ -39,8 +42,8 @@ def perplexities(pattern: str = "2:4") -> tuple[dict[str, float], float]:
     parts = ("metric", "shuffle", "update", "recovery")
     means = {}
     for name, wanted in BARS.items():
-        means[name] = mean(float(row["builtin ppl pruned"]) for row in rows if tuple(map(row.get, parts)) == wanted)
-    (dense,) = {float(row["builtin ppl dense"]) for row in rows}
+        means[name] = mean(float(row[f"{CORPUS} ppl pruned"]) for row in rows if tuple(map(row.get, parts)) == wanted)
+    (dense,) = {float(row[f"{CORPUS} ppl dense"]) for row in rows}
     return means, dense
 
 
@@ -78,15 +81,15 @@ def draw() -> None:
 
 def bars(axes) -> None:
     values, dense = perplexities()
-    colours = [GREY, GREY, LIGHT, LIGHT, LIGHT, DARK]
+    colours = [GREY, LIGHT, GREY, LIGHT, GREY, LIGHT, LIGHT, DARK]
     drawn = axes.barh(list(values), list(values.values()), color=colours)
-    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.bar_label(drawn, fmt="%.1f", padding=3)
     axes.axvline(dense, color=LINE, linewidth=1.5)
-    axes.text(dense, -0.75, f"dense {dense:.2f}", color=LINE, ha="center", va="bottom")
+    axes.text(dense, -0.75, f"dense {dense:.1f}", color=LINE, ha="center", va="bottom")
     axes.invert_yaxis()
-    axes.set_xlim(0, 29)
+    axes.set_xlim(0, 112)
     axes.set_xlabel("perplexity, lower is better")
-    axes.set_title("2:4 on the built-in model (2.4 M parameters)\n", fontsize=11)
+    axes.set_title("2:4 on SmolLM2-135M, WikiText-2\n", fontsize=11)
 
 
 def lines(axes) -> None:

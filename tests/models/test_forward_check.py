@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from esparse.models import forward_check
 from esparse.models.activations import Activations
@@ -49,9 +51,16 @@ EXACT = {
 }
 
 
+def tried(family: str) -> dict[str, Any]:
+    """What comes of a family that the installed transformers has: the oldest one that esparse takes lacks some."""
+    if family not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} does not have {family}")
+    return families.tried(family)
+
+
 @pytest.mark.parametrize("family", EXACT)
 def test_hard_families_walk_as_the_model_runs(family: str) -> None:
-    found = families.tried(family)
+    found = tried(family)
     assert found["verdict"] == "exact", found
     assert found["pattern_holds"]
 
@@ -67,7 +76,7 @@ def test_hard_families_walk_as_the_model_runs(family: str) -> None:
     ],
 )
 def test_what_cannot_be_walked_is_refused(family: str, why: str) -> None:
-    found = families.tried(family)
+    found = tried(family)
     assert found["verdict"] == "refused"
     assert re.search(why, found["why"]), found["why"]
 
