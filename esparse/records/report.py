@@ -87,6 +87,9 @@ LATER = {
     "evaluate.bos": "auto",
     "evaluate.chat": False,
     "profile": False,
+    "recovery.first.scaled": False,
+    "recovery.scaled": False,
+    "recovery.second.scaled": False,
     "shuffle.foldable": False,
 }
 

@@ -38,6 +38,7 @@ class Window(Recovery):
     train: str  # weights (the kept weights of pruned matrices) | all (norms, biases and skipped layers too)
     # A loss that ends higher than it began is undone, and the log says so
     learning_rate: float  # of AdamW
+    scaled: bool  # the learning rate is a share of the root mean square of each trained tensor's kept weights
     final_rate: float  # share of the learning rate at the end
     decay: str  # the way to the final rate: linear | cosine
     warm_up: float  # share of the steps in which the learning rate rises

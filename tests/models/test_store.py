@@ -42,6 +42,7 @@ TRAINED = Window(
     targets="parent",
     train="all",
     learning_rate=1e-3,
+    scaled=False,
     final_rate=0.1,
     decay="linear",
     warm_up=0.0,

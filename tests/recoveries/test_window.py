@@ -13,7 +13,7 @@ from esparse.models.blocks import BlockModel
 from esparse.patterns import NM
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import Stages
-from esparse.recoveries import Chain, NoRecovery, Recovery
+from esparse.recoveries import Chain, NoRecovery, Recovery, window_training
 from esparse.recoveries.window import Window
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
@@ -28,6 +28,7 @@ def window(**settings: Any) -> Window:
         "targets": "block",
         "train": "weights",
         "learning_rate": 1e-3,
+        "scaled": False,
         "final_rate": 0.0,
         "decay": "linear",
         "warm_up": 0.0,
@@ -138,6 +139,25 @@ def test_a_loss_that_rises_is_undone(rate: float) -> None:
     model, pruned = run(window(learning_rate=rate, epochs=1))
     assert all(report.after == report.before for report in pruned.recoveries)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_first_step_is_as_long_as_the_rate_says(scaled: bool) -> None:
+    """Of AdamW's first step only the gradient's sign counts: each kept weight moves by the rate."""
+    before = run(NoRecovery())[0].state_dict()
+    after = run(window(learning_rate=1e-3, scaled=scaled, epochs=1, batch=6))[0].state_dict()
+    for layer in ("self_attn.q_proj", "mlp.down_proj"):  # of the first block, so that both began alike
+        old, new = (weights[f"model.layers.0.{layer}.weight"] for weights in (before, after))
+        kept = old[old != 0]
+        rate = 1e-3 * (float(kept.square().mean().sqrt()) if scaled else 1.0)
+        moved = (new - old)[old != 0].abs()
+        assert float(moved.max()) == pytest.approx(rate, rel=1e-3)
+        assert float(moved.median()) == pytest.approx(rate, rel=0.03)  # of small gradients AdamW's epsilon counts
+
+
+def test_a_tensor_of_zeros_can_move() -> None:
+    assert window_training._size(torch.nn.Parameter(torch.zeros(3))) == window_training.LEAST
+    assert window_training._size(torch.nn.Parameter(torch.tensor([0.0, 3.0, -4.0]))) == pytest.approx(12.5**0.5)
 
 
 def test_one_seed_one_result() -> None:
