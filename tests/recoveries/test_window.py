@@ -151,7 +151,7 @@ def test_a_first_step_is_as_long_as_the_rate_says(scaled: bool) -> None:
         kept = old[old != 0]
         rate = 1e-3 * (float(kept.square().mean().sqrt()) if scaled else 1.0)
         moved = (new - old)[old != 0].abs()
-        assert float(moved.max()) == pytest.approx(rate, rel=1e-3)
+        assert float(moved.max()) == pytest.approx(rate, rel=1e-2)
         assert float(moved.median()) == pytest.approx(rate, rel=0.03)  # of small gradients AdamW's epsilon counts
 
 
