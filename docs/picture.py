@@ -2,8 +2,8 @@
 
     python docs/picture.py
 
-Left: experiments/results/real-smollm2.csv. Right: experiments/results/gpu-NVIDIA-H200-*.json. A test compares the numbers that
-the picture shows with these files.
+Left: experiments/results/real-smollm2.csv. Right: experiments/results/gpu-NVIDIA-H200-*.json. A test compares the numbers
+that the picture shows with these files.
 """
 
 from __future__ import annotations
