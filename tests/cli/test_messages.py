@@ -80,6 +80,7 @@ def test_a_setting_that_is_given_twice() -> None:
         (["metric.gama=0.5"], "did you mean metric.gamma? metric=entropy takes base, bins, gamma, limit, range"),
         (["metric=wanda", "metric.gamma=1"], "metric=wanda takes no settings; gamma is a setting of metric=entropy"),
         (["metric=entropy", "metric.alpha=1"], "alpha is a setting of metric=esparse_paper"),
+        (["metric=entropy", "metric.alfa=1"], "alpha is a setting of metric=esparse_paper"),
         (["patern=2:4"], "there is no setting patern: did you mean pattern"),
         (["update=joint", "update.second.frist=1"], "did you mean update.second.first?"),
         (["+metric.gama=0.5"], "did you mean metric.gamma?"),
