@@ -8,26 +8,28 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
-import torch
 from hypothesis import settings
 
 from esparse import kernels
 from tests import compile_once, kinds
-from tests.process_state import left_as_found
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # chosen before any library imports Triton; runs the kernels on the CPU
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
 settings.register_profile("all", settings.get_profile("quick"), max_examples=50)
-torch.set_num_threads(1)  # tensors are tiny here, and two threads that wait for each other on a busy machine are slow
 
 
 def pytest_configure(config: pytest.Config) -> None:
     kinds.all_of_what_is_named(config)
     settings.load_profile("quick" if config.option.markexpr == kinds.DEFAULT else "all")
+    if not hasattr(config, "workerinput") and getattr(config.option, "numprocesses", None):
+        return  # it only hands tests to workers, which wait for it: torch would take it seconds
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # chosen before any library imports Triton; runs the kernels on the CPU
+    torch.set_num_threads(1)  # tensors are tiny, and two threads that wait for each other on a busy machine are slow
     if find_spec("numba") is not None:
         compile_once.begin()
 
@@ -53,6 +55,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was_found() -> Iterator[None]:
     """Else a test makes others fail, elsewhere; it begins with random numbers of its own, whatever ran before it."""
+    import torch
+
+    from tests.process_state import left_as_found
+
     torch.manual_seed(0)
     with left_as_found():
         yield
@@ -71,6 +77,8 @@ def handlers_of_the_log_go_with_their_test() -> Iterator[None]:
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets how many threads torch takes, for one test."""
+    import torch
+
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
