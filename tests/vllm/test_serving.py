@@ -61,9 +61,10 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_transformers(
             if dtype == "float32":
                 assert expected_TV.argmax(-1).tolist() == tokens
                 torch.testing.assert_close(torch.tensor(logprobs), said_T, rtol=0, atol=1e-3)
-            else:  # logits of about 10 are rounded to 0.06: another token may be as good as the best, up to that
-                assert bool((expected_TV.max(-1).values - said_T <= 0.125).all())
-                torch.testing.assert_close(torch.tensor(logprobs), said_T, rtol=0, atol=0.15)
+            else:  # logits of 8 to 16 are rounded to 0.06: another token may be as good as the best, up to that
+                step = 2.0 ** (int(logits_TV.abs().max().log2()) - 7)
+                assert bool((expected_TV.max(-1).values - said_T <= 2 * step).all())
+                torch.testing.assert_close(torch.tensor(logprobs), said_T, rtol=0, atol=2.4 * step)
     assert [served["cached"] for served in answer["batches"]] == [[0, 0, 0], [0], [96]]
 
 
