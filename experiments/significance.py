@@ -7,7 +7,7 @@
 For each pattern and each pair of methods: the ratio of their perplexities (the same calibration samples and windows),
 its 95 % interval by a bootstrap over samples and over stretches of at least 2048 neighbouring tokens (neighbours share
 a document), and in how many samples the ratio is below 1. "yes" stands if the interval lies below 1 and every sample
-agrees, "worse" if it lies above 1 and every sample agrees; what is neither is not shown by these data.
+agrees, "worse" if it lies above 1 and every sample agrees; what is neither, or one sample, shows nothing.
 
 A method is called by its metric, shuffle, update and recovery, those that do nothing left out, and by the settings in
 which runs of the folder differ: "entropy + esparse (shuffle.foldable=true)".
@@ -103,7 +103,9 @@ def compare(first: Losses, second: Losses, neighbours: int) -> tuple[float, floa
 
 
 def verdict(low: float, high: float, below: int, seeds: int) -> str:
-    """What an interval and the samples say together."""
+    """What an interval and the samples say together; of one sample nothing, as another may say the contrary."""
+    if seeds < 2:
+        return "one sample"
     if high < 1 and below == seeds:
         return "yes"
     return "worse" if low > 1 and below == 0 else "not shown"

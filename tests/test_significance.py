@@ -101,6 +101,7 @@ def test_one_window_or_samples_that_disagree_show_nothing() -> None:
     assert significance.verdict(0.9, 1.1, 3, 3) == "not shown"
     assert significance.verdict(1.1, 1.2, 0, 3) == "worse"
     assert significance.verdict(1.1, 1.2, 1, 3) == "not shown"
+    assert significance.verdict(0.8, 0.9, 1, 1) == "one sample"
 
 
 def test_the_command_prints_a_table_or_says_what_there_is(
