@@ -55,7 +55,7 @@ ELSEWHERE = {
         "tests/evaluate/test_lm_eval_command.py",
         r"python -m esparse\.evaluate\.lm_eval",
     ),
-    'ESPARSE_VLLM_MODEL=DIR python -m pytest -m vllm -n 0 tests/vllm/test_serving.py -k "test_greedy and esparse and float32"': (  # noqa: E501
+    'ESPARSE_VLLM_MODEL=DIR python -m pytest -m vllm -n 0 tests/vllm/test_serving.py -k "test_greedy and float32"': (
         "tests/vllm/conftest.py",
         "ESPARSE_VLLM_MODEL",
     ),
@@ -71,6 +71,10 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest -m slurm -n 0 tests/slurm": (".ci/run", "pytest -m slurm -n 0 tests/slurm"),
     "python -m esparse": ("tests/test_install.py", '"-m", "esparse"'),
     "python experiments/gpu.py": ("tests/test_gpu_script.py", "experiments"),
+    "python experiments/significance.py outputs/real --corpus wikitext2 --against wanda": (
+        "tests/test_significance.py",
+        "significance.main()",
+    ),
     "python launch.py -m metric=power metric.exponent=0.25,0.5,1": ("tests/test_docs.py", "power_example"),
 }
 # What no test can do: it takes an account on the hub.
