@@ -9,17 +9,18 @@ its 95 % interval by a bootstrap over samples and over stretches of at least 204
 a document), and in how many samples the ratio is below 1. "yes" stands if the interval lies below 1 and every sample
 agrees, "worse" if it lies above 1 and every sample agrees; what is neither, or one sample, shows nothing.
 
-A method is called by its metric, shuffle, update and recovery, those that do nothing left out, and by the settings in
-which runs of the folder differ: "entropy + esparse (shuffle.foldable=true)".
+A method is called by its metric, shuffle, update and recovery, those that do nothing left out, and by settings that
+most runs of the folder have otherwise: "entropy + esparse (shuffle.foldable=true)".
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -51,13 +52,30 @@ def names(records: Sequence[Record]) -> dict[str, str]:
     table = table_of(records)
     said = {"id", "pattern", "outliers", "seed", *FRONT, *table.shared()}
     settings = [c for c in table.asked if c not in said and not c.endswith(".seed")]
+    usual = {(c, option): _usual(c, option, table.rows) for c in settings for option in _options(c, table.rows)}
     found = {}
     for row in table.rows:
         parts = [row[group] for group in ("metric", "shuffle", "update", "recovery") if row.get(group) is not None]
         name = " + ".join([parts[0], *(part for part in parts[1:] if part != "none")])
-        own = ", ".join(f"{c}={table.text(c, row[c])}" for c in settings if row.get(c) not in (None, "none"))
+        unusual = [c for c in settings if row.get(c) != usual[c, row.get(_group(c))]]
+        own = ", ".join(f"{c}={table.text(c, row.get(c)) or 'default'}" for c in unusual)
         found[row["id"]] = f"{name} ({own})" if own else name
     return found
+
+
+def _group(setting: str) -> str:
+    return setting.partition(".")[0]
+
+
+def _options(setting: str, rows: Sequence[dict[str, Any]]) -> set[Any]:
+    """The options of the setting's group that were chosen."""
+    return {row.get(_group(setting)) for row in rows}
+
+
+def _usual(setting: str, option: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """The value that more runs of this option have than any other; a value that none has if there is no such one."""
+    counts = Counter(row.get(setting) for row in rows if row.get(_group(setting)) == option).most_common(2)
+    return object() if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
 
 
 def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[str, str], Losses], int]:

@@ -46,6 +46,7 @@ def test_methods_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     kept(tmp_path, "b", losses, choices={"shuffle": "esparse"}, shuffle={"foldable": False, "block": 256})
     kept(tmp_path, "c", losses, choices={"shuffle": "esparse"}, shuffle={"foldable": True, "block": 256})
     kept(tmp_path, "d", losses, choices={"update": "alps"})
+    kept(tmp_path, "e", losses, choices={"shuffle": "esparse"}, seed=1, shuffle={"foldable": False, "block": 256})
     found, length = significance.read_losses(tmp_path, "text")
     assert sorted(name for _, name in found) == [
         "wanda",
