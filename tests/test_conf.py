@@ -138,6 +138,7 @@ OF_METHODS = {
     "ebft": ["wanda", "block"],
     "eight_sixteen": ["equalise", "ria", "variance_block"],
     "best": ["entropy", "esparse", "joint", "window_parent"],
+    "servable": ["entropy", "foldable", "alps", "window_parent"],
 }
 
 

@@ -103,6 +103,7 @@ GROUPS: dict[str, Group] = {
             "gns": "esparse.shuffles.gns:Gns",
             "lbs": "esparse.shuffles.lbs:Lbs",
             "esparse": "esparse.shuffles.lbs:Esparse",
+            "foldable": "esparse.shuffles.lbs:Esparse",
             "lsa": "esparse.shuffles.lsa:Lsa",
             "best": "esparse.shuffles.lsa:Alternating",
         },
