@@ -36,6 +36,7 @@ def part(gpu: ModuleType, name: str, code: str, seconds: float = 20) -> object:
     return gpu.Part(name, seconds, [sys.executable, "-c", code])
 
 
+@pytest.mark.slow
 def test_every_part_leaves_what_it_said(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = [
         part(gpu, "fine", "print('noise'); print('{\"a\": 1}'); print('{\"a\": 2}')", 1.5),

@@ -115,6 +115,7 @@ def here(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_package_adds_options_that_are_swept_and_recorded(package: Path, workshop: Path, tmp_path: Path) -> None:
     done = launch_anew("-m", *small_run(workshop, tmp_path / "out"), "metric=wanda,mine,ours", "shuffle=none,reversed")
     assert done.returncode == 0, done.stderr

@@ -246,6 +246,7 @@ def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path
     assert measured == pytest.approx(quality["pruned"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_threads_prune_two_models() -> None:
     families = ["llama", "mixtral", "gpt2", "qwen3"]
     expected = {family: pruned(tiny(family)) for family in families}

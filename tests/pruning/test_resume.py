@@ -118,6 +118,7 @@ def killed(undisturbed: Undisturbed, out: Path, kills: int, attempt: Callable[[]
     finish(undisturbed, out)
 
 
+@pytest.mark.slow
 def test_killed_whenever_a_file_is_touched(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """At moments drawn among all touches of files: drafts, moves, removals."""
     draw = random.Random(undisturbed.touches)
@@ -162,6 +163,7 @@ def test_killed_while_a_file_is_being_written(
     raise AssertionError(f"no attempt was killed while it wrote {written}")
 
 
+@pytest.mark.slow
 def test_another_text_begins_anew(workshop: Path, tmp_path: Path) -> None:
     """What was pruned with other calibration tokens must not be mixed with what comes."""
     text = tmp_path / "text.txt"

@@ -188,6 +188,7 @@ def test_an_unshuffled_run_has_them_too() -> None:
     assert pruned(Wanda(), profile=True, shuffle=NoShuffle()).channels
 
 
+@pytest.mark.slow
 def test_a_run_writes_them_and_the_pictures_read_them(tmp_path: Path) -> None:
     overrides = small_run(furnished(tmp_path, blocks=3), tmp_path / "out")
     done = launch("-m", *overrides, "profile=true", "shuffle=none,gns,esparse")
