@@ -197,6 +197,7 @@ def test_a_run_leaves_its_latencies_in_the_record(bench: str, tmp_path: Path, mo
     assert all(row["speedup"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
 def test_without_a_gpu_a_run_says_so_before_any_work(tmp_path: Path) -> None:
     workshop = furnished(tmp_path, blocks=1)

@@ -195,6 +195,7 @@ def test_its_shape_is_known_without_its_weights(place: Path) -> None:
     assert stamp.startswith("small.gguf ")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_file_is_one_sentence(place: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(place / "model")
     written(model, tmp_path / "strange.gguf", "Q8_K")

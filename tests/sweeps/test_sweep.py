@@ -170,6 +170,7 @@ def test_a_run_that_nobody_has_is_given_up(tmp_path: Path, capsys: pytest.Captur
     assert commands.main(["release", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_plans_are_made_here(tmp_path: Path) -> None:
     done = launch("-m", "dry_run=true", "pattern=2:4,4:8", "hydra/launcher=site", f"output_root={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
