@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's esparse
 
 from esparse.errors import Mistake
 from esparse.reports.reading import Record, read_records
-from esparse.reports.tabulate import FRONT, table_of
+from esparse.reports.table import exact
+from esparse.reports.tabulate import table_of
 
 PAIRS = [
     ("wanda", "magnitude"),
@@ -41,6 +42,7 @@ PAIRS = [
     ("wanda + esparse", "wanda"),
     ("esparse_paper + esparse", "wanda + esparse"),
 ]
+PARTS = ("metric", "shuffle", "update", "recovery")  # groups whose options are a method's name
 STRETCH = 2048  # tokens
 DRAWS = 10_000
 
@@ -50,21 +52,22 @@ Losses = dict[int, np.ndarray]  # of one method, by calibration sample: one loss
 def names(records: Sequence[Record]) -> dict[str, str]:
     """By id, what a run's method is called."""
     table = table_of(records)
-    said = {"id", "pattern", "outliers", "seed", *FRONT, *table.shared()}
+    said = {"id", "pattern", "outliers", "seed", *PARTS, *table.shared()}
     settings = [c for c in table.asked if c not in said and not c.endswith(".seed")]
     usual = {(c, option): _usual(c, option, table.rows) for c in settings for option in _options(c, table.rows)}
     found = {}
     for row in table.rows:
-        parts = [row[group] for group in ("metric", "shuffle", "update", "recovery") if row.get(group) is not None]
+        parts = [row[group] for group in PARTS if row.get(group) is not None]
         name = " + ".join([parts[0], *(part for part in parts[1:] if part != "none")])
-        unusual = [c for c in settings if row.get(c) != usual[c, row.get(_group(c))]]
+        unusual = [c for c in settings if exact(row.get(c)) != usual[c, row.get(_group(c))]]
         own = ", ".join(f"{c}={table.text(c, row.get(c)) or 'default'}" for c in unusual)
         found[row["id"]] = f"{name} ({own})" if own else name
     return found
 
 
 def _group(setting: str) -> str:
-    return setting.partition(".")[0]
+    """The group to whose options the setting belongs; none for the choice of an option, and for the model."""
+    return setting.partition(".")[0] if "." in setting else ""
 
 
 def _options(setting: str, rows: Sequence[dict[str, Any]]) -> set[Any]:
@@ -72,10 +75,10 @@ def _options(setting: str, rows: Sequence[dict[str, Any]]) -> set[Any]:
     return {row.get(_group(setting)) for row in rows}
 
 
-def _usual(setting: str, option: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """The value that more runs of this option have than any other; a value that none has if there is no such one."""
-    counts = Counter(row.get(setting) for row in rows if row.get(_group(setting)) == option).most_common(2)
-    return object() if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
+def _usual(setting: str, option: Any, rows: Sequence[dict[str, Any]]) -> str | None:
+    """The value, as text, that more runs of this option have than any other; None if there is no such one."""
+    counts = Counter(exact(row.get(setting)) for row in rows if row.get(_group(setting)) == option).most_common(2)
+    return None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
 
 
 def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[str, str], Losses], int]:

@@ -23,14 +23,16 @@ spec.loader.exec_module(significance)
 WINDOWS = 64
 
 
-def kept(root: Path, run: str, losses: np.ndarray, *, seed: int = 0, length: int = 256, **config: Any) -> None:
+def kept(
+    root: Path, run: str, losses: np.ndarray, *, seed: int = 0, length: int = 256, model: str = "tiny", **config: Any
+) -> None:
     """A record with the losses of its windows."""
     choices = {"metric": "wanda", "shuffle": "none", "update": "none"} | config.pop("choices", {})
     record = {
         "id": run,
         "status": "finished",
         "config": {"choices": choices, "seed": seed, **config},
-        "model": {"name": "tiny"},
+        "model": {"name": model},
         "sparsity": {"pattern": "2:4", "density": 0.5},
         "quality": {"text": {"dense": 10.0, "pruned": float(np.exp(losses.mean())), "sequence_length": length}},
         "seconds": 1.0,
@@ -55,6 +57,15 @@ def test_methods_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
         "wanda + esparse (shuffle.foldable=true)",
     ]
     assert length == 256
+
+
+def test_models_and_choices_of_other_groups_tell_methods_apart(tmp_path: Path) -> None:
+    kept(tmp_path, "a", np.ones(WINDOWS))
+    kept(tmp_path, "b", np.ones(WINDOWS), seed=1)
+    kept(tmp_path, "c", np.ones(WINDOWS), model="large")
+    kept(tmp_path, "d", np.ones(WINDOWS), choices={"quantise": "int4"}, model_skip=["a", "b"])
+    found, _ = significance.read_losses(tmp_path, "text")
+    assert sorted(name for _, name in found) == ["wanda", "wanda (model=large)", "wanda (quantise=int4)"]
 
 
 def test_two_runs_are_never_taken_for_one(tmp_path: Path) -> None:

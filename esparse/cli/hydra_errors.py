@@ -86,12 +86,13 @@ def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
         return f"{sentence}{end} {where} takes {takes}"
     one_class = len(above) > 1 or ANY in GROUPS[where].options
     who = where if one_class else f"{where}={_option(where, owner, words)}"
-    of_others = {name: _settings(component) for name, component in _classes(above[0]).items()}
-    # A setting that another option has, or else the one most like it, unless this option has a likely one.
-    meant = [key, *([] if likely else get_close_matches(key, {s for own in of_others.values() for s in own}, n=1))]
-    with_it = next((s for s in meant if any(s in own for own in of_others.values())), None)
-    others = [name for name, own in of_others.items() if with_it in own]
-    more = f"; {with_it} is a setting of {where}={', '.join(others)}" if others and len(above) == 1 else ""
+    holders: dict[str, list[str]] = {}  # of each setting of the group's options, which have it
+    for option, component in _classes(above[0]).items():
+        for setting in _settings(component):
+            holders.setdefault(setting, []).append(option)
+    meant = [key] if key in holders else [] if likely else get_close_matches(key, holders, n=1)
+    more = "".join(f"; {setting} is a setting of {where}={', '.join(holders[setting])}" for setting in meant)
+    more = more if len(above) == 1 else ""
     return f"{sentence}{end} {who} takes {takes}{more}"
 
 

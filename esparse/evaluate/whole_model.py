@@ -65,7 +65,9 @@ def _entering(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[l
     """While open, records what enters the head, and lets it have something else."""
     entered: list[Tensor] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args:  # called by keyword: `_plain_head` then finds nothing that entered
+            return None
         entered.append(args[0])
         return (change(args[0]), *args[1:])
 

@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from esparse.kernels.form import Coded, Units, units
-from esparse.kernels.gemv import MOST_TOKENS, run_words, words
+from esparse.kernels.gemv import MOST_TOKENS, kept_before, run_words, words
 from esparse.kernels.registers import folded, interpreted
 from esparse.kernels.tiles import Tile, fastest
 
@@ -29,10 +28,11 @@ TILES = [Tile("coded", rows, runs, warps) for rows, runs, warps in ((16, 4, 4), 
 
 def takes(of: Coded, tokens: int, *, n: int, m: int) -> bool:
     """Whether the kernels compute this product; n = m = 1 for a matrix that keeps all weights."""
-    return 1 <= tokens <= MOST_TOKENS and cut_of(of, n=n, m=m) is not None and of.code_bits <= 8
+    return 1 <= tokens <= MOST_TOKENS and cut_of(of, n=n, m=m) is not None
 
 
 def cut_of(of: Coded, *, n: int, m: int) -> Units | None:
+    """How the kernel cuts rows into runs; None if it cannot."""
     return WHOLE if of.keep_OB is None else units(n, m)
 
 
@@ -217,14 +217,9 @@ def _coded_kernel(
             before = place
         else:
             in_row = (row < rows)[:, None] & (run * COLUMNS < inputs)
-            word = run_words(bits, row[:, None], run, in_row, bit_stride, COLUMNS, WORD).to(tl.uint32)[:, :, None]
-            kept = ((word >> place.to(tl.uint32)) & 1).to(tl.int32)
-            if INTERPRETED:  # the interpreter has no population count
-                before = tl.cumsum(kept, 2) - kept
-            else:
-                lower = word & ((1 << place.to(tl.uint32)) - 1)
-                before = libdevice.popc(lower.to(tl.int32, bitcast=True))
-            here = here & (kept == 1)
+            word = run_words(bits, row[:, None], run, in_row, bit_stride, COLUMNS, WORD)
+            survives, before = kept_before(word, place, INTERPRETED)
+            here = here & (survives == 1)
         code = _code_at(line, run[:, :, None] * RUN_KEPT + before, here, code_stride, CODE_BITS)
         where = row[:, None, None] * groups + column // group_width
         value = _value_of(code, where, here, scales, zeros, levels, zero, ZEROS, LEVELS)

@@ -264,6 +264,19 @@ def _gather_kernel(
 
 
 @triton.jit
+def kept_before(word, place, INTERPRETED: tl.constexpr):
+    """Of each place of runs whether it is kept (0 or 1), and how many places before it are."""
+    word = word.to(tl.uint32)[:, :, None]
+    survives = ((word >> place.to(tl.uint32)) & 1).to(tl.int32)
+    if INTERPRETED:  # the interpreter has no population count
+        before = tl.cumsum(survives, 2) - survives
+    else:
+        lower = word & ((1 << place.to(tl.uint32)) - 1)
+        before = libdevice.popc(lower.to(tl.int32, bitcast=True))
+    return survives, before
+
+
+@triton.jit
 def expanded(
     values,
     bits,
@@ -282,13 +295,7 @@ def expanded(
     """The dense values (ROWS, RUNS, WIDTH) of runs of rows, with zeros for pruned weights."""
     place = tl.arange(0, WIDTH)[None, None, :]
     word = run_words(bits, row, run, (row < rows) & (run * COLUMNS < inputs), bit_stride, COLUMNS, WORD)
-    word = word.to(tl.uint32)[:, :, None]
-    survives = ((word >> place.to(tl.uint32)) & 1).to(tl.int32)
-    if INTERPRETED:  # the interpreter has no population count
-        before = tl.cumsum(survives, 2) - survives
-    else:
-        lower = word & ((1 << place.to(tl.uint32)) - 1)
-        before = libdevice.popc(lower.to(tl.int32, bitcast=True))
+    survives, before = kept_before(word, place, INTERPRETED)
     at = run[:, :, None] * RUN_KEPT + before
     return tl.load(values + row[:, :, None].to(tl.int64) * kept + at, mask=survives == 1, other=0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_a_model_without_such_a_head_is_measured(monkeypatch: pytest.MonkeyPatch
     expected = by_the_formula(model)
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     torch.testing.assert_close(whole_model.losses(model, IDS_WL, 2), expected, rtol=1e-5, atol=0)
+
+
+def test_a_head_that_is_called_by_keyword_is_taken_as_it_is() -> None:
+    model = tiny("llama")
+    expected, own = by_the_formula(model), model.lm_head.forward
+    model.lm_head.__class__ = type("Keyword", (torch.nn.Linear,), {"forward": lambda self, hidden: own(hidden)})
+    call, head = model.forward, model.lm_head
+    model.forward = lambda **asked: SimpleNamespace(
+        logits=head(hidden=model.model(input_ids=asked["input_ids"], use_cache=False).last_hidden_state)
+    )
+    torch.testing.assert_close(whole_model.losses(model, IDS_WL, 2), expected, rtol=1e-5, atol=0)
+    model.forward = call
 
 
 def test_hooks_are_gone_also_after_an_exception() -> None:
