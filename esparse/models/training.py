@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
+
+LEAST = 1e-3  # that a tensor of zeros, a bias for instance, can leave zero
 
 
 def improved(
@@ -47,6 +50,20 @@ def rate(step: int, total: int, *, warm_up: float, decay: str = "linear", final:
     done = (step - rise) / max(1, total - rise)
     fall = (1 + math.cos(math.pi * done)) / 2 if decay == "cosine" else 1 - done
     return final + (1 - final) * fall
+
+
+def at_rate(parameters: Iterable[Tensor], learning_rate: float, *, scaled: bool) -> list[dict[str, Any]]:
+    """Groups for an optimiser: the parameters at a learning rate or, if `scaled`, at a share of each one's size."""
+    return [{"params": [p], "lr": learning_rate * (_size(p) if scaled else 1.0)} for p in parameters]
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square of the values that are not zero, at least LEAST, as Adafactor takes it.
+
+    Shazeer and Stern 2018, arXiv 1804.04235, section 8.
+    """
+    kept = max(int(parameter.count_nonzero()), 1)
+    return max(float(parameter.detach().float().norm()) / math.sqrt(kept), LEAST)
 
 
 @contextmanager

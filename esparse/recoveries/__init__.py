@@ -40,6 +40,15 @@ class PrunedModel:
     seed: int
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Training:
+    """What a recovery's training takes, for `dry_run`."""
+
+    passes: float  # forward passes of all calibration sequences, a backward pass counted as two
+    whole: bool = False  # through the whole model with its head, not block by block
+    trained: str = "pruned"  # pruned (the pruned matrices) | all (every parameter) | added (few numbers beside them)
+
+
 @dataclass(kw_only=True, slots=True)
 class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no method is abstract
     """Base class of recoveries; does nothing by itself."""
@@ -67,6 +76,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no met
     def needs_parent(self) -> bool:
         """Whether `whole` needs the dense model, of which a copy is then kept on the host."""
         return False
+
+    def trainings(self) -> list[Training]:
+        """What the recovery trains; default: nothing."""
+        return []
 
     def adds_biases(self) -> bool:
         """Whether `layer` may add a bias to a layer without one."""
@@ -116,6 +129,9 @@ class Chain(Recovery):
 
     def needs_parent(self) -> bool:
         return self.first.needs_parent() or self.second.needs_parent()
+
+    def trainings(self) -> list[Training]:
+        return [*self.first.trainings(), *self.second.trainings()]
 
     def adds_biases(self) -> bool:
         return self.first.adds_biases() or self.second.adds_biases()

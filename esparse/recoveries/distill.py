@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
-from esparse.recoveries import PrunedModel, Recovery
+from esparse.recoveries import PrunedModel, Recovery, Training
 
 if TYPE_CHECKING:
     from esparse.patterns import Pattern
@@ -28,10 +28,14 @@ class Distill(Recovery):
     alpha: float  # with train=lora: the addition counts alpha / rank times
     # A loss that ends higher than it began is undone, and the log says so
     learning_rate: float  # of AdamW
+    # With train=full
+    scaled: bool  # the learning rate is a share of the root mean square of each trained tensor's kept weights
     warm_up: float  # share of the steps in which the learning rate rises; then it falls linearly to 0
     epochs: int  # passes over the calibration sequences
     batch: int  # sequences of one step
     clip: float | None  # greatest norm of a step's gradient; None: any
+    # The trained weights themselves are held in float32. float16 has no loss scaling here, and computes in float32
+    products: str  # precision of the training's products: auto (bfloat16 of a model in bfloat16) | float32
     temperature: float  # by which both models' logits are divided
     lasso: float  # weight of the group LASSO on the kept weights, the sum of the norms of all groups of m; 0: none
     dropout: float  # probability with which a step does without a group of a matrix's inputs; 0: never
@@ -39,6 +43,13 @@ class Distill(Recovery):
     def __post_init__(self) -> None:
         if self.train not in ("full", "lora"):
             raise Mistake(f"recovery.train must be full or lora, got {self.train!r}")
+        if self.products not in ("auto", "float32"):
+            raise Mistake(f"recovery.products must be auto or float32, got {self.products!r}")
+        if self.scaled and self.train == "lora":
+            raise Mistake(
+                "recovery.scaled goes by the size of the trained weights, which recovery.train=lora begins at zero: "
+                "use it with recovery.train=full, or leave it out"
+            )
         if self.all_parameters and self.train == "lora":
             raise Mistake(
                 "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: use it with "
@@ -67,6 +78,11 @@ class Distill(Recovery):
 
     def needs_parent(self) -> bool:
         return True
+
+    def trainings(self) -> list[Training]:
+        trained = "added" if self.train == "lora" else "all" if self.all_parameters else "pruned"
+        # The parent's pass, the student's and its backward pass; the loss before and after takes both models once
+        return [Training(passes=4 * self.epochs + 4, whole=True, trained=trained)]
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
         from esparse.recoveries.distill_training import distill

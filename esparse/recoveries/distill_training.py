@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from esparse.models.blocks import BlockModel
-from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
+from esparse.models.training import at_rate, improved, in_float32, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
 from esparse.recoveries.masked_parameters import Lora, MaskedParameter, Whole, dropped, lasso
 
@@ -43,12 +43,16 @@ class Pair:
     parent: nn.Module
     temperature: float
 
-    def divergence(self, tokens_BL: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """`divergence` of a micro-batch, summed, of the student with these weights in place of its own."""
+    def divergence(self, tokens_BL: Tensor, weights: Mapping[str, Tensor], *, half: bool = False) -> Tensor:
+        """`divergence` of a micro-batch, summed, of the student with these weights in place of its own.
+
+        `half`: its products are computed in bfloat16, whatever its weights are in.
+        """
         inputs = {"input_ids": tokens_BL.to(self.student.device), "use_cache": False}
         with torch.no_grad():
             wanted_BLV = self.parent(**inputs).logits
-        got_BLV = functional_call(self.student.model, dict(weights), kwargs=inputs).logits
+        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=half):
+            got_BLV = functional_call(self.student.model, dict(weights), kwargs=inputs).logits
         return divergence(wanted_BLV, got_BLV, self.temperature)
 
     @torch.no_grad()
@@ -102,12 +106,13 @@ def _train(
 ) -> int:
     """Trains the parameters, or LoRA on the masked parameters; returns the number of steps."""
     model = pair.student.model
+    half = settings.products == "auto" and weights[0].parameter.dtype == torch.bfloat16
     with in_float32(model):
         trained: Whole | Lora = Whole(weights, parameters)
         if settings.train == "lora":
             trained = Lora(weights, settings.rank, settings.alpha, generator)
         with requiring_grad(model, parameters if settings.train == "full" else ()), masked(trained.kept):
-            steps = _steps(settings, pair, tokens_SL, weights, trained, generator)
+            steps = _steps(settings, pair, tokens_SL, weights, trained, generator, half=half)
         trained.merge()
     for of in weights:
         of.settle()
@@ -121,23 +126,24 @@ def _steps(
     weights: Sequence[MaskedParameter],
     trained: Whole | Lora,
     generator: torch.Generator,
+    *,
+    half: bool,
 ) -> int:
-    optimiser = torch.optim.AdamW(trained.leaves, settings.learning_rate, weight_decay=0.0)
+    groups = at_rate(trained.leaves, settings.learning_rate, scaled=settings.scaled)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     regularised = _with_groups(weights) if settings.lasso or settings.dropout else []
     total = settings.epochs * -(-len(tokens_SL) // settings.batch)
-    step = 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, total, warm_up=settings.warm_up))
     for epoch in range(settings.epochs):
         seen = 0.0
         for chosen in torch.randperm(len(tokens_SL), generator=generator).split(settings.batch):
             factors = dropped(regularised, settings.dropout, generator) if settings.dropout else {}
-            seen += _backward(settings, pair, tokens_SL[chosen], trained, regularised, factors)
+            seen += _backward(settings, pair, tokens_SL[chosen], trained, regularised, factors, half=half)
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained.leaves, settings.clip)
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * rate(step, total, warm_up=settings.warm_up)
             optimiser.step()
             optimiser.zero_grad()
-            step += 1
+            schedule.step()
         log.info("distillation, epoch %d of %d: KL %.4g", epoch + 1, settings.epochs, seen / tokens_SL.numel())
     return total
 
@@ -149,13 +155,15 @@ def _backward(
     trained: Whole | Lora,
     regularised: Sequence[MaskedParameter],
     factors: Mapping[str, Tensor],
+    *,
+    half: bool,
 ) -> float:
     """Accumulates the gradients of one step; returns the divergence, summed over the step's tokens."""
     seen = 0.0
     for part_BL in pair.student.micro_batches(tokens_BL):
         weights = trained.weights()
         weights |= {name: weights[name] * factor for name, factor in factors.items()}
-        loss = pair.divergence(part_BL, weights)
+        loss = pair.divergence(part_BL, weights, half=half)
         (loss / tokens_BL.numel()).backward()
         seen += loss.item()
     if settings.lasso and regularised:

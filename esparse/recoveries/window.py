@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
-from esparse.recoveries import Recovery
+from esparse.recoveries import Recovery, Training
 
 if TYPE_CHECKING:
     from esparse.models.block import Block
@@ -65,6 +65,10 @@ class Window(Recovery):
 
     def needs_dense_stream(self) -> bool:
         return self.inputs == "dense" or self.targets == "parent"
+
+    def trainings(self) -> list[Training]:
+        # Forward and backward, and the loss before and after. A window of a submodule ends there: at most twice as much
+        return [Training(passes=(3 * self.epochs + 2) * (2 if self.window == "submodule" else 1))]
 
     def begin(self, block: Block) -> Finish:
         from esparse.recoveries.window_training import begin

@@ -20,15 +20,12 @@ from torch.nn.functional import mse_loss
 
 from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.training import improved, in_float32, masked, rate, requiring_grad
+from esparse.models.training import at_rate, improved, in_float32, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
 from esparse.recoveries import Finish
 
 if TYPE_CHECKING:
     from esparse.recoveries.window import Window
-
-
-LEAST = 1e-3  # that a tensor of zeros, a bias for instance, can leave zero
 
 
 class _Reached(Exception):
@@ -165,7 +162,7 @@ def _trained(settings: Window, task: _Task, keeps: Mapping[str, Tensor], *, seed
 
 def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator: torch.Generator) -> int:
     """Runs AdamW over the micro-batches; returns the number of steps."""
-    groups = [{"params": [p], "lr": settings.learning_rate * (_size(p) if settings.scaled else 1.0)} for p in trained]
+    groups = at_rate(trained, settings.learning_rate, scaled=settings.scaled)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
     # Micro-batches may be smaller than a step's batch, if a metric or the device requires it.
     together = math.ceil(settings.batch / len(task.targets[0]))
@@ -184,12 +181,3 @@ def _steps(settings: Window, task: _Task, trained: list[nn.Parameter], generator
             optimiser.zero_grad()
             schedule.step()
     return total
-
-
-def _size(parameter: nn.Parameter) -> float:
-    """The root mean square of the values that are not zero, at least LEAST, as Adafactor takes it.
-
-    Shazeer and Stern 2018, arXiv 1804.04235, section 8.
-    """
-    kept = max(int(parameter.count_nonzero()), 1)
-    return max(float(parameter.detach().float().norm()) / math.sqrt(kept), LEAST)

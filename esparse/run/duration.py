@@ -1,4 +1,4 @@
-"""How long a run's forward passes take at least: its arithmetic and its bytes, over the rates of a machine.
+"""How long a run's passes through the model take at least: its arithmetic and its bytes, over the rates of a machine.
 
 The rates of this machine are measured in a second, with one product and one copy; those of a GPU that is not here are
 the published ones (assets/gpus.json, with sources), which no program reaches: the time is then a lower bound.
@@ -25,17 +25,18 @@ COPIED = 2**27  # bytes
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Work:
-    """What the forward passes of a run take: arithmetic (FLOP) and bytes that are read and written."""
+    """What the passes of a run take: arithmetic (FLOP) and bytes that are read and written."""
 
     calibration: int  # FLOP
     statistics: int  # FLOP
     evaluation: int  # FLOP
-    moved: int  # bytes
+    moved: int  # bytes, without those of trainings
+    training: int = 0  # FLOP
     not_counted: tuple[str, ...] = ()  # corpora whose tokens are not known before they are read
 
     @property
     def arithmetic(self) -> int:
-        return self.calibration + self.statistics + self.evaluation
+        return self.calibration + self.statistics + self.training + self.evaluation
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

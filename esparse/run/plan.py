@@ -3,7 +3,8 @@
 The model is built of fake tensors, which have a shape and no memory, so that any machine can plan any model. Bytes of
 weights, hidden states and statistics are counted on these tensors. Two numbers are estimates, and marked as such: the
 memory of tensors inside a running block, and seconds (esparse/run/duration.py). The plan does not include the memory
-of shuffles, updates and trainings.
+of shuffles, updates and trainings of a block. Of a training of the whole model it includes weights, gradients, moments
+and logits, but no activations between blocks.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Plan:
     gradients: int  # of one block
     working: int  # estimated: a micro-batch inside a block
     logits: int  # of a micro-batch
+    distilled: int | None  # to train the whole model, on its device; None: nothing trains it
     passes: int  # most passes of all calibration sequences through a block; a second pass may need the inputs again
     streams_weights: bool  # whether blocks are read one by one
     on_disk: bool  # whether hidden states wait on the disk
@@ -66,16 +68,22 @@ class Plan:
         """Host (of all processes) and device (of one) at each stage; on a CPU all is the host's."""
         kept = self.ends and (2 * self.largest_block if self.streams_weights else self.weights)
         waiting = 0 if self.on_disk else self.stream * (self.streams + 1)
+        waiting += 0 if self.distilled is None else self.weights  # the dense parent
         at_work = {
             "embed": self.ends + self.working,
             "prune a block": self.largest_block + self.statistics + self.gradients + self.working,
             "evaluate": max(self.ends + self.logits, self.largest_block + self.working),
         }
+        if self.distilled is not None:
+            at_work["distil"] = self.distilled
         peaks = {}
         for stage, device in at_work.items():
             host = self.ranks * (max(kept, self.ends) + (0 if stage == "embed" else self.masks)) + waiting
-            if self.on_cpu:  # a block at work is one of the two that are counted already
-                host += self.ranks * (device - (self.largest_block if self.streams_weights else 0))
+            if stage == "distil":
+                host += self.weights  # what the weights were, to undo a training
+            if self.on_cpu:  # a block at work is one of the two that are counted already, as are parent and student
+                there = 2 * self.weights if stage == "distil" else self.largest_block if self.streams_weights else 0
+                host += self.ranks * (device - there)
                 device = 0
             peaks[stage] = (host, device)
         return peaks
@@ -105,9 +113,14 @@ class Plan:
     def _times(self) -> list[str]:
         """The lines about arithmetic and seconds."""
         work, rates = self.work, self.rates
-        parts = {"calibration": work.calibration, "statistics": work.statistics, "evaluation": work.evaluation}
+        parts = {
+            "calibration": work.calibration,
+            "statistics": work.statistics,
+            "training": work.training,
+            "evaluation": work.evaluation,
+        }
         counted = ", ".join(f"{part} {flop / 1e12:,.2f}" for part, flop in parts.items() if flop)
-        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in forward passes: {counted}"]
+        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in passes through the model: {counted}"]
         if work.not_counted:
             lines.append(
                 f"                      not counted: {', '.join(work.not_counted)}, whose text is not read yet"
@@ -228,8 +241,10 @@ def plan(
         gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
         working=at_once * length * (2 * hidden + element * sum(outputs for _, outputs in groups)),
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
+        distilled=_distilled(skeleton, method, pruned, logits=at_once * length * vocabulary),
         passes=_passes(method),
-        streams_weights=model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2),
+        streams_weights=method.needs_whole_model() is None
+        and (model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2)),
         on_disk=model.activations == "disk" or (model.activations == "auto" and stream > free / 4),
         on_cpu=target.type == "cpu",
         ranks=ranks,
@@ -279,6 +294,12 @@ def _work(
     return Work(
         calibration=passes * forward(tokens, length),
         statistics=2 * tokens * grams * len(blocks),
+        training=round(
+            sum(
+                of.passes * (forward(tokens, length) + of.whole * 2 * tokens * head)
+                for of in method.recovery.trainings()
+            )
+        ),
         evaluation=2 * sum(forward(count, window) + 2 * count * head for count in known),
         moved=passes
         * len(blocks)
@@ -293,6 +314,22 @@ def _experts_share(config: Any) -> float:
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return min(1.0, chosen / experts) if experts and chosen else 1.0
+
+
+def _distilled(skeleton: Any, method: Method, pruned: int, *, logits: int) -> int | None:
+    """The bytes of training the whole model: distill_training's module docstring says how many of what.
+
+    `logits`: of a micro-batch. Of each the two models' own, and in float32 those, their logarithms and a gradient.
+    """
+    everything = sum(p.numel() for p in skeleton.parameters())
+    element = skeleton.dtype.itemsize
+    needs = []
+    for training in method.recovery.trainings():
+        if training.whole:
+            trained = {"pruned": pruned, "all": everything, "added": 0}[training.trained]
+            copies = 4 * pruned if training.trained == "added" else 12 * trained
+            needs.append(everything * (element + 4) + copies + 2 * pruned + logits * (2 * element + 5 * 4))
+    return max(needs, default=None)
 
 
 def _passes(method: Method) -> int:

@@ -35,6 +35,7 @@ FULL = Distill(
     rank=4,
     alpha=8.0,
     learning_rate=3e-3,
+    scaled=False,
     warm_up=0.1,
     epochs=3,
     batch=2,
@@ -42,6 +43,7 @@ FULL = Distill(
     temperature=1.0,
     lasso=0.0,
     dropout=0.0,
+    products="auto",
 )
 LORA = replace(FULL, train="lora", learning_rate=1e-2)
 FAMILIES = ["llama", "qwen2", "gpt2", "mixtral", "gpt-oss"]  # biases; inputs x outputs; experts; both
@@ -138,13 +140,14 @@ def test_before_and_after_are_the_loss_per_token(temperature: float, batch_token
     assert (report.name, report.loss, report.steps) == ("model", "kl", 2 * 3)
 
 
-@pytest.mark.parametrize("batch_tokens", [12, 1000])
-def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int) -> None:
+@pytest.mark.parametrize(("batch_tokens", "scaled"), [(12, False), (1000, True)])
+def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int, scaled: bool) -> None:
     blocks, left = pruned(batch_tokens=batch_tokens)
     dense, plain = tiny("llama"), copy.deepcopy(blocks.model)
     with torch.no_grad():
         log_p = dense(TOKENS_SL, use_cache=False).logits.log_softmax(-1)
     weights = {name: p for name, p in plain.named_parameters() if name in left.keeps}
+    sizes = {name: float(p.data[left.keeps[name]].square().mean().sqrt()) for name, p in weights.items()}
     m, v = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
     for step, share in enumerate((1.0, 2 / 3, 1 / 3), start=1):
         plain.zero_grad()
@@ -158,8 +161,9 @@ def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int) -> 
             m[name] = 0.9 * m[name] + 0.1 * grad
             v[name] = 0.999 * v[name] + 0.001 * grad**2
             change = m[name] / (1 - 0.9**step) / ((v[name] / (1 - 0.999**step)).sqrt() + 1e-8)
-            parameter.data -= 1e-2 * share * change
-    settings = replace(FULL, epochs=3, batch=len(TOKENS_SL), warm_up=0.0, clip=0.01, learning_rate=1e-2)
+            parameter.data -= (0.2 * sizes[name] if scaled else 1e-2) * share * change
+    settings = replace(FULL, epochs=3, batch=len(TOKENS_SL), warm_up=0.0, clip=0.01, scaled=scaled)
+    settings = replace(settings, learning_rate=0.2 if scaled else 1e-2)
     report = recover(settings, blocks, left, parent=dense)
     assert report.after < report.before
     for name, parameter in plain.named_parameters():
@@ -246,6 +250,34 @@ def test_half_precision_comes_back_in_its_own_precision(recovery: Distill) -> No
         weight = blocks.model.state_dict()[name]
         assert not torch.signbit(weight[weight == 0]).any()
         assert not weight[~keep].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "expected"),
+    [
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "auto", torch.float32),
+        (torch.float32, "auto", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("recovery", [FULL, LORA], ids=["full", "lora"])
+def test_products_of_the_training_have_the_model_s_precision(
+    recovery: Distill, dtype: torch.dtype, products: str, expected: torch.dtype
+) -> None:
+    blocks, left = pruned(dtype=dtype)
+    seen = set()
+    layer = blocks.model.get_submodule(next(iter(left.keeps)).removesuffix(".weight"))
+
+    def look(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        if torch.is_grad_enabled():
+            assert module.weight.dtype == torch.float32  # so that small steps are not lost
+            seen.add(out.dtype)
+
+    with layer.register_forward_hook(look):
+        report = recover(replace(recovery, products=products), blocks, left)
+    assert seen == {expected}
+    assert report.after < report.before
 
 
 def test_zeros_are_positive_once_settled() -> None:
@@ -408,6 +440,8 @@ def test_pruning_ends_with_it_and_measures_against_the_dense_model() -> None:
     [
         ({"train": "half"}, "full or lora, got 'half'"),
         ({"train": "lora", "all_parameters": True}, "recovery.train=full"),
+        ({"products": "half"}, "auto or float32, got 'half'"),
+        ({"train": "lora", "scaled": True}, "recovery.train=full"),
         ({"rank": 0}, "recovery.rank must be at least 1, got 0"),
         ({"epochs": 0}, "recovery.epochs"),
         ({"batch": 0}, "recovery.batch"),

@@ -10,10 +10,11 @@ import torch
 from esparse.metrics.wanda import Wanda
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
+from esparse.models.training import LEAST, at_rate
 from esparse.patterns import NM
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import Stages
-from esparse.recoveries import Chain, NoRecovery, Recovery, window_training
+from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.window import Window
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
@@ -156,8 +157,9 @@ def test_a_first_step_is_as_long_as_the_rate_says(scaled: bool) -> None:
 
 
 def test_a_tensor_of_zeros_can_move() -> None:
-    assert window_training._size(torch.nn.Parameter(torch.zeros(3))) == window_training.LEAST
-    assert window_training._size(torch.nn.Parameter(torch.tensor([0.0, 3.0, -4.0]))) == pytest.approx(12.5**0.5)
+    at_zero, sized = at_rate([torch.zeros(3), torch.tensor([0.0, 3.0, -4.0])], 0.1, scaled=True)
+    assert at_zero["lr"] == 0.1 * LEAST
+    assert sized["lr"] == pytest.approx(0.1 * 12.5**0.5)
 
 
 def test_one_seed_one_result() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import esparse
 from esparse.cli import foresight
 from esparse.metrics.wanda import Wanda
 from esparse.models import host_memory
 from esparse.models.load import ASSETS
 from esparse.patterns import NM
 from esparse.pruning.method import Method
+from esparse.recoveries import Chain
 from esparse.run.duration import Work, gpus, measured, published
 from esparse.run.plan import Plan, plan
 from esparse.shuffles import NoShuffle
@@ -159,6 +162,35 @@ def test_the_arithmetic_is_what_is_counted_by_hand(tmp_path: Path) -> None:
     )
     grams = 80 * (3 * 8192**2 + 22016**2)
     assert planned(tmp_path, config, with_gram).work.statistics == 2 * tokens * grams
+
+
+def test_trainings_are_counted_by_hand(tmp_path: Path) -> None:
+    config, tokens = PUBLISHED["llama-65b"], 128 * 2048
+    matrices, head = 80 * (4 * 8192**2 + 3 * 8192 * 22016), 32000 * 8192
+    everything = COUNTS["llama-65b"]
+    blocks = tokens * (2 * matrices + 80 * 4 * 2048 * 8192)
+    block, distilled = esparse.option("recovery", "block"), esparse.option("recovery", "distill")
+    lora = esparse.option("recovery", "distill_lora", epochs=1)
+    cases: list[tuple[Any, int, float | None]] = [
+        (block, (3 * block.epochs + 2) * blocks, None),
+        (distilled, (4 * distilled.epochs + 4) * (blocks + 2 * tokens * head), 6 * everything + 14 * matrices),
+        (replace(distilled, all_parameters=True), 0, 18 * everything + 2 * matrices),
+        (lora, 8 * (blocks + 2 * tokens * head), 6 * everything + 6 * matrices),
+        (Chain(first=block, second=block), 2 * (3 * block.epochs + 2) * blocks, None),
+    ]
+    for recovery, arithmetic, memory in cases:
+        method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), recovery=recovery)
+        got = planned(tmp_path, config, method)
+        assert not arithmetic or got.work.training == arithmetic, recovery
+        assert got.streams_weights == (memory is None)  # distillation reads nothing block by block
+        if memory is None:
+            assert "distil" not in got.peaks()
+            continue
+        assert got.distilled == memory + 2048 * 32000 * (2 * 2 + 5 * 4)
+        host, on_cpu = (replace(got, on_cpu=there).peaks()["distil"] for there in (False, True))
+        assert host[1] == got.distilled
+        assert host[0] == 3 * got.weights + got.masks + 2 * got.stream  # student, parent, copy; hidden states
+        assert on_cpu == (got.distilled + got.weights + got.masks + 2 * got.stream, 0)
 
 
 def test_of_experts_only_those_that_a_token_meets_are_counted(tmp_path: Path) -> None:
