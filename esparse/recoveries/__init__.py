@@ -45,6 +45,7 @@ class Training:
     """What a recovery's training takes, for `dry_run`."""
 
     passes: float  # forward passes of all calibration sequences, a backward pass counted as two
+    sequences: int  # of a step; a micro-batch has no more
     whole: bool = False  # through the whole model with its head, not block by block
     trained: str = "pruned"  # pruned (the pruned matrices) | all (every parameter) | added (few numbers beside them)
 

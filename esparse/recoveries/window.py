@@ -68,7 +68,8 @@ class Window(Recovery):
 
     def trainings(self) -> list[Training]:
         # Forward and backward, and the loss before and after. A window of a submodule ends there: at most twice as much
-        return [Training(passes=(3 * self.epochs + 2) * (2 if self.window == "submodule" else 1))]
+        windows = 2 if self.window == "submodule" else 1
+        return [Training(passes=(3 * self.epochs + 2) * windows, sequences=self.batch)]
 
     def begin(self, block: Block) -> Finish:
         from esparse.recoveries.window_training import begin

@@ -3,8 +3,7 @@
 The model is built of fake tensors, which have a shape and no memory, so that any machine can plan any model. Bytes of
 weights, hidden states and statistics are counted on these tensors. Two numbers are estimates, and marked as such: the
 memory of tensors inside a running block, and seconds (esparse/run/duration.py). The plan does not include the memory
-of shuffles, updates and trainings of a block. Of a training of the whole model it includes weights, gradients, moments
-and logits, but no activations between blocks.
+of shuffles, updates and trainings of a block.
 """
 
 from __future__ import annotations
@@ -120,7 +119,8 @@ class Plan:
             "evaluation": work.evaluation,
         }
         counted = ", ".join(f"{part} {flop / 1e12:,.2f}" for part, flop in parts.items() if flop)
-        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in passes through the model: {counted}"]
+        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in passes through the model:"]
+        lines += [f"                      {counted}"] if counted else []
         if work.not_counted:
             lines.append(
                 f"                      not counted: {', '.join(work.not_counted)}, whose text is not read yet"
@@ -139,9 +139,9 @@ class Plan:
             )
             lines.append(f"                      the published rates ({rates.source}), which no program reaches")
         if rates.memory is not None and not self.on_cpu:
-            need = max(device for _, device in self.peaks().values())
+            need, stage = max((device, stage) for stage, (_, device) in self.peaks().items())
             fits = "fits into" if need < rates.memory else "does not fit into"
-            lines.append(f"  memory              the largest peak {fits} its {rates.memory / 2**30:,.1f} GiB")
+            lines.append(f"  memory              the largest peak ({stage}) {fits} its {rates.memory / 2**30:,.1f} GiB")
         return lines
 
 
@@ -224,6 +224,7 @@ def plan(
         else max(1, min(-(-sequences // ranks), model.tokens_at_once(target) // length))
     )
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    of_sequence = length * (2 * hidden + element * sum(outputs for _, outputs in groups))  # inside a block, estimated
     stream, free = sequences * length * hidden, host_memory.free_host_bytes()
     return Plan(
         display_name=display_name,
@@ -239,9 +240,11 @@ def plan(
         masks=pruned // 8,
         statistics=statistics,
         gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
-        working=at_once * length * (2 * hidden + element * sum(outputs for _, outputs in groups)),
+        working=at_once * of_sequence,
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
-        distilled=_distilled(skeleton, method, pruned, logits=at_once * length * vocabulary),
+        distilled=_distilled(
+            skeleton, method, pruned, at_once, logits=length * vocabulary, working=len(blocks) * of_sequence
+        ),
         passes=_passes(method),
         streams_weights=method.needs_whole_model() is None
         and (model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2)),
@@ -316,10 +319,11 @@ def _experts_share(config: Any) -> float:
     return min(1.0, chosen / experts) if experts and chosen else 1.0
 
 
-def _distilled(skeleton: Any, method: Method, pruned: int, *, logits: int) -> int | None:
+def _distilled(skeleton: Any, method: Method, pruned: int, at_once: int, *, logits: int, working: int) -> int | None:
     """The bytes of training the whole model: distill_training's module docstring says how many of what.
 
-    `logits`: of a micro-batch. Of each the two models' own, and in float32 those, their logarithms and a gradient.
+    `logits`: how many a sequence has; both models' own are held, and in float32 those, their logarithms and a gradient.
+    `working`: the bytes of a sequence inside all blocks, which the backward pass needs again.
     """
     everything = sum(p.numel() for p in skeleton.parameters())
     element = skeleton.dtype.itemsize
@@ -328,7 +332,10 @@ def _distilled(skeleton: Any, method: Method, pruned: int, *, logits: int) -> in
         if training.whole:
             trained = {"pruned": pruned, "all": everything, "added": 0}[training.trained]
             copies = 4 * pruned if training.trained == "added" else 12 * trained
-            needs.append(everything * (element + 4) + copies + 2 * pruned + logits * (2 * element + 5 * 4))
+            of_sequence = logits * (2 * element + 5 * 4) + working
+            needs.append(
+                everything * (element + 4) + copies + 2 * pruned + min(at_once, training.sequences) * of_sequence
+            )
     return max(needs, default=None)
 
 
