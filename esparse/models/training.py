@@ -52,6 +52,14 @@ def rate(step: int, total: int, *, warm_up: float, decay: str = "linear", final:
     return final + (1 - final) * fall
 
 
+def in_half(products: str, dtype: torch.dtype) -> bool:
+    """Whether a training computes its products in bfloat16: with `auto`, if the model is in bfloat16.
+
+    A model in float16 computes in float32, as its gradients would need a scale.
+    """
+    return products == "auto" and dtype == torch.bfloat16
+
+
 def at_rate(parameters: Iterable[Tensor], learning_rate: float, *, scaled: bool) -> list[dict[str, Any]]:
     """Groups for an optimiser: the parameters at a learning rate or, if `scaled`, at a share of each one's size."""
     return [{"params": [p], "lr": learning_rate * (_size(p) if scaled else 1.0)} for p in parameters]

@@ -34,7 +34,7 @@ class Distill(Recovery):
     epochs: int  # passes over the calibration sequences
     batch: int  # sequences of one step
     clip: float | None  # greatest norm of a step's gradient; None: any
-    # The trained weights themselves are held in float32. float16 has no loss scaling here, and computes in float32
+    # The trained weights themselves are held in float32, and a model in float16 is trained in it
     products: str  # precision of the training's products: auto (bfloat16 of a model in bfloat16) | float32
     temperature: float  # by which both models' logits are divided
     lasso: float  # weight of the group LASSO on the kept weights, the sum of the norms of all groups of m; 0: none

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from esparse.models.blocks import BlockModel
-from esparse.models.training import at_rate, improved, in_float32, masked, rate, requiring_grad
+from esparse.models.training import at_rate, improved, in_float32, in_half, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
 from esparse.recoveries.masked_parameters import Lora, MaskedParameter, Whole, dropped, lasso
 
@@ -106,7 +106,7 @@ def _train(
 ) -> int:
     """Trains the parameters, or LoRA on the masked parameters; returns the number of steps."""
     model = pair.student.model
-    half = settings.products == "auto" and weights[0].parameter.dtype == torch.bfloat16
+    half = in_half(settings.products, weights[0].parameter.dtype)
     with in_float32(model):
         trained: Whole | Lora = Whole(weights, parameters)
         if settings.train == "lora":

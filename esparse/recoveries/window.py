@@ -23,6 +23,7 @@ KNOWN = {
     "targets": ("block", "parent"),
     "train": ("weights", "all"),
     "decay": ("linear", "cosine"),
+    "products": ("auto", "float32"),
 }
 
 
@@ -47,6 +48,8 @@ class Window(Recovery):
     beta2: float  # of AdamW
     weight_decay: float  # of AdamW
     clip: float | None  # greatest norm of a step's gradient; None: any
+    # The trained weights themselves are held in float32, and a model in float16 is trained in it
+    products: str  # precision of the training's products: auto (bfloat16 of a model in bfloat16) | float32
 
     def __post_init__(self) -> None:
         for setting, known in KNOWN.items():

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 
 from esparse.models.activations import Activations
 from esparse.models.block import Block
-from esparse.models.training import at_rate, improved, in_float32, masked, rate, requiring_grad
+from esparse.models.training import at_rate, improved, in_float32, in_half, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
 from esparse.recoveries import Finish
 
@@ -49,14 +49,16 @@ class _Task:
     index: int
     stream: Activations
     targets: list[Tensor]
+    half: bool  # whether products are computed in bfloat16
 
     def output(self, batch: int) -> Tensor:
         """The window's output for one micro-batch (float32, differentiable)."""
-        with _tapped([self.part.tap], stop=True) as seen:
+        where = self.stream.blocks.device.type
+        with torch.autocast(where, torch.bfloat16, enabled=self.half), _tapped([self.part.tap], stop=True) as seen:
             try:
-                return self.stream.forward(self.index, batch, torch.float32)
+                return self.stream.forward(self.index, batch, torch.float32).float()
             except _Reached:
-                return seen[0]
+                return seen[0].float()
 
     def loss(self, batch: int) -> Tensor:
         """The mean squared error of one micro-batch."""
@@ -78,12 +80,13 @@ def begin(settings: Window, block: Block) -> Finish:
     assert source is not None
     parts = list(_parts(block, settings.window))
     targets = _targets(source, block.index, [part.tap for part in parts])
+    half = in_half(settings.products, next(iter(block.matrices().parameters().values())).dtype)
 
     def finish(keeps: Mapping[str, Tensor]) -> list[RecoveryReport]:
         reports = []
         with in_float32(block.module):
             for part, wanted in zip(parts, targets, strict=True):
-                task = _Task(part, block.index, stream, wanted)
+                task = _Task(part, block.index, stream, wanted, half)
                 reports += _trained(settings, task, keeps, seed=block.seed * 1_000_003 + block.index)
         return reports
 

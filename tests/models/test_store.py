@@ -51,6 +51,7 @@ TRAINED = Window(
     beta2=0.95,
     weight_decay=0.0,
     clip=None,
+    products="auto",
 )
 
 

@@ -38,6 +38,7 @@ def window(**settings: Any) -> Window:
         "beta2": 0.999,
         "weight_decay": 0.0,
         "clip": None,
+        "products": "auto",
     }
     return Window(**usual | settings)
 
@@ -121,6 +122,36 @@ def test_the_reported_loss_is_the_mean_squared_error_to_the_right_target(setting
     targets = entering(dense) if recovery.targets == "parent" else inputs
     after = (attention(model, inputs) - attention(dense, targets)).square().mean()
     assert last.after == pytest.approx(float(after), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "expected"),
+    [
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "auto", torch.float32),
+        (torch.float32, "auto", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("where", ["submodule", "block"])
+def test_products_of_the_training_have_the_model_s_precision(
+    where: str, dtype: torch.dtype, products: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    forward = torch.nn.Linear.forward
+
+    def noted(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        out = forward(layer, inputs)
+        if torch.is_grad_enabled() and layer.weight.requires_grad:
+            assert layer.weight.dtype == torch.float32  # so that small steps are not lost
+            seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
+    model, pruned = run(window(window=where, products=products), dtype=dtype)
+    assert seen == {expected}
+    assert all(part.after < part.before for part in pruned.recoveries)
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_a_recovered_model_is_closer_to_the_dense_one() -> None:
