@@ -3,8 +3,9 @@
 The whole parent and the whole student are on the device. The student is trained in float32, whatever its dtype: 4 bytes
 per parameter, and per trained weight 12 bytes more (gradient, two moments of AdamW) and 2 for masks. LoRA takes 4 bytes
 more per pruned weight, because the model computes with a second copy, and almost nothing for the trained weights. The
-activations of a micro-batch in all blocks come on top; if they do not fit, lower `model.batch_tokens`. A copy of the
-trained parameters stays on the host, in case the training has to be undone.
+activations of a micro-batch in all blocks come on top; if they do not fit, lower `model.batch_tokens`. Logits are there
+for a part of the tokens at once, if the head is the last that computes on them. A copy of the trained parameters stays
+on the host, in case the training has to be undone.
 
 Shapes: S sequences, L tokens, B sequences of a micro-batch, V vocabulary.
 """
@@ -17,7 +18,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from esparse.models.blocks import BlockModel
+from esparse.models.head import hidden_states, parts, plain_head
 from esparse.models.training import at_rate, improved, in_float32, in_half, masked, rate, requiring_grad
 from esparse.records.report import RecoveryReport
 from esparse.recoveries.masked_parameters import Lora, MaskedParameter, Whole, dropped, lasso
@@ -42,24 +45,63 @@ class Pair:
     student: BlockModel
     parent: nn.Module
     temperature: float
+    heads: tuple[nn.Module, nn.Module] | None  # of both, if nothing comes behind them: logits are computed part by part
 
-    def divergence(self, tokens_BL: Tensor, weights: Mapping[str, Tensor], *, half: bool = False) -> Tensor:
+    @classmethod
+    def of(cls, student: BlockModel, parent: nn.Module, temperature: float, tokens_SL: Tensor) -> Pair:
+        """The two, of which both lie on the student's device."""
+        first_BL = tokens_SL[:1].to(student.device)
+        ours, theirs = (plain_head(model, first_BL) for model in (student.model, parent))
+        return cls(student, parent, temperature, None if ours is None or theirs is None else (ours, theirs))
+
+    def divergence(
+        self, tokens_BL: Tensor, weights: Mapping[str, Tensor], *, half: bool = False, share: float | None = None
+    ) -> float:
         """`divergence` of a micro-batch, summed, of the student with these weights in place of its own.
 
-        `half`: its products are computed in bfloat16, whatever its weights are in.
+        `half`: its products are computed in bfloat16, whatever its weights are in. `share`: the gradients of this
+        multiple of the sum are added to what the weights have; None: none are.
         """
         inputs = {"input_ids": tokens_BL.to(self.student.device), "use_cache": False}
+        autocast = partial(torch.autocast, self.student.device.type, torch.bfloat16, enabled=half)
+
+        def student() -> Any:
+            return functional_call(self.student.model, dict(weights), kwargs=inputs)
+
+        if self.heads is None:
+            with torch.no_grad():
+                wanted_BLV = self.parent(**inputs).logits
+            with autocast():
+                got_BLV = student().logits
+            return self._add(wanted_BLV, got_BLV, share)
+        ours, theirs = self.heads
         with torch.no_grad():
-            wanted_BLV = self.parent(**inputs).logits
-        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=half):
-            got_BLV = functional_call(self.student.model, dict(weights), kwargs=inputs).logits
-        return divergence(wanted_BLV, got_BLV, self.temperature)
+            wanted_BLH = hidden_states(theirs, lambda: self.parent(**inputs))
+        with autocast():
+            hidden_BLH = hidden_states(ours, student)
+        ends_BLH = hidden_BLH.detach().requires_grad_(share is not None)  # collects the gradients of all parts
+        found = 0.0
+        for part in parts(wanted_BLH, self.student.model.get_input_embeddings().weight.shape[0]):
+            with torch.no_grad():
+                wanted_BLV = theirs(wanted_BLH[:, part])
+            with autocast():
+                got_BLV = ours(ends_BLH[:, part])
+            found += self._add(wanted_BLV, got_BLV, share)
+        if share is not None:
+            hidden_BLH.backward(ends_BLH.grad)
+        return found
+
+    def _add(self, wanted_BLV: Tensor, got_BLV: Tensor, share: float | None) -> float:
+        summed = divergence(wanted_BLV, got_BLV, self.temperature)
+        if share is not None:
+            (share * summed).backward()
+        return summed.item()
 
     @torch.no_grad()
     def mean(self, tokens_SL: Tensor) -> float:
         """The present student's divergence per token over all sequences."""
-        parts = self.student.micro_batches(tokens_SL)
-        return math.fsum(float(self.divergence(tokens_BL, {})) for tokens_BL in parts) / tokens_SL.numel()
+        found = (self.divergence(tokens_BL, {}) for tokens_BL in self.student.micro_batches(tokens_SL))
+        return math.fsum(found) / tokens_SL.numel()
 
 
 def divergence(parent_BLV: Tensor, student_BLV: Tensor, temperature: float) -> Tensor:
@@ -84,8 +126,9 @@ def distill(
 
     Raises Mistake if the loss is NaN or Inf before training.
     """
-    start, pair = time.perf_counter(), Pair(student, parent, settings.temperature)
+    start = time.perf_counter()
     with _on_device(student.model, student.device), _on_device(parent, student.device):
+        pair = Pair.of(student, parent, settings.temperature, tokens_SL)
         trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in weights]
         before, after, steps = improved(
             "the whole model",
@@ -163,9 +206,7 @@ def _backward(
     for part_BL in pair.student.micro_batches(tokens_BL):
         weights = trained.weights()
         weights |= {name: weights[name] * factor for name, factor in factors.items()}
-        loss = pair.divergence(part_BL, weights, half=half)
-        (loss / tokens_BL.numel()).backward()
-        seen += loss.item()
+        seen += pair.divergence(part_BL, weights, half=half, share=1 / tokens_BL.numel())
     if settings.lasso and regularised:
         (settings.lasso * lasso(regularised, trained.weights())).backward()
     return seen

@@ -8,7 +8,7 @@ of shuffles, updates and trainings of a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from esparse.data.corpora import HUB
 from esparse.data.windows import Perplexity
 from esparse.models import host_memory
+from esparse.models.activations import tokens_at_once
 from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
@@ -243,7 +244,12 @@ def plan(
         working=at_once * of_sequence,
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
         distilled=_distilled(
-            skeleton, method, pruned, at_once, logits=length * vocabulary, working=len(blocks) * of_sequence
+            skeleton,
+            method,
+            pruned,
+            at_once=at_once,
+            logits=lambda several: several * min(length, tokens_at_once(target, several, vocabulary)) * vocabulary,
+            working=len(blocks) * of_sequence,
         ),
         passes=_passes(method),
         streams_weights=method.needs_whole_model() is None
@@ -319,11 +325,13 @@ def _experts_share(config: Any) -> float:
     return min(1.0, chosen / experts) if experts and chosen else 1.0
 
 
-def _distilled(skeleton: Any, method: Method, pruned: int, at_once: int, *, logits: int, working: int) -> int | None:
+def _distilled(
+    skeleton: Any, method: Method, pruned: int, *, at_once: int, logits: Callable[[int], int], working: int
+) -> int | None:
     """The bytes of training the whole model: distill_training's module docstring says how many of what.
 
-    `logits`: how many a sequence has; both models' own are held, and in float32 those, their logarithms and a gradient.
-    `working`: the bytes of a sequence inside all blocks, which the backward pass needs again.
+    `logits`: how many are there at once, by sequences of a micro-batch: both models' own and, in float32, those, their
+    logarithms and a gradient. `working`: the bytes of a sequence inside all blocks, which a backward pass needs again.
     """
     everything = sum(p.numel() for p in skeleton.parameters())
     element = skeleton.dtype.itemsize
@@ -332,10 +340,9 @@ def _distilled(skeleton: Any, method: Method, pruned: int, at_once: int, *, logi
         if training.whole:
             trained = {"pruned": pruned, "all": everything, "added": 0}[training.trained]
             copies = 4 * pruned if training.trained == "added" else 12 * trained
-            of_sequence = logits * (2 * element + 5 * 4) + working
-            needs.append(
-                everything * (element + 4) + copies + 2 * pruned + min(at_once, training.sequences) * of_sequence
-            )
+            several = min(at_once, training.sequences)
+            moving = several * working + logits(several) * (2 * element + 5 * 4)
+            needs.append(everything * (element + 4) + copies + 2 * pruned + moving)
     return max(needs, default=None)
 
 

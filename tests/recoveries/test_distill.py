@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from esparse.metrics.magnitude import Magnitude
+from esparse.models import activations
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping, Pattern, Unstructured, parse
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records.report import RecoveryReport, Stages
-from esparse.recoveries import Chain, NoRecovery, PrunedModel, Recovery
+from esparse.recoveries import Chain, NoRecovery, PrunedModel, Recovery, distill_training
 from esparse.recoveries.distill import Distill
-from esparse.recoveries.distill_training import divergence
+from esparse.recoveries.distill_training import Pair, divergence
 from esparse.recoveries.masked_parameters import Lora, MaskedParameter, dropped, lasso, masked_parameters
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from tests.models.families import tiny
@@ -168,6 +169,29 @@ def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int, sca
     assert report.after < report.before
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(blocks.model.get_parameter(name), parameter, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recovery", [FULL, LORA, replace(FULL, all_parameters=True)], ids=["full", "lora", "all"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits behind the head, so that none are cut
+def test_logits_of_a_few_tokens_at_once_train_alike(
+    recovery: Distill, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, _ = pruned(family)
+    heads = Pair.of(blocks, tiny(family), 1.0, TOKENS_SL).heads
+    assert (heads is None) == (family == "gemma2")
+    whole = trained(recovery, family)
+    most = []
+    counted = distill_training.divergence
+
+    def noted(wanted_BLV: Tensor, got_BLV: Tensor, temperature: float) -> Tensor:
+        most.append(wanted_BLV.shape[1])
+        return counted(wanted_BLV, got_BLV, temperature)
+
+    monkeypatch.setattr(distill_training, "divergence", noted)
+    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 96 * 2 * 5)  # five tokens of two sequences
+    for name, value in trained(recovery, family).items():
+        torch.testing.assert_close(value, whole[name], atol=2e-4, rtol=0)
+    assert max(most) == (12 if family == "gemma2" else 10)  # 10: of a single sequence
 
 
 # What is left

@@ -187,7 +187,7 @@ def test_trainings_are_counted_by_hand(tmp_path: Path) -> None:
             assert "distil" not in got.peaks()
             continue
         inside = 2 * (2 * 8192 + 4 * 8192 + 2 * 22016 + 8192)  # q, k, v, o; gate, up; down; in and out
-        assert got.distilled == memory + 2048 * (32000 * (2 * 2 + 5 * 4) + 80 * inside)
+        assert got.distilled == memory + 2048 * 80 * inside + 2**23 // 32000 * 32000 * (2 * 2 + 5 * 4)
         host, on_cpu = (replace(got, on_cpu=there).peaks()["distil"] for there in (False, True))
         assert host[1] == got.distilled
         assert host[0] == 3 * got.weights + got.masks + 2 * got.stream  # student, parent, copy; hidden states
