@@ -137,8 +137,8 @@ OF_METHODS = {
     "alps": ["wanda", "alps"],
     "ebft": ["wanda", "block"],
     "eight_sixteen": ["equalise", "ria", "variance_block"],
-    "best": ["entropy", "esparse", "joint", "window_parent"],
-    "servable": ["entropy", "foldable", "alps", "window_parent"],
+    "best": ["entropy", "esparse", "alps", "distill"],
+    "servable": ["entropy", "foldable", "alps", "distill"],
 }
 
 

@@ -104,7 +104,15 @@ def prune(
     parts, choices = parts_of(asked, seed)
     method = Method(pattern=patterns.parse(pattern, outliers), seed=seed, **parts)
     method.check()
-    tokens_SL = calibration_tokens(model, tokenizer, calibration, sequences=sequences, length=length, seed=seed)
+    tokens_SL, *further = calibration_tokens(
+        model,
+        tokenizer,
+        calibration,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        further=method.recovery.further_samples(),
+    )
     config = {
         "pattern": str(pattern),
         "outliers": outliers,
@@ -117,7 +125,7 @@ def prune(
     began, stages = time.perf_counter(), Stages()
     with as_found(model), _bar(model, progress) as on_layer:
         blocks = _blocks(model, device, batch_tokens)
-        pruned = pruning.prune(blocks, tokens_SL, method, skip=skip, stages=stages, on_layer=on_layer)
+        pruned = pruning.prune(blocks, tokens_SL, method, further=further, skip=skip, stages=stages, on_layer=on_layer)
     seconds = round(time.perf_counter() - began, 3)
     return Report(pruned, method, tokens_SL, config, record.Size.of(model), stages, seconds, blocks.device)
 

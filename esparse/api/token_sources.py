@@ -34,18 +34,21 @@ def calibration_tokens(
     sequences: int | None,
     length: int | None,
     seed: int,
-) -> Tensor:
+    further: int,
+) -> list[Tensor]:
+    """The calibration tokens and, of a text, `further` other samples of it."""
     if isinstance(asked, Tensor):
         if sequences is not None or length is not None:
             raise Mistake("sequences and length are for texts, and calibration is tokens already: leave them out")
-        return _checked_tokens(model, asked, "calibration", least=1)
+        return [_checked_tokens(model, asked, "calibration", least=1)]
     changes = {k: v for k, v in {"sequences": sequences, "length": length, "seed": seed}.items() if v is not None}
     text, part = _text("calibration", asked, changes)
     if tokenizer is None:
         raise Mistake("a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")
     how = (tokenizer, longest_sequence(model), model.config.model_type)
-    tokens_SL = part.sample(*how) if text is None else part.sample_of(text, *how)
-    return _checked_tokens(model, tokens_SL, "calibration", least=1)
+    parts = (part, *part.further(further))
+    samples = [one.sample(*how) if text is None else one.sample_of(text, *how) for one in parts]
+    return [_checked_tokens(model, tokens_SL, "calibration", least=1) for tokens_SL in samples]
 
 
 def windows(

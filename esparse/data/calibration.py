@@ -5,7 +5,7 @@ Shapes: S sequences, L tokens of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esparse.data import corpora
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SPARE = 16  # a stream of documents has this many times the requested tokens, if the corpus is large enough
+
+FAR = 1_000_003
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +60,10 @@ class Calibration:
         render = tokens.chat_template(tokenizer, "calibration.chat") if self.chat else None
         corpus = corpora.read(self.corpus, "calibration", path=self.path, column=self.column, render=render)
         return self.sample_of(corpus, tokenizer, longest, family)
+
+    def further(self, count: int) -> list[Calibration]:
+        """The same, with other sequences: their seeds are far from those that a user counts up."""
+        return [replace(self, seed=self.seed + FAR * (i + 1)) for i in range(count)]
 
     def sample_of(self, corpus: corpora.Corpus, tokenizer: Tokenizer, longest: int, family: str = "") -> Tensor:
         """`sample` for a text that was read already."""

@@ -52,6 +52,7 @@ def prune(
     tokens_SL: Tensor,
     method: Method,
     *,
+    further: Sequence[Tensor] = (),
     skip: Sequence[str] = (),
     stages: Stages,
     on_layer: Callable[[int, LayerReport], None] = lambda index, layer: None,
@@ -61,7 +62,8 @@ def prune(
     """Prunes the model in place, block after block; a block's inputs come from the pruned blocks before it.
 
     With several `blocks.ranks`, `tokens_SL` are the tokens of all ranks, and all ranks end with the same weights.
-    `skip`: regular expressions of layer names that stay dense. `journal`: finished blocks are read from it and written
+    `further`: other samples of the same text, for recoveries that ask for them (`further_samples`). `skip`: regular
+    expressions of layer names that stay dense. `journal`: finished blocks are read from it and written
     to it. `profile`: keeps the channels' entropies, norms and mean scores. Raises Mistake, with the layer's name, for
     weights or activations that are NaN or Inf.
     """
@@ -104,7 +106,7 @@ def prune(
     if not pruned.layers:
         raise Mistake("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
-        model = PrunedModel(blocks, parent, tokens_SL, pruned.keeps, pruned.groupings, method.seed)
+        model = PrunedModel(blocks, parent, tokens_SL, further, pruned.keeps, pruned.groupings, method.seed)
         pruned.recoveries += recovery.whole(model)
     measure_density(pruned, blocks)
     warn_if_sparse_before(pruned)

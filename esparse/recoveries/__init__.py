@@ -35,6 +35,7 @@ class PrunedModel:
     blocks: BlockModel
     parent: nn.Module | None  # the dense model, if the recovery asked for it
     tokens_SL: Tensor  # of the calibration
+    further: Sequence[Tensor]  # as many other tokens of the same text as `further_samples` asks for; none of no text
     keeps: Mapping[str, Tensor]  # by the weight's name in the state dict
     groupings: Sequence[tuple[Matrix, Grouping]]  # how each matrix was cut into groups
     seed: int
@@ -81,6 +82,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no met
     def trainings(self) -> list[Training]:
         """What the recovery trains; default: nothing."""
         return []
+
+    def further_samples(self) -> int:
+        """How many further samples of the calibration text, as large as the first, `whole` wants; default: none."""
+        return 0
 
     def adds_biases(self) -> bool:
         """Whether `layer` may add a bias to a layer without one."""
@@ -133,6 +138,9 @@ class Chain(Recovery):
 
     def trainings(self) -> list[Training]:
         return [*self.first.trainings(), *self.second.trainings()]
+
+    def further_samples(self) -> int:
+        return max(self.first.further_samples(), self.second.further_samples())
 
     def adds_biases(self) -> bool:
         return self.first.adds_biases() or self.second.adds_biases()

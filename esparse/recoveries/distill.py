@@ -32,6 +32,8 @@ class Distill(Recovery):
     scaled: bool  # the learning rate is a share of the root mean square of each trained tensor's kept weights
     warm_up: float  # share of the steps in which the learning rate rises; then it falls linearly to 0
     epochs: int  # passes over the calibration sequences
+    # Passes over the same sequences soon learn these alone. Tokens that are given as such, from Python, have no others
+    fresh: bool  # each pass but the first reads as many other sequences of the calibration's text, drawn at random
     batch: int  # sequences of one step
     clip: float | None  # greatest norm of a step's gradient; None: any
     # The trained weights themselves are held in float32, and a model in float16 is trained in it
@@ -76,6 +78,9 @@ class Distill(Recovery):
                 "set both to 0, or ask for a pattern such as 2:4"
             )
 
+    def further_samples(self) -> int:
+        return self.epochs - 1 if self.fresh else 0
+
     def needs_parent(self) -> bool:
         return True
 
@@ -90,4 +95,5 @@ class Distill(Recovery):
 
         assert pruned.parent is not None
         masked = masked_parameters(pruned.keeps, pruned.groupings, pruned.blocks.device)
-        return [distill(self, pruned.blocks, pruned.parent, pruned.tokens_SL, masked, pruned.seed)]
+        samples = [pruned.tokens_SL, *pruned.further[: self.further_samples()]]
+        return [distill(self, pruned.blocks, pruned.parent, samples, masked, pruned.seed)]

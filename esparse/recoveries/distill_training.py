@@ -118,15 +118,19 @@ def distill(
     settings: Distill,
     student: BlockModel,
     parent: nn.Module,
-    tokens_SL: Tensor,
+    samples: Sequence[Tensor],
     weights: Sequence[MaskedParameter],
     seed: int,
 ) -> RecoveryReport:
-    """Trains the student; restores it if the loss on the calibration tokens has risen.
+    """Trains the student; restores it if the loss on the calibration tokens, the first sample, has risen.
+
+    `samples`: S x L tokens, one or more; each pass reads the next one, and begins again behind the last.
 
     Raises Mistake if the loss is NaN or Inf before training.
     """
-    start = time.perf_counter()
+    start, tokens_SL = time.perf_counter(), samples[0]
+    if settings.further_samples() and len(samples) == 1:
+        log.info("the calibration was given as tokens: every pass of the distillation reads the same ones")
     with _on_device(student.model, student.device), _on_device(parent, student.device):
         pair = Pair.of(student, parent, settings.temperature, tokens_SL)
         trained = list(student.model.parameters()) if settings.all_parameters else [of.parameter for of in weights]
@@ -134,7 +138,7 @@ def distill(
             "the whole model",
             trained,
             lambda: pair.mean(tokens_SL),
-            lambda: _train(settings, pair, tokens_SL, weights, trained, torch.Generator().manual_seed(seed)),
+            lambda: _train(settings, pair, samples, weights, trained, torch.Generator().manual_seed(seed)),
         )
     return RecoveryReport("model", "kl", before, after, steps, time.perf_counter() - start)
 
@@ -142,7 +146,7 @@ def distill(
 def _train(
     settings: Distill,
     pair: Pair,
-    tokens_SL: Tensor,
+    samples: Sequence[Tensor],
     weights: Sequence[MaskedParameter],
     parameters: Sequence[nn.Parameter],
     generator: torch.Generator,
@@ -155,7 +159,7 @@ def _train(
         if settings.train == "lora":
             trained = Lora(weights, settings.rank, settings.alpha, generator)
         with requiring_grad(model, parameters if settings.train == "full" else ()), masked(trained.kept):
-            steps = _steps(settings, pair, tokens_SL, weights, trained, generator, half=half)
+            steps = _steps(settings, pair, samples, weights, trained, generator, half=half)
         trained.merge()
     for of in weights:
         of.settle()
@@ -165,7 +169,7 @@ def _train(
 def _steps(
     settings: Distill,
     pair: Pair,
-    tokens_SL: Tensor,
+    samples: Sequence[Tensor],
     weights: Sequence[MaskedParameter],
     trained: Whole | Lora,
     generator: torch.Generator,
@@ -175,10 +179,10 @@ def _steps(
     groups = at_rate(trained.leaves, settings.learning_rate, scaled=settings.scaled)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     regularised = _with_groups(weights) if settings.lasso or settings.dropout else []
-    total = settings.epochs * -(-len(tokens_SL) // settings.batch)
+    total = settings.epochs * -(-len(samples[0]) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, total, warm_up=settings.warm_up))
     for epoch in range(settings.epochs):
-        seen = 0.0
+        seen, tokens_SL = 0.0, samples[epoch % len(samples)]
         for chosen in torch.randperm(len(tokens_SL), generator=generator).split(settings.batch):
             factors = dropped(regularised, settings.dropout, generator) if settings.dropout else {}
             seen += _backward(settings, pair, tokens_SL[chosen], trained, regularised, factors, half=half)

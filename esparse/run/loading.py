@@ -42,13 +42,15 @@ class Inputs:
     size: Size
     longest: int  # tokens of a sequence that the model takes
     tokens_SL: Tensor
+    further: list[Tensor]  # other samples of the calibration's text, S x L each, that a recovery asks for
     windows: dict[str, Tensor]  # W windows by corpus
     tasks: dict[str, Any]  # as `zeroshot.load` gave them
     sources: Sources | None  # the files that all this was read from; the first rank's alone
 
     def digests(self) -> dict[str, str]:
         """A digest of the tokens of every text."""
-        return digests(self.windows | {"calibration": self.tokens_SL})
+        further = {f"calibration, sample {i}": tokens_SL for i, tokens_SL in enumerate(self.further, start=2)}
+        return digests(self.windows | {"calibration": self.tokens_SL} | further)
 
 
 def load_inputs(
@@ -83,10 +85,12 @@ def load_inputs(
     longest, texts = longest_sequence(model), experiment.evaluate
     family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
     tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))
+    others = experiment.calibration.further(method.recovery.further_samples())
+    further = ranks.from_first(lambda: [other.sample(tokenizer, longest, family) for other in others])
     windows = ranks.from_first(
         lambda: {texts.name(c): texts.windows(c, tokenizer, longest, family) for c in texts.corpora}
     )
-    for text, ids in {"the calibration text": tokens_SL, **windows}.items():
+    for text, ids in {"the calibration text": torch.cat([tokens_SL, *further]), **windows}.items():
         check_ids(text, ids, embedded)
     check(blocks, tokens_SL)
     host_memory.trim()  # reading texts takes many times what their tokens do
@@ -96,6 +100,7 @@ def load_inputs(
         size=Size.of(model),
         longest=longest,
         tokens_SL=tokens_SL,
+        further=further,
         windows=windows,
         tasks=experiment.zeroshot.load(),
         sources=sources,

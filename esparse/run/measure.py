@@ -81,7 +81,10 @@ class Measuring:
                 }
                 for corpus, windows_WL in self.inputs.windows.items()
             },
-            "calibration": {"bos": self._begins(self.inputs.tokens_SL)},
+            "calibration": {
+                "bos": self._begins(self.inputs.tokens_SL),
+                "further_sequences": sum(map(len, self.inputs.further)),
+            },
         }
         if pruned.scores:
             report["zeroshot"] = self.experiment.zeroshot.report(dense.scores, pruned.scores, self.dense_run)

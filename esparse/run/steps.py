@@ -49,6 +49,7 @@ def prune_model(
         inputs.blocks,
         inputs.tokens_SL,
         method,
+        further=inputs.further,
         skip=experiment.model.skip,
         stages=stages,
         on_layer=on_layer,

@@ -111,6 +111,29 @@ def test_the_masks_and_numbers_are_those_of_a_run(
         assert made["config"]["choices"][group] == record["config"]["choices"][group]
 
 
+@pytest.mark.slow
+def test_distillation_reads_the_same_further_sequences_as_in_a_run(workshop: Path, tmp_path: Path) -> None:
+    small = [*small_run(workshop, tmp_path / "out"), "metric=magnitude", "shuffle=none"]
+    done = launch(*small, "recovery=distill", "recovery.epochs=2")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("out/*/result.json")
+    record = json.loads(path.read_text())
+    assert record["calibration"]["further_sequences"] == 4
+
+    def trained(fresh: bool) -> tuple[float, float, int]:
+        folder = workshop / "model"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        how: dict[str, Any] = {"calibration": workshop / "text.txt", "sequences": 4, "length": 16}
+        recovery = esparse.option("recovery", "distill", epochs=2, fresh=fresh)
+        report = esparse.prune(model, tokenizer, metric="magnitude", shuffle=None, recovery=recovery, **how)
+        (part,) = report.to_dict()["recovery"]
+        return part["before"], part["after"], part["steps"]
+
+    (part,) = record["recovery"]
+    assert trained(True) == pytest.approx((part["before"], part["after"], part["steps"]), rel=1e-4)
+    assert trained(False)[1] != pytest.approx(part["after"], rel=1e-3)
+
+
 def test_the_defaults_are_those_of_the_command_line() -> None:
     usual = numbers.usual()
     defaults = {k: p.default for k, p in inspect.signature(esparse.prune).parameters.items()}

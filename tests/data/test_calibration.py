@@ -48,6 +48,16 @@ def test_the_seed_decides_and_the_global_one_does_not(file):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_further_samples_are_of_the_same_text_and_no_other_seed_s(file):
+    asked = calibration(path=file, seed=3, sequences=5)
+    samples = [one.sample(byte_tokenizer(), longest=64) for one in (asked, *asked.further(2), asked.further(1)[0])]
+    assert {tuple(tokens_SL.shape) for tokens_SL in samples} == {(5, 12)}
+    assert torch.equal(samples[1], samples[3])
+    assert len({tuple(tokens_SL.flatten().tolist()) for tokens_SL in samples}) == 3
+    assert len({one.seed for seed in range(100) for one in calibration(path=file, seed=seed).further(9)}) == 900
+    assert asked.seed == 3
+
+
 @given(total=st.integers(1, 30), length=st.integers(1, 30), count=st.integers(1, 6), seed=st.integers(0, 99))
 def test_random_windows_are_windows_of_the_stream(total, length, count, seed):
     if length > total:

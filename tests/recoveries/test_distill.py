@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -39,6 +39,7 @@ FULL = Distill(
     scaled=False,
     warm_up=0.1,
     epochs=3,
+    fresh=False,
     batch=2,
     clip=1.0,
     temperature=1.0,
@@ -78,10 +79,16 @@ def pruned(
 
 
 def recover(
-    recovery: Distill, blocks: BlockModel, left: Pruned, *, parent: nn.Module | None = None, seed: int = 0
+    recovery: Distill,
+    blocks: BlockModel,
+    left: Pruned,
+    *,
+    parent: nn.Module | None = None,
+    seed: int = 0,
+    further: Sequence[Tensor] = (),
 ) -> RecoveryReport:
     parent = parent or tiny(blocks.model.config.model_type.replace("_", "-")).to(blocks.model.dtype)
-    [report] = recovery.whole(PrunedModel(blocks, parent, TOKENS_SL, left.keeps, left.groupings, seed))
+    [report] = recovery.whole(PrunedModel(blocks, parent, TOKENS_SL, further, left.keeps, left.groupings, seed))
     return report
 
 
@@ -169,6 +176,29 @@ def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int, sca
     assert report.after < report.before
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(blocks.model.get_parameter(name), parameter, atol=1e-5, rtol=0)
+
+
+def test_later_passes_read_further_samples(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = replace(FULL, fresh=True, batch=5)
+    assert (fresh.further_samples(), FULL.further_samples()) == (2, 0)
+    assert Chain(first=FULL, second=fresh).further_samples() == 2
+    monkeypatch.setattr(logging.getLogger("esparse"), "propagate", True)
+    caplog.set_level(logging.INFO, "esparse")
+    others = [torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(seed)) for seed in (6, 7)]
+    blocks, left = pruned()
+    read: list[int] = []
+    parent = tiny("llama")
+
+    def noted(_module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
+        read.extend(row[:8] for row in given["input_ids"].tolist())
+
+    with parent.register_forward_pre_hook(noted, with_kwargs=True):
+        recover(fresh, blocks, left, parent=parent, further=others)
+    passes = [sorted(read[at : at + 5]) for at in range(1, len(read), 5)]  # in front of them the head is tried
+    assert passes == [sorted(of[:, :8].tolist()) for of in (TOKENS_SL, TOKENS_SL, *others, TOKENS_SL)]
+    assert "every pass" not in caplog.text
+    recover(fresh, *pruned())
+    assert "given as tokens: every pass of the distillation reads the same ones" in caplog.text
 
 
 @pytest.mark.parametrize("recovery", [FULL, LORA, replace(FULL, all_parameters=True)], ids=["full", "lora", "all"])
