@@ -21,8 +21,10 @@ def main() -> int:
 def _run(config: DictConfig) -> None:
     with mistakes():
         experiment = registry.build(config)
-        choices = HydraConfig.get().runtime.choices
+        hydras = HydraConfig.get()
+        choices = hydras.runtime.choices
         settings = registry.resolved(config, experiment, choices)
+        remarks.check_method(choices, typed=hydras.overrides.task, file=hydras.job.config_name)
         foresight.check(experiment, settings)
     remarks.say(remarks.remarks(settings, choices))
     carry_out(experiment, settings)

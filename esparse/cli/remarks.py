@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 
 from esparse import patterns
+from esparse.errors import Mistake
 from esparse.patterns import NM, Outliers
 from esparse.records.groups import METHOD_GROUPS, acts
 
@@ -28,6 +29,28 @@ def remarks(settings: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str
         if other:
             found.append(f"method={name} with {', '.join(other)}")
     return found
+
+
+def check_method(choices: Mapping[str, Any], *, typed: Sequence[str], file: str) -> None:
+    """Raises Mistake if a method was typed and the file of the experiment sets parts of it otherwise: the file wins.
+
+    `typed`: the settings on the command line, of a sweep as well. `file`: the configuration that was asked for.
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in typed}
+    name = choices.get("method")
+    if "method" not in keys or not name:
+        return
+    parts = parts_of(name)
+    lost = {group: choices[group] for group in parts if choices[group] != parts[group] and group not in keys}
+    if lost:
+        raise Mistake(
+            f"method={name} is not what would run: {file}.yaml has {_words(lost)}, which wins over it: type "
+            f"{_words({group: parts[group] for group in lost})} as well, or leave method={name} out"
+        )
+
+
+def _words(parts: Mapping[str, Any]) -> str:
+    return " ".join(f"{group}={option}" for group, option in parts.items())
 
 
 def say(sentences: Iterable[str]) -> None:

@@ -105,5 +105,6 @@ def _composed(sweep: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], 
     choices = config.hydra.runtime.choices
     experiment = registry.build(config)
     settings = registry.resolved(config, experiment, choices)
+    remarks.check_method(choices, typed=sweep.hydra.overrides.task, file=sweep.hydra.job.config_name)
     foresight.check(experiment, settings, queued=foresight.is_slurm(config.hydra.launcher))
     return settings, remarks.remarks(settings, choices)

@@ -98,6 +98,14 @@ def test_a_setting_that_is_given_twice() -> None:
             ["-cd", "experiments", "-cn", "laddr"],
             "no laddr.yaml in experiments: did you mean ladder? There is ablation",
         ),
+        (
+            ["-cd", "experiments", "-cn", "real", "method=wanda"],
+            "method=wanda is not what would run: real.yaml has metric=magnitude, which wins over it: type metric=wanda",
+        ),
+        (
+            ["-cd", "experiments", "-cn", "best", "method=wanda", "recovery=bias"],
+            "best.yaml has metric=entropy shuffle=esparse update=alps, which wins over it: type metric=wanda",
+        ),
         (["-cd", "nowhere", "-cn", "ladder"], "-cd nowhere: there is no such folder"),
         (["pattern=2:4,4:8"], "-m makes a sweep of them"),
         (["zeroshot.tasks=hellaswag"], "zeroshot.tasks takes a list: zeroshot.tasks=[hellaswag]"),
