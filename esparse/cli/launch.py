@@ -24,7 +24,7 @@ def _run(config: DictConfig) -> None:
         hydras = HydraConfig.get()
         choices = hydras.runtime.choices
         settings = registry.resolved(config, experiment, choices)
-        remarks.check_method(choices, typed=hydras.overrides.task, file=hydras.job.config_name)
+        remarks.check_method(choices, typed=hydras.overrides.task, file=str(hydras.job.config_name))
         foresight.check(experiment, settings)
     remarks.say(remarks.remarks(settings, choices))
     carry_out(experiment, settings)
