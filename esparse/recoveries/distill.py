@@ -86,8 +86,8 @@ class Distill(Recovery):
 
     def trainings(self) -> list[Training]:
         trained = "added" if self.train == "lora" else "all" if self.all_parameters else "pruned"
-        # The parent's pass, the student's and its backward pass; the loss before and after takes both models once
-        return [Training(passes=4 * self.epochs + 4, sequences=self.batch, whole=True, trained=trained)]
+        # The parent's pass, the student's and its backward pass; the losses before and after take a few sequences
+        return [Training(passes=4 * self.epochs, sequences=self.batch, whole=True, trained=trained)]
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
         from esparse.recoveries.distill_training import distill

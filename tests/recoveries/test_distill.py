@@ -111,17 +111,17 @@ def outputs_by_inputs(left: Pruned, values: dict[str, Tensor]) -> Iterator[tuple
         yield matrix.name, matrix.part_of(values[matrix.entry]), keep_OI, grouping
 
 
-def kl_by_hand(parent: nn.Module, student: nn.Module, temperature: float) -> float:
+def kl_by_hand(parent: nn.Module, student: nn.Module, temperature: float, tokens_SL: Tensor = TOKENS_SL) -> float:
     """Per token and in float64, from the definition."""
     total = 0.0
-    for tokens_L in TOKENS_SL:
+    for tokens_L in tokens_SL:
         with torch.no_grad():
             wanted_LV, got_LV = (m(tokens_L[None], use_cache=False).logits[0].double() for m in (parent, student))
         for wanted, got in zip(wanted_LV.tolist(), got_LV.tolist(), strict=True):
             p, q = ([math.exp(value / temperature) for value in logits] for logits in (wanted, got))
             p, q = ([value / sum(e) for value in e] for e in (p, q))
             total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    return total / TOKENS_SL.numel()
+    return total / tokens_SL.numel()
 
 
 # The loss
@@ -146,6 +146,16 @@ def test_before_and_after_are_the_loss_per_token(temperature: float, batch_token
     assert report.before == pytest.approx(before, rel=1e-4)
     assert report.after == pytest.approx(kl_by_hand(parent, blocks.model, temperature), rel=1e-4)
     assert (report.name, report.loss, report.steps) == ("model", "kl", 2 * 3)
+
+
+def test_the_loss_before_and_after_is_that_of_the_first_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_training, "MEASURED", 2)
+    blocks, left = pruned()
+    parent = tiny("llama")
+    before = kl_by_hand(parent, blocks.model, 1.0, TOKENS_SL[:2])
+    report = recover(FULL, blocks, left, parent=parent)
+    assert report.before == pytest.approx(before, rel=1e-4)
+    assert report.after == pytest.approx(kl_by_hand(parent, blocks.model, 1.0, TOKENS_SL[:2]), rel=1e-4)
 
 
 @pytest.mark.parametrize(("batch_tokens", "scaled"), [(12, False), (1000, True)])
