@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esparse")
 
-MEASURED = (
-    16  # sequences on which the loss before and after is measured: all of them took as long as a pass of training
-)
+MEASURED = 16  # sequences on which the loss is measured before and after: all of them took as long as a pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
