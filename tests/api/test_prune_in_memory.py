@@ -78,7 +78,7 @@ def test_importing_esparse_is_quick_and_loads_no_torch() -> None:
 @pytest.mark.parametrize(
     ("overrides", "how"),
     [
-        ([], {}),
+        pytest.param([], {}, marks=pytest.mark.slow),
         pytest.param(
             ["metric=wanda", "update=alps", "pattern=8:16"],
             {"metric": "wanda", "update": "alps", "pattern": "8:16"},

@@ -76,7 +76,7 @@ IN_REGISTERS = [
 @pytest.mark.tries(12)  # both kernels, all numbers of tokens
 @pytest.mark.parametrize(("kernel", "n", "m", "tile_rows", "depth", "split"), IN_REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, pytest.param(33, marks=pytest.mark.slow)])
 def test_bytes_permuted_in_registers(
     tokens: int, dtype: torch.dtype, kernel: str, n: int, m: int, tile_rows: int, depth: int, split: int
 ) -> None:
