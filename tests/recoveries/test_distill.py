@@ -27,6 +27,7 @@ from esparse.recoveries.distill_training import Pair, divergence
 from esparse.recoveries.masked_parameters import Lora, MaskedParameter, dropped, lasso, masked_parameters
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from tests.models.families import tiny
+from tests.recoveries import PRODUCTS
 
 CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(5))
@@ -316,15 +317,7 @@ def test_half_precision_comes_back_in_its_own_precision(recovery: Distill) -> No
         assert not weight[~keep].any()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "products", "expected"),
-    [
-        (torch.bfloat16, "auto", torch.bfloat16),
-        (torch.bfloat16, "float32", torch.float32),
-        (torch.float16, "auto", torch.float32),
-        (torch.float32, "auto", torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "products", "expected"), PRODUCTS)
 @pytest.mark.parametrize("recovery", [FULL, LORA], ids=["full", "lora"])
 def test_products_of_the_training_have_the_model_s_precision(
     recovery: Distill, dtype: torch.dtype, products: str, expected: torch.dtype

@@ -18,6 +18,7 @@ from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.window import Window
 from esparse.shuffles import NoShuffle
 from tests.models.families import FAMILIES, tiny
+from tests.recoveries import PRODUCTS
 
 TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
 
@@ -124,15 +125,7 @@ def test_the_reported_loss_is_the_mean_squared_error_to_the_right_target(setting
     assert last.after == pytest.approx(float(after), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "products", "expected"),
-    [
-        (torch.bfloat16, "auto", torch.bfloat16),
-        (torch.bfloat16, "float32", torch.float32),
-        (torch.float16, "auto", torch.float32),
-        (torch.float32, "auto", torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "products", "expected"), PRODUCTS)
 @pytest.mark.parametrize("where", ["submodule", "block"])
 def test_products_of_the_training_have_the_model_s_precision(
     where: str, dtype: torch.dtype, products: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
