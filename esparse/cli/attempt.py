@@ -108,7 +108,7 @@ def _tidy(folder: Path, sweep: str | None) -> None:
 
 def _plan(experiment: Experiment, name: str) -> None:
     """Prints the plan of a run; writes no files."""
-    from esparse.run.plan import dry_run
+    from esparse.run.dry_run import dry_run
 
     quiet_libraries()
     try:

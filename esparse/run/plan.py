@@ -1,4 +1,4 @@
-"""Plans a run from the model's configuration alone, without doing it: `dry_run=true`.
+"""Counts what a run would take, from the model's configuration alone; esparse/run/dry_run.py says it in words.
 
 The model is built of fake tensors, which have a shape and no memory, so that any machine can plan any model. Bytes of
 weights, hidden states and statistics are counted on these tensors. Two numbers are estimates, and marked as such: the
@@ -9,15 +9,13 @@ of shuffles, updates and trainings of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from esparse.data.corpora import HUB
-from esparse.data.windows import Perplexity
 from esparse.models import host_memory
 from esparse.models.activations import tokens_at_once
 from esparse.models.load import Model, longest_sequence, shape_only
@@ -25,9 +23,7 @@ from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
 from esparse.prepare import NoPreparation
 from esparse.pruning.method import Method
-from esparse.run.duration import Rates, Work, measured, published
-from esparse.run.progress import clock
-from esparse.run.settings import Experiment
+from esparse.run.duration import Rates, Work
 
 USUAL_LENGTH = 2048  # default tokens of a sequence, if the model takes as many
 
@@ -87,107 +83,6 @@ class Plan:
                 device = 0
             peaks[stage] = (host, device)
         return peaks
-
-    def text(self) -> str:
-        """The plan as text, one line per number."""
-        where = "read block by block from the checkpoint" if self.streams_weights else "loaded whole"
-        where += f", by each of {self.ranks} processes" if self.ranks > 1 else ""
-        lines = [
-            f"plan of {self.display_name} (a dry run: nothing is pruned)",
-            f"  parameters          {self.parameters:,} in {self.blocks} blocks, {self.pruned_weights:,} to be pruned",
-            f"  weights             {_gib(self.weights)}, {where}",
-            f"  largest block       {_gib(self.largest_block)}; embeddings, norm and head {_gib(self.ends)}",
-            f"  hidden states       {_gib(self.stream)} x {self.streams}, "
-            f"{'in files of the run' if self.on_disk else 'in memory'}; {_gib(self.window)} per evaluation window",
-            f"  statistics          {_gib(self.statistics)} for one block; gradients {_gib(self.gradients)}",
-            f"  masks               {_gib(self.masks)}",
-            f"  forward passes      {self.passes} at most of the calibration sequences and 2 of the evaluation windows",
-        ]
-        for stage, (host, device) in self.peaks().items():
-            on_device = "" if self.on_cpu else f", device about {_gib(device)}"
-            lines.append(f"  peak, {stage:13} host about {_gib(host)}{on_device}")
-        lines += self._times()
-        lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
-        return "\n".join(lines)
-
-    def _times(self) -> list[str]:
-        """The lines about arithmetic and seconds."""
-        work, rates = self.work, self.rates
-        parts = {
-            "calibration": work.calibration,
-            "statistics": work.statistics,
-            "training": work.training,
-            "evaluation": work.evaluation,
-        }
-        counted = ", ".join(f"{part} {flop / 1e12:,.2f}" for part, flop in parts.items() if flop)
-        lines = [f"  arithmetic          {work.arithmetic / 1e12:,.2f} TFLOP in passes through the model:"]
-        lines += [f"                      {counted}"] if counted else []
-        if work.not_counted:
-            lines.append(
-                f"                      not counted: {', '.join(work.not_counted)}, whose text is not read yet"
-            )
-        if rates is None:
-            return [*lines, "  time                not estimated: dry_run=a100 plans for a GPU by name"]
-        how = f"{rates.arithmetic / 1e12:,.4g} TFLOP/s and {rates.copy / 1e9:,.4g} GB/s"
-        seconds = clock(rates.seconds(work) / (1 if rates.source else self.ranks))
-        if rates.source is None:
-            lines.append(
-                f"  time                about {seconds} for these on {rates.name} (estimated from {how}, measured)"
-            )
-        else:
-            lines.append(
-                f"  time                {seconds} at least for these on one {rates.name}: estimated from {how},"
-            )
-            lines.append(f"                      the published rates ({rates.source}), which no program reaches")
-        if rates.memory is not None and not self.on_cpu:
-            need, stage = max((device, stage) for stage, (_, device) in self.peaks().items())
-            fits = "fits into" if need < rates.memory else "does not fit into"
-            lines.append(f"  memory              the largest peak ({stage}) {fits} its {rates.memory / 2**30:,.1f} GiB")
-        return lines
-
-
-def dry_run(experiment: Experiment, *, name: str) -> str:
-    """What the run would take, in words; nothing is loaded but the model's configuration.
-
-    For this machine, or for the GPU that `dry_run` names.
-    """
-    calibration, evaluate, model = experiment.calibration, experiment.evaluate, experiment.model
-    elsewhere = experiment.dry_run is not True or (
-        model.devices.startswith("cuda") and not torch.cuda.is_available()
-    )  # the devices of this machine say nothing then
-    made = plan(
-        model,
-        experiment.method(),
-        display_name=name,
-        sequences=calibration.sequences,
-        length=calibration.length,
-        window=evaluate.length,
-        ranks=1 if elsewhere else len(experiment.devices()),
-        device="cuda" if elsewhere else None,
-        evaluated=_evaluated(evaluate),
-    )
-    if experiment.dry_run is not True:
-        return replace(made, rates=published(str(experiment.dry_run))).text()
-    if elsewhere:
-        return made.text()
-    device = model.device()
-    dtype = torch.float32 if device.type == "cpu" and model.dtype == "auto" else _dtype(model)
-    return replace(made, rates=measured(device, dtype)).text()
-
-
-def _dtype(model: Model) -> torch.dtype:
-    return torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
-
-
-def _evaluated(evaluate: Perplexity) -> dict[str, int | None]:
-    """How many tokens of each corpus are measured; None where that is not known before it is read."""
-    known: dict[str, int | None] = {}
-    for corpus in evaluate.corpora:
-        text = HUB.get(corpus, {}).get("evaluation")
-        windows = text.most_windows * (evaluate.length or USUAL_LENGTH) if text and text.most_windows else None
-        limits = [limit for limit in (evaluate.max_tokens, windows) if limit is not None]
-        known[evaluate.name(corpus)] = min(limits) if limits else None
-    return known
 
 
 def plan(
@@ -416,7 +311,3 @@ def _statistics(method: Method, width: int, sequences: int) -> int:
         total += sum(value.nbytes for value in vars(statistic).values() if isinstance(value, Tensor))
         total += getattr(statistic, "most", 0) * width * 4
     return total
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"
