@@ -13,6 +13,7 @@ from esparse.allocations import Allocation, Measured
 from esparse.allocations.budget import Shape, Unit, spend
 from esparse.allocations.reach import POINTS, others, refuse_what_cannot_change
 from esparse.errors import Mistake
+from esparse.parts import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,7 @@ class Owl(Allocation):
     def __post_init__(self) -> None:
         if self.per not in PER:
             raise Mistake(f"allocation.per must be one of {', '.join(PER)}, got {self.per!r}")
-        if not self.threshold > 0:
-            raise Mistake(f"allocation.threshold must be above 0, got {self.threshold}")
+        bounds.check("allocation", self, positive=("threshold",))
         if not 0 < self.spread < 1:
             raise Mistake(f"allocation.spread must lie between 0 and 1, got {self.spread}")
 

@@ -32,6 +32,7 @@ from esparse.export import Finished
 from esparse.export.in_memory import pack_layers
 from esparse.models.blocks import BlockModel
 from esparse.models.load import usual_tokens_at_once
+from esparse.parts import expressions
 from esparse.parts.plugins import register
 from esparse.pruning import prune as pruning
 from esparse.pruning.method import Method
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "option", "pack", "perplexity", "prune", "register", "save"]
 
 
+@torch.inference_mode(False)  # also for a caller who is inside of one
 def prune(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -92,6 +94,7 @@ def prune(
     """
     check_model(model)
     _check_seed(seed)
+    expressions.check("skip", skip)
     asked = {
         "metric": metric,
         "shuffle": shuffle,
@@ -130,6 +133,7 @@ def prune(
     return Report(pruned, method, tokens_SL, config, record.Size.of(model), stages, seconds, blocks.device)
 
 
+@torch.inference_mode(False)  # also for a caller who is inside of one
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -157,6 +161,7 @@ def perplexity(
     return of_losses(losses_W)
 
 
+@torch.inference_mode(False)  # also for a caller who is inside of one
 def save(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -210,12 +215,23 @@ def _check_seed(seed: Any) -> None:
 
 
 def _blocks(model: PreTrainedModel, device: str | torch.device | None, batch_tokens: int | None) -> BlockModel:
-    computes = model.device if device is None else torch.device(device)
-    if computes.type == "cuda" and not torch.cuda.is_available():
-        raise Mistake(f"device={computes} asks for a GPU, and PyTorch {torch.__version__} sees none here")
+    computes = model.device if device is None else _device(device)
     if batch_tokens is not None and batch_tokens < 1:
         raise Mistake(f"batch_tokens must be positive, got {batch_tokens}")
     return BlockModel(model, device=computes, batch_tokens=batch_tokens or usual_tokens_at_once(computes))
+
+
+def _device(asked: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(asked)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Mistake(f"device must be cpu, cuda or cuda:N, got {asked!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "none"
+        raise Mistake(f"device={device} asks for a GPU, and PyTorch {torch.__version__} sees {seen} here")
+    return device
 
 
 @contextmanager

@@ -59,6 +59,8 @@ def check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise Mistake("the model is shared between processes (tensor parallel): load it without tp_plan")
+        if parameter.is_inference():
+            raise Mistake(f"{name} was made under torch.inference_mode(): load the model outside of it")
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise Mistake(
                 f"{name} is in {str(parameter.dtype).removeprefix('torch.')}: load the model in full precision"
@@ -74,13 +76,12 @@ def _is_packed(model: nn.Module) -> bool:
 
 def check_same(model: nn.Module, report: Report) -> None:
     """Raises Mistake if the report belongs to another model, or if pruned weights are no longer zero."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # blocks may share some
     for matrix, _ in report.pruned.groupings:
         parameter = parameters.get(matrix.entry)
         if parameter is None or parameter.shape != matrix.parameter.shape:
             raise Mistake(f"the report is of another model: this one has no {matrix.entry} of its shape")
-        keep_OI = report.keeps[matrix.entry]
-        keep_OI = keep_OI if matrix.expert is None else keep_OI[matrix.expert]
+        keep_OI = report.pruned.keeps.of(matrix.entry, matrix.expert)
         if bool((matrix.part_of(parameter.data).ne(0).cpu() & ~keep_OI).any()):
             raise Mistake(
                 f"{matrix.name} has weights that were pruned according to the report: the model was changed or pruned "

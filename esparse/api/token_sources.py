@@ -5,6 +5,7 @@ Shapes: S sequences, W windows, L tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ from esparse.parts import extras, numbers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+SAID = 60  # characters of an argument in a message
 
 
 def calibration_tokens(
@@ -76,13 +80,14 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
         wanted = Calibration if group == "calibration" else Perplexity
         if not isinstance(asked, wanted):  # a part with settings of its own
             raise Mistake(
-                f"a corpus, a file, a list of texts, tokens or a {wanted.__name__} was expected, got {asked!r}"
+                f"a corpus, a file, a list of texts, tokens (a torch tensor) or a {wanted.__name__} was expected, got "
+                f"{_short(asked)}"
             )
         return None, asked
     if isinstance(asked, Path) or (isinstance(asked, str) and asked not in numbers.names(group)):
-        if not (isinstance(asked, Path) or Path(asked).expanduser().is_file() or "." in Path(asked).name):
+        if not (isinstance(asked, Path) or _names_a_file(asked)):
             near = numbers.near(asked, corpora.NAMES)
-            raise Mistake(f"{asked!r} is neither a corpus nor a file{near} A text itself comes in a list: [text]")
+            raise Mistake(f"{_short(asked)} is neither a corpus nor a file{near} A text itself comes in a list: [text]")
         return None, option(group, "text", path=str(Path(asked).expanduser()), **changes)
     if isinstance(asked, str):
         if asked in extras.CORPORA:
@@ -90,9 +95,22 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
         return None, option(group, asked, **changes)
     texts = list(asked)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise Mistake(f"texts must be a list of strings, got {texts[:1]!r}")
+        raise Mistake(f"texts must be a list of strings, and tokens a torch tensor, got {_short(asked)}")
     # The option `builtin` cuts a stream of documents, and these are documents.
     return Corpus(name="given as texts", texts=texts), option(group, "builtin", **changes)
+
+
+def _short(asked: Any) -> str:
+    said = repr(asked)
+    return said if len(said) <= SAID else f"{said[:SAID]}... ({type(asked).__name__})"
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a file has this name, or one could: a word that ends like a file."""
+    try:
+        return Path(text).expanduser().is_file() or re.fullmatch(r"\.\w+", Path(text).suffix) is not None
+    except OSError:  # too long for a name
+        return False
 
 
 def _checked_tokens(model: PreTrainedModel, tokens_SL: Tensor, what: str, *, least: int) -> Tensor:
@@ -100,7 +118,7 @@ def _checked_tokens(model: PreTrainedModel, tokens_SL: Tensor, what: str, *, lea
         raise Mistake(
             f"tokens must be integers of sequences x length, got {tokens_SL.dtype} of shape {list(tokens_SL.shape)}"
         )
-    known, tokens_SL = model.get_input_embeddings().num_embeddings, tokens_SL.detach().cpu().long()
+    known, tokens_SL = model.get_input_embeddings().num_embeddings, tokens_SL.detach().cpu().long().clone()
     lowest, highest = int(tokens_SL.min()), int(tokens_SL.max())
     if lowest < 0 or highest >= known:
         raise Mistake(f"{what} has the token {lowest if lowest < 0 else highest}, and the model knows 0 to {known - 1}")

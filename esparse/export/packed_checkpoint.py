@@ -15,10 +15,12 @@ from esparse.shuffles import NoShuffle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from esparse.export.writer import Precision
+    from esparse.models.blocks import BlockModel
     from esparse.models.matrices import Matrix
     from esparse.models.reorder import Reordered
     from esparse.patterns import Grouping, Pattern
@@ -65,6 +67,13 @@ class Packed(ToFolder):
                 "outliers are stored by their place in a run of columns, and a shuffle reorders columns: use "
                 "export.order=physical, or shuffle=none"
             )
+
+    def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
+        from esparse.models.model_parts import shared_matrices
+
+        ToFolder.ready(self, blocks, recovery, folder)
+        for name, first in shared_matrices(blocks.by_name()).items():
+            raise Mistake(f"{first} and {name} are one weight, which export=packed cannot say: use export=dense")
 
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card

@@ -216,8 +216,15 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tensors(model: torch.nn.Module, wanted: Any) -> dict[str, Tensor]:
-    """Parameters, each under one name, and persistent buffers."""
-    found = {name: parameter.data for name, parameter in model.named_parameters() if wanted(name)}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    """Parameters, those that the family ties under their first name alone, and persistent buffers."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    again = {*tied, *tied.values()}  # transformers ties these when it loads them, and no others
+    once = {name for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {
+        name: parameter.data
+        for name, parameter in parameters.items()
+        if wanted(name) and (name in once or name not in again)
+    }
     stored = model.state_dict()
     return found | {name: value for name, value in stored.items() if name not in parameters and wanted(name)}

@@ -19,12 +19,14 @@ from esparse.errors import Mistake
 from esparse.metrics import Metric
 from esparse.metrics.nowag import normalised
 from esparse.metrics.ria import relative_importance
+from esparse.parts import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from esparse.stats import Factory, LayerStats
 
+MOST_BINS = 2**16  # of each channel; float16 has as many values
 LEAST_SHARE = 1e-3  # of the mean entropy: a channel that never changes has none, of which no power is negative
 
 
@@ -40,7 +42,8 @@ class Entropy(Metric):
     limit: float  # the bound of a fixed range, in units of the activations
 
     def __post_init__(self) -> None:
-        _check(base=self.base, range=self.range, bins=self.bins, limit=self.limit)
+        _check(base=self.base, range=self.range, bins=self.bins)
+        bounds.check("metric", self, finite=("gamma",), positive=("limit",))
 
     def collects(self) -> dict[str, Factory]:
         return _statistics(self.bins, self.range, self.limit)
@@ -72,7 +75,8 @@ class EsparsePaper(Metric):
     def __post_init__(self) -> None:
         if self.norm not in (known := ("sequence", "rms", "total")):
             raise Mistake(f"metric.norm must be one of {', '.join(known)}, got {self.norm!r}")
-        _check(base=self.base, range=self.range, bins=self.bins, limit=self.limit)
+        _check(base=self.base, range=self.range, bins=self.bins)
+        bounds.check("metric", self, not_negative=("alpha",), positive=("limit",))
 
     def collects(self) -> dict[str, Factory]:
         return _statistics(self.bins, self.range, self.limit)
@@ -83,17 +87,17 @@ class EsparsePaper(Metric):
         return _size(weight_OI, self.base) * channel_I
 
 
-def _check(*, base: str, range: str, bins: int, limit: float) -> None:
+def _check(*, base: str, range: str, bins: int) -> None:
     for setting, value, known in (
         ("base", base, ("magnitude", "ria", "nowag")),
         ("range", range, ("channel", "layer", "fixed")),
     ):
         if value not in known:
             raise Mistake(f"metric.{setting} must be one of {', '.join(known)}, got {value!r}")
-    if bins < 2:
-        raise Mistake(f"metric.bins must be at least 2, since one bin has no entropy; got {bins}")
-    if limit <= 0:
-        raise Mistake(f"metric.limit must be positive, got {limit:g}")
+    if not 2 <= bins <= MOST_BINS:
+        raise Mistake(
+            f"metric.bins must be at least 2, since one bin has no entropy, and at most {MOST_BINS}; got {bins}"
+        )
 
 
 def _statistics(bins: int, range: str, limit: float) -> dict[str, Factory]:

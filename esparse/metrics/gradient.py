@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
 from esparse.metrics import Metric
+from esparse.parts import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,7 @@ class Gradient(Metric):
 
     def __post_init__(self) -> None:
         check_source(self.source)
-        if self.alpha < 0:
-            raise Mistake(f"metric.alpha must not be negative, got {self.alpha:g}")
+        bounds.check("metric", self, not_negative=("alpha",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import ColumnNorm

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.metrics import Metric
+from esparse.parts import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,9 @@ class Ria(Metric):
     """The weight's share of its column and of its row, times a power of its channel's norm."""
 
     power: float  # of the norm; the paper's a
+
+    def __post_init__(self) -> None:
+        bounds.check("metric", self, not_negative=("power",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import ColumnNorm

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.metrics import Metric
+from esparse.parts import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,11 @@ class SparseGpt(Metric):
     every group from the repaired weights, and then only the shuffle uses the scores here.
     """
 
+    # It grows if the matrix is singular, and the log says so
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
+
+    def __post_init__(self) -> None:
+        bounds.check("metric", self, positive=("damp",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

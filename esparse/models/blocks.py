@@ -242,6 +242,9 @@ class BlockModel:
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
 
+    def by_name(self) -> dict[str, nn.Module]:
+        return {self.name(index): block for index, block in enumerate(self.blocks)}
+
     def hidden_apart(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str | None, Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -367,10 +370,13 @@ class BlockModel:
         )
 
     def _check_untouched(self, versions: Mapping[str, int]) -> None:
-        """Raises UnsupportedModel if weights were written to since these versions."""
+        """Raises UnsupportedModel if weights were written to since these versions, or in an earlier forward pass."""
         changed = [name for name, parameter in self.model.named_parameters() if parameter._version != versions[name]]
+        every = getattr(self.model.config, "rescale_every", 0)
+        if not changed and 0 < every < len(self.blocks):  # RWKV's blocks behind so many; a pass does it only once
+            changed = [name for name, part in self.model.named_modules() if getattr(part, "layers_are_rescaled", False)]
         if changed:
-            way = "; set rescale_every to 0 in its config.json" if hasattr(self.model.config, "rescale_every") else ""
+            way = "; set rescale_every to 0 in its config.json" if every else ""
             raise UnsupportedModel(
                 f"{type(self.model).__name__} rewrites its weights when it runs ({changed[0]}, ...), so what is "
                 f"exported would not be what was measured{way}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from esparse.models.block import Block
 from esparse.models.graph import BlockGraph
 from esparse.models.matrices import InputGroup
+from esparse.models.model_parts import shared_matrices
 from esparse.models.reorder import absorbs
 
 
@@ -23,8 +24,11 @@ def foldable_runs(block: Block) -> dict[str, Tensor]:
     """For each weight whose input can be reordered for free: its channels as B x R x D; a copy of an order per run.
 
     The block is on the device, and stays as it is. Weights that are not named must keep their channels' own order;
-    experts are among them.
+    experts are among them, and all of a block that shares some with another one, where the order would apply too.
     """
+    shared = shared_matrices(block.activations.blocks.by_name())
+    if any(name.startswith(f"{block.name}.") for pair in shared.items() for name in pair):
+        return {}
     graph = BlockGraph(block)
     graph.watch(lambda group, x_TI: None)
     found: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.models import gguf_file
 from esparse.models.library_errors import explained
+from esparse.parts import expressions
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,8 @@ class Model:
                 "which is loaded whole: use model.store=memory"
             )
 
+        expressions.check("model.skip", self.skip)
+
     def tokens_at_once(self, device: torch.device) -> int:
         """The number of tokens of one forward pass, about."""
         return self.batch_tokens or usual_tokens_at_once(device)
@@ -103,7 +106,7 @@ class Model:
         device = None
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.devices)
-        if device is None or device.type == "cpu":  # cpu:0
+        if device is None or device.type != "cuda":  # cpu:0, mps
             raise Mistake(
                 f"model.devices must be auto, cpu, cuda or cuda:N, or cpu:N for N processes, got {self.devices!r}"
             )

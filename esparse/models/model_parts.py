@@ -40,6 +40,18 @@ def candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     return {name: lists[name] for name in dict.fromkeys(found + largest)}
 
 
+def shared_matrices(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Matrices of the blocks (by their names) that have several names: each further name, with the first one."""
+    first: dict[int, str] = {}
+    further = {}
+    for name, block in blocks.items():
+        for path, parameter in block.named_parameters(remove_duplicate=False):
+            entry = f"{name}.{path}"
+            if parameter.ndim > 1 and (known := first.setdefault(id(parameter), entry)) != entry:
+                further[entry] = known
+    return further
+
+
 def own_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The modules' own parameters by name, each once."""
     named = {

@@ -114,16 +114,29 @@ def add_mask(pruned: Pruned, matrix: Matrix, keep_OI: Tensor, grouping: Grouping
 
 
 def measure_density(pruned: Pruned, blocks: BlockModel) -> None:
-    """Measures, at the very end and on the stored weights, the density and whether the pattern holds."""
+    """Measures, at the very end and on the stored weights, the density and whether the pattern holds.
+
+    The layers' densities and filled zeros are those from before a training, which this corrects.
+    """
+    layers = {layer.name: layer for layer in pruned.layers}
     for index in range(len(blocks.blocks)):
         inside = [pair for pair in pruned.groupings if pair[0].entry.startswith(f"{blocks.prefix}.{index}.")]
         with blocks.resident(index, read_only=True):
             for matrix, grouping in inside:
                 kept_OI = matrix.view() != 0
+                _correct(layers[matrix.name], int(kept_OI.sum()), pruned.keeps, matrix)
                 pruned.pattern_holds &= grouping.holds(kept_OI.to(_device(grouping.order_I)))
                 pruned.weights += kept_OI.numel()
                 pruned.kept += int(kept_OI.sum())
                 pruned.metadata_bits += grouping.pattern.metadata_bits(*kept_OI.shape)
+
+
+def _correct(layer: LayerReport, nonzero: int, keeps: Masks, matrix: Matrix) -> None:
+    size = math.prod(layer.shape)
+    layer.density = nonzero / size
+    if zeros := round(layer.zeros_before * size):
+        still = int(keeps.of(matrix.entry, matrix.expert).sum()) - nonzero  # zeros inside the mask, now as before
+        layer.zeros_filled = max(0, layer.zeros_in_mask - still) / zeros
 
 
 def warn_if_sparse_before(pruned: Pruned) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,8 @@ from esparse.metrics import Metric
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.folding import foldable_runs
-from esparse.models.matrices import Matrix
+from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
+from esparse.parts import expressions
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
 from esparse.pruning import gradients
@@ -69,6 +71,7 @@ def prune(
     """
     check_store(blocks, method)
     check_widths(blocks, method, skip)
+    check_skip(blocks, skip)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
@@ -88,7 +91,8 @@ def prune(
                 runs = blocks.ranks.from_first(lambda: foldable_runs(block))
         with stages("recover"):
             finish = recovery.begin(block)
-        for group in groups:
+        taken = {_place(matrix) for matrix, _ in pruned.groupings}
+        for group in (left for group in groups if (left := _not_yet(group, taken)) is not None):
             for layer in _prune_group(group, method, allocated, of_block, runs, stages=stages, profile=profile):
                 of_block.layers.append(layer)
                 on_layer(block.index, layer)
@@ -114,11 +118,45 @@ def prune(
     return pruned
 
 
+def _not_yet(group: Observed, taken: set[tuple[int, int | None]]) -> Observed | None:
+    """The group without matrices that blocks share and that were pruned already; adds the others to `taken`."""
+    left = []
+    for matrix in group.inputs.matrices:
+        if _place(matrix) in taken:
+            log.info("%s is a matrix that was pruned already under another name", matrix.name)
+        else:
+            left.append(matrix)
+            taken.add(_place(matrix))
+    return Observed(InputGroup(group.inputs.inputs, left), group.statistics, group.gradients) if left else None
+
+
+def _place(matrix: Matrix) -> tuple[int, int | None]:
+    return id(matrix.parameter), matrix.expert
+
+
 def check_store(blocks: BlockModel, method: Method) -> None:
     """Raises Mistake if the method needs the whole model and the model is not in memory."""
     why = method.needs_whole_model()
     if why is not None and not blocks.store.whole:
         raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
+
+
+def check_skip(blocks: BlockModel, skip: Sequence[str]) -> None:
+    """Raises Mistake for a regular expression that is found in no name: the layers that it means would be pruned."""
+    expressions.check("model.skip", skip)
+    names = [
+        f"{blocks.name(index)}.{path}"
+        for index, block in enumerate(blocks.blocks)
+        for path, _ in (*block.named_modules(), *block.named_parameters())
+    ]
+    for expression in skip:
+        if not any(re.search(expression, name) for name in names):
+            layers = BlockMatrices(blocks.blocks[0], blocks.name(0)).layers()
+            such = ", ".join(matrix.entry.removesuffix(".weight") for matrix in layers[:2])
+            raise Mistake(
+                f"model.skip: {expression!r} is found in no name inside the model's blocks, such as {such}: nothing "
+                "would stay dense for it"
+            )
 
 
 def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
@@ -293,6 +331,7 @@ def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Ten
         seconds=0.0,
         zeros_before=zeros / before_OI.numel(),
         zeros_filled=int((after_OI[zero_OI] != 0).sum()) / zeros if zeros else 0.0,
+        zeros_in_mask=int((zero_OI & solution.keep_OI).sum()),
     )
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.quantise import Quantise, Scales
 
 if TYPE_CHECKING:
@@ -54,10 +55,7 @@ class Grid(Quantise):
                 f"quantise.outlier_bits must be 16, or null for outliers in as many bits as the other values, "
                 f"got {self.outlier_bits}"
             )
-        if self.damp <= 0:
-            raise Mistake(f"quantise.damp must be positive, got {self.damp:g}")
-        if self.block < 1:
-            raise Mistake(f"quantise.block must be positive, got {self.block}")
+        bounds.check("quantise", self, positive=("damp", "block"))
 
     @property
     @abstractmethod

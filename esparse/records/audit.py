@@ -73,6 +73,12 @@ class Masks(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return unpack(self.packed[name], self.shapes[name])
 
+    def of(self, name: str, expert: int | None) -> Tensor:
+        """The mask O x I of a matrix; `expert`: its number, if several are stored under the name."""
+        if expert is None:
+            return self[name]
+        return unpack(self.packed[name][expert], self.shapes[name][1:])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.packed)
 

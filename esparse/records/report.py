@@ -29,7 +29,8 @@ class LayerReport:
     ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None without tokens.
     Bytes: of the dense matrix, and of the packed one in memory and on disk, None if `export=packed` leaves it dense
     (patterns without n:m, experts with outliers and a shuffle). zeros_before: share of zeros in the dense weights;
-    zeros_filled: share of these that the update has made nonzero.
+    zeros_filled: share of these that an update or a training has made nonzero; zeros_in_mask: number of those that the
+    mask keeps. density and zeros_filled are those of the weights at the end.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerReport:
     file_bytes: int | None = None
     zeros_before: float = 0.0
     zeros_filled: float = 0.0
+    zeros_in_mask: int = 0
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.recoveries import PrunedModel, Recovery, Training
 
 if TYPE_CHECKING:
@@ -57,19 +58,15 @@ class Distill(Recovery):
                 "recovery.all_parameters trains more than the pruned matrices, recovery.train=lora less: use it with "
                 "recovery.train=full, or leave it out"
             )
-        for name in ("rank", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise Mistake(f"recovery.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("alpha", "learning_rate", "temperature", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise Mistake(f"recovery.{name} must be positive, got {value:g}")
-        if not 0 <= self.warm_up <= 1:
-            raise Mistake(f"recovery.warm_up is a share of the steps, between 0 and 1, got {self.warm_up:g}")
+        bounds.check(
+            "recovery",
+            self,
+            positive=("rank", "epochs", "batch", "alpha", "learning_rate", "temperature", "clip"),
+            shares=("warm_up",),
+            not_negative=("lasso",),
+        )
         if not 0 <= self.dropout < 1:
             raise Mistake(f"recovery.dropout is a probability, at least 0 and below 1, got {self.dropout:g}")
-        if not self.lasso >= 0:
-            raise Mistake(f"recovery.lasso must not be negative, got {self.lasso:g}")
 
     def check(self, pattern: Pattern) -> None:
         if (self.lasso or self.dropout) and pattern.swap_width is None:

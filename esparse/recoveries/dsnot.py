@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.parts import bounds, expressions
 from esparse.patterns import Unstructured
 from esparse.recoveries import Recovery
 from esparse.updates import Solution
@@ -48,16 +49,8 @@ class Dsnot(Recovery):
     skip: list[str]  # regular expressions: layers whose name one of them is found in stay as they are
 
     def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise Mistake(f"recovery.cycles must be at least 1, got {self.cycles}")
-        for name in ("threshold", "power"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise Mistake(f"recovery.{name} must be at least 0 and finite, got {getattr(self, name)}")
-        for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise Mistake(f"recovery.skip holds {pattern!r}, which is no regular expression: {error}") from None
+        bounds.check("recovery", self, positive=("cycles",), not_negative=("threshold", "power"))
+        expressions.check("recovery.skip", self.skip)
 
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None and not isinstance(pattern, Unstructured):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.recoveries import Recovery, Training
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ class Window(Recovery):
         for setting, known in KNOWN.items():
             if getattr(self, setting) not in known:
                 raise Mistake(f"recovery.{setting} must be one of {', '.join(known)}, got {getattr(self, setting)!r}")
-        if self.epochs < 1 or self.batch < 1:
-            raise Mistake(f"recovery.epochs and recovery.batch must be positive, got {self.epochs} and {self.batch}")
-        if self.learning_rate <= 0 or not 0 <= self.warm_up <= 1 or not 0 <= self.final_rate <= 1:
-            raise Mistake(
-                "recovery needs learning_rate > 0 and warm_up and final_rate between 0 and 1, got "
-                f"{self.learning_rate:g}, {self.warm_up:g} and {self.final_rate:g}"
-            )
+        bounds.check(
+            "recovery",
+            self,
+            positive=("epochs", "batch", "learning_rate", "clip"),
+            shares=("warm_up", "final_rate"),
+            not_negative=("weight_decay",),
+        )
+        if not 0 <= self.beta2 < 1:
+            raise Mistake(f"recovery.beta2 must be at least 0 and below 1, got {self.beta2:g}")
 
     def sequences_at_once(self) -> int:
         return self.batch

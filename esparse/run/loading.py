@@ -22,7 +22,7 @@ from esparse.models.offload import HiddenStateStore
 from esparse.parallel.ranks import Ranks
 from esparse.pruning.journal import Journal
 from esparse.pruning.method import Method
-from esparse.pruning.prune import check_store
+from esparse.pruning.prune import check_skip, check_store
 from esparse.pruning.rounding import check_widths
 from esparse.records.sources import Sources
 from esparse.run.measure import digests
@@ -82,6 +82,7 @@ def load_inputs(
     experiment.export.ready(blocks, experiment.recovery, folder)
     experiment.bench.ready(model)
     check_widths(blocks, method, asked.skip)
+    check_skip(blocks, asked.skip)
     longest, texts = longest_sequence(model), experiment.evaluate
     family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
     tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))

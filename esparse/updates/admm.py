@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Admm(Update):
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise Mistake(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        bounds.check("update", self, not_negative=("damp",), positive=("penalty",))
         if not 0 < self.prune_iterations <= self.iterations:
             raise Mistake(
                 f"update.prune_iterations must lie between 1 and update.iterations={self.iterations}, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ class Alps(Update):
     iterations: int  # of the penalty method, at most
     gradient_iterations: int  # of conjugate gradients on the support
     tolerance: float  # conjugate gradients end once the residual is so small a share of the first one
+
+    def __post_init__(self) -> None:
+        bounds.check(
+            "update",
+            self,
+            positive=("damp", "penalty", "iterations"),
+            not_negative=("gradient_iterations", "tolerance"),
+        )
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

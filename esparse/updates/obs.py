@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ class Obs(Update):
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise Mistake(f"update.mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
-        if self.damp <= 0:
-            raise Mistake(f"update.damp must be positive, got {self.damp:g}")
-        if self.block < 1:
-            raise Mistake(f"update.block must be positive, got {self.block}")
+        bounds.check("update", self, positive=("damp", "block"))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ class Parent(Update):
     update: Update  # the update itself; its settings stand behind it: `update.update.damp=0.1`
 
     def __post_init__(self) -> None:
-        if not 0 <= self.trust <= 1:
-            raise Mistake(f"update.trust must lie between 0 and 1, got {self.trust:g}")
-        if self.damp <= 0:
-            raise Mistake(f"update.damp must be positive, got {self.damp:g}")
+        bounds.check("update", self, shares=("trust",), positive=("damp",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import CrossGram, Gram

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ class Support(Update):
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     iterations: int  # of conjugate gradients, at most
     tolerance: float  # conjugate gradients end once the residual is so small a share of the first one
+
+    def __post_init__(self) -> None:
+        bounds.check("update", self, positive=("damp", "iterations"), not_negative=("tolerance",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

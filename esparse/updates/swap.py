@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Swap(Update):
     def __post_init__(self) -> None:
         if self.values not in VALUES:
             raise Mistake(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
+        bounds.check("update", self, positive=("damp",), not_negative=("steps",))
 
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None:

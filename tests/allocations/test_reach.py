@@ -107,8 +107,8 @@ def test_settings_that_can_are_not(allocation: Allocation, pattern: str, outlier
     ("settings", "said"),
     [
         ({"per": "layer"}, "allocation.per must be one of block, group, got 'layer'"),
-        ({"threshold": 0.0}, "allocation.threshold must be above 0"),
-        ({"threshold": float("nan")}, "allocation.threshold must be above 0"),
+        ({"threshold": 0.0}, "allocation.threshold must be positive and finite"),
+        ({"threshold": float("nan")}, "allocation.threshold must be positive and finite"),
         ({"spread": 0.0}, "allocation.spread must lie between 0 and 1, got 0.0"),
     ],
 )

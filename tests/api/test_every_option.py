@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import esparse
 from esparse.records.groups import ANY, GROUPS, METHOD_GROUPS
 from tests.models.families import tiny
 
+ANY_SIGN = {"metric.gamma"}  # numbers that may be negative
 ROW = "then"  # the class of options that are several others in a row; no option by itself
 OPTIONS = [(group, option) for group in METHOD_GROUPS for option in GROUPS[group].options if option not in (ANY, ROW)]
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -29,3 +33,26 @@ def test_an_option_prunes(group: str, option: str) -> None:
         assert not torch.equal(model.get_parameter(name), dense[name])
         assert not model.get_parameter(name)[~keep_OI].any()
     assert torch.isfinite(model(TOKENS_SL).logits).all()
+
+
+def numbers_of(group: str, option: str) -> Iterator[tuple[str, float]]:
+    part = esparse.option(group, option)
+    for name in (field.name for field in fields(part) if "float" in str(field.type)):
+        if isinstance(value := getattr(part, name), float):
+            yield name, value
+
+
+@pytest.mark.parametrize("group", METHOD_GROUPS)
+def test_a_setting_that_is_no_number_or_out_of_bounds_is_refused_at_once(group: str) -> None:
+    for option in (option for of_group, option in OPTIONS if of_group == group):
+        for name, usual in numbers_of(group, option):
+            wrong = [float("nan"), float("inf"), -float("inf"), *([] if f"{group}.{name}" in ANY_SIGN else [-1.0])]
+            for value in wrong:
+                with pytest.raises(ValueError, match=f"{group}.{name}|{group} needs"):
+                    esparse.option(group, option, **{name: value})
+            assert getattr(esparse.option(group, option, **{name: usual}), name) == usual
+
+
+def test_a_histogram_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"metric.bins must be at least 2.* and at most 65536; got 1000000000"):
+        esparse.option("metric", "entropy", bins=10**9)

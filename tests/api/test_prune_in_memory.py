@@ -270,6 +270,16 @@ def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_caller_may_be_in_inference_mode() -> None:
+    model, usual = tiny("llama"), tiny("llama")
+    with torch.inference_mode():
+        report = pruned(model, metric="wanda", update="alps")
+        measured = esparse.perplexity(model, None, TOKENS_SL.clone())
+    again = pruned(usual, metric="wanda", update="alps")
+    assert all(torch.equal(keep_OI, again.keeps[name]) for name, keep_OI in report.keeps.items())
+    assert measured == esparse.perplexity(usual, None, TOKENS_SL)
+
+
 def test_two_threads_prune_two_models() -> None:
     families = ["llama", "mixtral", "gpt2", "qwen3"]
     expected = {family: pruned(tiny(family)) for family in families}
@@ -333,6 +343,21 @@ def parametrised() -> PreTrainedModel:
     return model
 
 
+def inferring() -> PreTrainedModel:
+    with torch.inference_mode():
+        return tiny("llama")
+
+
+def rescaled() -> PreTrainedModel:
+    """RWKV divides the weights of later blocks in its first forward pass, and not again."""
+    sizes = {"vocab_size": 96, "hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32}
+    config = AutoConfig.for_model("rwkv", **sizes, num_hidden_layers=4, rescale_every=2, context_length=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model(TOKENS_SL)
+    return model
+
+
 def encoder_decoder() -> PreTrainedModel:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -349,6 +374,8 @@ def encoder_decoder() -> PreTrainedModel:
         (lambda folder: spread(), "spread over several devices"),
         (lambda folder: in_8_bits(), "model.layers.0.mlp.up_proj.weight is in float8_e4m3fn"),
         (lambda folder: parametrised(), "parametrize"),
+        (lambda folder: inferring(), r"was made under torch.inference_mode\(\)"),
+        (lambda folder: rescaled(), "RwkvForCausalLM rewrites its weights when it runs.*set rescale_every to 0"),
         (lambda folder: LlamaForCausalLM.from_pretrained.__self__, "expected, got a type"),
     ],
 )
@@ -381,7 +408,21 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         ({"calibration": TOKENS_SL.repeat(1, 5)}, "has sequences of 80 tokens, and the model takes 64"),
         ({"calibration": TOKENS_SL, "sequences": 3}, "calibration is tokens already"),
         ({"calibration": []}, "a list of strings"),
-        ({"calibration": {"corpus": "c4"}}, "a corpus, a file, a list of texts, tokens or a Calibration was expected"),
+        ({"calibration": {"corpus": "c4"}}, r"tokens \(a torch tensor\) or a Calibration was expected"),
+        ({"calibration": [[1, 2], [3, 4]]}, "and tokens a torch tensor, got \\[\\[1, 2"),
+        (
+            {"calibration": "The quick brown fox. " * 100},
+            r"brown f\.\.\. \(str\) is neither a corpus nor a file.*\[text\]",
+        ),
+        ({"outliers": "128:256"}, "128:256 keep every weight, since 2:4 removes 128 of 256"),
+        ({"skip": "up_proj"}, "skip takes a list of regular expressions, got 'up_proj'"),
+        ({"skip": ["("]}, r"skip holds '\(', which is no regular expression"),
+        (
+            {"skip": ["up_proj", "upproj"]},
+            "'upproj' is found in no name inside the model's blocks, such as model.layers.0",
+        ),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:99"}, "GPU"),
         ({"batch_tokens": 0}, "batch_tokens must be positive"),
     ],

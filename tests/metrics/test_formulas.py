@@ -195,7 +195,7 @@ def test_a_channel_that_never_changes_has_a_score(gamma: float) -> None:
     [
         (lambda: Gradient(source="loss", alpha=1.0), "metric.source must be one of model, block, got 'loss'"),
         (lambda: Fisher(source="none"), "metric.source must be one of model, block, got 'none'"),
-        (lambda: Gradient(source="block", alpha=-1.0), "metric.alpha must not be negative, got -1"),
+        (lambda: Gradient(source="block", alpha=-1.0), "metric.alpha must be at least 0 and finite, got -1"),
     ],
 )
 def test_settings_that_make_no_sense(make: Callable[[], Metric], part: str) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import esparse
 from esparse.allocations import Allocation, Measured
 from esparse.metrics import Metric
 from esparse.metrics.entropy import EsparsePaper
@@ -401,3 +402,22 @@ def test_a_dense_model_is_not_called_sparse(warnings_of_esparse: pytest.LogCaptu
     _, pruned = run()
     assert all(layer.zeros_before == layer.zeros_filled == 0 for layer in pruned.layers)
     assert not [r for r in warnings_of_esparse.records if "sparse already" in r.getMessage()]
+
+
+@pytest.mark.parametrize("recovery", ["none", "distill"])
+def test_zeros_that_a_training_fills_are_counted(recovery: str) -> None:
+    model, generator = tiny("llama"), torch.Generator().manual_seed(0)
+    zeros = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".layers." in name:
+            zeros[name] = torch.rand(parameter.shape, generator=generator) < 0.6
+            parameter.data[zeros[name]] = 0
+    tokens_SL = torch.randint(1, 96, (4, 16), generator=generator)
+    report = esparse.prune(model, None, "2:4", metric="wanda", calibration=tokens_SL, recovery=recovery)
+    weights = dict(model.named_parameters())
+    filled = {name: int((weights[name][zero] != 0).sum()) for name, zero in zeros.items()}
+    assert (sum(filled.values()) > 0) == (recovery == "distill")
+    for layer in report.layers:
+        name = f"{layer.name}.weight"
+        assert layer.zeros_filled == pytest.approx(filled[name] / int(zeros[name].sum()), abs=1e-9)
+        assert layer.density == int(weights[name].count_nonzero()) / weights[name].numel()

@@ -263,7 +263,7 @@ def test_dsnot_refuses_patterns_without_exchanges(pattern: Pattern) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("cycles", 0, "recovery.cycles must be at least 1, got 0"),
+        ("cycles", 0, "recovery.cycles must be positive, got 0"),
         ("threshold", -0.1, "recovery.threshold must be at least 0 and finite, got -0.1"),
         ("power", math.inf, "recovery.power must be at least 0 and finite, got inf"),
         ("skip", ["(mlp"], r"recovery.skip holds '\(mlp', which is no regular expression"),

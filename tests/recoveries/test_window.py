@@ -212,8 +212,8 @@ def test_two_recoveries_in_a_row() -> None:
     [
         ({"window": "layer"}, "recovery.window must be one of submodule, block, got 'layer'"),
         ({"targets": "teacher"}, "recovery.targets must be one of block, parent, got 'teacher'"),
-        ({"epochs": 0}, "must be positive, got 0 and 2"),
-        ({"learning_rate": 0.0}, "learning_rate > 0"),
+        ({"epochs": 0}, "recovery.epochs must be positive, got 0"),
+        ({"learning_rate": 0.0}, "recovery.learning_rate must be positive and finite, got 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
