@@ -96,6 +96,11 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
     texts = list(asked)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Mistake(f"texts must be a list of strings, and tokens a torch tensor, got {_short(asked)}")
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Mistake(f"text {number} holds half of a surrogate pair, which is no character") from None
     # The option `builtin` cuts a stream of documents, and these are documents.
     return Corpus(name="given as texts", texts=texts), option(group, "builtin", **changes)
 

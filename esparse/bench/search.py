@@ -30,7 +30,7 @@ from esparse.bench.products import reference as product_in_double
 from esparse.bench.timing import CudaClock, rotation
 from esparse.kernels.linear import Algorithm, padded_tokens
 from esparse.patterns import NM
-from esparse.records.report import write_json
+from esparse.records.report import read_json, write_json
 
 SPLITS = ((1, -1), (2, 1), (2, 2), (4, 1), (4, 2), (-1, -1))  # (split_k, split_k_mode); -1 is segment-K
 ATTEMPTS = 4  # most children that may end during one case
@@ -52,11 +52,7 @@ class Algorithms:
         return cls(path, torch.cuda.get_device_name(device), library_version())
 
     def _entries(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-        return entries if isinstance(entries, dict) else {}
+        return read_json(self.path)
 
     def key(self, case: Case) -> str:
         """The key of a case, with tokens padded as for the library."""

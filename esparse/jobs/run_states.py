@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse.jobs import cluster, lock
-from esparse.records.report import finished, run_id
+from esparse.records.report import finished, read_json, run_id
 
 OPEN = ("queued", "running")  # runs that will still end by themselves
 FAILED = ("failed", "died")
@@ -32,10 +31,7 @@ def folder_of(settings: dict[str, Any]) -> Path:
 
 def status(folder: Path) -> dict[str, Any]:
     """The contents of status.json; empty if there is none."""
-    try:
-        return dict(json.loads((folder / "status.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return {}
+    return read_json(folder / "status.json")
 
 
 def state_of(folder: Path, queue: cluster.Queue) -> State:

@@ -28,7 +28,7 @@ from torch import Tensor
 from esparse.errors import Mistake
 from esparse.patterns.order import check_order
 from esparse.records.audit import Masks
-from esparse.records.report import Stages, write_json, write_whole
+from esparse.records.report import Stages, read_json, write_json, write_whole
 
 log = logging.getLogger("esparse")
 
@@ -79,12 +79,9 @@ class Journal:
         `run`: everything that the state depends on, in JSON types.
         """
         journal = cls(folder, snapshot_seconds)
-        try:
-            stored = json.loads((folder / "journal.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            stored = {}
+        stored = read_json(folder / "journal.json")
         if stored.get("run") == run:
-            journal.resumed = stored["resumed"]
+            journal.resumed = stored.get("resumed", [])
             while journal._done(journal.finished).exists() and journal.weights(journal.finished).exists():
                 journal.finished += 1
         elif stored:

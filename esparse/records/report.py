@@ -158,11 +158,17 @@ def _sync_folder(folder: Path) -> None:
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The record of a finished run, or None; a damaged record counts as unfinished."""
+    record = read_json(folder / "result.json")
+    return record if record.get("status") == "finished" else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a run holds; empty if there is no such file, or a damaged one."""
     try:
-        record = json.loads((folder / "result.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
-    return record if isinstance(record, dict) and record.get("status") == "finished" else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, or no UTF-8
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def as_dicts(reports: Sequence[LayerReport | RecoveryReport]) -> list[dict[str, Any]]:

@@ -257,6 +257,11 @@ def test_texts_and_files_and_tokens_calibrate(loaded: Any, tmp_path: Path) -> No
     assert torch.equal(again.tokens_SL, report.tokens_SL)
 
 
+def test_half_a_surrogate_pair_is_no_text(loaded: Any) -> None:
+    with pytest.raises(ValueError, match="text 1 holds half of a surrogate pair"):
+        esparse.prune(*loaded, "2:4", calibration=["fine", "\ud800 not"], sequences=1, length=8)
+
+
 def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path) -> None:
     assert launch(*small_run(workshop, tmp_path / "out")).returncode == 0
     (path,) = tmp_path.glob("out/*/result.json")

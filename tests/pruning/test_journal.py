@@ -39,6 +39,13 @@ def test_an_order_of_the_journal_that_is_none_is_damage(tmp_path: Path) -> None:
         journal_of(tmp_path / "blocks", 1, [1, 1, 2])
 
 
+@pytest.mark.parametrize("damage", [b"", b"[1]", b"\xff\xfe", b'{"run": 1}'])
+def test_a_damaged_journal_begins_anew(damage: bytes, tmp_path: Path) -> None:
+    assert journal_of(tmp_path / "blocks", 2).finished == 2
+    (tmp_path / "blocks" / "journal.json").write_bytes(damage)
+    assert Journal.open(tmp_path / "blocks", {"id": "x"}, snapshot_seconds=0).finished == 0
+
+
 def test_the_name_of_a_file_is_on_disk_before_the_next_file_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
