@@ -26,7 +26,7 @@ class SparseGpt(Metric):
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
 
     def __post_init__(self) -> None:
-        bounds.check("metric", self, positive=("damp",))
+        bounds.check("metric", self, not_negative=("damp",))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

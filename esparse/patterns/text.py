@@ -39,9 +39,6 @@ def parse(text: object, outliers: object = None) -> Pattern:
             f"outliers {parsed} are chosen from whole groups of the pattern {pattern}, but {parsed.m} is not a "
             f"multiple of {pattern.m}: take {parsed.n} of {pattern.m * max(2, round(parsed.m / pattern.m))}"
         )
-    if parsed.n * pattern.m >= (pattern.m - pattern.n) * parsed.m:
-        removed = (pattern.m - pattern.n) * parsed.m // pattern.m
-        raise Mistake(f"outliers {parsed} keep every weight, since {pattern} removes {removed} of {parsed.m}")
     return Outliers(pattern, parsed)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from esparse.allocations import Allocation, Uniform
 from esparse.errors import Mistake
 from esparse.metrics import Metric
-from esparse.patterns import Pattern
+from esparse.patterns import Outliers, Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.quantise import NoQuantise, Quantise
 from esparse.recoveries import NoRecovery, Recovery
@@ -38,6 +38,11 @@ class Method:
 
     def check(self) -> None:
         """Raises Mistake if the parts do not fit each other or the pattern; does not load torch."""
+        if isinstance(self.pattern, Outliers):
+            base, outliers = self.pattern.parts()
+            removed = (base.m - base.n) * outliers.m // base.m
+            if outliers.n >= removed:
+                raise Mistake(f"outliers {outliers} keep every weight, since {base} removes {removed} of {outliers.m}")
         for part in (self.allocation, self.shuffle, self.update, self.recovery, self.quantise):
             part.check(self.pattern)
         if self.metric.gradients() == "model" and not isinstance(self.prepare, NoPreparation):

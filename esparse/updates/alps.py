@@ -38,8 +38,8 @@ class Alps(Update):
         bounds.check(
             "update",
             self,
-            positive=("damp", "penalty", "iterations"),
-            not_negative=("gradient_iterations", "tolerance"),
+            positive=("penalty", "iterations"),
+            not_negative=("damp", "gradient_iterations", "tolerance"),
         )
 
     def collects(self) -> dict[str, Factory]:

@@ -26,7 +26,7 @@ class Support(Update):
     tolerance: float  # conjugate gradients end once the residual is so small a share of the first one
 
     def __post_init__(self) -> None:
-        bounds.check("update", self, positive=("damp", "iterations"), not_negative=("tolerance",))
+        bounds.check("update", self, positive=("iterations",), not_negative=("damp", "tolerance"))
 
     def collects(self) -> dict[str, Factory]:
         from esparse.stats import Gram

@@ -39,7 +39,7 @@ class Swap(Update):
     def __post_init__(self) -> None:
         if self.values not in VALUES:
             raise Mistake(f"update.values must be one of {', '.join(VALUES)}, got {self.values!r}")
-        bounds.check("update", self, positive=("damp",), not_negative=("steps",))
+        bounds.check("update", self, not_negative=("damp", "steps"))
 
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None:
