@@ -144,7 +144,8 @@ def test_both_inputs_of_a_layer_are_those_of_the_same_tokens(
 
 
 @pytest.mark.parametrize(
-    ("trust", "damp", "words"), [(1.5, 0.1, "trust must be between 0 and 1, got 1.5"), (0.5, 0.0, "damp must be positive")]
+    ("trust", "damp", "words"),
+    [(1.5, 0.1, "trust must be between 0 and 1, got 1.5"), (0.5, 0.0, "damp must be positive")],
 )
 def test_settings_that_make_no_sense(trust: float, damp: float, words: str) -> None:
     with pytest.raises(Mistake, match=words):
