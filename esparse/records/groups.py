@@ -119,6 +119,7 @@ GROUPS: dict[str, Group] = {
             "sparsegpt": "esparse.updates.obs:Obs",
             "support": "esparse.updates.support:Support",
             "swap": "esparse.updates.swap:Swap",
+            "swap_best": "esparse.updates.swap:Swap",
             "refine": "esparse.updates:Chain",
             "admm": "esparse.updates.admm:Admm",
             "alps": "esparse.updates.alps:Alps",
