@@ -103,8 +103,6 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
 def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bool) -> None:
     """Raises OSError or ValueError for a file or folder that is not there, or not what it has to be."""
     _check_model(experiment.model, weights=not dry)
-    if dry:
-        return
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
@@ -113,6 +111,8 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
     if longest is not None:
         for group, text in zip(("calibration", "evaluate"), texts, strict=True):
             sequence_length(text.length, longest, f"{group}.length")
+    if dry:  # it writes nothing
+        return
     root = Path(experiment.output_root)
     _check_root(root)
     if isinstance(experiment.export, ToFolder):

@@ -317,6 +317,20 @@ def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
     assert not list((tmp_path / "out").glob("*/status.json"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate=text", "evaluate.path=/nope.txt"], "expected a text file at /nope.txt, found nothing there"),
+        (["calibration=text", "calibration.path=/tmp", "dry_run=a100"], "expected a text file at /tmp, found a folder"),
+        (["calibration=text", "calibration.path=/bin/sh"], "expected a file that ends in one of .txt"),
+        (["calibration.length=9999"], "calibration.length"),
+    ],
+)
+def test_a_dry_run_sees_what_a_run_could_not_read(words: list[str], said: str) -> None:
+    done = launch("dry_run=true", *words)
+    assert (done.returncode, said in done.stderr) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_finished_run_needs_its_files_no_more(small: list[str], workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop, tmp_path / "shop")
