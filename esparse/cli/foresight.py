@@ -24,7 +24,7 @@ from esparse.export import ToFolder, check_place
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.load import ASSETS, BUILTIN, Model
-from esparse.models.model_files import adapter, shards_of
+from esparse.models.model_files import adapter, check_decoder, shards_of
 from esparse.records.report import finished, run_id
 from esparse.run.settings import Experiment
 
@@ -134,6 +134,7 @@ def _place(model: Model) -> Path:
 def _check_model(model: Model, *, weights: bool) -> None:
     place = _place(model)
     if place.is_dir():
+        check_decoder(place)
         if weights:
             shards_of(place)
     elif place.is_file():
