@@ -1,4 +1,4 @@
-"""Reads texts from files (.txt, .jsonl, .json, .parquet), with one clear sentence for each kind of wrong file."""
+"""Reads texts from files (.txt, .jsonl, .json, .parquet; .gz), with one clear sentence for each kind of wrong file."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ class Rows:
             raise FileNotFoundError(f"expected a text file at {path.absolute()}, found nothing there: check the path")
         if path.is_dir():
             raise Mistake(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
-        kind = next((suffix for suffix in (".txt", *_READERS) if path.name.lower().endswith(suffix)), None)
+        kind = next((suffix for suffix in ENDINGS if path.name.lower().endswith(suffix)), None)
         if kind is None:
-            known = ", ".join((".txt", *_READERS))
-            raise Mistake(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
+            raise Mistake(
+                f"expected a file that ends in one of {', '.join(ENDINGS)}, got {path.name}: convert or rename it"
+            )
         self._read = _READERS.get(kind)
 
     @property
@@ -315,3 +316,4 @@ _READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {
     ".json.gz": _json,
     ".parquet": _parquet,
 }
+ENDINGS = (".txt", *_READERS)  # of files that are read

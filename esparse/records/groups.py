@@ -55,7 +55,7 @@ GROUPS: dict[str, Group] = {
         column="behind",
         notes={
             **dict.fromkeys(("builtin", "wikitext2", "c4", "ptb"), ""),
-            "text": "calibration.path=FILE: .txt, .jsonl, .parquet",
+            "text": "calibration.path=FILE: .txt, .json, .jsonl, .parquet, ...",
         },
     ),
     "prepare": Group(

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from esparse.data import text_files
 from esparse.data.text_files import Rows, texts_of
+from esparse.errors import Mistake
 
 
 def test_a_txt_file_is_one_text(tmp_path):
@@ -93,7 +94,7 @@ def test_json_that_python_does_not_read_is_named_with_its_place(tmp_path, more, 
     lines = ['{"text": "one"}', f'{{"text": "two", "more": {more}}}']
     file = tmp_path / "a.jsonl"
     file.write_text(f"[{','.join(lines)}]" if as_array else "\n".join(lines))
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(Mistake) as raised:
         texts_of(file, "text")
     assert str(raised.value).startswith(f"{file}, {'row' if as_array else 'line'} 2: {said} to be read (")
 
@@ -109,7 +110,7 @@ def test_a_list_of_texts_is_no_chat(tmp_path):
 )
 def test_gzip_under_another_name_is_told(tmp_path, name, said):
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "one"}' * 99))
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(Mistake) as raised:
         texts_of(tmp_path / name, "text")
     assert "is packed by gzip" in str(raised.value) and str(raised.value).endswith(said)
 
