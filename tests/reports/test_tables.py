@@ -453,10 +453,11 @@ def test_command_writes_what_the_functions_say(tmp_path):
     (tmp_path / "runs" / "b2" / "deeper" / "result.json").write_text("{")
     code, out, err = command(tmp_path / "runs")
     assert (code, out) == (0, MARKDOWN) and "deeper/result.json is left out" in err
-    assert command(tmp_path / "runs", "--out", tmp_path / "t.csv")[:2] == (0, "")
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    assert command(tmp_path / "runs", "--out", table)[:2] == (0, f"{table}: a table of 2 runs\n")
     assert (tmp_path / "t.csv").read_text() == CSV
-    assert command(tmp_path / "runs", "--out", tmp_path / "t.png")[0] == 0
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert command(tmp_path / "runs", "--out", picture)[:2] == (0, f"{picture}: a picture of 2 runs\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 LATENCY = [
