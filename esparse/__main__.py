@@ -1,6 +1,6 @@
 """Prunes a language model and measures it: `esparse [-m] [group=option] [key=value] ...`.
 
-    esparse                                                the built-in model with E-Sparse at 2:4
+    esparse                                                the built-in model at 2:4, by default
     esparse -m metric=entropy,wanda pattern=2:4,4:8        a sweep
     esparse --help                                         every group and setting
     esparse --version                                      the version alone

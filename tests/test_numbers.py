@@ -42,6 +42,8 @@ def test_an_option_is_what_hydra_composes(group: str, option: str) -> None:
 def test_settings_are_changed_and_nested_ones_too() -> None:
     expected = registry.build(compose("config", ["update=joint", "update.second.first.steps=7"])).update
     assert esparse.option("update", "joint", second={"first": {"steps": 7}}) == expected
+    expected = registry.build(compose("config", ["update=joint", "update@update.second.first=alps"])).update
+    assert esparse.option("update", "joint", second={"first": "alps"}) == expected
     window = esparse.option("recovery", "window", learning_rate=1, clip=2.5)
     assert isinstance(window, Window)
     assert (window.learning_rate, window.clip) == (1.0, 2.5)
@@ -57,6 +59,8 @@ def test_settings_are_changed_and_nested_ones_too() -> None:
         (lambda: esparse.option("metric", "entropy", gama=1), "has no setting 'gama': did you mean gamma\\?"),
         (lambda: esparse.option("metric", "wanda", alpha=1), "has no setting 'alpha'; there is none"),
         (lambda: esparse.option("update", "joint", second={"frist": {}}), "has no setting 'frist'"),
+        (lambda: esparse.option("update", "refine", first="alpz"), "there is no update 'alpz': did you mean alps"),
+        (lambda: esparse.option("update", "refine", first=7), "update.first must be the name of an option, "),
         (lambda: esparse.option("metric", "entropy", bins="many"), "metric.bins must be an integer, got 'many'"),
         (lambda: esparse.option("metric", "entropy", bins=1.5), "metric.bins must be an integer, got 1.5"),
         (lambda: esparse.option("metric", "entropy", gamma=None), "metric.gamma must be a number, got None"),

@@ -78,15 +78,15 @@ def prune(
     batch_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Report:
-    """Prunes a causal language model of transformers in place, block after block; E-Sparse unless told otherwise.
+    """Prunes a causal language model of transformers in place, block after block.
 
     A part is a name from the command line, with the numbers of conf/, or an object: `option("metric", "entropy",
     gamma=0.25)`, or an object of your own class; None means none. Default shuffle and update are those of the metric's
     paper (entropy: shuffle esparse; sparsegpt: its own update; others: none). `calibration`: a corpus by name (builtin,
-    c4, ...), a file (.txt, .jsonl, .parquet), texts, or tokens (S x L), for which no tokenizer is needed; `sequences`
-    and `length`: number and length of the sequences cut out of a text. `skip`: regular expressions of layer names that
-    stay dense. `device`: the device that computes, block by block, if the model is on another one. `progress`: whether
-    to show a bar; None: only on a terminal.
+    c4, ...), a file (.txt, .jsonl, .json, .jsonl.gz, .json.gz or .parquet), texts, or tokens (S x L), for which no
+    tokenizer is needed; `sequences` and `length`: number and length of the sequences cut out of a text. `skip`: regular
+    expressions of layer names that stay dense. `device`: the device that computes, block by block, if the model is on
+    another one. `progress`: whether to show a bar; None: only on a terminal.
 
     The model's mode, experts implementation, hooks and requires_grad are restored, also after an exception; the weights
     of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned and for parts

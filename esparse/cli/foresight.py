@@ -24,7 +24,7 @@ from esparse.export import ToFolder, check_place
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.load import ASSETS, BUILTIN, Model
-from esparse.models.model_files import adapter, shards_of
+from esparse.models.model_files import adapter, check_decoder, shards_of
 from esparse.records.report import finished, run_id
 from esparse.run.settings import Experiment
 
@@ -103,8 +103,6 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
 def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bool) -> None:
     """Raises OSError or ValueError for a file or folder that is not there, or not what it has to be."""
     _check_model(experiment.model, weights=not dry)
-    if dry:
-        return
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
@@ -113,6 +111,8 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
     if longest is not None:
         for group, text in zip(("calibration", "evaluate"), texts, strict=True):
             sequence_length(text.length, longest, f"{group}.length")
+    if dry:  # it writes nothing
+        return
     root = Path(experiment.output_root)
     _check_root(root)
     if isinstance(experiment.export, ToFolder):
@@ -134,6 +134,7 @@ def _place(model: Model) -> Path:
 def _check_model(model: Model, *, weights: bool) -> None:
     place = _place(model)
     if place.is_dir():
+        check_decoder(place)
         if weights:
             shards_of(place)
     elif place.is_file():

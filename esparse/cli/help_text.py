@@ -18,7 +18,7 @@ METHODS = {
     "method": Group(
         options={},
         notes={
-            "esparse": "the default",
+            "esparse": "as in the paper",
             **dict.fromkeys(("magnitude", "wanda", "sparsegpt"), ""),
             "ria": "with its permutation",
             **dict.fromkeys(("nowag", "gblm", "owl", "admm", "alps"), ""),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import (
@@ -25,11 +24,12 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from esparse.cli.typed_words import METHOD, SETTING, parted
+from esparse.cli import chosen
+from esparse.cli.typed_words import METHOD, SETTING, experiments, flag, parted, with_group
 from esparse.errors import Mistake
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
-from esparse.parts.numbers import near
+from esparse.parts.numbers import alike, near
 from esparse.records.groups import ANY, GROUPS
 
 KINDS = (  # of settings, by what OmegaConf says of a value that is none
@@ -47,7 +47,7 @@ def explained(error: BaseException, words: Sequence[str]) -> str | None:
         if isinstance(one, MissingConfigException):
             return _no_option(one, words)
         if isinstance(one, SearchPathException):
-            return f"-cd {_flag(words, '-cd', '--config-dir')}: there is no such folder"
+            return f"-cd {flag(words, '-cd', '--config-dir')}: there is no such folder"
         if isinstance(one, OverrideParseException):
             return how_to_write(words) or f"{one.override} cannot be read: settings are written KEY=VALUE"
         if isinstance(one, ConfigKeyError | ConfigAttributeError) and one.full_key:
@@ -76,7 +76,7 @@ def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
     known, where, sentence = _settings(owner), ".".join(above), f"there is no setting {path}"
     if not above:
         known = [*known, METHOD]
-    likely = [f"{where}.{name}" if where else name for name in get_close_matches(key, known, n=3)]
+    likely = [f"{where}.{name}" if where else name for name in alike(key, known)]
     sentence += f": did you mean {' or '.join(likely)}?" if likely else ""
     end = "" if likely else ":"
     if not above:
@@ -90,7 +90,7 @@ def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
     for option, component in _classes(above[0]).items():
         for setting in _settings(component):
             holders.setdefault(setting, []).append(option)
-    meant = [key] if key in holders else [] if likely else get_close_matches(key, holders, n=1)
+    meant = [key] if key in holders else [] if likely else alike(key, holders)[:1]
     more = "".join(f"; {setting} is a setting of {where}={', '.join(holders[setting])}" for setting in meant)
     more = more if len(above) == 1 else ""
     return f"{sentence}{end} {who} takes {takes}{more}"
@@ -122,11 +122,12 @@ def _classes(group: str) -> dict[str, type]:
 
 
 def _option(group: str, owner: Any, words: Sequence[str]) -> str:
-    """The option that was typed, or else one that has this class."""
-    typed = [m[3] for word in words if (m := SETTING.fullmatch(word)) and m[2] == group]
+    """The option with this class that is in force."""
     options = [name for name, component in _classes(group).items() if component is owner]
-    several = [name for values in typed for name in values.split(",") if name in options or not options]
-    return (several or options or ["..."])[-1]
+    if len(options) == 1:
+        return options[0]
+    in_force = list(chosen.options(group, words))
+    return next((name for name in in_force if name in options or not options), (options or ["..."])[0])
 
 
 def _no_option(error: MissingConfigException, words: Sequence[str]) -> str:
@@ -143,20 +144,11 @@ def _no_option(error: MissingConfigException, words: Sequence[str]) -> str:
         )
         more = f" There is {', '.join(known)}" if "mean" in likely else ""
         return f"there is no {group} {option!r}{likely}{more}{tasks}"
-    folder = _flag(words, "-cd", "--config-dir")
-    folders = [conf_folder(), *([Path(folder)] if folder else [])]
-    known = sorted({path.stem for place in folders for path in place.glob("*.yaml")} - {"config"})
+    folder = flag(words, "-cd", "--config-dir")
+    known = experiments(folder)
     hint = near(missing, known) if known else "; -cd FOLDER says where experiments lie"
     more = f" There is {', '.join(known)}" if "mean" in hint else ""
     return f"-cn {missing}: there is no {missing}.yaml in {folder or conf_folder()}{hint}{more}"
-
-
-def _flag(words: Sequence[str], *names: str) -> str | None:
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else next(iter(words[i + 1 :]), None)
-    return None
 
 
 def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
@@ -166,6 +158,8 @@ def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
     got = f", got {value!r}" if value is not None else ""
     if "is not a ListConfig" in sentence:
         return f"{key} takes a list{f': {key}=[{value}]' if value else ''}"
+    if value is not None and "is not a subclass of" in sentence:
+        return f"{key} is a part by itself, which is chosen with an @: {key.partition('.')[0]}@{key}={value}"
     if "is not Optional" in sentence:
         return f"{key} needs a value: null is none"
     if value is None and "of type 'dict'" in sentence:
@@ -205,11 +199,13 @@ def how_to_write(words: Sequence[str]) -> str | None:
         if reads(word):
             continue
         key, equals, value = word.partition("=")
+        wide = "".join(sign for sign in word if unicodedata.name(sign, "").startswith("FULLWIDTH "))
+        if wide and not key.endswith("path") and reads(plain := unicodedata.normalize("NFKC", word)):
+            return f"{' '.join(dict.fromkeys(wide))} in {word} is of full width: write {plain}"
         if not equals:
-            group = next((g for g in GROUPS if word in _classes(g)), None) if word not in GROUPS else None
             if word in (*GROUPS, METHOD):
                 return f"{word} needs an option: {word}=..., of which --help lists them all"
-            return f"{word} is no setting: write {f'{group}={word}' if group else 'KEY=VALUE'}"
+            return f"{word} is no setting: write {with_group(word)}"
         for parts in ([value], value.split(",")):  # one value, or several of a sweep
             better = f"{key}=" + ",".join(f'"{part}"' for part in parts)
             if reads(better):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
 from esparse.errors import Mistake
-from esparse.parts.numbers import near
+from esparse.parts.conf_folder import conf_folder
+from esparse.parts.numbers import names, near
 from esparse.records.groups import GROUPS
 
 SETTING = re.compile(r"([+~]{0,2})([\w./@:-]+)=(.*)", flags=re.S)
 # Groups of Hydra's own, which are chosen with a slash: a dot would put a text in place of their settings.
 HYDRAS = "launcher|sweeper|job_logging|hydra_logging|help|hydra_help|output|env"
 METHOD = "method"
+EXPERIMENTS = "experiments"  # the usual folder of -cd
 
 
 def arranged(words: Sequence[str]) -> list[str]:
@@ -40,7 +43,10 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if action is None:
             raise Mistake(_no_flag(word, [flag for flag in known if flag.startswith("--")]))
         flags.append(word)
-        if has_value or action.nargs == 0 or not rest or rest[0].startswith("-"):
+        alone = not rest or rest[0].startswith("-")
+        if alone and action.nargs is None and not has_value:
+            raise Mistake(_needs_value(word, [other for other in words if other != word]))
+        if has_value or action.nargs == 0 or alone:
             continue
         if action.nargs is None or "=" not in rest[0]:  # --info takes a word, or none
             flags.append(rest.pop(0))
@@ -54,15 +60,45 @@ def _no_flag(word: str, known: list[str]) -> str:
     return f"there is no flag {word}{near(word, known)}"
 
 
+def _needs_value(word: str, others: Sequence[str]) -> str:
+    """A flag without its value; of an experiment's name, which there are."""
+    if word not in ("-cn", "--config-name"):
+        return f"{word} needs a value behind it" + (": -cd FOLDER" if word in ("-cd", "--config-dir") else "")
+    folder = flag(others, "-cd", "--config-dir") or EXPERIMENTS
+    known = ", ".join(experiments(folder))
+    return f"{word} needs the name of an experiment: -cd {folder} -cn NAME" + (f"; there is {known}" if known else "")
+
+
+def experiments(folder: str | None) -> list[str]:
+    """The names that -cn may have, with this folder as -cd."""
+    folders = [conf_folder(), *([Path(folder)] if folder else [])]
+    return sorted({path.stem for place in folders for path in place.glob("*.yaml")} - {"config"})
+
+
+def flag(words: Sequence[str], *names: str) -> str | None:
+    """The value of a flag with one of these names."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else next(iter(words[i + 1 :]), None)
+    return None
+
+
 def check(words: Sequence[str]) -> None:
     """Raises Mistake for a setting that Hydra would misread, or refuse in its own words."""
     for word in words:
+        if word.startswith("="):
+            raise Mistake(f"{word} has no setting in front of its =: write {with_group(word[1:])}")
         if given := re.fullmatch(rf"(\+{{0,2}})hydra\.({HYDRAS})=(\w.*)", word):
             raise Mistake(f"hydra/{given[2]}={given[3]} chooses it, with a slash; {word} would change nothing")
         match = SETTING.fullmatch(word)
         if match is None or match[2] not in (*GROUPS, METHOD):
             continue
         group, option = match[2], match[3]
+        if match[1].startswith("+"):
+            raise Mistake(f"{group} has an option already, and + adds what is not there: write {group}={option}")
+        if re.fullmatch(r"-?\d+(\.\d*)?|true|false", option.lower()):
+            raise Mistake(f"there is no {group} {option!r}{near(option, names(group))}")
         if option.startswith("[") and "," in option:
             tasks = f"; tasks are named by zeroshot.tasks={option}" if group == "zeroshot" else ""
             raise Mistake(f"{group} takes one option, not a list of them; -m {group}=A,B makes a sweep{tasks}")
@@ -70,6 +106,12 @@ def check(words: Sequence[str]) -> None:
             neutral = GROUPS[group].neutral
             other = f": {group}={neutral} does nothing" if neutral else " (--help lists them)"
             raise Mistake(f"{group} takes one of its options, not {option}{other}")
+
+
+def with_group(option: str) -> str:
+    """An option as it is chosen, metric=wanda; KEY=VALUE for a word that is none."""
+    groups = [name for name, group in GROUPS.items() if option in names(name) and option != group.neutral]
+    return f"{groups[0]}={option}" if groups and option not in GROUPS else "KEY=VALUE"
 
 
 def in_hydras_words(words: Sequence[str]) -> list[str]:

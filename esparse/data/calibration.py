@@ -29,8 +29,8 @@ class Calibration:
     # Rows without text are skipped and counted. Of a file of more than 8 million characters only what is needed is read
     # into memory and tokenised: its sequences are drawn by characters and begin with a word, those of a shorter one are
     # drawn by tokens
-    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json or .parquet
-    column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
+    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json, .jsonl.gz, .json.gz or .parquet
+    column: str = "text"  # its column that holds the text, in all but .txt
     chat: bool = False  # whether its rows are chats (`messages`), which the tokenizer's chat template renders
     # With auto, for Gemma's families, which have been trained so, and for no others, as the literature has it
     bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each sequence

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from esparse.data import builtin
 from esparse.data.hub import HubFile
-from esparse.data.text_files import LongText, Rows, texts_of
+from esparse.data.text_files import ENDINGS, LongText, Rows, texts_of
 from esparse.errors import Mistake
 
 Purpose = Literal["calibration", "evaluation"]
@@ -99,7 +99,7 @@ def check(names: Sequence[str], purpose: Purpose, path: str | None) -> None:
         if name not in NAMES:
             raise Mistake(f"expected a corpus out of {', '.join(NAMES)}, got {name!r}")
     if "text" in names and not path:
-        raise Mistake(f"the corpus 'text' needs a file: {group}.path=FILE (.txt, .jsonl or .parquet)")
+        raise Mistake(f"the corpus 'text' needs a file: {group}.path=FILE ({', '.join(ENDINGS)})")
     if path and "text" not in names:
         asked = ", ".join(names) or "none"
         raise Mistake(f"{group}.path={path} is read by {group}=text only, but the corpus asked is {asked}")

@@ -1,4 +1,4 @@
-"""Reads texts from files (.txt, .jsonl, .json, .parquet), with one clear sentence for each kind of wrong file."""
+"""Reads texts from files (.txt, .jsonl, .json, .parquet; .gz), with one clear sentence for each kind of wrong file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ log = logging.getLogger("esparse")
 CHATS = ("messages", "conversations")  # usual names of columns with chats
 PIECE = 2**20  # characters that are read at a time
 LONGEST_ROW = 2**28  # most characters of a row
+GZIP = b"\x1f\x8b"  # how a file of gzip begins
 
 
 def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
@@ -55,10 +56,11 @@ class Rows:
             raise FileNotFoundError(f"expected a text file at {path.absolute()}, found nothing there: check the path")
         if path.is_dir():
             raise Mistake(f"expected a text file at {path.absolute()}, found a folder: name one file in it")
-        kind = next((suffix for suffix in (".txt", *_READERS) if path.name.lower().endswith(suffix)), None)
+        kind = next((suffix for suffix in ENDINGS if path.name.lower().endswith(suffix)), None)
         if kind is None:
-            known = ", ".join((".txt", *_READERS))
-            raise Mistake(f"expected a file that ends in one of {known}, got {path.name}: convert or rename it")
+            raise Mistake(
+                f"expected a file that ends in one of {', '.join(ENDINGS)}, got {path.name}: convert or rename it"
+            )
         self._read = _READERS.get(kind)
 
     @property
@@ -113,7 +115,11 @@ class Rows:
                 ) from cause
         if not isinstance(value, str):
             kind = type(value).__name__
-            hint = f": set {self.group}.chat=true to render chats" if isinstance(value, list) else ""
+            hint = ""
+            if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+                hint = f": set {self.group}.chat=true to render chats"
+            elif isinstance(value, list):
+                hint = ": a row is one text, so join its parts"
             raise Mistake(
                 f"{self.path}, row {number}: expected text in column {self.column!r}, got a value of type {kind}{hint}"
             )
@@ -191,6 +197,9 @@ class _Explained:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
+        if isinstance(error, UnicodeDecodeError) and _begins_with(self.path, GZIP):
+            or_name = "" if self.path.suffix.lower() == ".txt" else f", or name it {self.path.name}.gz"
+            raise Mistake(f"{self.path} is packed by gzip: unpack it{or_name}") from error
         if isinstance(error, UnicodeDecodeError):
             raise Mistake(
                 f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
@@ -200,6 +209,11 @@ class _Explained:
             raise Mistake(
                 f"{self.path} can not be unpacked ({error}): it is damaged or not whole, copy it again"
             ) from error
+
+
+def _begins_with(path: Path, sign: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(sign)) == sign
 
 
 def _message(one: Any) -> dict[str, Any]:
@@ -232,6 +246,8 @@ def _field(rows: Rows, number: int, line: str) -> Any:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
         raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, but {cause}") from cause
+    except (RecursionError, ValueError) as cause:
+        raise Mistake(f"{rows.path}, line {number}: {_too_much(cause)}") from cause
     if not isinstance(row, dict):
         raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
     return rows.cell(f"{rows.path}, line {number}", row)
@@ -243,11 +259,11 @@ def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
     while True:
         while place < len(held) and held[place] in " \t\r\n,":
             place += 1
+        if held[place : place + 1] == "]":
+            if (held[place + 1 :] + file.read(PIECE)).strip():
+                raise Mistake(f"{rows.path}: expected one JSON array, or one JSON object a line, and found more")
+            return
         try:
-            if held[place : place + 1] == "]":
-                if (held[place + 1 :] + file.read(PIECE)).strip():
-                    raise Mistake(f"{rows.path}: expected one JSON array, or one JSON object a line, and found more")
-                return
             row, end = decoder.raw_decode(held, place)
         except json.JSONDecodeError as cause:
             more = file.read(max(PIECE, len(held) - place))
@@ -257,6 +273,8 @@ def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
                 ) from cause
             held, place = held[place:] + more, 0
             continue
+        except (RecursionError, ValueError) as cause:
+            raise Mistake(f"{rows.path}, row {number + 1}: {_too_much(cause)}") from cause
         number, place = number + 1, end
         if place > PIECE:
             held, place = held[place:], 0
@@ -266,6 +284,12 @@ def _array(rows: Rows, file: IO[str], held: str) -> Iterator[tuple[int, Any]]:
             yield number, row
         else:
             raise Mistake(f"{rows.path}, row {number}: expected an object or a text, got a {type(row).__name__}")
+
+
+def _too_much(cause: Exception) -> str:
+    """What of a row is JSON, and more than Python's reader takes."""
+    what = "lists or objects are nested too deeply" if isinstance(cause, RecursionError) else "a number is too long"
+    return f"{what} to be read ({cause}): repair or drop the row"
 
 
 def _parquet(rows: Rows) -> Iterator[tuple[int, Any]]:
@@ -292,3 +316,4 @@ _READERS: dict[str, Callable[[Rows], Iterator[tuple[int, Any]]]] = {
     ".json.gz": _json,
     ".parquet": _parquet,
 }
+ENDINGS = (".txt", *_READERS)  # of files that are read

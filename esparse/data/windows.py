@@ -25,8 +25,8 @@ class Perplexity:
     """The group `evaluate`: the texts on which perplexity is measured, and the length of the windows."""
 
     corpora: list[str]  # names of corpora: builtin, wikitext2, c4, ptb, text
-    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json or .parquet
-    column: str = "text"  # its column that holds the text, in .jsonl, .json and .parquet
+    path: str | None = None  # the file of the corpus `text`: .txt, .jsonl, .json, .jsonl.gz, .json.gz or .parquet
+    column: str = "text"  # its column that holds the text, in all but .txt
     chat: bool = False  # whether its rows are chats (`messages`), which the tokenizer's chat template renders
     bos: Any = "auto"  # auto (what the family expects) | true | false: a beginning token in front of each window
     length: int | None  # tokens of a window; null: 2048, or what the model takes if that is less

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse.errors import Mistake
-from esparse.models.model_files import shards_of
+from esparse.models.model_files import adapter, check_decoder_only, shards_of
 
 PLAIN = {"F64", "F32", "F16", "BF16"}  # dtypes of unquantised weights, by safetensors' names
 DEQUANTISED = "a pruning needs weights in 16 or 32 bits: name the original model, or save a dequantised copy first"
@@ -37,7 +37,8 @@ def check_files(folder: Path) -> None:
 
 
 def check_config(asked: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if config.json says that the weights are quantised or packed; `asked`: the model's name."""
+    """Raises Mistake for weights that are quantised or packed, and for an encoder with a decoder."""
+    check_decoder_only(asked, config)
     for part in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
         how = part.get("quantization_config") or part.get("compression_config")
         if not how:
@@ -58,6 +59,6 @@ def check_hub(path: str, revision: str | None) -> None:
     asked = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     asked |= {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
     if cached_file(path, "config.json", **asked) is None:
-        adapter = cached_file(path, "adapter_config.json", **asked)
-        if adapter is not None:
-            raise Mistake(adapter(path, json.loads(Path(adapter).read_text())))
+        file = cached_file(path, "adapter_config.json", **asked)
+        if file is not None:
+            raise Mistake(adapter(path, json.loads(Path(file).read_text())))

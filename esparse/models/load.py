@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.models import gguf_file
 from esparse.models.library_errors import explained
+from esparse.models.model_files import VOCABULARIES
 from esparse.parts import expressions
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ BUILTIN = ASSETS / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORES = ("auto", "memory", "shards")
 PLACES = ("auto", "host", "device", "disk")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FEW_TOKENS = 8  # a vocabulary of this size or less holds special tokens only
 # Names of the number of positions in configurations, the usual ones first.
 LENGTHS = (

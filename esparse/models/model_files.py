@@ -16,6 +16,7 @@ NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 POINTER = b"version https://git-lfs"
 
 
@@ -28,7 +29,9 @@ def shards_of(folder: Path) -> list[Path]:
         raise Mistake(adapter(str(folder), json.loads((folder / "adapter_config.json").read_text())))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model directory: it has no config.json{_other_format(folder)}")
-    _check_no_pointer(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json", "merges.txt", *VOCABULARIES):
+        if (folder / name).is_file():
+            _check_no_pointer(folder / name)
     entry = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if entry is None:
         raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin{_other_format(folder)}")
@@ -55,6 +58,23 @@ def adapter(asked: str, config: Mapping[str, Any]) -> str:
         f"{asked} holds an adapter ({config.get('peft_type', 'PEFT')}) of {base}: merge it into that model first "
         "(peft: merge_and_unload, then save_pretrained), and give the merged model"
     )
+
+
+def check_decoder(folder: Path) -> None:
+    """Raises Mistake for a local model that is an encoder with a decoder; what else is wrong is left to others."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict):
+        check_decoder_only(str(folder), config)
+
+
+def check_decoder_only(asked: str, config: Mapping[str, Any]) -> None:
+    """Raises Mistake if a configuration is that of an encoder with a decoder; `asked`: the model's name."""
+    if config.get("is_encoder_decoder") is True:
+        kind = config.get("model_type") or "by its config.json"
+        raise Mistake(f"{asked} is an encoder with a decoder ({kind}): esparse prunes decoder-only models")
 
 
 def _check_no_pointer(file: Path) -> None:

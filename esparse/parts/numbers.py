@@ -53,7 +53,8 @@ def option(
     value of the wrong type, or a setting without a value.
     """
     found = settings_of(group, name, classes)
-    return _built(group, name, found, dict(changes or {}), outside), found.implied
+    _merge(found.values, changes or {}, classes)
+    return _built(group, name, found, outside), found.implied
 
 
 def implied(group: str, name: str, classes: Classes) -> dict[str, str]:
@@ -71,8 +72,16 @@ def usual() -> dict[str, Any]:
 def near(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: similar known words, or all."""
     known = sorted(known)
-    likely = get_close_matches(word, known, n=3, cutoff=0.6)
+    likely = alike(word, known)
     return f": did you mean {' or '.join(likely)}?" if likely else f"; there is {', '.join(known) or 'none'}"
+
+
+def alike(word: str, known: Iterable[str]) -> list[str]:
+    """The word itself but for capitals, else up to three known words that are similar, the most similar first."""
+    by_small = {one.lower(): one for one in known}
+    if (same := by_small.get(word.lower())) is not None:
+        return [same]
+    return [by_small[small] for small in get_close_matches(word.lower(), by_small, n=3, cutoff=0.6)]
 
 
 def settings_of(group: str, name: str, classes: Classes) -> Settings:
@@ -85,14 +94,14 @@ def settings_of(group: str, name: str, classes: Classes) -> Settings:
     found = Settings()
     for entry in content.pop("defaults", []):
         if entry == "_self_":
-            _merge(found.values, content)
+            _merge(found.values, content, classes)
         elif isinstance(entry, str) and (schema := re.fullmatch(r"/schema/(\w+)/(\w+)@_here_", entry)):
             found.component = classes(schema[1], schema[2])
         elif isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry):
             base = settings_of(group, entry, classes)
             found.component = base.component
             found.implied |= base.implied
-            _merge(found.values, base.values)
+            _merge(found.values, base.values, classes)
         elif isinstance(entry, dict):
             (where, other), *_ = entry.items()
             if inside := re.fullmatch(r"/(\w+)@(\w+)", where):
@@ -115,20 +124,22 @@ class Nested:
     settings: Settings
 
 
-def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+def _merge(into: dict[str, Any], other: Mapping[str, Any], classes: Classes) -> None:
     for key, value in other.items():
-        if isinstance(into.get(key), Nested) and isinstance(value, Mapping):
-            _merge(into[key].settings.values, value)
+        part = into.get(key)
+        if isinstance(part, Nested) and isinstance(value, Mapping):
+            _merge(part.settings.values, value, classes)
+        elif isinstance(part, Nested) and isinstance(value, str):  # another option in its place
+            into[key] = Nested(part.group, value, settings_of(part.group, value, classes))
         else:
             into[key] = value
 
 
-def _built(group: str, name: str, found: Settings, changes: dict[str, Any], outside: Mapping[str, Any]) -> Any:
+def _built(group: str, name: str, found: Settings, outside: Mapping[str, Any]) -> Any:
     component = found.component
     assert component is not None, f"conf/{group}/{name}.yaml names no class"
     known = {field.name: field for field in dataclasses.fields(component) if field.init}
-    values = dict(found.values)
-    _merge(values, changes)
+    values = found.values
     for setting in values:
         if setting not in known:
             raise Mistake(f"{group}={name} has no setting {setting!r}{near(setting, known)}")
@@ -136,7 +147,7 @@ def _built(group: str, name: str, found: Settings, changes: dict[str, Any], outs
     given = {}
     for setting, value in values.items():
         if isinstance(value, Nested):
-            given[setting] = _built(value.group, value.name, value.settings, {}, outside)
+            given[setting] = _built(value.group, value.name, value.settings, outside)
             continue
         if isinstance(value, str) and (refers := re.fullmatch(r"\$\{(\w+)\}", value)):
             value = outside[refers[1]]
@@ -163,6 +174,10 @@ def _hints(component: type) -> dict[str, Any]:
 
 def _fitting(setting: str, value: Any, hint: Any) -> Any:
     """The value in its field's type: YAML reads 1e-5 as a text, and an integer may stand for a float."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        raise Mistake(
+            f"{setting} must be the name of an option, its settings, or an object of {hint.__name__}, got {value!r}"
+        )
     wanted = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     kinds = {kind for kind in wanted if kind in (int, float, str, bool, types.NoneType)}
     if kinds != wanted or (value is None and types.NoneType in kinds) or type(value) in kinds:

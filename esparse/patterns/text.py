@@ -52,6 +52,8 @@ def _parse(text: object) -> Pattern:
         return pattern
     if text == "dense":
         return Dense()
+    if both := re.fullmatch(r"(\d+:\d+)\+(\d+:\d+)", str(text)):  # as tables name it
+        raise Mistake(f"pattern {text!r} is two settings: pattern={both[1]} outliers={both[2]}")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:@(columns|rows|(\d+)x(\d+)))?", str(text))
     if not match:
         raise Mistake(f"{EXPLAINED}, got {text!r}")
@@ -72,7 +74,7 @@ def _nm(name: str, text: object, explained: str) -> NM | None:
     """The n:m of a text; None for another text. Raises Mistake for a number, which YAML makes of an unquoted n:m."""
     if not isinstance(text, str) or re.fullmatch(r"\d+(\.\d+)?", text):
         raise Mistake(f"{explained}, got {text!r}: {_meant(name, text)}")
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d+):(\d+)", text, flags=re.ASCII)
     if not match:
         return None
     n, m = map(int, match.groups())

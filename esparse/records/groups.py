@@ -55,7 +55,7 @@ GROUPS: dict[str, Group] = {
         column="behind",
         notes={
             **dict.fromkeys(("builtin", "wikitext2", "c4", "ptb"), ""),
-            "text": "calibration.path=FILE: .txt, .jsonl, .parquet",
+            "text": "calibration.path=FILE: .txt, .json, .jsonl, .parquet, ...",
         },
     ),
     "prepare": Group(
@@ -119,6 +119,7 @@ GROUPS: dict[str, Group] = {
             "sparsegpt": "esparse.updates.obs:Obs",
             "support": "esparse.updates.support:Support",
             "swap": "esparse.updates.swap:Swap",
+            "swap_best": "esparse.updates.swap:Swap",
             "refine": "esparse.updates:Chain",
             "admm": "esparse.updates.admm:Admm",
             "alps": "esparse.updates.alps:Alps",

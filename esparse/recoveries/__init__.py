@@ -113,8 +113,10 @@ class NoRecovery(Recovery):
 class Chain(Recovery):
     """Two recoveries, one after the other, on every scale."""
 
-    first: Recovery  # the recovery that acts first; its settings stand behind it
-    second: Recovery  # the one that acts on what the first left: `recovery.second.epochs=5`
+    # Its settings stand behind it. Another one is chosen by `recovery@recovery.first=bias`
+    first: Recovery  # the recovery that acts first
+    # Likewise: `recovery.second.epochs=5`, `recovery@recovery.second=window`
+    second: Recovery  # the one that acts on what the first left
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()

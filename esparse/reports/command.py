@@ -145,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(str(error), 2)
     except OSError as error:
         return stop(f"cannot write {options.out}: {error.strerror or error}", 1)
+    if options.out is not None:
+        what = {"png": "a picture", "html": "a page"}.get(kind, "a table")
+        print(f"{options.out}: {what} of {len(records)} run{'s' if len(records) > 1 else ''}")
     return 0
 
 

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from esparse.records.groups import GROUPS
+
 Record = dict[str, Any]
 
 NUMBER = (int, float)
 # The fields of a record that tables need, with their types.
 NEEDED: dict[str, Any] = {
     "id": str,
+    "name": str,
     "config": dict,
     "model.name": str,
     "sparsity.pattern": str,
@@ -50,6 +53,17 @@ def _fault(record: Any) -> str | None:
     for path, kind in NEEDED.items():
         if not isinstance(at(record, path), kind):
             return f"its field {path} is missing or not what it should be"
+    config = record["config"]
+    settings = {part: config[part] for part in GROUPS if part in config}
+    of_wrong_kind = [part for part, value in settings.items() if not isinstance(value, dict)]
+    if not isinstance(config.get("choices", {}), dict):
+        of_wrong_kind.append("choices")
+    if not isinstance(config.get("outliers", ""), str | None):
+        of_wrong_kind.append("outliers")
+    if "tasks" not in (settings.get("zeroshot", {"tasks": []}) or {}):
+        of_wrong_kind.append("zeroshot")
+    if of_wrong_kind:
+        return f"its field config.{of_wrong_kind[0]} is not what it should be"
     for part, kind in (("layers", list), ("memory", dict), ("zeroshot", dict)):
         if not isinstance(record.get(part, kind()), kind):
             return f"its field {part} is not what it should be"

@@ -17,6 +17,7 @@ from esparse.evaluate.zeroshot import ZeroShot
 from esparse.export import Export, NoExport
 from esparse.metrics import Metric
 from esparse.models.load import Model
+from esparse.parts.numbers import alike
 from esparse.patterns import Pattern
 from esparse.prepare import Prepare
 from esparse.pruning.method import Method
@@ -98,7 +99,9 @@ class Experiment:
             raise Mistake(f"snapshot_seconds must not be negative, got {self.snapshot_seconds:g}")
 
         if not isinstance(self.dry_run, bool) and self.dry_run not in (known := gpus()):
-            raise Mistake(f"dry_run must be true, false or a GPU ({', '.join(known)}), got {self.dry_run!r}")
+            meant = alike(str(self.dry_run), known)
+            hint = f": did you mean {' or '.join(meant)}?" if meant else ""
+            raise Mistake(f"dry_run must be true, false or a GPU ({', '.join(known)}), got {self.dry_run!r}{hint}")
 
     def devices(self) -> list[torch.device]:
         """The devices that share the calibration sequences. Raises Mistake for a device that does not exist."""

@@ -93,8 +93,10 @@ class NoUpdate(Update):
 class Chain(Update):
     """Two updates, one after the other."""
 
-    first: Update  # the update that acts first; its settings stand behind it: `update.first.damp=0.1`
-    second: Update  # the one that acts on what the first left: `update.second.steps=50`
+    # Its settings stand behind it: `update.first.damp=0.1`. Another one is chosen by `update@update.first=alps`
+    first: Update  # the update that acts first
+    # Likewise: `update.second.steps=50`, `update@update.second=support`
+    second: Update  # the one that acts on what the first left
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()

@@ -33,7 +33,8 @@ class Parent(Update):
 
     trust: float  # 0: the usual target | 1: the dense model's
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
-    update: Update  # the update itself; its settings stand behind it: `update.update.damp=0.1`
+    # Its settings stand behind it: `update.update.damp=0.1`. Another one is chosen by `update@update.update=admm`
+    update: Update  # the update itself
 
     def __post_init__(self) -> None:
         bounds.check("update", self, shares=("trust",), positive=("damp",))

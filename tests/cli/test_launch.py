@@ -282,7 +282,15 @@ def no_text(folder: Path) -> str:
 
 
 DAMAGES = [truncated, lost_weight, damaged_weight, overflowing_activations, short_text]
-FORESEEN = [lost_shard, no_weights, no_config, no_text]  # by names alone, before torch is loaded
+
+
+def encoder_with_decoder(folder: Path) -> str:
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"model_type": "t5", "is_encoder_decoder": True}))
+    return "is an encoder with a decoder (t5): esparse prunes decoder-only models"
+
+
+FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder]  # by names alone, before torch is loaded
 
 
 @pytest.mark.tries(2)
@@ -315,6 +323,20 @@ def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
     assert done.returncode == 2
     assert done.stderr.startswith("esparse: ") and sentence in done.stderr and done.stderr.count("\n") == 1
     assert not list((tmp_path / "out").glob("*/status.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate=text", "evaluate.path=/nope.txt"], "expected a text file at /nope.txt, found nothing there"),
+        (["calibration=text", "calibration.path=/tmp", "dry_run=a100"], "expected a text file at /tmp, found a folder"),
+        (["calibration=text", "calibration.path=/bin/sh"], "expected a file that ends in one of .txt"),
+        (["calibration.length=9999"], "calibration.length"),
+    ],
+)
+def test_a_dry_run_sees_what_a_run_could_not_read(words: list[str], said: str) -> None:
+    done = launch("dry_run=true", *words)
+    assert (done.returncode, said in done.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from esparse.cli import chosen, registry
 from esparse.cli.hydra_errors import how_to_write
 from esparse.cli.typed_words import arranged, check, doubled
 from esparse.errors import Mistake
@@ -21,6 +22,10 @@ from tests.workshop import ROOT, launch
         (["metric=wanda", "gns"], "gns is no setting: write shuffle=gns"),
         (["nonsense"], "nonsense is no setting: write KEY=VALUE"),
         (["metric"], "metric needs an option"),
+        (["tiny"], "tiny is no setting: write model=tiny"),
+        (["pattern=2:\uff14"], "\uff14 in pattern=2:\uff14 is of full width: write pattern=2:4"),
+        (["metric\uff1dwanda"], "is of full width: write metric=wanda"),
+        (["model.path=/m\uff14"], """'model.path="/m\uff14"'"""),
     ],
 )
 def test_how_to_write_is_said(words: list[str], better: str) -> None:
@@ -61,6 +66,53 @@ def test_a_flag_that_there_is_not(word: str, said: str) -> None:
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-cn"], "-cn needs the name of an experiment: -cd experiments -cn NAME; there is ablation, "),
+        (["-m", "-cn", "-cd", "experiments"], "-cd experiments -cn NAME; there is ablation, "),
+        (["-cd", "-m"], "-cd needs a value behind it: -cd FOLDER"),
+    ],
+)
+def test_a_flag_without_its_value(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Mistake) as error:
+        arranged(words)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("+metric=wanda", "write metric=wanda"),
+        ("++method=wanda", "write method=wanda"),
+        ("=wanda", "=wanda has no setting in front of its =: write metric=wanda"),
+        ("=7", "write KEY=VALUE"),
+        ("metric=7", "there is no metric '7'; there is entropy, "),
+    ],
+)
+def test_a_word_that_hydra_would_refuse_in_its_own_words(word: str, said: str) -> None:
+    with pytest.raises(Mistake) as error:
+        check([word])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ([], "esparse"),  # the default
+        (["metric=wanda"], "none"),  # no metric implies one
+        (["metric=wanda", "shuffle=foldable"], "foldable"),
+        (["method=ria"], "lsa"),
+        (["-cd", str(ROOT / "experiments"), "-cn", "best", "shuffle.rounds=3"], "esparse"),
+        (["-m", "metric=wanda,entropy"], "none esparse"),
+    ],
+)
+def test_the_option_in_force(words: list[str], option: str) -> None:
+    registry.register()
+    assert list(chosen.options("shuffle", words)) == option.split()
+
+
 @pytest.mark.parametrize("word", ["hydra.launcher=a100", "hydra.sweeper=basic", "+hydra.launcher=local"])
 def test_a_group_of_hydras_with_a_dot(word: str) -> None:
     with pytest.raises(Mistake, match=f"hydra/{word.partition('.')[2]} chooses it"):
@@ -81,6 +133,11 @@ def test_a_setting_that_is_given_twice() -> None:
         (["metric=wanda", "metric.gamma=1"], "metric=wanda takes no settings; gamma is a setting of metric=entropy"),
         (["metric=entropy", "metric.alpha=1"], "alpha is a setting of metric=esparse_paper"),
         (["metric=entropy", "metric.alfa=1"], "alpha is a setting of metric=esparse_paper"),
+        (["shuffle.rounds=3"], "there is no setting shuffle.rounds: shuffle=esparse takes block, deal, "),
+        (["METRIC=wanda"], "there is no setting METRIC: did you mean metric?"),
+        (["update=refine", "update.first=alps"], "chosen with an @: update@update.first=alps"),
+        (["dry_run=A100"], "got 'A100': did you mean a100?"),
+        (["pattern=2:4+16:256"], "pattern=2:4 outliers=16:256"),
         (["patern=2:4"], "there is no setting patern: did you mean pattern"),
         (["update=joint", "update.second.frist=1"], "did you mean update.second.first?"),
         (["+metric.gama=0.5"], "did you mean metric.gamma?"),

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from esparse.data import text_files
 from esparse.data.text_files import Rows, texts_of
+from esparse.errors import Mistake
 
 
 def test_a_txt_file_is_one_text(tmp_path):
@@ -79,6 +80,39 @@ def test_what_is_not_there(tmp_path):
         texts_of(tmp_path / "nowhere.txt", "text")
     with pytest.raises(ValueError, match="found a folder"):
         texts_of(tmp_path, "text")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000  # more than Python's reader takes
+LONG = "9" * 6000
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(
+    ("more", "said"), [(DEEP, "lists or objects are nested too deeply"), (LONG, "a number is too long")]
+)
+def test_json_that_python_does_not_read_is_named_with_its_place(tmp_path, more, said, as_array):
+    lines = ['{"text": "one"}', f'{{"text": "two", "more": {more}}}']
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"[{','.join(lines)}]" if as_array else "\n".join(lines))
+    with pytest.raises(Mistake) as raised:
+        texts_of(file, "text")
+    assert str(raised.value).startswith(f"{file}, {'row' if as_array else 'line'} 2: {said} to be read (")
+
+
+def test_a_list_of_texts_is_no_chat(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": ["one", "two"]}))
+    with pytest.raises(ValueError, match="got a value of type list: a row is one text, so join its parts"):
+        texts_of(tmp_path / "a.jsonl", "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a.jsonl", "unpack it, or name it a.jsonl.gz"), ("a.json", "a.json.gz"), ("a.txt", "unpack it")]
+)
+def test_gzip_under_another_name_is_told(tmp_path, name, said):
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "one"}' * 99))
+    with pytest.raises(Mistake) as raised:
+        texts_of(tmp_path / name, "text")
+    assert "is packed by gzip" in str(raised.value) and str(raised.value).endswith(said)
 
 
 ROWS = [{"text": "one"}, {"text": None}, {"text": "two\n"}, {"text": "  "}, {"text": ""}, {"text": "three"}]

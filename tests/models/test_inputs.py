@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from esparse.errors import Mistake
 from esparse.models.blocks import BlockModel
+from esparse.models.inputs import check_hub
 from esparse.models.load import BUILTIN, Model, load, longest_sequence
 from tests.models.families import FAMILIES, SMALL, tiny
 
@@ -156,6 +157,10 @@ WRONG: dict[str, Callable[[Path], Any]] = {
     "model.safetensors is a pointer of Git LFS and not the file": lambda f: (f / "model.safetensors").write_text(
         POINTER
     ),
+    "tokenizer.json is a pointer of Git LFS and not the file": lambda f: (f / "tokenizer.json").write_text(POINTER),
+    "FOLDER is an encoder with a decoder (t5): esparse prunes decoder-only models": lambda f: edit(
+        f, model_type="t5", is_encoder_decoder=True
+    ),
     "has no weights: neither *.safetensors nor *.bin; it holds a GGUF file": only("model.gguf"),
     "it holds weights in the format of the authors' own code": only("consolidated.00.pth"),
     "it holds weights of TensorFlow": only("tf_model.h5"),
@@ -193,6 +198,14 @@ def test_what_cannot_be_pruned_is_one_sentence(words: str, store: str, folder: P
     assert said.count("cannot be loaded") <= 1  # one sentence, not two
     assert "model.store=memory" not in said
     assert "\n" not in said
+
+
+def test_an_adapter_on_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(tmp_path)
+    there = {"adapter_config.json": str(tmp_path / "adapter_config.json")}
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda path, name, **how: there.get(name))
+    with pytest.raises(Mistake, match=r"me/mine holds an adapter \(LORA\) of meta-llama/Llama-2-7b-hf"):
+        check_hub("me/mine", None)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "olmo", "gpt_neox"])

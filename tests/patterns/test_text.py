@@ -68,8 +68,9 @@ def test_parse_outliers() -> None:
         ("50@rows", "'50%@rows'"),
         ("2:4@rows", "'50%@rows'"),
         ("2of4", "pattern must look like '2:4'"),
+        ("2:\uff14", "pattern must look like '2:4'"),
         ("2:4:8", "pattern must look like '2:4'"),
-        ("8:16+16:256", "pattern must look like '2:4'"),
+        ("8:16+16:256", "is two settings: pattern=8:16 outliers=16:256"),
         ("2:4\n", "pattern must look like '2:4'"),
     ],
 )

@@ -68,7 +68,7 @@ def whole_page() -> Path:
     root = Path(mkdtemp())
     beside(root)
     code, out, err = command(root, "--out", root / "page.html")
-    assert (code, out) == (0, "") and (WITHOUT or err == ""), err
+    assert (code, out) == (0, f"{root / 'page.html'}: a page of 4 runs\n") and (WITHOUT or err == ""), err
     return root / "page.html"
 
 
@@ -192,7 +192,7 @@ def test_means_and_turned_tables_make_pages_too(tmp_path: Path) -> None:
         if extra == ["--pairs", "metric"]:  # no two runs differ in it alone
             assert code == 2
             continue
-        assert (code, out) == (0, "") and (WITHOUT or err == "")
+        assert code == 0 and out.startswith(f"{tmp_path / 'p.html'}: a page of ") and (WITHOUT or err == "")
         assert "<h1>Runs in runs</h1>" in (tmp_path / "p.html").read_text()
     code, _, err = command(tmp_path / "runs", "--out", tmp_path / "p.svg", "--plot", "errors")
     assert (code, err) == (0, "") and "<svg" in (tmp_path / "p.svg").read_text()

@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from esparse.reports import literature
 from esparse.reports.command import csv, latex, markdown
 from esparse.reports.figures.catalogue import plot
 from esparse.reports.reading import read_records
@@ -371,6 +372,23 @@ def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((("name",), None), (("config", "model"), None), (("config", "outliers"), -1), (("config", "choices"), [])),
+        *((("config", "quantise"), None), (("config", "zeroshot"), None), (("config", "zeroshot"), {})),
+    ],
+)
+def test_a_damaged_setting_is_named_and_the_rest_is_read(path, value, tmp_path, capsys):
+    damaged = record("damaged")
+    at = damaged if len(path) == 1 else damaged["config"]
+    at[path[-1]] = value
+    write(tmp_path, record("good"), damaged)
+    assert markdown(read_records(tmp_path)) and literature.main([str(tmp_path)]) == 1  # none is of what was published
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'damaged' / 'result.json'} is left out: its field {'.'.join(path)} is" in said
+
+
 def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     write(tmp_path, record("good"))
     without = copy.deepcopy(record("without"))
@@ -435,10 +453,11 @@ def test_command_writes_what_the_functions_say(tmp_path):
     (tmp_path / "runs" / "b2" / "deeper" / "result.json").write_text("{")
     code, out, err = command(tmp_path / "runs")
     assert (code, out) == (0, MARKDOWN) and "deeper/result.json is left out" in err
-    assert command(tmp_path / "runs", "--out", tmp_path / "t.csv")[:2] == (0, "")
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    assert command(tmp_path / "runs", "--out", table)[:2] == (0, f"{table}: a table of 2 runs\n")
     assert (tmp_path / "t.csv").read_text() == CSV
-    assert command(tmp_path / "runs", "--out", tmp_path / "t.png")[0] == 0
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert command(tmp_path / "runs", "--out", picture)[:2] == (0, f"{picture}: a picture of 2 runs\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 LATENCY = [
