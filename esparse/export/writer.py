@@ -6,6 +6,7 @@ checkpoint that looks finished. The whole model never has to be in memory.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from esparse.export import MARK, check_place
+from esparse.export.place import MARK, WORKSHOP_MARK, check_place, is_workshop, real_place, workshop_of
 from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
@@ -49,7 +50,8 @@ class Draft:
 
     def __init__(self, place: Path, run: Finished) -> None:
         self.place, self.run = place, run
-        self.folder = place.with_name(f"{place.name}.part")
+        self.workshop = workshop_of(place)
+        self.folder = self.workshop / "new"
         self.bytes = 0
         self.files: dict[str, str] = {}  # checksums by name
         self._where: dict[str, str] = {}
@@ -57,8 +59,11 @@ class Draft:
 
     def __enter__(self) -> Draft:
         check_place(self.place)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self._put_back()  # a process that was killed here may have moved it
+        _clear(self.workshop)
+        self.workshop.mkdir(parents=True, exist_ok=True)
+        (self.workshop / WORKSHOP_MARK).write_text("A draft of an export of esparse, which no longer needs it.\n")
+        self.folder.mkdir()
         return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -143,15 +148,38 @@ class Draft:
         return config
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        before = self.place.with_name(f"{self.place.name}.old")
-        shutil.rmtree(before, ignore_errors=True)
-        if self.place.exists():
-            os.replace(self.place, before)
-        os.replace(self.folder, self.place)
-        shutil.rmtree(before, ignore_errors=True)
+        try:
+            if kind is None:
+                self._move()
+        finally:
+            _clear(self.workshop)
+
+    def _move(self) -> None:
+        real = real_place(self.place)
+        if real.exists():
+            os.replace(real, self.workshop / "old")
+        try:
+            os.replace(self.folder, real)
+        except OSError:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Moves the export before to its place, if a new one did not get there."""
+        before, real = self.workshop / "old", real_place(self.place)
+        if before.is_dir() and is_workshop(self.workshop) and not real.exists():
+            os.replace(before, real)
+
+
+def _clear(workshop: Path) -> None:
+    """Removes a workshop of esparse, its mark last, so that what is left of it can still be told."""
+    if not workshop.is_dir() or not is_workshop(workshop):
+        return
+    for name in ("new", "old"):
+        shutil.rmtree(workshop / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (workshop / WORKSHOP_MARK).unlink(missing_ok=True)
+        workshop.rmdir()
 
 
 def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dict[str, Tensor], Reordered]]:
