@@ -15,10 +15,12 @@ from esparse.shuffles import NoShuffle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from esparse.export.writer import Precision
+    from esparse.models.blocks import BlockModel
     from esparse.models.matrices import Matrix
     from esparse.models.reorder import Reordered
     from esparse.patterns import Grouping, Pattern
@@ -65,6 +67,12 @@ class Packed(ToFolder):
                 "outliers are stored by their place in a run of columns, and a shuffle reorders columns: use "
                 "export.order=physical, or shuffle=none"
             )
+
+    def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
+        from esparse.export.architecture import check_architecture
+
+        ToFolder.ready(self, blocks, recovery, folder)
+        check_architecture(blocks, recovery, biases=True)
 
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import packed_card

@@ -7,7 +7,6 @@ checkpoint that looks finished. The whole model never has to be in memory.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
+from esparse.models.skeleton import skeleton_of
 from esparse.models.store import stays_wide
 from esparse.packed.checksums import checksum
 from esparse.packed.format import WITHOUT_ESPARSE
@@ -220,13 +220,8 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
         if model.dtype == dtype:
             tensors = [*model.named_parameters(), *model.named_buffers()]
         else:  # the run computed in float32: which tensors would be float32 in a half-precision model?
-            try:
-                with torch.device("meta"):
-                    again = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-                tensors = [*again.named_parameters(), *again.named_buffers()]
-            except Exception as error:  # a model's own code may fail here
-                log.debug("tensors that stay in float32 are known by their names only: %s", error)
-                tensors = []
+            again = skeleton_of(model, dtype)  # if there is none, such tensors are known by their names only
+            tensors = [] if again is None else [*again.named_parameters(), *again.named_buffers()]
         kept = {name for name, value in tensors if value.is_floating_point() and value.dtype.itemsize >= 4}
 
     def of(name: str) -> torch.dtype:

@@ -96,6 +96,19 @@ def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_
     assert written["holds_in"] == (written["of_layers"] if foldable else 0)
 
 
+def test_biases_of_a_recovery_that_an_ordinary_checkpoint_would_lose_are_refused(tmp_path: Path) -> None:
+    """After the pruning the layers have them: what counts is whether transformers builds the layers with them."""
+    model = tiny("llama")
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=None, recovery="bias")
+    assert model.model.layers[0].mlp.up_proj.bias is not None
+    with pytest.raises(ValueError, match=r"q_proj, \.\.\.\), and an ordinary checkpoint of Llama.*use export=packed"):
+        esparse.save(model, None, report, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    esparse.save(model, None, report, tmp_path / "model", packed=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
 GRIDS = [
     ("llama", {"shuffle": "esparse", "quantise": "int4"}),
     ("llama", {"shuffle": None, "pattern": "dense", "quantise": "int8"}),

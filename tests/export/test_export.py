@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import esparse  # noqa: F401  transformers then knows the format
@@ -266,6 +266,28 @@ def test_biases_that_a_family_has_no_place_for(tmp_path: Path) -> None:
     expected, model, _, _ = exported("llama", packed(), tmp_path, recovery=recovery)
     assert model.get_submodule("model.layers.0.mlp.up_proj").bias is not None
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_that_transformers_does_not_build_is_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """It would be dropped at loading with a warning; what is missing would get random numbers."""
+    model = tiny("llama")
+    blocks = BlockModel(model, device=CPU, batch_tokens=24)
+    last = model.model.layers[-1]
+    last.mlp.up_proj.bias = nn.Parameter(torch.zeros(len(last.mlp.up_proj.weight)))
+    name = rf"layers\.{len(blocks.blocks) - 1}\.mlp\.up_proj\.bias"
+    with pytest.raises(ValueError, match=rf"no place for model\.{name}: transformers builds LlamaForCausalLM without"):
+        dense().ready(blocks, NoRecovery(), tmp_path)
+    packed().ready(blocks, NoRecovery(), tmp_path)
+    last.mlp.up_proj.bias = None
+    last.extra = nn.Parameter(torch.zeros(1))
+    for export in (dense(), packed()):
+        with pytest.raises(ValueError, match=r"no place for model\.layers\.\d\.extra"):
+            export.ready(blocks, NoRecovery(), tmp_path)
+    del last.extra
+    model.config.num_hidden_layers += 1
+    for export in (dense(), packed()):
+        with pytest.raises(ValueError, match=r"the model has no model\.layers\.\d\..* random numbers"):
+            export.ready(blocks, NoRecovery(), tmp_path)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
