@@ -76,7 +76,7 @@ class EsparseConfig(QuantizationConfigMixin):
 def _check_kinds(entries: dict[str, Any], kind: type) -> None:
     """Raises ValueError if the entries of `quantization_config` are not what esparse writes."""
     for name, value in entries.items():
-        if not isinstance(value, kind):
+        if not isinstance(value, (kind, tuple)):  # a tuple is a default
             what = "an object" if kind is dict else "a list"
             raise Mistake(
                 f"config.json is damaged: {name} in its quantization_config should be {what}, and is {value!r:.40}"
@@ -211,8 +211,8 @@ class EsparseQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Asked when the model is saved: ValueError, as what is in memory is not what lies on disk."""
         raise Mistake(
-            "a packed model cannot be saved again: copy the folder that it was loaded from, or let a run of esparse "
-            "write another export"
+            "a packed model cannot be saved again: copy the folder that it was loaded from, or save it before "
+            "esparse.pack, by esparse.save(..., packed=True)"
         )
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,24 @@ def test_a_quantised_model_computes_from_codes(family: str, how: dict, tmp_path:
         assert len(layers) + len(stacks) == len(report.keeps)
         assert all("codes" in m._buffers and "values" not in dict(m.named_parameters()) for m in (*layers, *stacks))
         torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_packed_model_is_not_saved_but_copied_pickled_and_generated_from(family: str, tmp_path: Path) -> None:
+    """save_pretrained wrote a checkpoint that was loaded with random weights."""
+    model = tiny(family).eval()
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    esparse.pack(model, report)
+    expected = logits(model)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"cannot be saved again: .* before esparse\.pack, by esparse\.save"):
+            other.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(other), expected)
+        assert other.generate(input_ids=TOKENS_SL[:1], max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 16
+    assert not list(tmp_path.glob("again/*"))
+    assert "quantization_config" not in model.config.to_dict()
+    with pytest.raises(ValueError, match="packed already"):
+        esparse.save(model, None, report, tmp_path / "model", packed=True)
 
 
 def test_what_was_changed_since_it_was_rounded_is_refused() -> None:
