@@ -160,7 +160,7 @@ class Packed(ToFolder):
         for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
-            stored = cast(plan.stored(name, tensors[name]), precision(name))
+            stored = cast(plan.stored(name, tensors[name]), precision(name), name)
             stored_OI = stored.T.contiguous() if matrix.transposed else stored
             of_layer = tensors_of(stored_OI, pattern, run.pruned, matrix, plan.rows.get(name))
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
@@ -233,7 +233,8 @@ def _experts(
             continue
         of_each = []
         for matrix, grouping in stacks[name]:
-            stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), precision(name)).contiguous()
+            ordered_OI = grouping.ordered(matrix.part_of(tensors[name]))
+            stored_OI = cast(ordered_OI, precision(name), name).contiguous()
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
             of_each.append(tensors_of(stored_OI, pattern, pruned, matrix) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}

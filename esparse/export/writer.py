@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from esparse.errors import Mistake
 from esparse.export.place import MARK, WORKSHOP_MARK, check_place, is_workshop, real_place, workshop_of
 from esparse.models import source
 from esparse.models.activations import Activations
@@ -208,7 +209,7 @@ def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dic
 
 def on_disk(run: Finished, tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
     """The tensors cast to their dtype, without -0.0, under the names that the family's checkpoints use."""
-    stored = {name: cast(value, precision(name)) for name, value in tensors.items()}
+    stored = {name: cast(value, precision(name), name) for name, value in tensors.items()}
     return revert_weight_conversion(run.blocks.model, stored)
 
 
@@ -230,12 +231,24 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
     return of
 
 
-def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the host; floating-point values in this dtype, without -0.0."""
+def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A copy on the host; floating-point values in this dtype, without -0.0.
+
+    Raises Mistake for a value that is too large for the dtype, with the tensor's name.
+    """
     if not value.is_floating_point():
         return value.cpu().clone()
-    value = value.detach().to("cpu", dtype, copy=True)
-    return value.masked_fill_(value == 0, 0.0)
+    copied = value.detach().to("cpu", dtype, copy=True)
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(value.dtype).max and not copied.isfinite().all():
+        host = value.detach().cpu()
+        lost = host.isfinite() & ~copied.isfinite()
+        if lost.any():
+            raise Mistake(
+                f"{name} has a value of {float(host[lost].abs().amax()):.6g}, and the largest of "
+                f"{str(dtype).removeprefix('torch.')} is {limit:g}: export in bfloat16 or float32 (export.dtype)"
+            )
+    return copied.masked_fill_(copied == 0, 0.0)
 
 
 def _tensors(model: torch.nn.Module, wanted: Any) -> dict[str, Tensor]:

@@ -22,12 +22,45 @@ from tests.models.families import tiny
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_no_negative_zero_is_written(dtype: torch.dtype) -> None:
     value = torch.tensor([-0.0, -1e-42, -1.0])  # the second one becomes a zero in half precision
-    written = cast(value, dtype)
+    written = cast(value, dtype, "w")
     assert written.dtype == dtype and written[2] == -1
     assert not (written.signbit() & (written == 0)).any()
     assert value.signbit().all()  # and the model is left as it is
     places = torch.arange(3)
-    assert cast(places, dtype).dtype == torch.int64 and cast(places, dtype).data_ptr() != places.data_ptr()
+    copied = cast(places, dtype, "w")
+    assert copied.dtype == torch.int64 and copied.data_ptr() != places.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "name"),
+    [
+        (dense, "llama", "model.layers.1.mlp.up_proj.weight"),
+        (packed, "llama", "model.layers.1.mlp.up_proj.weight"),
+        (packed, "llama", "model.norm.weight"),
+        (packed, "mixtral", "model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_a_value_too_large_for_the_dtype_is_refused_with_its_tensor(
+    make: Any, family: str, name: str, tmp_path: Path
+) -> None:
+    """It became Inf, and the checkpoint computed NaN."""
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    of = pruned(blocks)
+    value = blocks.model.get_parameter(name).data
+    value.view(-1)[value.view(-1).nonzero()[0]] = -65536.0
+    words = f"{name} has a value of 65536, and the largest of float16 is 65504: export in bfloat16 or float32"
+    with pytest.raises(Mistake, match=re.escape(words)):
+        written(make(dtype="float16", order="original"), blocks, of, tmp_path)
+    assert not list(tmp_path.iterdir())
+    written(make(dtype="bfloat16", order="original"), blocks, of, tmp_path)
+
+
+def test_what_is_infinite_before_it_is_cast_stays_so() -> None:
+    assert torch.equal(
+        cast(torch.tensor([-torch.inf, 65504.0]), torch.float16, "w"), torch.tensor([-torch.inf, 65504]).half()
+    )
+    with pytest.raises(Mistake, match=r"w has a value of 3\.4\d*e\+38, and the largest of bfloat16 is 3\.38953e\+38"):
+        cast(torch.tensor([torch.finfo(torch.float32).max, torch.inf]), torch.bfloat16, "w")
 
 
 def test_buffers_that_belong_to_a_checkpoint_are_in_it_and_tied_weights_once() -> None:
