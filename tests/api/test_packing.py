@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +98,34 @@ def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
     assert written["holds_in"] == (written["of_layers"] if foldable else 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("", "folder must name a folder, got ''"),
+        (None, "folder must name a folder, got None"),
+        (3, "folder must name a folder, got 3"),
+        (".", "export.path=. is the folder of this process"),
+        (Path(), "export.path=. is the folder of this process"),
+        ("file", "export.path=file is there already"),
+        ("file/model", "file is no folder"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_is_none_is_refused_in_a_sentence(
+    folder: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if str(folder).startswith("file"):
+        Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        esparse.save(model, None, report, folder)
+    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
 
 
 def test_biases_of_a_recovery_that_an_ordinary_checkpoint_would_lose_are_refused(tmp_path: Path) -> None:
