@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.export.place import check_place
 from esparse.models.load import DTYPES
+from esparse.packed.format import ORDERS
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
-
-ORDERS = ("original", "physical")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -78,6 +78,7 @@ class Packed(ToFolder):
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts, precisions
         from esparse.models.source import folder_of
+        from esparse.packed.checksums import digest
         from esparse.packed.format import FORMAT_NAME, VERSION, WITH_GRID
         from esparse.quantise.grids import settings
 
@@ -131,6 +132,7 @@ class Packed(ToFolder):
             if run.pruned.grid is not None:
                 entry["grid"], entry["version"] = settings(run.pruned.grid), WITH_GRID
                 facts["grid"] = entry["grid"]
+            entry["digest"] = digest(entry)
             facts["engines"] = usable_by("packed", run.record["sparsity"]["pattern"], facts)
             mark = {"id": run.record["id"], "format": "packed"}
             draft.finish(dtype, packed_card(run.record, facts), mark, entry)
