@@ -154,7 +154,7 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> P
 def check_finite(name: str, values: Tensor) -> None:
     """Raises ValueError for values of which one is NaN or Inf."""
     if not bool(values.isfinite().all()):
-        raise ValueError(f"one of its {name} is NaN or Inf: the file is damaged")
+        raise ValueError(f"a number of its {name} is NaN or Inf: the file is damaged")
 
 
 def _by_rows(work: Callable[[slice], list[Tensor]], outputs: int, inputs: int) -> list[list[Tensor]]:

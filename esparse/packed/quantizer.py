@@ -248,6 +248,7 @@ class EsparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from esparse.models.host_memory import trim
         from esparse.packed.layer import loops
+        from esparse.packed.matrix import check_finite
         from esparse.patterns.order import check_order
 
         for names, kind in ((self.quantization_config.behind, "output"), (self.quantization_config.before, "input")):
@@ -258,8 +259,11 @@ class EsparseQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise Mistake(f"the gather of {name} cannot be read: {error}") from error
         for name in (*self.quantization_config.layers, *self.quantization_config.experts):
+            module = model.get_submodule(name)
             try:
-                model.get_submodule(name).settle()
+                module.settle()
+                if (bias_O := getattr(module, "bias", None)) is not None:
+                    check_finite("bias", bias_O)
             except ValueError as error:
                 raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # memory freed by unpacking, as much as the packed weights, would stay with the process

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -460,12 +461,14 @@ def test_tensors_that_are_missing_are_named(ending: str, words: str, tmp_path: P
         loaded(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("ending", ["values", "salient_values", "salient_index"])
+@pytest.mark.parametrize(
+    ("family", "ending"),
+    [*product(("llama", "mixtral"), ("values", "salient_values", "salient_index")), ("llama", "bias")],
+)
 def test_values_that_no_run_writes_are_damage(family: str, ending: str, tmp_path: Path) -> None:
     """The place of the one outlier in 36 columns has six bits: 63 is none of them."""
     blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
-    of = pruned(blocks, NoShuffle(), asked=("2:4", "1:36"))
+    of = pruned(blocks, NoShuffle(), asked=("2:4", "1:36"), recovery=Bias() if ending == "bias" else None)
     written(packed(), blocks, of, tmp_path)
     folder = tmp_path / "export"
     where = json.loads((folder / writer.INDEX).read_text())["weight_map"]
@@ -475,7 +478,9 @@ def test_values_that_no_run_writes_are_damage(family: str, ending: str, tmp_path
     save_file(tensors, folder / where[name], {"format": "pt"})
     as_older(folder)
     layer = re.escape(name.removesuffix(f".{ending}"))
-    what = "the index is damaged: it has places" if ending.endswith("index") else f"one of its {ending} is NaN or Inf"
+    what = (
+        "the index is damaged: it has places" if ending.endswith("index") else f"a number of its {ending} is NaN or Inf"
+    )
     with pytest.raises(ValueError, match=f"the packed layer {layer} cannot be read: {what}"):
         loaded(folder)
 
