@@ -180,6 +180,8 @@ def save(
     """
     check_model(model)
     check_same(model, report)
+    if not isinstance(folder, str | Path) or not str(folder).strip():
+        raise Mistake(f"folder must name a folder, got {folder!r}")
     changes = {"path": str(folder), "dtype": dtype} | ({} if order is None else {"order": order})
     export = option("export", "packed" if packed else "dense", **changes)
     method = report.method

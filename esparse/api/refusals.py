@@ -36,11 +36,11 @@ def check_kind(model: Any) -> None:
 def check_model(model: Any) -> None:
     """Raises Mistake if the model cannot be pruned correctly in its present state in memory."""
     check_kind(model)
+    if _is_packed(model) and getattr(model.config, "quantization_config", None) is None:
+        raise Mistake("the model is packed already: prune and save it before")
     if getattr(model, "hf_quantizer", None) is not None:
         what = "packed by esparse" if _is_packed(model) else "quantised"
         raise Mistake(f"the model is {what}: load it in full precision, and prune or save that")
-    if _is_packed(model):
-        raise Mistake("the model is packed already: prune and save it before")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise Mistake("the model has an adapter: merge it into the weights first")
     devices = {parameter.device for parameter in model.parameters()}

@@ -20,7 +20,8 @@ from esparse.cli.messages import sentence
 from esparse.data.lengths import sequence_length
 from esparse.data.text_files import Rows
 from esparse.errors import Mistake
-from esparse.export import ToFolder, check_place
+from esparse.export import ToFolder
+from esparse.export.place import check_place
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.load import ASSETS, BUILTIN, Model

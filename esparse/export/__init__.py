@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
+from esparse.export.place import check_place
 from esparse.models.load import DTYPES
+from esparse.packed.format import ORDERS
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +23,6 @@ if TYPE_CHECKING:
     from esparse.quantise import Quantise
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
-
-ORDERS = ("original", "physical")
-MARK = "esparse.json"  # written last; marks a folder as an export of esparse
-
-
-def check_place(place: Path) -> None:
-    """Raises Mistake if the place is taken by something that is not an export of esparse."""
-    if place.exists() and not (place / MARK).is_file() and (not place.is_dir() or any(place.iterdir())):
-        raise Mistake(f"export.path={place} is there already, and is no export of esparse: name another folder")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -43,18 +43,10 @@ class Dense(ToFolder):
         )
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
-        from esparse.models.matrices import BlockMatrices
+        from esparse.export.architecture import check_architecture
 
         ToFolder.ready(self, blocks, recovery, folder)
-        if not recovery.adds_biases():
-            return
-        layers = BlockMatrices(blocks.blocks[0], f"{blocks.prefix}.0").layers()
-        without = [matrix.name for matrix in layers if matrix.layer is not None and matrix.layer.bias is None]
-        if without:
-            raise Mistake(
-                f"the recovery gives biases to layers that have none ({without[0]}, ...), and an ordinary checkpoint "
-                f"of {type(blocks.model).__name__} has no place for them: use export=packed"
-            )
+        check_architecture(blocks, recovery, biases=False)
 
     def write(self, run: Finished) -> dict[str, Any]:
         from esparse.export.card import dense_card

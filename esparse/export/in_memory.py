@@ -18,6 +18,7 @@ from esparse.models.reorder import gather_before
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
 from esparse.packed.quantised_layer import QuantisedLinear
+from esparse.packed.quantizer import EsparseConfig, EsparseQuantizer
 from esparse.patterns import Grouping
 from esparse.pruning.outcome import Pruned
 
@@ -78,6 +79,7 @@ def _pack_layer(model: nn.Module, matrix: Matrix, grouping: Grouping, pruned: Pr
     _fill(layer, tensors)
     layer.settle()
     layer.to(parameter.device)
+    _refuse_saving(model)
     layer.bias = old.bias  # type: ignore[assignment]
     if gathered:
         assert order_I is not None
@@ -106,6 +108,7 @@ def _pack_experts(model: nn.Module, entry: str, experts: Sequence[tuple[Matrix, 
     )
     _fill(layer, {name: torch.stack([one[name] for one in of_each]) for name in of_each[0]})
     layer.settle()
+    _refuse_saving(model)
     del owner._parameters[own]
     owner.register_module(own, layer.to(parameter.device).train(owner.training))
 
@@ -121,6 +124,11 @@ def _fill(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
     stored = dict(layer.named_parameters()) | dict(layer.named_buffers())
     for name, value in tensors.items():
         stored[name].data.copy_(value)
+
+
+def _refuse_saving(model: nn.Module) -> None:
+    """Gives the model what a loaded one has, so that `save_pretrained` does not write weights that nobody can load."""
+    model.hf_quantizer = EsparseQuantizer(EsparseConfig(layers={}, files={}))
 
 
 def _succeed(layer: nn.Module, old: nn.Module) -> None:

@@ -69,9 +69,11 @@ class Packed(ToFolder):
             )
 
     def ready(self, blocks: BlockModel, recovery: Recovery, folder: Path) -> None:
+        from esparse.export.architecture import check_architecture
         from esparse.models.model_parts import shared_matrices
 
         ToFolder.ready(self, blocks, recovery, folder)
+        check_architecture(blocks, recovery, biases=True)
         for name, first in shared_matrices(blocks.by_name()).items():
             raise Mistake(f"{first} and {name} are one weight, which export=packed cannot say: use export=dense")
 
@@ -79,6 +81,7 @@ class Packed(ToFolder):
         from esparse.export.card import packed_card
         from esparse.export.writer import Draft, parts, precisions
         from esparse.models.source import folder_of
+        from esparse.packed.checksums import digest
         from esparse.packed.format import FORMAT_NAME, VERSION, WITH_GRID
         from esparse.quantise.grids import settings
 
@@ -132,6 +135,7 @@ class Packed(ToFolder):
             if run.pruned.grid is not None:
                 entry["grid"], entry["version"] = settings(run.pruned.grid), WITH_GRID
                 facts["grid"] = entry["grid"]
+            entry["digest"] = digest(entry)
             facts["engines"] = usable_by("packed", run.record["sparsity"]["pattern"], facts)
             mark = {"id": run.record["id"], "format": "packed"}
             draft.finish(dtype, packed_card(run.record, facts), mark, entry)
@@ -161,7 +165,7 @@ class Packed(ToFolder):
         for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
-            stored = cast(plan.stored(name, tensors[name]), precision(name))
+            stored = cast(plan.stored(name, tensors[name]), precision(name), name)
             stored_OI = stored.T.contiguous() if matrix.transposed else stored
             of_layer = tensors_of(stored_OI, pattern, run.pruned, matrix, plan.rows.get(name))
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
@@ -234,7 +238,8 @@ def _experts(
             continue
         of_each = []
         for matrix, grouping in stacks[name]:
-            stored_OI = cast(grouping.ordered(matrix.part_of(tensors[name])), precision(name)).contiguous()
+            ordered_OI = grouping.ordered(matrix.part_of(tensors[name]))
+            stored_OI = cast(ordered_OI, precision(name), name).contiguous()
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
             of_each.append(tensors_of(stored_OI, pattern, pruned, matrix) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}

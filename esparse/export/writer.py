@@ -6,7 +6,7 @@ checkpoint that looks finished. The whole model never has to be in memory.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import logging
 import os
@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from esparse.export import MARK, check_place
+from esparse.errors import Mistake
+from esparse.export.place import MARK, WORKSHOP_MARK, check_place, is_workshop, real_place, workshop_of
 from esparse.models import source
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.reorder import Reordered, reorder
+from esparse.models.skeleton import skeleton_of
 from esparse.models.store import stays_wide
 from esparse.packed.checksums import checksum
 from esparse.packed.format import WITHOUT_ESPARSE
@@ -49,7 +51,8 @@ class Draft:
 
     def __init__(self, place: Path, run: Finished) -> None:
         self.place, self.run = place, run
-        self.folder = place.with_name(f"{place.name}.part")
+        self.workshop = workshop_of(place)
+        self.folder = self.workshop / "new"
         self.bytes = 0
         self.files: dict[str, str] = {}  # checksums by name
         self._where: dict[str, str] = {}
@@ -57,8 +60,11 @@ class Draft:
 
     def __enter__(self) -> Draft:
         check_place(self.place)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self._put_back()  # a process that was killed here may have moved it
+        _clear(self.workshop)
+        self.workshop.mkdir(parents=True, exist_ok=True)
+        (self.workshop / WORKSHOP_MARK).write_text("A draft of an export of esparse, which no longer needs it.\n")
+        self.folder.mkdir()
         return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -143,15 +149,38 @@ class Draft:
         return config
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        before = self.place.with_name(f"{self.place.name}.old")
-        shutil.rmtree(before, ignore_errors=True)
-        if self.place.exists():
-            os.replace(self.place, before)
-        os.replace(self.folder, self.place)
-        shutil.rmtree(before, ignore_errors=True)
+        try:
+            if kind is None:
+                self._move()
+        finally:
+            _clear(self.workshop)
+
+    def _move(self) -> None:
+        real = real_place(self.place)
+        if real.exists():
+            os.replace(real, self.workshop / "old")
+        try:
+            os.replace(self.folder, real)
+        except OSError:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Moves the export before to its place, if a new one did not get there."""
+        before, real = self.workshop / "old", real_place(self.place)
+        if before.is_dir() and is_workshop(self.workshop) and not real.exists():
+            os.replace(before, real)
+
+
+def _clear(workshop: Path) -> None:
+    """Removes a workshop of esparse, its mark last, so that what is left of it can still be told."""
+    if not workshop.is_dir() or not is_workshop(workshop):
+        return
+    for name in ("new", "old"):
+        shutil.rmtree(workshop / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (workshop / WORKSHOP_MARK).unlink(missing_ok=True)
+        workshop.rmdir()
 
 
 def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dict[str, Tensor], Reordered]]:
@@ -180,7 +209,7 @@ def parts(run: Finished, *, physical: bool, gathers: bool) -> Iterator[tuple[dic
 
 def on_disk(run: Finished, tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
     """The tensors cast to their dtype, without -0.0, under the names that the family's checkpoints use."""
-    stored = {name: cast(value, precision(name)) for name, value in tensors.items()}
+    stored = {name: cast(value, precision(name), name) for name, value in tensors.items()}
     return revert_weight_conversion(run.blocks.model, stored)
 
 
@@ -192,13 +221,8 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
         if model.dtype == dtype:
             tensors = [*model.named_parameters(), *model.named_buffers()]
         else:  # the run computed in float32: which tensors would be float32 in a half-precision model?
-            try:
-                with torch.device("meta"):
-                    again = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-                tensors = [*again.named_parameters(), *again.named_buffers()]
-            except Exception as error:  # a model's own code may fail here
-                log.debug("tensors that stay in float32 are known by their names only: %s", error)
-                tensors = []
+            again = skeleton_of(model, dtype)  # if there is none, such tensors are known by their names only
+            tensors = [] if again is None else [*again.named_parameters(), *again.named_buffers()]
         kept = {name for name, value in tensors if value.is_floating_point() and value.dtype.itemsize >= 4}
 
     def of(name: str) -> torch.dtype:
@@ -207,12 +231,24 @@ def precisions(model: PreTrainedModel, dtype: torch.dtype) -> Precision:
     return of
 
 
-def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the host; floating-point values in this dtype, without -0.0."""
+def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A copy on the host; floating-point values in this dtype, without -0.0.
+
+    Raises Mistake for a value that is too large for the dtype, with the tensor's name.
+    """
     if not value.is_floating_point():
         return value.cpu().clone()
-    value = value.detach().to("cpu", dtype, copy=True)
-    return value.masked_fill_(value == 0, 0.0)
+    copied = value.detach().to("cpu", dtype, copy=True)
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(value.dtype).max and not copied.isfinite().all():
+        host = value.detach().cpu()
+        lost = host.isfinite() & ~copied.isfinite()
+        if lost.any():
+            raise Mistake(
+                f"{name} has a value of {float(host[lost].abs().amax()):.6g}, and the largest of "
+                f"{str(dtype).removeprefix('torch.')} is {limit:g}: export in bfloat16 or float32 (export.dtype)"
+            )
+    return copied.masked_fill_(copied == 0, 0.0)
 
 
 def _tensors(model: torch.nn.Module, wanted: Any) -> dict[str, Tensor]:

@@ -1,10 +1,15 @@
-"""Compares the files of a packed checkpoint with the checksums in its config.json. Standard library only."""
+"""Compares a packed checkpoint with the checksums in its config.json: its files, and what config.json says of them.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from esparse.errors import Mistake
 
@@ -27,3 +32,9 @@ def checksum(file: Path) -> str:
     """The SHA-256 of a file in hex digits."""
     with file.open("rb") as read:
         return file_digest(read, "sha256").hexdigest()
+
+
+def digest(entry: Mapping[str, Any]) -> str:
+    """The SHA-256 of the entry `quantization_config`, but for its own `digest`, in whatever order its keys stand."""
+    others = {key: value for key, value in entry.items() if key != "digest"}
+    return sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

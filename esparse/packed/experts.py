@@ -15,6 +15,7 @@ from esparse.packed.layer import with_zeros
 from esparse.packed.matrix import PackedMatrix
 from esparse.packed.quantised import QuantisedMatrix
 from esparse.patterns import Pattern
+from esparse.patterns.order import check_order
 from esparse.quantise.grids import Grid
 
 
@@ -77,6 +78,8 @@ class PackedExperts(nn.Module):
     def _settle_codes(self, tensors: dict[str, Tensor], grid: Grid, device: torch.device) -> None:
         """Codes stay in the order in which their groups were cut; `order` puts each expert's columns back."""
         order_EI = tensors.pop("order", None)
+        for order_I in () if order_EI is None else order_EI:
+            check_order(order_I, self.inputs)
         settled = []
         for expert in range(self.experts):
             one = {name: value[expert] for name, value in tensors.items()}

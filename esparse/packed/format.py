@@ -3,6 +3,7 @@
 FORMAT_NAME = "esparse"
 VERSION = 2
 WITH_GRID = 3  # the version of a checkpoint whose values are codes, which earlier ones cannot read
+ORDERS = ("original", "physical")  # of the columns, on disk
 READS = (1, 2, 3)  # version 1 did not have WITHOUT_ESPARSE
 
 # The entry `transformers_weights` of config.json names the file of the weights. What stands there is no such name, so

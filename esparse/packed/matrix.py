@@ -135,8 +135,10 @@ def to_file(packed: PackedMatrix) -> dict[str, Tensor]:
 
 
 def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> PackedMatrix:
-    """The inverse of `to_file`; raises ValueError if the index does not belong to this pattern."""
+    """The inverse of `to_file`; ValueError if the index does not belong to this pattern, or values are not finite."""
     base, *outliers = pattern.parts()
+    for name in (name for name in tensors if name.endswith("values")):
+        check_finite(name, tensors[name])
     outputs = len(tensors["values"])
 
     def read(rows: slice) -> list[Tensor]:
@@ -147,6 +149,12 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int) -> P
 
     bits_OB, *places_OS = (torch.cat(part) for part in zip(*_by_rows(read, outputs, inputs), strict=True))
     return PackedMatrix(pattern, inputs, tensors["values"], bits_OB, tensors.get("salient_values"), *places_OS)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raises ValueError for values of which one is NaN or Inf."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"a number of its {name} is NaN or Inf: the file is damaged")
 
 
 def _by_rows(work: Callable[[slice], list[Tensor]], outputs: int, inputs: int) -> list[list[Tensor]]:
@@ -231,7 +239,9 @@ def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
     if way == "number":
         return codes.unworded(codes.choices(codes.from_bytes(bytes_B, groups, bits), n, m), m)
     if way == "places":
-        places_NK = codes.from_bytes(bytes_B, groups * n, bits // n).view(groups, n).clamp_(max=m - 1)
+        places_NK = codes.from_bytes(bytes_B, groups * n, bits // n).view(groups, n)
+        if bool((places_NK >= m).any()) or bool((places_NK.diff(dim=1) <= 0).any()):
+            raise ValueError(f"the index is damaged: it has places that are not {n} of {m} in ascending order")
         return torch.zeros(groups, m, dtype=torch.bool).scatter_(1, places_NK, True)
     return unpacked_bits(bytes_B[None], groups * m).view(groups, m)
 

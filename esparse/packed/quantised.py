@@ -145,6 +145,7 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int, grid
     of = QuantisedMatrix(pattern, inputs, grid, tensors["codes"].contiguous(), tensors["scales"].contiguous())
     if not bool((torch.isfinite(of.scale_OG) & (of.scale_OG > 0)).all()):
         raise ValueError("a scale is not a positive number: the file is damaged")
+    _check_codes(of.codes_OB, grid)
     if grid.zero_bits:
         of = replace(of, zeros_OG=unstream(tensors["zeros"], groups, grid.zero_bits))
     if not pattern.parts():
@@ -157,9 +158,19 @@ def from_file(tensors: Mapping[str, Tensor], pattern: Pattern, inputs: int, grid
     if not outliers:
         return of
     if grid.outlier_bits is not None:
+        matrix.check_finite("salient_values", tensors["salient_values"])
         return replace(of, outlier_values_OS=tensors["salient_values"])
     codes_OS = unstream(tensors["salient_codes"], outliers[0].kept_per_row(inputs), grid.code_bits)
+    _check_codes(codes_OS, grid)
     return replace(of, outlier_codes_OS=codes_OS)
+
+
+def _check_codes(codes_OK: Tensor, grid: Grid) -> None:
+    """Raises ValueError for codes that stand for NaN: fp8 has some, and a byte for each code."""
+    levels = grid.levels()
+    for code in () if levels is None else (~levels.isfinite()).nonzero().flatten().tolist():
+        if bool((codes_OK == code).any()):
+            raise ValueError(f"one of its codes is {code}, which stands for no number: the file is damaged")
 
 
 def _codes(weight_OI: Tensor, grid: Grid, scales: Scales) -> Tensor:

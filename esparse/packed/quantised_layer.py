@@ -21,6 +21,7 @@ from esparse.packed import grid_sizes, matrix, quantised
 from esparse.packed.layer import LOOP_TOKENS, PackedLinear, tiles
 from esparse.packed.quantised import QuantisedMatrix
 from esparse.patterns import NM, Pattern
+from esparse.patterns.order import check_order
 from esparse.quantise.grids import Grid
 
 
@@ -52,6 +53,8 @@ class QuantisedLinear(PackedLinear):
     def settle(self) -> None:
         """Replaces the form on disk by the form in memory; raises ValueError for a damaged index or scale."""
         device = self.weight.device
+        if (order_I := self._buffers.get("order")) is not None:
+            check_order(order_I, self.in_features)
         names = self.file_shapes()
         tensors = {name: value.cpu() for name, value in self.state_dict().items() if name in names}
         of = quantised.from_file(tensors, self.pattern, self.in_features, self.grid)

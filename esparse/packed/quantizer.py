@@ -7,6 +7,7 @@ is imported while transformers is still being imported, so methods import what n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from esparse.errors import Mistake
-from esparse.packed.checksums import check_files
-from esparse.packed.format import FORMAT_NAME, READS, VERSION, WITHOUT_ESPARSE
+from esparse.packed import checksums
+from esparse.packed.format import FORMAT_NAME, ORDERS, READS, VERSION, WITHOUT_ESPARSE
 
 log = logging.getLogger("esparse")
+
+# Of the names of tensors that only packed checkpoints have.
+ENDINGS = {"values", "index", "codes", "scales", "zeros", "salient_values", "salient_index", "salient_codes"}
+ENDINGS |= {"order", "input_order", "output_order"}
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from esparse.patterns import Pattern
+    from esparse.quantise.grids import Grid
 
 
 @register_quantization_config(FORMAT_NAME)
@@ -45,6 +51,7 @@ class EsparseConfig(QuantizationConfigMixin):
         readers: dict[str, list[str]] | None = None,
         experts: dict[str, dict[str, Any]] | None = None,
         grid: dict[str, Any] | None = None,
+        digest: str | None = None,
         **other: Any,
     ) -> None:
         """`layers`: pattern by packed layer. `files`: SHA-256 by file of weights.
@@ -54,6 +61,7 @@ class EsparseConfig(QuantizationConfigMixin):
         `original`, loading puts the columns of the layers `ordered` back into their own order. `experts`: for each
         parameter that holds experts its pattern, whether it is stored transposed, and whether its columns are ordered
         (loading then puts them back). `grid`: of which class and settings the codes of all layers are, if they are.
+        `digest`: of all the others, which checkpoints of older versions lack.
         """
         if version not in READS:
             reads = " and ".join(map(str, READS))
@@ -71,12 +79,21 @@ class EsparseConfig(QuantizationConfigMixin):
         if grid is not None:
             _check_kinds({"grid": grid}, dict)
             self.grid = grid
+        if order not in ORDERS:
+            raise Mistake(f"config.json is damaged: its quantization_config has the order {order!r}")
+        if digest is not None:
+            self.digest = digest
+            if digest != checksums.digest(vars(self)):
+                raise Mistake(
+                    "config.json is damaged or was edited: its quantization_config does not have the SHA-256 that it "
+                    "names; copy the file again"
+                )
 
 
 def _check_kinds(entries: dict[str, Any], kind: type) -> None:
     """Raises ValueError if the entries of `quantization_config` are not what esparse writes."""
     for name, value in entries.items():
-        if not isinstance(value, kind):
+        if not isinstance(value, (kind, tuple)):  # a tuple is a default
             what = "an object" if kind is dict else "a list"
             raise Mistake(
                 f"config.json is damaged: {name} in its quantization_config should be {what}, and is {value!r:.40}"
@@ -101,13 +118,48 @@ def _unfit(model: PreTrainedModel, what: str) -> str:
     )
 
 
-def _pattern(name: str, text: str) -> Pattern:
+def _pattern(name: str, text: str, grid: Grid | None) -> Pattern:
+    """The pattern of a packed layer: n:m, with outliers or without, or `dense` if its values are codes."""
     from esparse import patterns
 
     try:
-        return patterns.from_str(text)
+        pattern = patterns.from_str(text)
     except (ValueError, TypeError, AttributeError) as error:
         raise Mistake(f"config.json is damaged: {name} has the pattern {text!r}") from error
+    if not pattern.parts() and (grid is None or str(pattern) != "dense"):
+        raise Mistake(f"config.json is damaged: {name} has the pattern {text!r}, in which nothing is packed")
+    return pattern
+
+
+def _check_tensors(model: PreTrainedModel, config: EsparseConfig, files: Sequence[Path]) -> None:
+    """Raises Mistake if the files and the packed layers differ in what is stored.
+
+    transformers would fill what is missing with anything, and leave out what is too much.
+    """
+    from safetensors import safe_open
+
+    stored: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            stored |= dict.fromkeys(file.keys(), path)
+    packed = [*config.layers, *config.experts]
+    wanted = {f"{name}.{own}" for name in packed for own in model.get_submodule(name).state_dict()}
+    wanted |= {f"{name}.output_order" for name in config.behind} | {f"{name}.input_order" for name in config.before}
+    # Biases alone are stored by the names of the family's checkpoints, which may begin otherwise.
+    ends = {_from_block(name) for name in stored if name.endswith(".bias")}
+    for name in sorted(wanted - set(stored)):
+        if not (name.endswith(".bias") and _from_block(name) in ends):
+            raise Mistake(f"the checkpoint has no {name}, which its config.json asks for: one of them is damaged")
+    modules, own = {name for name, _ in model.named_modules()}, set(model.state_dict())
+    for name, path in stored.items():
+        owner, _, ending = name.rpartition(".")
+        if ending in ENDINGS and owner in modules | own and name not in own:
+            raise Mistake(f"{path} has {name}, of which its config.json says nothing: one of them is damaged")
+
+
+def _from_block(name: str) -> str:
+    """A tensor's name from the number of its block on."""
+    return name[found.start() :] if (found := re.search(r"\b\d+\.", name)) else name
 
 
 @register_quantizer(FORMAT_NAME)
@@ -143,11 +195,16 @@ class EsparseQuantizer(HfQuantizer):
 
         config = self.quantization_config
         grid = None if getattr(config, "grid", None) is None else from_settings(config.grid)
-        check_files([Path(file) for file in checkpoint_files or ()], config.files)
+        files = [Path(file) for file in checkpoint_files or ()]
+        checksums.check_files(files, config.files)
+        if files and (missing := sorted(set(config.files) - {file.name for file in files})):
+            raise Mistake(
+                f"{files[0].with_name(missing[0])} is missing, or its index does not name it: copy both again"
+            )
         for name, pattern in config.layers.items():
             old = _found(model, name, "packed layer", lambda found: isinstance(found, nn.Linear | Conv1D))
             outputs, inputs = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
-            shape = (inputs, outputs, _pattern(name, pattern))
+            shape = (inputs, outputs, _pattern(name, pattern, grid))
             how = {
                 "bias": old.bias is not None or name in config.biases,
                 "ordered": name in config.ordered,
@@ -167,7 +224,7 @@ class EsparseQuantizer(HfQuantizer):
                 own,
                 PackedExperts(
                     old.shape,
-                    _pattern(name, entry["pattern"]),
+                    _pattern(name, entry["pattern"], grid),
                     transposed=entry["transposed"],
                     ordered=entry["ordered"],
                     grid=grid,
@@ -185,10 +242,13 @@ class EsparseQuantizer(HfQuantizer):
             layer = _found(model, name, "packed layer", lambda found: isinstance(found, PackedLinear))
             inputs, device = layer.in_features, layer.weight.device
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
+        if files:
+            _check_tensors(model, config, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from esparse.models.host_memory import trim
         from esparse.packed.layer import loops
+        from esparse.packed.matrix import check_finite
         from esparse.patterns.order import check_order
 
         for names, kind in ((self.quantization_config.behind, "output"), (self.quantization_config.before, "input")):
@@ -199,8 +259,11 @@ class EsparseQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise Mistake(f"the gather of {name} cannot be read: {error}") from error
         for name in (*self.quantization_config.layers, *self.quantization_config.experts):
+            module = model.get_submodule(name)
             try:
-                model.get_submodule(name).settle()
+                module.settle()
+                if (bias_O := getattr(module, "bias", None)) is not None:
+                    check_finite("bias", bias_O)
             except ValueError as error:
                 raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # memory freed by unpacking, as much as the packed weights, would stay with the process
@@ -211,8 +274,8 @@ class EsparseQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Asked when the model is saved: ValueError, as what is in memory is not what lies on disk."""
         raise Mistake(
-            "a packed model cannot be saved again: copy the folder that it was loaded from, or let a run of esparse "
-            "write another export"
+            "a packed model cannot be saved again: copy the folder that it was loaded from, or save it before "
+            "esparse.pack, by esparse.save(..., packed=True)"
         )
 
     @property

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +100,47 @@ def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_
     assert written["holds_in"] == (written["of_layers"] if foldable else 0)
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("", "folder must name a folder, got ''"),
+        (None, "folder must name a folder, got None"),
+        (3, "folder must name a folder, got 3"),
+        (".", "export.path=. is the folder of this process"),
+        (Path(), "export.path=. is the folder of this process"),
+        ("file", "export.path=file is there already"),
+        ("file/model", "file is no folder"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_is_none_is_refused_in_a_sentence(
+    folder: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if str(folder).startswith("file"):
+        Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        esparse.save(model, None, report, folder)
+    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_biases_of_a_recovery_that_an_ordinary_checkpoint_would_lose_are_refused(tmp_path: Path) -> None:
+    """After the pruning the layers have them: what counts is whether transformers builds the layers with them."""
+    model = tiny("llama")
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=None, recovery="bias")
+    assert model.model.layers[0].mlp.up_proj.bias is not None
+    with pytest.raises(ValueError, match=r"q_proj, \.\.\.\), and an ordinary checkpoint of Llama.*use export=packed"):
+        esparse.save(model, None, report, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    esparse.save(model, None, report, tmp_path / "model", packed=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
 GRIDS = [
     ("llama", {"shuffle": "esparse", "quantise": "int4"}),
     ("llama", {"shuffle": None, "pattern": "dense", "quantise": "int8"}),
@@ -124,6 +169,24 @@ def test_a_quantised_model_computes_from_codes(family: str, how: dict, tmp_path:
         assert len(layers) + len(stacks) == len(report.keeps)
         assert all("codes" in m._buffers and "values" not in dict(m.named_parameters()) for m in (*layers, *stacks))
         torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_packed_model_is_not_saved_but_copied_pickled_and_generated_from(family: str, tmp_path: Path) -> None:
+    """save_pretrained wrote a checkpoint that was loaded with random weights."""
+    model = tiny(family).eval()
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    esparse.pack(model, report)
+    expected = logits(model)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"cannot be saved again: .* before esparse\.pack, by esparse\.save"):
+            other.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(other), expected)
+        assert other.generate(input_ids=TOKENS_SL[:1], max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 16
+    assert not list(tmp_path.glob("again/*"))
+    assert "quantization_config" not in model.config.to_dict()
+    with pytest.raises(ValueError, match="packed already"):
+        esparse.save(model, None, report, tmp_path / "model", packed=True)
 
 
 def test_what_was_changed_since_it_was_rounded_is_refused() -> None:

@@ -375,6 +375,7 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["evaluate=text", f"evaluate.path={__file__}"], "expected a file that ends in one of .txt"),
         (["output_root=/dev/null/out"], "/dev/null is no folder"),
         (["export=packed", f"export.path={Path(__file__).parent}"], "is there already, and is no export of esparse"),
+        (["export=packed", "export.path=/proc/x"], "export.path=/proc/x: nothing can be written to /"),
         (["-m", "hydra/launcher=site", "seed=1,2"], "there is no sbatch on this machine"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import esparse  # noqa: F401  transformers then knows the format
-from esparse import patterns
+from esparse import option, patterns
 from esparse.evaluate.perplexity import window_losses
 from esparse.export import Export, Finished, card, writer
 from esparse.export.dense_checkpoint import Dense
@@ -34,6 +34,7 @@ from esparse.packed.layer import PackedLinear
 from esparse.patterns import Grouping
 from esparse.pruning.method import Method
 from esparse.pruning.prune import Pruned, prune
+from esparse.quantise.grids import settings
 from esparse.records.report import Stages
 from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.bias import Bias
@@ -45,6 +46,7 @@ from tests.models.test_store import opened, saved
 
 CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(5))
+GONE = object()  # an entry that is deleted
 GNS = Gns(deal="straight")
 MIXTURES = ["mixtral", "qwen2-moe", "olmoe", "gpt-oss"]
 RECORD: dict[str, Any] = {
@@ -268,6 +270,28 @@ def test_biases_that_a_family_has_no_place_for(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_parameter_that_transformers_does_not_build_is_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """It would be dropped at loading with a warning; what is missing would get random numbers."""
+    model = tiny("llama")
+    blocks = BlockModel(model, device=CPU, batch_tokens=24)
+    last = model.model.layers[-1]
+    last.mlp.up_proj.bias = nn.Parameter(torch.zeros(len(last.mlp.up_proj.weight)))
+    name = rf"layers\.{len(blocks.blocks) - 1}\.mlp\.up_proj\.bias"
+    with pytest.raises(ValueError, match=rf"no place for model\.{name}: transformers builds LlamaForCausalLM without"):
+        dense().ready(blocks, NoRecovery(), tmp_path)
+    packed().ready(blocks, NoRecovery(), tmp_path)
+    last.mlp.up_proj.bias = None
+    last.extra = nn.Parameter(torch.zeros(1))
+    for export in (dense(), packed()):
+        with pytest.raises(ValueError, match=r"no place for model\.layers\.\d\.extra"):
+            export.ready(blocks, NoRecovery(), tmp_path)
+    del last.extra
+    model.config.num_hidden_layers += 1
+    for export in (dense(), packed()):
+        with pytest.raises(ValueError, match=r"the model has no model\.layers\.\d\..* random numbers"):
+            export.ready(blocks, NoRecovery(), tmp_path)
+
+
 def test_tied_embeddings(tmp_path: Path) -> None:
     model = tiny("llama")
     model.config.tie_word_embeddings = True
@@ -278,6 +302,22 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     for export in (packed(), dense()):
         written(export, blocks, of, tmp_path)
         torch.testing.assert_close(logits(loaded(tmp_path / "export")), expected, rtol=1e-5, atol=1e-5)
+
+
+def without_up_proj(layers: dict[str, str]) -> dict[str, str]:
+    return {name: pattern for name, pattern in layers.items() if not name.endswith("up_proj")}
+
+
+def as_older(folder: Path, **changes: Any) -> None:
+    """Makes config.json that of a version without a digest, with changes, and with the files' checksums as they are."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["quantization_config"]
+    entry["files"] = {name: checksum(folder / name) for name in entry["files"]}
+    del entry["digest"]
+    entry |= {key: value(entry[key]) if callable(value) else value for key, value in changes.items()}
+    config["quantization_config"] = {key: value for key, value in entry.items() if value is not GONE}
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "swapped"])
@@ -308,9 +348,7 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
     name = next(name for name in tensors if name.endswith("up_proj.index"))
     tensors[name].fill_(255)
     save_file(tensors, shard, metadata)
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    config["quantization_config"]["files"][shard.name] = checksum(shard)
-    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    as_older(tmp_path / "export")
     layer = name.removesuffix(".index")
     with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: .*choices that are not 2 of 4"):
         loaded(tmp_path / "export")
@@ -323,6 +361,16 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
         ("layers", {"model.norm": "2:4"}, "names the packed layer model.norm, and LlamaForCausalLM has none"),
         ("layers", {"model.layers.0.mlp.up_proj": "two"}, "up_proj has the pattern 'two'"),
         ("layers", {"model.layers.0.mlp.up_proj": 124}, "up_proj has the pattern 124"),
+        ("layers", {"model.layers.0.mlp.up_proj": "dense"}, "has the pattern 'dense', in which nothing is packed"),
+        ("layers", {"model.layers.0.mlp.up_proj": "50%"}, "has the pattern '50%', in which nothing is packed"),
+        ("layers", without_up_proj, "up_proj.index, of which its config.json says nothing"),
+        ("behind", [], "of which its config.json says nothing"),
+        ("before", [], "of which its config.json says nothing"),
+        ("before", GONE, "of which its config.json says nothing"),
+        ("biases", ["model.layers.0.mlp.up_proj"], "the checkpoint has no model.layers.0.mlp.up_proj.bias, which its"),
+        ("ordered", ["model.layers.0.mlp.up_proj"], "the checkpoint has no model.layers.0.mlp.up_proj.order, which"),
+        ("order", "sideways", "has the order 'sideways'"),
+        ("grid", settings(option("quantise", "int4", group=16)), "the checkpoint has no model.layers.0"),
         ("layers", ["model.norm"], "layers in its quantization_config should be an object"),
         ("files", None, "files in its quantization_config should be an object, and is None"),
         ("before", ["model.norm"], "names the packed layer model.norm"),
@@ -335,10 +383,7 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
 def test_a_configuration_that_was_edited_is_one_sentence(key: str, value: Any, words: str, tmp_path: Path) -> None:
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     written(packed(), blocks, pruned(blocks), tmp_path)
-    file = tmp_path / "export" / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"][key] = value
-    file.write_text(json.dumps(config))
+    as_older(tmp_path / "export", **{key: value})
     with pytest.raises(ValueError, match=re.escape(words)):
         loaded(tmp_path / "export")
 
@@ -357,11 +402,87 @@ def test_an_order_in_a_checkpoint_that_is_none_is_damage(family: str, order: str
     assert found
     tensors[found[0]].fill_(10**6)
     save_file(tensors, shard, {"format": "pt"})
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    config["quantization_config"]["files"][shard.name] = checksum(shard)
-    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    as_older(tmp_path / "export")
     with pytest.raises(ValueError, match=r"cannot be read: the order of its \d+ channels does not name each"):
         loaded(tmp_path / "export")
+
+
+def test_what_config_json_says_of_the_weights_has_a_checksum_too(tmp_path: Path) -> None:
+    """Some changes leave a model that is loaded, and is another one; a copy of the configuration is the same one."""
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks), tmp_path)
+    folder = tmp_path / "export"
+    model, file = loaded(folder), tmp_path / "export" / "config.json"
+    right = json.loads(file.read_text())
+    entry = right["quantization_config"]
+    changes = [{key: {} if isinstance(entry[key], dict) else []} for key in ("readers", "behind", "before", "layers")]
+    changes += [{"order": "original"}, {"version": 1}, {"digest": "0"}, {"files": entry["files"] | {"more": "0"}}]
+    for change in changes:
+        file.write_text(json.dumps(right | {"quantization_config": entry | change}))
+        with pytest.raises(ValueError, match=r"config\.json is damaged or was edited"):
+            loaded(folder)
+    model.config.save_pretrained(folder)
+    assert json.loads(file.read_text())["quantization_config"] == entry
+    file.write_text(json.dumps(right | {"quantization_config": dict(sorted(entry.items(), reverse=True))}))
+    torch.testing.assert_close(logits(loaded(folder)), logits(model))
+    as_older(folder)
+    torch.testing.assert_close(logits(loaded(folder)), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("up_proj.values", "the checkpoint has no model.layers.0.mlp.up_proj.values, which its config.json asks for"),
+        ("up_proj.index", "the checkpoint has no model.layers.0.mlp.up_proj.index"),
+        ("up_proj.salient_values", "the checkpoint has no model.layers.0.mlp.up_proj.salient_values"),
+        ("up_proj.bias", "the checkpoint has no model.layers.0.mlp.up_proj.bias"),
+        ("output_order", "output_order, which its config.json asks for"),
+        ("file", "model-00004-of-00004.safetensors is missing, or its index does not name it"),
+    ],
+)
+def test_tensors_that_are_missing_are_named(ending: str, words: str, tmp_path: Path) -> None:
+    """transformers warns of them, and fills them with whatever stands in memory."""
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    written(packed(), blocks, pruned(blocks, asked=("2:4", "4:16"), recovery=Bias()), tmp_path)
+    folder = tmp_path / "export"
+    index = json.loads((folder / writer.INDEX).read_text())
+    where = index["weight_map"]
+    if ending == "file":
+        last = sorted(folder.glob("*.safetensors"))[-1].name
+        index["weight_map"] = {name: file for name, file in where.items() if file != last}
+        (folder / writer.INDEX).write_text(json.dumps(index))
+    else:
+        name = next(name for name in sorted(where) if name.endswith(ending))
+        tensors = load_file(folder / where[name])
+        del tensors[name]
+        save_file(tensors, folder / where[name], {"format": "pt"})
+    as_older(folder)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "ending"),
+    [*product(("llama", "mixtral"), ("values", "salient_values", "salient_index")), ("llama", "bias")],
+)
+def test_values_that_no_run_writes_are_damage(family: str, ending: str, tmp_path: Path) -> None:
+    """The place of the one outlier in 36 columns has six bits: 63 is none of them."""
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=24)
+    of = pruned(blocks, NoShuffle(), asked=("2:4", "1:36"), recovery=Bias() if ending == "bias" else None)
+    written(packed(), blocks, of, tmp_path)
+    folder = tmp_path / "export"
+    where = json.loads((folder / writer.INDEX).read_text())["weight_map"]
+    name = next(name for name in sorted(where) if name.endswith(f"down_proj.{ending}"))
+    tensors = load_file(folder / where[name])
+    tensors[name].view(-1)[0] = 255 if ending.endswith("index") else torch.nan
+    save_file(tensors, folder / where[name], {"format": "pt"})
+    as_older(folder)
+    layer = re.escape(name.removesuffix(f".{ending}"))
+    what = (
+        "the index is damaged: it has places" if ending.endswith("index") else f"a number of its {ending} is NaN or Inf"
+    )
+    with pytest.raises(ValueError, match=f"the packed layer {layer} cannot be read: {what}"):
+        loaded(folder)
 
 
 def test_only_a_run_packs_a_model(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esparse
-from esparse.packed.checksums import checksum
+from esparse.export.writer import INDEX
 from esparse.packed.grid_sizes import file_bytes
 from esparse.packed.quantised_layer import QuantisedLinear
 from esparse.quantise.grids import settings
+from tests.export.test_export import GONE, as_older
 from tests.models.families import tiny
 
 TOKENS_SL = torch.randint(1, 96, (6, 20), generator=torch.Generator().manual_seed(5))
@@ -66,21 +70,80 @@ def test_what_is_loaded_is_what_was_pruned(
     assert "transformers loads it after import esparse" in card and "vLLM" not in card
 
 
+def changed(folder: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> str:
+    """Changes a tensor, or takes it away, in the form of an older version whose checksums are right; returns its name.
+
+    Older versions had a checksum for each file, and none for config.json.
+    """
+    where = json.loads((folder / INDEX).read_text())["weight_map"]
+    name = next(name for name in sorted(where) if name.endswith(ending))
+    stored = load_file(folder / where[name])
+    value = change(stored.pop(name))
+    save_file(stored | ({} if value is None else {name: value}), folder / where[name], {"format": "pt"})
+    as_older(folder)
+    return name
+
+
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     exported(folder, "llama", "int4", "original")
-    file = next(file for file in folder.glob("*.safetensors") if any("q_proj" in key for key in load_file(file)))
-    stored, config = load_file(file), json.loads((folder / "config.json").read_text())
-    name = next(name for name in stored if name.endswith("q_proj.scales"))
-    stored[name] = torch.full_like(stored[name], 255)  # NaN in float16
-    save_file(stored, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"00004.safetensors is damaged"):
-        AutoModelForCausalLM.from_pretrained(folder)
-    config["quantization_config"]["files"][file.name] = checksum(file)
-    (folder / "config.json").write_text(json.dumps(config))
+    config = (folder / "config.json").read_text()
+    changed(folder, "q_proj.scales", lambda scales: torch.full_like(scales, 255))  # NaN in float16
     with pytest.raises(ValueError, match=r"q_proj.*a scale is not a positive number"):
         AutoModelForCausalLM.from_pretrained(folder)
-    config["quantization_config"]["grid"] = {"class": "Nothing"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"safetensors is damaged"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    as_older(folder, grid={"class": "Nothing"})
     with pytest.raises(ValueError, match=r"its grid has other settings"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    for family in ("llama", "mixtral"):
+        exported(folder / family, family, "int3", "original", symmetric=False, rounding="nearest")
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["codes", "zeros", "scales", "index"])
+def test_tensors_that_are_missing_are_named(ending: str, written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "llama", tmp_path / "packed")
+    name = changed(tmp_path / "packed", f"q_proj.{ending}", lambda value: None)
+    with pytest.raises(ValueError, match=re.escape(f"the checkpoint has no {name}, which its config.json asks for")):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grid": GONE}, "the checkpoint has no model.layers.0.mlp.down_proj.values, which its config.json asks for"),
+        ({"symmetric": True}, "down_proj.zeros, of which its config.json says nothing"),
+        ({"class": "NormalFloat"}, "its grid has other settings"),
+        ({"ordered": []}, ".order, of which its config.json says nothing"),
+    ],
+    ids=str,
+)
+def test_a_grid_that_was_edited_is_refused(change: dict[str, Any], words: str, written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "llama", tmp_path / "packed")
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["quantization_config"]
+    change = change if change.keys() <= entry.keys() else {"grid": entry["grid"] | change}
+    as_older(tmp_path / "packed", **change)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    edited = {key: value for key, value in (entry | change).items() if value is not GONE}
+    file.write_text(json.dumps(config | {"quantization_config": edited}))
+    with pytest.raises(ValueError, match=r"config\.json is damaged or was edited"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_an_order_of_codes_that_is_none_is_damage(family: str, written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / family, tmp_path / "packed")
+    name = changed(tmp_path / "packed", "down_proj.order", lambda order: torch.zeros_like(order))
+    layer = re.escape(name.removesuffix(".order"))
+    with pytest.raises(ValueError, match=rf"the packed layer {layer} cannot be read: the order of its 48 channels"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")

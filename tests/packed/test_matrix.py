@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esparse import patterns
 from esparse.kernels.form import packed_bits
-from esparse.packed import matrix
+from esparse.packed import codes, matrix
 from esparse.packed.matrix import from_file, pack, to_file
 from esparse.patterns import NM
 
@@ -119,6 +119,27 @@ def test_an_index_that_names_no_choice_is_refused(text: str) -> None:
     tensors["index"] = torch.full_like(tensors["index"], 255)
     with pytest.raises(ValueError, match="damaged"):
         from_file(tensors, pattern, 128)
+
+
+@pytest.mark.parametrize("places", [(40, 7), (7, 7), (7, 130)])
+def test_places_that_no_writer_names_are_refused(places: tuple[int, int]) -> None:
+    """In another order they would give the same mask, but other values; 130 was taken for 128."""
+    pattern, inputs = patterns.parse("2:129"), 129
+    tensors = to_file(pack(pruned(pattern, 1, inputs, torch.float32), pattern))
+    right = tensors | {"index": codes.to_bytes(torch.tensor([7, 40]), 8)}
+    assert from_file(right, pattern, inputs).dense().nonzero()[:, 1].tolist() == [7, 40]
+    with pytest.raises(ValueError, match="places that are not 2 of 129 in ascending order"):
+        from_file(right | {"index": codes.to_bytes(torch.tensor(places), 8)}, pattern, inputs)
+
+
+@pytest.mark.parametrize("name", ["values", "salient_values"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_values_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    pattern = patterns.parse("2:4", "4:16")
+    tensors = to_file(pack(pruned(pattern, 2, 32, torch.bfloat16), pattern))
+    tensors[name][1, 1] = value
+    with pytest.raises(ValueError, match=f"a number of its {name} is NaN or Inf"):
+        from_file(tensors, pattern, 32)
 
 
 def test_columns_get_back_their_own_order() -> None:

@@ -63,6 +63,32 @@ def test_what_is_not_on_the_grid_or_is_damaged_is_refused() -> None:
             from_file(tensors | {"scales": scales_OG.view(torch.uint8)}, pattern, 64, grid)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+@pytest.mark.parametrize("code", [127, 255])
+def test_codes_of_no_number_are_refused(pattern: str, code: int) -> None:
+    """fp8 has two codes of NaN; the other grids have none."""
+    grid, parsed = option("quantise", "fp8", group=32, outlier_bits=None), parse(pattern)
+    parsed = parse("2:4", "4:16") if pattern == "2:4" else parsed
+    weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    rounded_OI, scales = grid.nearest(weight_OI, parsed.keep_top(weight_OI.abs()), parsed)
+    tensors = to_file(rounded_OI, parsed, grid, scales)
+    for name in (name for name in tensors if name.endswith("codes")):
+        damaged = tensors[name].clone()
+        damaged[1, 2] = code
+        with pytest.raises(ValueError, match=f"one of its codes is {code}, which stands for no number"):
+            from_file(tensors | {name: damaged}, parsed, 64, grid)
+
+
+def test_outliers_beside_codes_are_numbers() -> None:
+    grid, pattern = option("quantise", "int8", group=32), parse("2:4", "1:16")
+    weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    rounded_OI, scales = grid.nearest(weight_OI, pattern.keep_top(weight_OI.abs()), pattern)
+    tensors = to_file(rounded_OI, pattern, grid, scales)
+    tensors["salient_values"][1, 1] = torch.inf
+    with pytest.raises(ValueError, match="a number of its salient_values is NaN or Inf"):
+        from_file(tensors, pattern, 64, grid)
+
+
 def test_few_nonzeros_are_stored_once() -> None:
     """Outliers in as many bits as the others: if values were rounded to 0, both parts would choose the same places."""
     grid, pattern = option("quantise", "int4", group=None, outlier_bits=None), parse("2:4", "1:16")
