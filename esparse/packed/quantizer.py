@@ -7,7 +7,6 @@ is imported while transformers is still being imported, so methods import what n
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,6 @@ from esparse.packed import checksums
 from esparse.packed.format import FORMAT_NAME, ORDERS, READS, VERSION, WITHOUT_ESPARSE
 
 log = logging.getLogger("esparse")
-
-# Of the names of tensors that only packed checkpoints have.
-ENDINGS = {"values", "index", "codes", "scales", "zeros", "salient_values", "salient_index", "salient_codes"}
-ENDINGS |= {"order", "input_order", "output_order"}
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -131,37 +126,6 @@ def _pattern(name: str, text: str, grid: Grid | None) -> Pattern:
     return pattern
 
 
-def _check_tensors(model: PreTrainedModel, config: EsparseConfig, files: Sequence[Path]) -> None:
-    """Raises Mistake if the files and the packed layers differ in what is stored.
-
-    transformers would fill what is missing with anything, and leave out what is too much.
-    """
-    from safetensors import safe_open
-
-    stored: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            stored |= dict.fromkeys(file.keys(), path)
-    packed = [*config.layers, *config.experts]
-    wanted = {f"{name}.{own}" for name in packed for own in model.get_submodule(name).state_dict()}
-    wanted |= {f"{name}.output_order" for name in config.behind} | {f"{name}.input_order" for name in config.before}
-    # Biases alone are stored by the names of the family's checkpoints, which may begin otherwise.
-    ends = {_from_block(name) for name in stored if name.endswith(".bias")}
-    for name in sorted(wanted - set(stored)):
-        if not (name.endswith(".bias") and _from_block(name) in ends):
-            raise Mistake(f"the checkpoint has no {name}, which its config.json asks for: one of them is damaged")
-    modules, own = {name for name, _ in model.named_modules()}, set(model.state_dict())
-    for name, path in stored.items():
-        owner, _, ending = name.rpartition(".")
-        if ending in ENDINGS and owner in modules | own and name not in own:
-            raise Mistake(f"{path} has {name}, of which its config.json says nothing: one of them is damaged")
-
-
-def _from_block(name: str) -> str:
-    """A tensor's name from the number of its block on."""
-    return name[found.start() :] if (found := re.search(r"\b\d+\.", name)) else name
-
-
 @register_quantizer(FORMAT_NAME)
 class EsparseQuantizer(HfQuantizer):
     """Puts packed layers into an empty model, and settles them after their tensors are loaded."""
@@ -188,6 +152,7 @@ class EsparseQuantizer(HfQuantizer):
         from transformers.pytorch_utils import Conv1D
 
         from esparse.models.reorder import gather_before, gather_behind
+        from esparse.packed.completeness import check_tensors
         from esparse.packed.experts import PackedExperts
         from esparse.packed.layer import PackedLinear
         from esparse.packed.quantised_layer import QuantisedLinear
@@ -243,7 +208,7 @@ class EsparseQuantizer(HfQuantizer):
             inputs, device = layer.in_features, layer.weight.device
             gather_before(layer, torch.empty(inputs, dtype=torch.int32, device=device))
         if files:
-            _check_tensors(model, config, files)
+            check_tensors(model, config, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from esparse.models.host_memory import trim
