@@ -46,7 +46,7 @@ from tests.models.test_store import opened, saved
 
 CPU = torch.device("cpu")
 TOKENS_SL = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(5))
-GONE = object()  # an entry that is deleted
+GONE = "(deleted)"  # in place of an entry
 GNS = Gns(deal="straight")
 MIXTURES = ["mixtral", "qwen2-moe", "olmoe", "gpt-oss"]
 RECORD: dict[str, Any] = {
@@ -316,7 +316,7 @@ def as_older(folder: Path, **changes: Any) -> None:
     entry["files"] = {name: checksum(folder / name) for name in entry["files"]}
     del entry["digest"]
     entry |= {key: value(entry[key]) if callable(value) else value for key, value in changes.items()}
-    config["quantization_config"] = {key: value for key, value in entry.items() if value is not GONE}
+    config["quantization_config"] = {key: value for key, value in entry.items() if value != GONE}
     file.write_text(json.dumps(config))
 
 

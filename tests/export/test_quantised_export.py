@@ -134,7 +134,7 @@ def test_a_grid_that_was_edited_is_refused(change: dict[str, Any], words: str, w
     as_older(tmp_path / "packed", **change)
     with pytest.raises(ValueError, match=re.escape(words)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    edited = {key: value for key, value in (entry | change).items() if value is not GONE}
+    edited = {key: value for key, value in (entry | change).items() if value != GONE}
     file.write_text(json.dumps(config | {"quantization_config": edited}))
     with pytest.raises(ValueError, match=r"config\.json is damaged or was edited"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
