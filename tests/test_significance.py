@@ -30,6 +30,7 @@ def kept(
     choices = {"metric": "wanda", "shuffle": "none", "update": "none"} | config.pop("choices", {})
     record = {
         "id": run,
+        "name": run,
         "status": "finished",
         "config": {"choices": choices, "seed": seed, **config},
         "model": {"name": model},
