@@ -100,6 +100,7 @@ def test_a_dense_checkpoint_after_a_shuffle_takes_one_of_the_ways_that_the_page_
     assert written["holds_in"] == (written["of_layers"] if foldable else 0)
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("folder", "words"),
     [

@@ -325,6 +325,7 @@ def test_a_file_that_is_not_there_ends_a_call_or_a_sweep_once(
     assert not list((tmp_path / "out").glob("*/status.json"))
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

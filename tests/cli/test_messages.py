@@ -81,6 +81,7 @@ def test_a_flag_without_its_value(words: list[str], said: str, monkeypatch: pyte
     assert said in str(error.value)
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -97,6 +98,7 @@ def test_a_word_that_hydra_would_refuse_in_its_own_words(word: str, said: str) -
     assert said in str(error.value)
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("words", "option"),
     [

@@ -429,6 +429,7 @@ def test_what_config_json_says_of_the_weights_has_a_checksum_too(tmp_path: Path)
     torch.testing.assert_close(logits(loaded(folder)), logits(model))
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("ending", "words"),
     [
@@ -461,6 +462,7 @@ def test_tensors_that_are_missing_are_named(ending: str, words: str, tmp_path: P
         loaded(folder)
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("family", "ending"),
     [*product(("llama", "mixtral"), ("values", "salient_values", "salient_index")), ("llama", "bias")],

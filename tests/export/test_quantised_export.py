@@ -107,6 +107,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.tries(1)
 @pytest.mark.parametrize("ending", ["codes", "zeros", "scales", "index"])
 def test_tensors_that_are_missing_are_named(ending: str, written: Path, tmp_path: Path) -> None:
     shutil.copytree(written / "llama", tmp_path / "packed")
@@ -115,6 +116,7 @@ def test_tensors_that_are_missing_are_named(ending: str, written: Path, tmp_path
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

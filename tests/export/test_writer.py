@@ -31,6 +31,7 @@ def test_no_negative_zero_is_written(dtype: torch.dtype) -> None:
     assert copied.dtype == torch.int64 and copied.data_ptr() != places.data_ptr()
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize(
     ("make", "family", "name"),
     [

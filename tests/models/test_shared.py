@@ -28,6 +28,7 @@ def sharing(*, within: bool) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.tries(2)
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("shuffle", ["none", "esparse", "foldable"])
 def test_a_shared_matrix_is_pruned_once_and_stored_for_all(
