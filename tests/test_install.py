@@ -183,7 +183,7 @@ def test_a_sweep_and_an_experiment_of_ones_own(environment: Callable[..., Path],
     assert "gres: gpu:a100:1" in shown
 
 
-@pytest.mark.tries(2)
+@pytest.mark.tries(1)
 @pytest.mark.parametrize(
     ("asked", "package", "extra"),
     [

@@ -285,6 +285,7 @@ def test_a_caller_may_be_in_inference_mode() -> None:
     assert measured == esparse.perplexity(usual, None, TOKENS_SL)
 
 
+@pytest.mark.slow
 def test_two_threads_prune_two_models() -> None:
     families = ["llama", "mixtral", "gpt2", "qwen3"]
     expected = {family: pruned(tiny(family)) for family in families}

@@ -208,6 +208,7 @@ def test_without_a_gpu_a_run_says_so_before_any_work(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*/blocks/*"))
 
 
+@pytest.mark.slow
 def test_a_bench_of_a_pattern_without_packed_form_is_a_mistake(tmp_path: Path) -> None:
     done = launch("bench=gemm", "pattern=50%", "shuffle=none", f"output_root={tmp_path}")
     assert done.returncode == 2

@@ -152,6 +152,7 @@ def test_what_lies_beside_a_file_is_none_of_its_files(place: Path, tmp_path: Pat
     assert place / "tokens.json" in files_beside(place)  # as it would be beside a directory's weights
 
 
+@pytest.mark.slow
 def test_a_run_leaves_an_ordinary_checkpoint_that_measures_the_same(place: Path, tmp_path: Path) -> None:
     done = launch(*run_of(place, "small.gguf", tmp_path / "out", "export=dense", "model.dtype=float32", "shuffle=none"))
     assert done.returncode == 0, done.stderr

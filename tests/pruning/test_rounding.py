@@ -131,6 +131,7 @@ def test_experts_of_a_width_that_the_group_does_not_divide() -> None:
         run(model, option("quantise", "int4", group=32))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_scales_and_says_its_mistakes_before_any_work(tmp_path: Path) -> None:
     workshop = furnished(tmp_path, blocks=2)
     asked = [*small_run(workshop, tmp_path / "out"), "shuffle=none"]
