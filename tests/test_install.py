@@ -204,6 +204,7 @@ def test_what_an_extra_would_install_is_said(
     assert not list(tmp_path.glob("outputs/*/result.json"))
 
 
+@pytest.mark.slow
 def test_without_extras_every_command_says_what_it_needs(environment: Callable[..., Path], tmp_path: Path) -> None:
     python = environment() / "python"
     for words in (["-m", "esparse"], ["-m", "esparse", "--help"], ["-m", "esparse.sweep", "status"]):

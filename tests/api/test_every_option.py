@@ -18,7 +18,6 @@ OPTIONS = [(group, option) for group in METHOD_GROUPS for option in GROUPS[group
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.tries(25)
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_an_option_prunes(group: str, option: str) -> None:
     model = tiny("llama")

@@ -63,7 +63,6 @@ def test_the_page_of_the_api_names_all_that_there_is() -> None:
     assert not [name for name in re.findall(r"^\| `(\w+)` \|", text, flags=re.M) if name not in known]
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)

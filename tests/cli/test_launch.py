@@ -125,7 +125,6 @@ def test_all_of_the_816_paper_in_one_run(small: list[str], tmp_path: Path) -> No
     assert {"prepare", "recover"} <= set(record["seconds_by_stage"])
 
 
-@pytest.mark.slow
 def test_a_sweep_measures_the_dense_model_once(small: list[str], tmp_path: Path) -> None:
     assert launch("-m", *small, "metric=wanda,magnitude", "evaluate.length=32,16").returncode == 0
     by_length: dict[int, list[dict]] = {16: [], 32: []}

@@ -93,6 +93,7 @@ def test_the_text_is_long_enough(tokenizer: Any) -> None:
     assert windows_WL.numel() == EVALUATED
 
 
+@pytest.mark.slow
 def test_calibration_sees_many_documents(tokenizer: Any) -> None:
     tokens_SL = calibration(corpus="builtin", sequences=128, length=256).sample(tokenizer, longest=256)
     beginnings = {text[:60] for text in builtin.texts("train")}

@@ -97,6 +97,7 @@ def test_settings_that_make_no_sense():
         perplexity(corpora=["builtin"], max_tokens=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="WikiText-2 is not on this machine")
 def test_the_real_wikitext2():
     windows_WL = perplexity(path=str(WIKITEXT), length=2048).windows("text", byte_tokenizer(), longest=2048)

@@ -72,7 +72,6 @@ def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -
     assert "KINDS ['Linear']" in read.stdout, read.stderr
 
 
-@pytest.mark.slow
 def test_every_pruned_matrix_of_a_dense_export_holds_its_pattern_as_stored(workshop: Path, tmp_path: Path) -> None:
     """Or the export says in its name, its card, its record and on the terminal that it does not."""
     folds = ["shuffle=best", "shuffle.foldable=true", "update=obs"]

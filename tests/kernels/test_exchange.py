@@ -62,6 +62,7 @@ def test_summed_maxima(slots: int, together: int, rows: int, channels: int, monk
             torch.testing.assert_close(got[k, slot], expected_C, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_long_sums_keep_their_digits() -> None:
     levels_KRM, rows_BRC = drawn(1, 3000, 4), drawn(1, 3000, 32, seed=1)
     got = exchange.summed_maxima(levels_KRM, rows_BRC, torch.zeros(1, dtype=torch.int64, device=DEVICE), 1)[0]

@@ -221,6 +221,7 @@ def pruned(workshop: Path, quick_start: None) -> Callable[[str], tuple[Path, Pat
     return prune
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name != "second look" else ()) for name in METHODS])
 def test_two_processes_prune_as_one_does(pruned: Callable[[str], tuple[Path, Path]], name: str) -> None:
     one, two = pruned(name)

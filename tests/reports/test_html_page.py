@@ -119,6 +119,7 @@ def test_days_versions_and_commits_stand_above_the_table() -> None:
     assert "Run 2026-11-27 to 2026-11-28; esparse 0.2.0; commit 1a2b, 3c4d+; device H." in text
 
 
+@pytest.mark.slow
 def test_what_stands_behind_a_row(tmp_path: Path) -> None:
     experts = [{"name": f"h.0.up[{i}]", "shape": [4, 8], "kept_score": 0.5 + i, "density": 0.5} for i in (0, 1)]
     own = {"layers": [{"name": "h.0.q", "shape": [8, 8], "relative_error": math.inf, "density": 0.5}, *experts]}
@@ -358,6 +359,7 @@ def test_a_browser_sorts_kept_scores_within_their_metric(browser: Any, tmp_path:
     assert "not to be compared" in browser.find_element("css selector", "#hint").text
 
 
+@pytest.mark.slow
 def test_a_browser_finds_rows(browser: Any) -> None:
     look(browser, whole_page())
     find = browser.find_element("css selector", "input[type=search]")
@@ -407,6 +409,7 @@ def test_a_mark_says_its_values(browser: Any) -> None:
     assert re.sub(r"\s+", " ", said) == "method entropy block 0 mean relative error 0.1 runs 1"
 
 
+@pytest.mark.slow
 def test_a_row_folds_out(browser: Any) -> None:
     look(browser, whole_page())
     browser.find_element("css selector", "tr[data-runs=c3] button.fold").click()

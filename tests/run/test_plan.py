@@ -99,6 +99,7 @@ def test_published_models_are_planned_without_weights(name: str, tmp_path: Path)
     assert got.peaks()["prune a block"][0] < got.weights / 2
 
 
+@pytest.mark.slow
 def test_the_shapes_that_ship_have_as_many_parameters_as_their_authors_say() -> None:
     assert set(PUBLISHED) == set(BILLIONS)
     for name, shape in PUBLISHED.items():
@@ -141,6 +142,7 @@ def test_auto_is_planned_as_it_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (got.streams_weights, got.on_disk) == (expected, expected)
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> None:
     args = ["model=llama-65b", "dry_run=true", f"output_root={tmp_path}/out"]  # its dtype float16 is float32 on a CPU
     done = launch(*args)

@@ -45,7 +45,6 @@ def until(is_so: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_sweep_that_is_not_waited_for(workshop: Path, tmp_path: Path) -> None:
     """One process with two runs, of which the second one fails."""
     (tmp_path / "short.txt").write_text("Too short.")
