@@ -124,10 +124,11 @@ def measure_density(pruned: Pruned, blocks: BlockModel) -> None:
         with blocks.resident(index, read_only=True):
             for matrix, grouping in inside:
                 kept_OI = matrix.view() != 0
-                _correct(layers[matrix.name], int(kept_OI.sum()), pruned.keeps, matrix)
+                nonzero = int(kept_OI.sum())
+                _correct(layers[matrix.name], nonzero, pruned.keeps, matrix)
                 pruned.pattern_holds &= grouping.holds(kept_OI.to(_device(grouping.order_I)))
                 pruned.weights += kept_OI.numel()
-                pruned.kept += int(kept_OI.sum())
+                pruned.kept += nonzero
                 pruned.metadata_bits += grouping.pattern.metadata_bits(*kept_OI.shape)
 
 
