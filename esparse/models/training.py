@@ -95,10 +95,10 @@ def requiring_grad(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Ite
 def masked(kept: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """While open, weights whose mask is False get no gradient; a mask (True = kept) has its parameter's shape."""
 
-    def without(gone: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda grad: grad.masked_fill(gone, 0.0)
+    def inside(keep: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda grad: torch.where(keep, grad, 0.0)
 
-    hooks = [parameter.register_hook(without(~keep.to(parameter.device))) for parameter, keep in kept.items()]
+    hooks = [parameter.register_hook(inside(keep.to(parameter.device))) for parameter, keep in kept.items()]
     try:
         yield
     finally:

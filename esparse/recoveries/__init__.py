@@ -49,6 +49,7 @@ class Training:
     sequences: int  # of a step; a micro-batch has no more
     whole: bool = False  # through the whole model with its head, not block by block
     trained: str = "pruned"  # pruned (the pruned matrices) | all (every parameter) | added (few numbers beside them)
+    products: str = "float32"  # float32 | auto (bfloat16 of a model in bfloat16)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -84,7 +84,11 @@ class Distill(Recovery):
     def trainings(self) -> list[Training]:
         trained = "added" if self.train == "lora" else "all" if self.all_parameters else "pruned"
         # The parent's pass, the student's and its backward pass; the losses before and after take a few sequences
-        return [Training(passes=4 * self.epochs, sequences=self.batch, whole=True, trained=trained)]
+        return [
+            Training(
+                passes=4 * self.epochs, sequences=self.batch, whole=True, trained=trained, products=self.products
+            )
+        ]
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:
         from esparse.recoveries.distill_training import distill

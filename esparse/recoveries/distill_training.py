@@ -1,8 +1,9 @@
 """The training of `recovery=distill`.
 
-The whole parent and the whole student are on the device. The student is trained in float32, whatever its dtype: 4 bytes
-per parameter, and per trained weight 12 bytes more (gradient, two moments of AdamW) and 2 for masks. LoRA takes 4 bytes
-more per pruned weight, because the model computes with a second copy, and almost nothing for the trained weights. The
+The whole parent and the whole student are on the device, and a byte of mask per pruned weight. Trained weights are
+float32, whatever the model's dtype: the student takes 4 bytes per parameter, and per trained weight 12 bytes more
+(gradient, two moments of AdamW). LoRA trains almost nothing, but the model computes with a second copy of the pruned
+weights; where products are in bfloat16, both copies are (4 bytes per pruned weight in all), else float32 (8 bytes). The
 activations of a micro-batch in all blocks come on top; if they do not fit, lower `model.batch_tokens`. Logits are there
 for a part of the tokens at once, if the head is the last that computes on them. A copy of the trained parameters stays
 on the host, in case the training has to be undone.
@@ -16,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,8 @@ def _train(
     """Trains the parameters, or LoRA on the masked parameters; returns the number of steps."""
     model = pair.student.model
     half = in_half(settings.products, weights[0].parameter.dtype)
-    with in_float32(model):
+    # What LoRA adds is float32; the model's own weights do not change before the end, so that they may stay as they are
+    with nullcontext() if half and settings.train == "lora" else in_float32(model):
         trained: Whole | Lora = Whole(weights, parameters)
         if settings.train == "lora":
             trained = Lora(weights, settings.rank, settings.alpha, generator)
@@ -211,7 +213,7 @@ def _backward(
     seen = 0.0
     for part_BL in pair.student.micro_batches(tokens_BL):
         weights = trained.weights()
-        weights |= {name: weights[name] * factor for name, factor in factors.items()}
+        weights |= {name: (weights[name] * factor).to(weights[name].dtype) for name, factor in factors.items()}
         seen += pair.divergence(part_BL, weights, half=half, share=1 / tokens_BL.numel())
     if settings.lasso and regularised:
         (settings.lasso * lasso(regularised, trained.weights())).backward()

@@ -86,7 +86,8 @@ class Whole:
 class Lora:
     """W' = W + keep * (B A) * alpha / rank for every matrix; A (* x R x I) begins random, B (* x O x R) at zero.
 
-    A is uniform between -1 and 1 over the root of its inputs. The model's own parameters do not change before `merge`.
+    A is uniform between -1 and 1 over the root of its inputs. A and B are float32; W' is rounded to the dtype of W, as
+    it will be in the end. The model's own parameters do not change before `merge`.
     """
 
     def __init__(self, masked: Sequence[MaskedParameter], rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -114,7 +115,8 @@ class Lora:
 
     def _added(self, of: MaskedParameter, down: Tensor, up: Tensor) -> Tensor:
         addition = of.as_stored(up @ down) * self._scale
-        return of.parameter + addition.masked_fill(~of.keep, 0.0)
+        # where saves the mask itself for the gradient, masked_fill(~keep) a second one
+        return (of.parameter + torch.where(of.keep, addition, 0.0)).to(of.parameter.dtype)
 
 
 def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> Tensor:
@@ -125,7 +127,8 @@ def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> T
             m = grouping.pattern.swap_width
             assert m is not None
             groups_OGM = filled(grouping.ordered(weight_OI), m).unflatten(-1, (-1, m))
-            total = total + torch.linalg.vector_norm(groups_OGM, dim=-1).sum()  # its gradient at 0 is 0
+            norms_OG = torch.linalg.vector_norm(groups_OGM, dim=-1, dtype=torch.float32)  # its gradient at 0 is 0
+            total = total + norms_OG.sum()
     return total
 
 

@@ -21,6 +21,7 @@ from esparse.models.activations import tokens_at_once
 from esparse.models.load import Model, longest_sequence, shape_only
 from esparse.models.matrices import BlockMatrices
 from esparse.models.model_parts import find_blocks
+from esparse.models.training import in_half
 from esparse.prepare import NoPreparation
 from esparse.pruning.method import Method
 from esparse.run.duration import Rates, Work
@@ -233,11 +234,13 @@ def _distilled(
     needs = []
     for training in method.recovery.trainings():
         if training.whole:
-            trained = {"pruned": pruned, "all": everything, "added": 0}[training.trained]
-            copies = 4 * pruned if training.trained == "added" else 12 * trained
+            # LoRA leaves the student in the dtype of its products, and adds a copy of what is pruned
+            added = training.trained == "added"
+            held = element if added and in_half(training.products, skeleton.dtype) else 4
+            trained = held * pruned if added else 12 * (everything if training.trained == "all" else pruned)
             several = min(at_once, training.sequences)
             moving = several * working + logits(several) * (2 * element + 5 * 4)
-            needs.append(everything * (element + 4) + copies + 2 * pruned + moving)
+            needs.append(everything * (element + held) + trained + pruned + moving)  # a byte of mask per pruned weight
     return max(needs, default=None)
 
 

@@ -325,10 +325,12 @@ def test_products_of_the_training_have_the_model_s_precision(
     blocks, left = pruned(dtype=dtype)
     seen = set()
     layer = blocks.model.get_submodule(next(iter(left.keeps)).removesuffix(".weight"))
+    # Trained weights are in float32, so that small steps are not lost. LoRA trains others than the layer's
+    held = expected if recovery is LORA else torch.float32
 
     def look(module: nn.Module, _inputs: Any, out: Tensor) -> None:
         if torch.is_grad_enabled():
-            assert module.weight.dtype == torch.float32  # so that small steps are not lost
+            assert {module.weight.dtype, blocks.model.lm_head.weight.dtype} == {held}
             seen.add(out.dtype)
 
     with layer.register_forward_hook(look):
@@ -394,6 +396,27 @@ def test_lora_computes_its_formula_and_merges_what_it_computed(family: str) -> N
         computed = functional_call(blocks.model, weights, kwargs=inputs).logits
         lora.merge()
         assert torch.equal(blocks.model(**inputs).logits, computed)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_lora_of_a_model_in_bfloat16_is_what_float32_would_be_rounded(family: str) -> None:
+    def added(dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
+        blocks, left = pruned(family, dtype=torch.bfloat16)
+        blocks.model.to(dtype)
+        masked = masked_parameters(left.keeps, left.groupings, CPU)
+        lora = Lora(masked, rank=3, alpha=6.0, generator=torch.Generator().manual_seed(1))
+        for up in lora.leaves[1::2]:
+            up.data.normal_(generator=torch.Generator().manual_seed(2))
+        weights = lora.weights()
+        sum((value.float() ** 2).sum() for value in weights.values()).backward()  # type: ignore[union-attr]
+        assert all(leaf.dtype == leaf.grad.dtype == torch.float32 for leaf in lora.leaves if leaf.grad is not None)
+        return {name: value.detach() for name, value in weights.items()}, [leaf.grad for leaf in lora.leaves]  # type: ignore[misc]
+
+    (half, half_grads), (single, single_grads) = added(torch.bfloat16), added(torch.float32)
+    for name, value in half.items():
+        assert torch.equal(value, single[name].to(torch.bfloat16)), name
+    for got, expected in zip(half_grads, single_grads, strict=True):
+        assert torch.linalg.vector_norm(got - expected) < 0.01 * torch.linalg.vector_norm(expected)
 
 
 # The regularisers
