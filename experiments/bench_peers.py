@@ -160,8 +160,9 @@ def main() -> None:
         return
     if not arguments.model or not arguments.text:
         parser.error("--model and --text are needed")
-    from esparse.data.calibration import Calibration  # the tokens that esparse would take itself
     from transformers import AutoTokenizer
+
+    from esparse.data.calibration import Calibration  # the tokens that esparse would take itself
 
     sequences, length = arguments.sequences, arguments.length
     settings = Calibration(corpus="text", path=str(arguments.text), sequences=sequences, length=length, seed=0)
