@@ -85,9 +85,7 @@ class Distill(Recovery):
         trained = "added" if self.train == "lora" else "all" if self.all_parameters else "pruned"
         # The parent's pass, the student's and its backward pass; the losses before and after take a few sequences
         return [
-            Training(
-                passes=4 * self.epochs, sequences=self.batch, whole=True, trained=trained, products=self.products
-            )
+            Training(passes=4 * self.epochs, sequences=self.batch, whole=True, trained=trained, products=self.products)
         ]
 
     def whole(self, pruned: PrunedModel) -> list[RecoveryReport]:

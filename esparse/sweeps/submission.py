@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 # Settings of Slurm's that submitit calls the same.
 PASSED_ON = ("partition", "account", "qos", "gres", "constraint", "exclude", "nodelist", "cpus_per_task")
+HINTS = {  # what to do about a word of a refusal's; the first that fits
+    "array": "a cluster limits an array's tasks: pack more runs into a job, hydra.launcher.runs_per_job=N",
+    "generic resource": "no node has what hydra.launcher.gres or gpus_per_node asks for: sinfo -o '%N %G' lists GPUs",
+    "node configuration": "no node has so many CPUs, so much memory or such GPUs: sinfo -o '%N %c %m %G' lists them",
+    "partition": "sinfo lists them; hydra.launcher.partition",
+    "account": "sacctmgr show associations user=$USER lists them; hydra.launcher.account",
+}
 
 
 def launcher_of(sweep: Folder) -> Launcher:
@@ -130,6 +137,5 @@ def _refusal(error: Exception) -> str:
     message = " ".join(str(getattr(error, "stderr", None) or error).split())
     found = re.search(r"(?:sbatch: )?error: .*", message)
     message = found.group(0) if found else message
-    if "array" in message:
-        message += " (a cluster limits an array's tasks: pack more runs into a job, hydra.launcher.runs_per_job=N)"
-    return message
+    hints = [hint for word, hint in HINTS.items() if word in message.lower()]
+    return f"{message} ({hints[0]})" if hints else message

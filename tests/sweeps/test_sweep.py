@@ -241,3 +241,21 @@ def test_local_jobs_are_no_more_than_asked_for() -> None:
         config = compose("config", ["hydra/launcher=local"], return_hydra_config=True)
     local = Local(**{n: v for n, v in config.hydra.launcher.items() if n != "_target_"} | {"array_parallelism": 3})
     assert [local.jobs(runs) for runs in (1, 3, 4, 7, 9)] == [1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("sbatch: error: Invalid generic resource (gres) specification", "sinfo -o '%N %G' lists GPUs"),
+        ("sbatch: error: invalid partition specified: nowhere", "sinfo lists them; hydra.launcher.partition"),
+        ("sbatch: error: Requested node configuration is not available", "sinfo -o '%N %c %m %G' lists them"),
+        ("noise\nsbatch: error: Batch job submission failed: Invalid job array specification", "runs_per_job=N"),
+        ("sbatch: error: Unable to contact slurm controller", None),
+    ],
+)
+def test_a_refusal_of_the_queue_says_what_to_do(said: str, hint: str | None) -> None:
+    from esparse.sweeps.submission import _refusal
+
+    message = _refusal(OSError(said))
+    assert message.startswith("sbatch: error: ") and "noise" not in message
+    assert (message.endswith(")") and hint in message) if hint else "(" not in message
