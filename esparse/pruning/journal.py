@@ -230,7 +230,7 @@ def _content(file: Path) -> dict[str, list[int]]:
 
 
 def _damage(file: Path, key: str | None = None) -> str | None:
-    """A sentence about a file that is cut short, or is none of a run's (`key`: of its metadata); None if it is whole."""
+    """What is wrong with a file that was cut short, or that no run wrote; `key`: of its metadata. None: nothing."""
     try:
         with safe_open(file, framework="pt") as read:
             if key is None or key in (read.metadata() or {}):
