@@ -66,7 +66,7 @@ def _of_row(pattern: Pattern, inputs: int) -> int:
     import torch
 
     counted = pattern.base if isinstance(pattern, Outliers) else pattern
-    return int(counted.keep_top(torch.zeros(1, inputs)).sum())
+    return int(counted.keep_top(torch.zeros(1, inputs, dtype=torch.float32)).sum())
 
 
 def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, Pattern]:

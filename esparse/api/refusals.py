@@ -24,6 +24,7 @@ def check_kind(model: Any) -> None:
         hints = {
             "PeftModel": ": merge its adapter first, model = model.merge_and_unload()",
             "OptimizedModule": ": give the model that was compiled, model._orig_mod",
+            "DataParallel": ": give the model inside, model.module",
             "DistributedDataParallel": ": give the model inside, model.module",
             "FullyShardedDataParallel": ": esparse brings one block at a time to the device by itself",
         }
@@ -68,6 +69,13 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "parametrizations"):
             raise Mistake(f"{name} computes its weight from others (torch.nn.utils.parametrize): remove that first")
+        if {"weight_orig", "weight_g"} & module._parameters.keys():
+            raise Mistake(
+                f"{name} computes its weight from others (torch.nn.utils.prune, weight_norm or spectral_norm): remove "
+                "that first"
+            )
+        if type(module).__name__ == "OptimizedModule":
+            raise Mistake(f"{name} was compiled: put the module itself back in its place, {name}._orig_mod")
 
 
 def _is_packed(model: nn.Module) -> bool:
@@ -91,13 +99,19 @@ def check_same(model: nn.Module, report: Report) -> None:
 
 @contextmanager
 def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
-    """While open, the model is in evaluation mode and computes expert by expert; restores its state on exit."""
+    """While open, the model is in evaluation mode, is not compiled, and computes expert by expert.
+
+    Restores its state on exit.
+    """
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     switched = experts and _experts(model) is not None
     before = _experts(model)
     try:
         model.eval()
+        for module in compiled:
+            module._compiled_call_impl = None
         if switched:
             model.set_experts_implementation("eager")
         with torch.inference_mode(False):
@@ -107,6 +121,8 @@ def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
             model.set_experts_implementation(before)
         for module, training in modes.items():
             module.training = training
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for parameter, required in wanted.items():
             parameter.requires_grad_(required)
 

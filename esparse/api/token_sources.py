@@ -123,6 +123,8 @@ def _checked_tokens(model: PreTrainedModel, tokens_SL: Tensor, what: str, *, lea
         raise Mistake(
             f"tokens must be integers of sequences x length, got {tokens_SL.dtype} of shape {list(tokens_SL.shape)}"
         )
+    if tokens_SL.is_meta:
+        raise Mistake(f"{what} is on the device meta, where tensors have no values")
     known, tokens_SL = model.get_input_embeddings().num_embeddings, tokens_SL.detach().cpu().long().clone()
     lowest, highest = int(tokens_SL.min()), int(tokens_SL.max())
     if lowest < 0 or highest >= known:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,30 @@ def log_to_terminal() -> None:
     log.propagate = False
 
 
+class _LogFile(logging.FileHandler):
+    """A log that says once that its disk is full, where logging prints a traceback for each line."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._said:
+            self._said = True
+            print(
+                f"esparse: cannot write {self.baseFilename}: {sentence(sys.exception() or OSError())}", file=sys.stderr
+            )
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what could not be written before cannot be now
+            handler.close()
 
 
 def quiet_libraries() -> None:

@@ -30,7 +30,7 @@ def sentence(error: BaseException) -> str:
             f"not enough memory ({text or type(error).__name__}): model.store=shards holds one block at a time, "
             "model.activations=disk no hidden states, a smaller model.batch_tokens fewer values inside a block"
         )
-    return text or type(error).__name__
+    return ", ".join([text or type(error).__name__, *getattr(error, "__notes__", [])])
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -47,7 +47,7 @@ class ZeroShot:
 
     tasks: list[str]  # `builtin`, or names of tasks, groups or tags of lm-eval
     # None: the cache of Hugging Face, then the hub
-    data: str | None = None  # folder of local copies: `DATA/TASK/SPLIT.jsonl` or .parquet
+    data: str | None = None  # folder of local copies: `DATA/TASK/SPLIT.jsonl`, .json or .parquet
     limit: int | None  # questions of each task, the first ones; None: all
     shots: int | None  # examples in front of each question; None: as the task has it, mostly none
     # The record has all measures (`acc_norm`, ...)
@@ -62,7 +62,7 @@ class ZeroShot:
             raise Mistake(f"zeroshot.tasks names {doubled[0]} twice: name each task once")
         if self.data is not None and not Path(self.data).expanduser().is_dir():
             raise Mistake(
-                f"zeroshot.data={self.data} is no folder: expected one that holds <task>/<split>.jsonl or .parquet"
+                f"zeroshot.data={self.data} is no folder: expected one with <task>/<split>.jsonl, .json or .parquet"
             )
         for task in self.tasks:
             if task != BUILTIN and task_file(task) is None and task not in (known := _index().all_tasks):
@@ -132,7 +132,7 @@ class ZeroShot:
         if measured is None:
             raise Mistake(f"the task {name} names no split to be measured on: it cannot have local copies")
         if measured not in found:
-            endings = " or ".join(f"{measured}{ending}" for ending in (".jsonl", ".parquet"))
+            endings = " or ".join(f"{measured}{ending}" for ending in ENDINGS)
             names = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
             raise Mistake(f"zeroshot.data: the task {name} needs {folder}/{endings}, found {names or 'nothing'}")
         examples = wanted.get("fewshot_split") or wanted.get("training_split")
@@ -140,7 +140,7 @@ class ZeroShot:
             raise Mistake(f"zeroshot.data: examples of the task {name} come from {folder}/{examples}.*, not there")
         kinds = {ENDINGS[path.suffix] for path in found.values()}
         if len(kinds) > 1:
-            raise Mistake(f"zeroshot.data: the files in {folder} are of several kinds: use one of .jsonl, .parquet")
+            raise Mistake(f"zeroshot.data: the files in {folder} are of several kinds: use {' or '.join(ENDINGS)}")
         files = {split: str(path.resolve()) for split, path in found.items()}
         # Reads the files into memory, because the cache of `datasets` would store one more copy.
         reading = {"data_files": files, "keep_in_memory": True, "cache_dir": str(cache / "cache")}
@@ -268,7 +268,7 @@ def _from_hub(manager: Any, name: str) -> dict[str, Any]:
             raise ConnectionError(
                 f"the data of the task {name} is not in the Hugging Face cache and could not be fetched "
                 f"({_first_line(cause)}): fill the cache on a machine with internet, or give local copies: "
-                f"zeroshot.data=DIR with DIR/{name}/<split>.jsonl or .parquet"
+                f"zeroshot.data=DIR with DIR/{name}/<split>.jsonl, .json or .parquet"
             ) from cause
 
 

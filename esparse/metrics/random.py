@@ -25,4 +25,4 @@ class Random(Metric):
 
         # A CPU generator uses only 32 bits of its seed, so both go through one hash.
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {stats.name}".encode()))
-        return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
+        return torch.rand(weight_OI.shape, generator=generator, dtype=torch.float32).to(weight_OI.device)

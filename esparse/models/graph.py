@@ -117,8 +117,8 @@ class BlockGraph:
         `before_TI`: what `tensor` returned. Restores the weights bit by bit.
         """
         generator = torch.Generator().manual_seed(0)
-        factor_R = 2.0 ** torch.randint(1, 4, (len(producer.parts[0][0]),), generator=generator)
-        factor_I = torch.full((group.inputs,), 2.0) if alike else factor_R[producer.row_of_I]
+        factor_R = (2.0 ** torch.randint(1, 4, (len(producer.parts[0][0]),), generator=generator)).float()
+        factor_I = torch.full((group.inputs,), 2.0, dtype=torch.float32) if alike else factor_R[producer.row_of_I]
         saved = [(stored, stored.clone()) for stored, _ in producer.parts]
         try:
             producer.scale(factor_I)

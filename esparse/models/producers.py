@@ -51,8 +51,8 @@ class Producer:
     def scale(self, factor_I: Tensor) -> None:
         """Multiplies every channel by its factor; channels of one row must have the same factor."""
         for stored, offset in self.parts:
-            factor_R = torch.ones(len(stored), device=stored.device)
-            factor_R[self.row_of_I.to(stored.device)] = factor_I.to(stored.device)
+            factor_R = torch.ones(len(stored), device=stored.device, dtype=torch.float32)
+            factor_R[self.row_of_I.to(stored.device)] = factor_I.to(factor_R)
             wide = stored.to(torch.promote_types(stored.dtype, torch.float32)) + offset
             stored.copy_(wide * factor_R.view(-1, *[1] * (stored.ndim - 1)) - offset)
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esparse.errors import Mistake
+from esparse.models.checkpoint import shapes
 from esparse.patterns.order import check_order
 from esparse.records.audit import Masks
 from esparse.records.report import Stages, read_json, write_json, write_whole
@@ -83,6 +84,9 @@ class Journal:
         if stored.get("run") == run:
             journal.resumed = stored.get("resumed", [])
             while journal._done(journal.finished).exists() and journal.weights(journal.finished).exists():
+                if fault := journal._fault(journal.finished):
+                    log.warning("%s: block %d is pruned anew, and all behind it", fault, journal.finished + 1)
+                    break
                 journal.finished += 1
         elif stored:
             log.info("%s belongs to another version, model or text: the run begins anew", folder)
@@ -116,12 +120,26 @@ class Journal:
         if not self.writes:
             return
         facts = {"facts": entry.facts | {"seconds": self.with_earlier(stages)}, "shapes": entry.keeps.shapes}
+        facts["weights"] = _content(self.weights(index))
         tensors = {f"keep/{name}": packed for name, packed in entry.keeps.packed.items()}
         tensors |= {f"order/{name}": order.clone() for name, order in entry.orders.items()}  # some are one tensor
         tensors |= {f"channel/{name}": value_I for name, value_I in entry.channels.items()}
         tensors |= {f"grid/{name}": value.contiguous() for name, value in entry.grids.items()}
         metadata = {"json": json.dumps(facts)}
         write_whole(self._done(index), lambda draft: save_file(tensors, draft, metadata=metadata))
+
+    def _fault(self, index: int) -> str | None:
+        """What is wrong with the files of a block, by their headers: none of them is read whole; None if they fit."""
+        for file in (done := self._done(index), self.weights(index)):
+            if fault := _damage(file):
+                return fault
+        with safe_open(done, framework="pt") as read:
+            written = json.loads((read.metadata() or {}).get("json", "{}"))
+        if not {"facts", "shapes", "weights"} <= written.keys():
+            return f"{done} is not what a run writes"
+        if written["weights"] != _content(self.weights(index)):
+            return f"{self.weights(index)} holds other tensors than the run wrote"
+        return None
 
     def read(self, index: int) -> Entry:
         """The entry of a block, with the seconds by stage until then in its facts."""
@@ -159,11 +177,13 @@ class Journal:
 
         The latter happens if a crash, or a user, removed files of finished blocks.
         """
-        try:
-            with safe_open(self._hidden, framework="pt") as file:
-                index = int(file.metadata()["index"])
-        except (FileNotFoundError, SafetensorError):
+        if not self._hidden.exists():
             return 0
+        if fault := _damage(self._hidden, "index"):
+            log.warning("%s: the hidden states are computed anew", fault)
+            return 0
+        with safe_open(self._hidden, framework="pt") as file:
+            index = int(file.metadata()["index"])
         if index > self.finished:
             log.info("the hidden states on disk enter block %d, but only %d blocks are finished", index, self.finished)
             return 0
@@ -181,8 +201,11 @@ class Journal:
             write_whole(self._dense, lambda draft: save_file(dense.losses, draft, metadata=facts))
 
     def dense(self) -> Dense | None:
-        """The measurements of the dense model; None if they were not written."""
+        """The measurements of the dense model; None if they were not written, or can be read no more."""
         if not self._dense.exists():
+            return None
+        if fault := _damage(self._dense, "json"):
+            log.warning("%s: the dense model is measured anew", fault)
             return None
         with safe_open(self._dense, framework="pt") as file:
             facts = json.loads(file.metadata()["json"])
@@ -199,3 +222,21 @@ class Journal:
 
     def _done(self, index: int) -> Path:
         return self.folder / f"done-{index:05}.safetensors"
+
+
+def _content(file: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a file, in JSON types."""
+    return {name: list(shape) for name, shape in shapes(file).items()}
+
+
+def _damage(file: Path, key: str | None = None) -> str | None:
+    """What is wrong with a file that was cut short, or that no run wrote; `key`: of its metadata. None: nothing."""
+    try:
+        with safe_open(file, framework="pt") as read:
+            if key is None or key in (read.metadata() or {}):
+                return None
+            return f"{file} is not what a run writes"
+    except SafetensorError as error:
+        return f"{file} is damaged ({str(error).removeprefix('Error while deserializing header: ')})"
+    except OSError as error:  # safetensors' own does not name the file
+        raise OSError(f"cannot read {file}: {error}") from error

@@ -59,11 +59,12 @@ class Method:
             raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
 
     def collects(self) -> dict[str, Factory]:
+        from esparse.pruning.returned import statistics
         from esparse.stats import ColumnNorm, TokenSample
 
         asked: dict[str, Factory] = {"norm": ColumnNorm, "sample": partial(TokenSample, most=ERROR_TOKENS)}
         parts = (self.metric, self.shuffle, self.update, self.recovery, self.quantise)
-        return asked | {name: build for part in parts for name, build in part.collects().items()}
+        return asked | {name: build for part in parts for name, build in statistics(part, part.collects()).items()}
 
     def needs_dense_stream(self) -> bool:
         """Whether the hidden states that dense blocks make flow beside those that pruned ones make."""

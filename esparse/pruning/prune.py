@@ -29,7 +29,7 @@ from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
 from esparse.parts import expressions
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
-from esparse.pruning import gradients
+from esparse.pruning import gradients, returned
 from esparse.pruning.block_loop import BlockLoop, Observed
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
@@ -37,7 +37,7 @@ from esparse.pruning.outcome import Pruned, add_mask, count_dense, measure_densi
 from esparse.pruning.rounding import check_widths, joint_grid, remember, rounded
 from esparse.quantise.grids import Grid
 from esparse.records.report import LayerReport, Stages
-from esparse.recoveries import PrunedModel
+from esparse.recoveries import PrunedModel, Recovery
 from esparse.shuffles import Layers, NoShuffle
 from esparse.stats import ColumnEntropy, LayerStats, TokenSample
 from esparse.updates import Layer, Solution, Update
@@ -90,14 +90,14 @@ def prune(
             with stages("shuffle"):
                 runs = blocks.ranks.from_first(lambda: foldable_runs(block))
         with stages("recover"):
-            finish = recovery.begin(block)
+            finish = returned.finish(recovery, recovery.begin(block))
         taken = {_place(matrix) for matrix, _ in pruned.groupings}
         for group in (left for group in groups if (left := _not_yet(group, taken)) is not None):
             for layer in _prune_group(group, method, allocated, of_block, runs, stages=stages, profile=profile):
                 of_block.layers.append(layer)
                 on_layer(block.index, layer)
         with stages("recover"):
-            of_block.recoveries += finish(of_block.keeps)
+            of_block.recoveries += returned.reports(recovery, finish(of_block.keeps))
         pruned.take(of_block)
         return of_block.entry()
 
@@ -111,7 +111,7 @@ def prune(
         raise Mistake("no layer was pruned: model.skip leaves nothing, or the blocks hold no linear layers")
     with stages("recover"):
         model = PrunedModel(blocks, parent, tokens_SL, further, pruned.keeps, pruned.groupings, method.seed)
-        pruned.recoveries += recovery.whole(model)
+        pruned.recoveries += returned.reports(recovery, recovery.whole(model))
     measure_density(pruned, blocks)
     warn_if_sparse_before(pruned)
     count_dense(pruned, blocks)
@@ -209,12 +209,15 @@ def _prune_group(
         order_I = None
         if runs is not None:
             if (runs_BRD := runs.get(matrices[0].entry)) is not None:
-                order_I = method.shuffle.folded_order(_joined(scores), pattern, runs_BRD)
+                with returned.at(method.shuffle, matrices[0].name):
+                    order_I = method.shuffle.folded_order(_joined(scores), pattern, runs_BRD)
         elif not isinstance(method.shuffle, NoShuffle):
             together = None
             if "gram" in method.shuffle.collects() and stats[0].tokens:
                 together = Layers(_joined(weights), stats[0]["gram"].gram_II)
-            order_I = method.shuffle.order(_joined(scores), pattern, together)
+            with returned.at(method.shuffle, matrices[0].name):
+                order_I = method.shuffle.order(_joined(scores), pattern, together)
+        order_I = returned.order(method.shuffle, order_I, group.inputs.inputs, matrices[0].name)
         grouping = Grouping(pattern, order_I)
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)
@@ -235,7 +238,7 @@ def _prune_group(
         weight_OI = layer.dense_OI
         if layer.stats.tokens:
             with stages("recover"):
-                solution = method.recovery.layer(layer, solution)
+                solution = _recovered(method.recovery, layer, solution)
         with stages("quantise") if method.quantises() else nullcontext():
             solution = rounded(method, layer, solution, matrix.name)
         _write(matrix, solution)
@@ -268,7 +271,9 @@ def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]
     """
 
     def apply(layer: Layer, start: Solution) -> Solution:
-        return update.apply(layer, start) if grid is None else update.apply_rounding(layer, start, grid)
+        with returned.at(update, layer.stats.name, layer.dense_OI):
+            after = update.apply(layer, start) if grid is None else update.apply_rounding(layer, start, grid)
+        return after if after is start else returned.solution(update, after, layer)
 
     grouping, sizes = layers[0].grouping, [len(layer.dense_OI) for layer in layers]
     if (
@@ -281,6 +286,12 @@ def _updated(update: Update, layers: Sequence[Layer], starts: Sequence[Solution]
     start = Solution(_joined([start.weight_OI for start in starts]), _joined([start.keep_OI for start in starts]))
     after, ends = apply(joined, start), [0, *accumulate(sizes)]
     return [after.rows(slice(*part)) for part in pairwise(ends)]
+
+
+def _recovered(recovery: Recovery, layer: Layer, before: Solution) -> Solution:
+    with returned.at(recovery, layer.stats.name, layer.dense_OI):
+        after = recovery.layer(layer, before)
+    return after if after is before else returned.solution(recovery, after, layer)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -307,10 +318,7 @@ def _scores(metric: Metric, weight_OI: Tensor, stats: LayerStats) -> Tensor:
     if stats.tokens == 0:
         log.warning("%s saw no calibration token: scored by magnitude", stats.name)
         return weight_OI.abs()
-    scores_OI = metric.score(weight_OI, stats).float()
-    if not all_finite(scores_OI):
-        raise Mistake(f"the scores of {stats.name} hold NaN or Inf: its input overflows, try model.dtype=float32")
-    return scores_OI
+    return returned.scores(metric, weight_OI, stats)
 
 
 def _report(matrix: Matrix, before_OI: Tensor, solution: Solution, score_OI: Tensor, x_SI: Tensor) -> LayerReport:

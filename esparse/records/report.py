@@ -166,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a file of a run holds; empty if there is no such file, or a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, or no UTF-8
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # no JSON, or no UTF-8
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -97,9 +97,13 @@ class Lora:
         self._adapted = []
         for of in masked:
             *experts, outputs, inputs = of.outputs_first(of.parameter.data).shape
-            down = (2 * torch.rand(*experts, rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
+            down = (2 * torch.rand(*experts, rank, inputs, generator=generator, dtype=torch.float32) - 1) / math.sqrt(
+                inputs
+            )
             down = down.to(of.parameter.device).requires_grad_()
-            up = torch.zeros(*experts, outputs, rank, device=of.parameter.device, requires_grad=True)
+            up = torch.zeros(
+                *experts, outputs, rank, device=of.parameter.device, requires_grad=True, dtype=torch.float32
+            )
             self.leaves += [down, up]
             self._adapted.append((of, down, up))
 
@@ -121,7 +125,7 @@ class Lora:
 
 def lasso(masked: Sequence[MaskedParameter], weights: Mapping[str, Tensor]) -> Tensor:
     """The sum over all groups g of all rows of ||w_g||_2; a group is a group of M places of the pattern."""
-    total = torch.zeros((), device=masked[0].parameter.device)
+    total = torch.zeros((), device=masked[0].parameter.device, dtype=torch.float32)
     for of in masked:
         for weight_OI, grouping in of.matrices(weights[of.entry]):
             m = grouping.pattern.swap_width
@@ -144,7 +148,7 @@ def dropped(masked: Sequence[MaskedParameter], probability: float, generator: to
         for grouping in of.groupings:
             m = grouping.pattern.swap_width
             assert m is not None
-            alive_G = torch.rand(-(-inputs // m), generator=generator) >= probability
+            alive_G = torch.rand(-(-inputs // m), generator=generator, dtype=torch.float32) >= probability
             places_I = alive_G.repeat_interleave(m)[:inputs].to(of.parameter.device) / (1 - probability)
             drawn.append(grouping.restored(places_I[None]))
         factor = torch.stack(drawn) if experts else drawn[0]

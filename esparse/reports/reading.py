@@ -24,6 +24,37 @@ NEEDED: dict[str, Any] = {
     "quality": dict,
     "seconds": NUMBER,
 }
+NUMBER_OR_NONE = (*NUMBER, type(None))
+DICT_OR_NONE, LIST_OR_NONE = (dict, type(None)), (list, type(None))
+# Fields that a record may lack, with the type of each and, below it, of what it holds.
+MAY_HAVE: dict[str, Any] = {
+    "environment": DICT_OR_NONE,
+    "export": DICT_OR_NONE,
+    "latency": LIST_OR_NONE,
+    "latency.*": dict,
+    "layers": list,
+    "layers.*": dict,
+    "layers.*.name": str,
+    "layers.*.shape": list,
+    "layers.*.shape.*": int,
+    **{f"layers.*.{of}": NUMBER_OR_NONE for of in ("density", "kept_score", "relative_error", "seconds")},
+    "memory": dict,
+    "memory.*": (*NUMBER_OR_NONE, dict),
+    "memory.bits.*": NUMBER_OR_NONE,
+    "model.parameters": NUMBER,
+    "model.pruned_parameters": NUMBER,
+    "profile": DICT_OR_NONE,
+    "profile.rows": list,
+    "profile.rows.*": dict,
+    "profile.thresholds": list,
+    "resumed": LIST_OR_NONE,
+    "seconds_by_stage": DICT_OR_NONE,
+    "seconds_by_stage.*": NUMBER,
+    "sources": DICT_OR_NONE,
+    "zeroshot": dict,
+    "zeroshot.*": dict,
+    "zeroshot.*.stderr": NUMBER_OR_NONE,
+}
 
 
 def read_records(root: Path) -> list[Record]:
@@ -33,7 +64,7 @@ def read_records(root: Path) -> list[Record]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             fault = _fault(record)
-        except ValueError:
+        except (ValueError, RecursionError):
             fault = "it is not whole JSON"
         except OSError as error:
             fault = error.strerror or type(error).__name__
@@ -64,18 +95,26 @@ def _fault(record: Any) -> str | None:
         of_wrong_kind.append("zeroshot")
     if of_wrong_kind:
         return f"its field config.{of_wrong_kind[0]} is not what it should be"
-    for part, kind in (("layers", list), ("memory", dict), ("zeroshot", dict)):
-        if not isinstance(record.get(part, kind()), kind):
-            return f"its field {part} is not what it should be"
+    for path, kind in MAY_HAVE.items():
+        if (place := _misplaced(record, path.split("."), kind)) is not None:
+            return f"its field {place} is not what it should be"
     tests = [("quality", record["quality"]), ("zeroshot", record.get("zeroshot", {}))]
     for part, values in tests:
         for name, value in values.items():
             for which in ("dense", "pruned"):
                 if not isinstance(value, dict) or not isinstance(value.get(which, ""), (*NUMBER, type(None))):
                     return f"its field {part}.{name}.{which} is missing or not a number"
-    if not all(isinstance(layer, dict) for layer in record.get("layers", [])):
-        return "its field layers is not what it should be"
     return None
+
+
+def _misplaced(value: Any, path: Sequence[str], kind: Any, at: str = "") -> str | None:
+    """Where below `value` something is of another type than `kind`; `*` in a path stands for all keys or places."""
+    if not path:
+        return None if isinstance(value, kind) else at
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = ((key, one) for key, one in items if path[0] in ("*", key))
+    found = (_misplaced(one, path[1:], kind, f"{at}.{key}".lstrip(".")) for key, one in inside)
+    return next((place for place in found if place is not None), None)
 
 
 def at(record: Any, path: str) -> Any:

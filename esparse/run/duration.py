@@ -81,8 +81,8 @@ def measured(device: torch.device, dtype: torch.dtype) -> Rates:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    left_RI = torch.randn(ROWS, INNER, device=device).to(dtype)
-    right_IC = torch.randn(INNER, COLUMNS, device=device).to(dtype)
+    left_RI = torch.randn(ROWS, INNER, device=device, dtype=torch.float32).to(dtype)
+    right_IC = torch.randn(INNER, COLUMNS, device=device, dtype=torch.float32).to(dtype)
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     products = _per_second(lambda: left_RI @ right_IC, settle)

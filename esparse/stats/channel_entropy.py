@@ -33,7 +33,9 @@ class ColumnEntropy(Statistic):
         self.bins = bins
         self.range = range
         self.passes = 1 if range == "fixed" else 2
-        bound = torch.full((self.inputs,), float("inf") if self.passes == 2 else -limit, device=self.device)
+        bound = torch.full(
+            (self.inputs,), float("inf") if self.passes == 2 else -limit, device=self.device, dtype=torch.float32
+        )
         self.low_I, self.high_I = bound, -bound
         self.counts_IK = torch.zeros(self.inputs, bins, dtype=torch.int64, device=self.device)
 
@@ -104,7 +106,7 @@ class ColumnEntropy(Statistic):
             place_C = torch.arange(0, counts_CK.numel(), self.bins, dtype=torch.int32, device=self.device)
             size = (min(step, max(map(len, parts))), len(place_C))
             # Allocated once: memory that a thread frees is unmapped at once and would be mapped again page by page.
-            bins_TC = torch.empty(size, device=self.device)
+            bins_TC = torch.empty(size, device=self.device, dtype=torch.float32)
             places_TC = torch.empty(size, dtype=torch.int32, device=self.device)
             for x_TI in parts:
                 for x_TC in x_TI[:, channels].split(step):

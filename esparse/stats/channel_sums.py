@@ -97,7 +97,7 @@ class ColumnMax(Statistic):
 
     def __init__(self, **size: Any) -> None:
         super().__init__(**size)
-        self.max_I = torch.zeros(self.inputs, device=self.device)
+        self.max_I = torch.zeros(self.inputs, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, pass_index: int) -> None:
         if pass_index == 0 and len(x_TI):

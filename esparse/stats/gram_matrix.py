@@ -27,7 +27,7 @@ class Gram(Statistic):
 
     def __init__(self, **size: Any) -> None:
         super().__init__(**size)
-        self._sum_II = torch.zeros(self.inputs, self.inputs, device=self.device)
+        self._sum_II = torch.zeros(self.inputs, self.inputs, device=self.device, dtype=torch.float32)
         step = max(self.WIDE if self.device.type == "cuda" else 1, -(-self.inputs // self.PANELS))
         self._panels = [slice(first, min(first + step, self.inputs)) for first in range(0, self.inputs, step)]
         self._is_whole = True
@@ -74,7 +74,7 @@ class CrossGram(Statistic):
 
     def __init__(self, **size: Any) -> None:
         super().__init__(**size)
-        self.cross_II = torch.zeros(self.inputs, self.inputs, device=self.device)
+        self.cross_II = torch.zeros(self.inputs, self.inputs, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, pass_index: int) -> None:
         """Nothing: a token's two inputs come together, in `add_pair`."""

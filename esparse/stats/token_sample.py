@@ -29,7 +29,7 @@ class TokenSample(Statistic):
         self.most = most
         # Token numbers (on the host, so that a GPU need not be waited for) and their inputs, in any order.
         self._token_S = torch.zeros(0, dtype=torch.int64)
-        self._x_SI = torch.zeros(0, self.inputs, device=self.device)
+        self._x_SI = torch.zeros(0, self.inputs, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, pass_index: int) -> None:
         if pass_index == 0:

@@ -54,10 +54,12 @@ class Admm(Update):
         from esparse.linalg import inverse, scaled
 
         gram_II, norm_I = scaled(layer.stats["gram"].gram_II)
-        gram_II = gram_II + self.damp * torch.eye(len(gram_II), device=gram_II.device)
+        gram_II = gram_II + self.damp * torch.eye(len(gram_II), device=gram_II.device, dtype=torch.float32)
         dense_OI = layer.dense_OI * norm_I
         target_OI = dense_OI @ gram_II
-        inverse_II = inverse(gram_II + self.penalty * torch.eye(len(gram_II), device=gram_II.device))
+        inverse_II = inverse(
+            gram_II + self.penalty * torch.eye(len(gram_II), device=gram_II.device, dtype=torch.float32)
+        )
         weight_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)
         keep_OI = start.keep_OI
         for step in range(self.iterations):

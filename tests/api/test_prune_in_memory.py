@@ -286,6 +286,37 @@ def test_a_caller_may_be_in_inference_mode() -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_compiles_itself_is_pruned_as_it_is_and_compiles_again() -> None:
+    plain, compiling = tiny("llama"), tiny("llama")
+    calls: list[int] = []
+    compiling.compile(backend=lambda graph, inputs: calls.append(1) or graph)
+    pruned(plain), pruned(compiling)
+    assert not calls
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiling.parameters(), strict=True))
+    assert compiling._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"metric": "entropy", "shuffle": "esparse", "update": "admm"},
+        {"metric": "random", "prepare": "equalise", "recovery": "bias"},
+    ],
+    ids=str,
+)
+def test_pytorchs_default_dtype_changes_nothing(how: dict[str, Any], default: torch.dtype) -> None:
+    plain, other = tiny("llama"), tiny("llama")
+    pruned(plain, **{"update": "obs"} | how)
+    torch.set_default_dtype(default)
+    try:
+        pruned(other, **{"update": "obs"} | how)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
 def test_two_threads_prune_two_models() -> None:
     families = ["llama", "mixtral", "gpt2", "qwen3"]
     expected = {family: pruned(tiny(family)) for family in families}
@@ -349,6 +380,20 @@ def parametrised() -> PreTrainedModel:
     return model
 
 
+def masked_by_torch() -> PreTrainedModel:
+    from torch.nn.utils import prune
+
+    model = tiny("llama")
+    prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3)
+    return model
+
+
+def compiled_inside() -> PreTrainedModel:
+    model = tiny("llama")
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
 def inferring() -> PreTrainedModel:
     with torch.inference_mode():
         return tiny("llama")
@@ -380,6 +425,12 @@ def encoder_decoder() -> PreTrainedModel:
         (lambda folder: spread(), "spread over several devices"),
         (lambda folder: in_8_bits(), "model.layers.0.mlp.up_proj.weight is in float8_e4m3fn"),
         (lambda folder: parametrised(), "parametrize"),
+        (
+            lambda folder: torch.nn.DataParallel(tiny("llama")),
+            "got a DataParallel: give the model inside, model.module",
+        ),
+        (lambda folder: compiled_inside(), r"model.layers.0 was compiled.*model.layers.0._orig_mod"),
+        (lambda folder: masked_by_torch(), r"model.layers.0.mlp.up_proj computes its weight from others"),
         (lambda folder: inferring(), r"was made under torch.inference_mode\(\)"),
         (lambda folder: rescaled(), "RwkvForCausalLM rewrites its weights when it runs.*set rescale_every to 0"),
         (lambda folder: LlamaForCausalLM.from_pretrained.__self__, "expected, got a type"),
@@ -409,6 +460,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         ({"calibration": "builtin"}, "give one, or tokens"),
         ({"calibration": "bultin"}, "did you mean builtin"),
         ({"calibration": TOKENS_SL[0]}, "sequences x length"),
+        ({"calibration": TOKENS_SL.to("meta")}, "is on the device meta, where tensors have no values"),
         ({"calibration": TOKENS_SL.float()}, "tokens must be integers"),
         ({"calibration": TOKENS_SL + 96}, "the model knows 0 to 95"),
         ({"calibration": TOKENS_SL.repeat(1, 5)}, "has sequences of 80 tokens, and the model takes 64"),

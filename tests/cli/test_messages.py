@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 
 from esparse.cli import chosen, registry
 from esparse.cli.hydra_errors import how_to_write
+from esparse.cli.main import log_to_file
 from esparse.cli.typed_words import arranged, check, doubled
 from esparse.errors import Mistake
 from tests.workshop import ROOT, launch
@@ -30,6 +34,14 @@ from tests.workshop import ROOT, launch
 )
 def test_how_to_write_is_said(words: list[str], better: str) -> None:
     assert better in str(how_to_write(words))
+
+
+def test_a_log_on_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with log_to_file(Path("/dev/full")):
+        for _ in range(3):
+            logging.getLogger("esparse").warning("a line")
+    said = [line for line in capsys.readouterr().err.splitlines() if line != "a line"]
+    assert said == ["esparse: cannot write /dev/full: No space left on device"]
 
 
 @pytest.mark.parametrize("words", [["-cd", "metric=wanda"], ["-m", "metric=glob([w*,m*])", "pattern=2:4,4:8"]])

@@ -144,7 +144,7 @@ def test_local_copies_that_are_not_there(data: Path, tmp_path: Path) -> None:
         asked(["piqa"], data=str(tmp_path)).load()
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "validation.jsonl").write_text("{}\n")  # it is measured on the split test
-    with pytest.raises(ValueError, match=r"arc_easy/test.jsonl or test.parquet, found validation.jsonl"):
+    with pytest.raises(ValueError, match=r"arc_easy/test.jsonl or test.json or test.parquet, found validation.jsonl"):
         asked(["arc_easy"], data=str(tmp_path)).load()
     (tmp_path / "sciq").mkdir()
     for text in ('{"question": "Which?"}\n', "not JSON\n"):

@@ -389,6 +389,35 @@ def test_a_damaged_setting_is_named_and_the_rest_is_read(path, value, tmp_path, 
     assert f"{tmp_path / 'damaged' / 'result.json'} is left out: its field {'.'.join(path)} is" in said
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("environment", "x"), ("export", 4), ("latency", "x"), ("latency.0", 1), ("layers.0.name", 1)),
+        *(("memory.peak_host_mib", "much"), ("model.parameters", "many"), ("profile", [1]), ("resumed", 1)),
+        *(("seconds_by_stage", 7), ("seconds_by_stage.score", "x"), ("zeroshot.boolq.stderr", "x")),
+    ],
+)
+def test_a_field_of_another_kind_is_named_and_the_rest_is_read(field, value, tmp_path, capsys):
+    damaged = record("damaged")
+    place, *inside = field.split(".")
+    for key in reversed(inside):
+        value = [value] if key == "0" else {key: value}
+    damaged[place] = damaged[place] | value if place == "model" else value
+    write(tmp_path, record("good"), damaged)
+    assert [one["id"] for one in read_records(tmp_path)] == ["good"]
+    assert f"result.json is left out: its field {field} is not what it should be" in capsys.readouterr().err
+
+
+def test_a_task_without_a_score_leaves_its_place_in_the_picture_empty(tmp_path):
+    without = record("without") | {"zeroshot": {"boolq": {"dense": 0.5, "pruned": None}}}
+    plot(
+        [without, record("with") | {"zeroshot": {"boolq": {"dense": 0.5, "pruned": 0.4}}}],
+        tmp_path / "x.svg",
+        name="tasks",
+    )
+    assert (tmp_path / "x.svg").exists()
+
+
 def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     write(tmp_path, record("good"))
     without = copy.deepcopy(record("without"))
@@ -396,7 +425,7 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     wrong = copy.deepcopy(record("wrong"))
     wrong["quality"]["builtin"]["pruned"] = "low"
     write(tmp_path, without, wrong, record("running") | {"status": "running"})
-    for name, content in [("cut", json.dumps(record())[:99]), ("list", "[]"), ("bytes", None)]:
+    for name, content in [("cut", json.dumps(record())[:99]), ("list", "[]"), ("bytes", None), ("deep", "[" * 100_000)]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(b"\xff\xfe" if content is None else content.encode())
     assert [one["id"] for one in read_records(tmp_path)] == ["good"]
@@ -404,6 +433,7 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     expected = {
         "bytes": "it is not whole JSON",
         "cut": "it is not whole JSON",
+        "deep": "it is not whole JSON",
         "list": "it is not a record",
         "running": "its status is 'running'",
         "without": "its field sparsity.density is missing or not what it should be",

@@ -44,18 +44,22 @@ def tasks(records: Sequence[Record]) -> Figure | None:
     if not names:
         return None
     measured = [run for run in _runs(records) if run[2].get("zeroshot")]
-    measured, note = _few(measured, lambda record: _mean(task["pruned"] for task in record["zeroshot"].values()), max)
+    measured, note = _few(
+        measured, lambda record: _mean(task["pruned"] or 0.0 for task in record["zeroshot"].values()), max
+    )
     style = styles([name for _, name, _ in measured])
     figure, panels = _panels(measured, width=1.6 + 0.9 * len(names))
     for ax, runs in panels:
         step = 0.8 / len(runs)
         for place, task in enumerate(names):
-            dense = [record["zeroshot"][task]["dense"] for _, record in runs if task in record["zeroshot"]]
+            of_runs = [record["zeroshot"].get(task, {}).get("dense") for _, record in runs]
+            dense = [score for score in of_runs if score is not None]
             if dense:
                 level = sum(dense) / len(dense)
                 ax.hlines(level, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1, label="dense")
         for k, (name, record) in enumerate(runs):
-            known = [(i, record["zeroshot"][t]) for i, t in enumerate(names) if t in record["zeroshot"]]
+            scores = [(i, record["zeroshot"].get(t, {})) for i, t in enumerate(names)]
+            known = [(i, value) for i, value in scores if value.get("pruned") is not None]
             color, marker = style[name]
             ax.errorbar(
                 [i + (k - (len(runs) - 1) / 2) * step for i, _ in known],
