@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
@@ -20,7 +21,7 @@ from esparse.pruning.method import Method
 from esparse.pruning.prune import Pruned, prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
-from tests.models.families import tiny
+from tests.models.families import SMALL, tiny
 from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
@@ -205,6 +206,13 @@ def test_a_router_is_what_chooses_whatever_it_is_called_and_gates_that_scale_are
     assert set(result.left_dense) == {f"model.layers.{i}.mlp.choose.weight" for i in range(3)}
     assert zeros(model.model.layers[0].mlp.gate.weight) == 0.5
     assert zeros(model.model.layers[0].mlp.open.weight) == 0.5
+
+
+def test_attention_whose_heads_have_as_many_channels_as_there_are_tokens_has_no_router() -> None:
+    """Its scores, of which softmax is taken, are then as many as its queries."""
+    config = LlamaConfig(**SMALL | {"head_dim": TOKENS_SL.shape[1]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert pruned(model).left_dense == {}
 
 
 def test_few_pruned_weights_are_a_warning_that_names_the_largest(caplog: pytest.LogCaptureFixture) -> None:
