@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esparse.errors import Mistake
-from esparse.export.packed_checkpoint import _why_dense, tensors_of
+from esparse.export.packed_checkpoint import tensors_of, why_dense
 from esparse.models.matrices import Matrix
 from esparse.models.reorder import gather_before
 from esparse.packed.experts import PackedExperts
@@ -45,7 +45,7 @@ def pack_layers(model: nn.Module, pruned: Pruned) -> dict[str, str]:
             stacks.setdefault(matrix.entry, []).append((matrix, grouping))
     for entry, experts in stacks.items():
         experts.sort(key=lambda pair: pair[0].expert or 0)
-        if (why := _why_dense([grouping for _, grouping in experts])) is not None:
+        if (why := why_dense(experts)) is not None:
             left[entry] = why
         else:
             _pack_experts(model, entry, experts, pruned)

@@ -227,12 +227,9 @@ def _experts(
 
     packed: dict[str, Tensor] = {}
     for name in (name for name in tensors if name in stacks):
-        groupings = [grouping for _, grouping in stacks[name]]
-        pattern, ordered = groupings[0].pattern, groupings[0].order_I is not None
-        why = _why_dense(groupings)
-        if stacks[name][0][0].rows or stacks[name][0][0].together:
-            why = "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
-        if why is not None:
+        first, of_first = stacks[name][0]
+        pattern, ordered = of_first.pattern, of_first.order_I is not None
+        if (why := why_dense(stacks[name])) is not None:
             contents.dense_experts[name] = tensors[name].numel() * precision(name).itemsize
             contents.why_dense = why
             continue
@@ -243,13 +240,19 @@ def _experts(
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
             of_each.append(tensors_of(stored_OI, pattern, pruned, matrix) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}
-        transposed = stacks[name][0][0].transposed
-        contents.experts[name] = {"pattern": str(pattern), "transposed": transposed, "ordered": ordered}
+        contents.experts[name] = {"pattern": str(pattern), "transposed": first.transposed, "ordered": ordered}
     return packed
 
 
-def _why_dense(groupings: Sequence[Grouping]) -> str | None:
+def why_dense(experts: Sequence[tuple[Matrix, Grouping]]) -> str | None:
     """Why the experts of one parameter cannot be packed; None if they can."""
+    if experts[0][0].rows or experts[0][0].together:
+        return "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
+    return _why_dense([grouping for _, grouping in experts])
+
+
+def _why_dense(groupings: Sequence[Grouping]) -> str | None:
+    """Why groupings of the experts of one parameter cannot be packed; None if they can."""
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
         return "the experts of a parameter can have one packed pattern only, and these have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:

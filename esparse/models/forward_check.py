@@ -132,7 +132,7 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
         return out
 
     with blocks.wrapped(run):
-        seen.logits = blocks.model(input_ids=tokens_BL, use_cache=False).logits
+        seen.logits = _unmasked(blocks.model(input_ids=tokens_BL, use_cache=False).logits)
     return seen
 
 
@@ -179,7 +179,7 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             if again is None or again[1].values.keys() == rest.values.keys():
                 break
             hidden, kept = again
-        apart = min(apart, _apart(blocks.logits(tokens_BL, hidden, kept), plain))
+        apart = min(apart, _apart(_unmasked(blocks.logits(tokens_BL, hidden, kept)), plain))
         if apart <= _rounding(plain):
             blocks.logits_by_token = not kept.values and _by_token(blocks, tokens_BL, hidden, plain)
             return
@@ -208,7 +208,7 @@ def _by_token(blocks: BlockModel, tokens_BL: Tensor, hidden_BLH: Tensor, plain: 
     """Whether the head gives the logits of some tokens if it is given their hidden states alone."""
     half = slice(tokens_BL.shape[1] // 2, None)
     try:
-        logits = blocks.logits(tokens_BL[:, half], hidden_BLH[:, half])
+        logits = _unmasked(blocks.logits(tokens_BL[:, half], hidden_BLH[:, half]))
     except Exception:  # a model that cuts its hidden states apart by their place, as ProphetNet's streams
         return False
     return _apart(logits, plain[:, half]) <= _rounding(plain)
@@ -244,7 +244,7 @@ def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) ->
                 assert call is not None
                 flows[place] = (*blocks.step(index, hidden, call, carried), calls)
     hidden, carried, _ = flows[0]
-    apart = _apart(blocks.logits(tokens_BL, hidden, carried), plain)
+    apart = _apart(_unmasked(blocks.logits(tokens_BL, hidden, carried)), plain)
     if apart > _rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
         raise UnsupportedModel(
             f"the blocks of {type(blocks.model).__name__} leave something in themselves or in the model that later "
@@ -280,6 +280,11 @@ def _other_argument(
             if _apart(one, other) > _rounding(other):
                 return name
     return None
+
+
+def _unmasked(logits: Tensor) -> Tensor:
+    """The logits with 0 for tokens that the model forbids: beside -Inf or -1e38, every difference would be rounding."""
+    return logits.masked_fill(logits <= torch.finfo(logits.dtype).min / 2, 0.0)
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -50,18 +50,29 @@ class BlockGraph:
 
     def watch(self, read: Reader) -> None:
         """Runs the block over all micro-batches and observes it; `read(group, x_TI)` gets the input of every group."""
-        for batch in range(len(self.block.activations.hidden)):
-            made: dict[str, Tensor] = {}
+        made: dict[str, Tensor] = {}  # of the present micro-batch
+        batch = 0
 
-            def observe(group: InputGroup, x_TI: Tensor, batch: int = batch, made: dict[str, Tensor] = made) -> None:
-                if len(x_TI):
-                    if group not in self._source:
-                        self._source[group] = _source(x_TI, made)
-                    self._busiest[group] = max(self._busiest.get(group, (0, 0)), (len(x_TI), -batch))
-                read(group, x_TI)
+        def begin() -> Reader:
+            self._source.clear()
+            self._busiest.clear()
+            return observe
 
-            with self._norms_and_routers(made), self.matrices.observed(observe):
-                self.block.activations.run(self.block.index, batch)
+        def observe(group: InputGroup, x_TI: Tensor) -> None:
+            if len(x_TI):
+                if group not in self._source:
+                    self._source[group] = _source(x_TI, made)
+                self._busiest[group] = max(self._busiest.get(group, (0, 0)), (len(x_TI), -batch))
+            read(group, x_TI)
+
+        def run() -> None:
+            nonlocal batch
+            for batch in range(len(self.block.activations.hidden)):
+                made.clear()
+                with self._norms_and_routers(made):
+                    self.block.activations.run(self.block.index, batch)
+
+        self.matrices.watch(begin, run)
         self._returned = self._wide()
         self._settle()
 

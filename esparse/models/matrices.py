@@ -10,8 +10,8 @@ Shapes: O outputs, I inputs, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,10 @@ Reader = Callable[[InputGroup, Tensor], None]
 Member = tuple[str, bool, int | None, int, int, bool]
 
 
+class _Regrouped(Exception):
+    """Ends a pass over the block that showed other groups than assumed."""
+
+
 class BlockMatrices:
     """The prunable matrices of one block; running the block under `observed` finds their input groups."""
 
@@ -103,6 +107,7 @@ class BlockMatrices:
         self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # parameters that may hold experts, by identity
         self._flat: set[str] = set()  # of these, the ones with 2 dimensions: only their use shows whether they do
         self._group_of: dict[str, InputGroup] = {}
+        self._apart: dict[str, int] = {}  # matrices that share a group only with those of the same number
         self.groups: list[InputGroup] = []
         for path, module in block.named_modules():
             name = f"{prefix}.{path}"
@@ -143,21 +148,35 @@ class BlockMatrices:
         """The matrices that are layers; experts inside parameters are not among them."""
         return list(self._layers.values())
 
+    def watch(self, begin: Callable[[], Reader], run: Callable[[], None]) -> None:
+        """Finds the groups: calls `run`, which runs the block, with the reader that `begin` returns.
+
+        Layers with one first input form one group. If one of them then reads another tensor than the others, they are
+        put into groups of their own, and both are called again.
+        """
+        while True:
+            with suppress(_Regrouped), self.observed(begin(), regroup=True):
+                run()
+                return
+
     @contextmanager
-    def observed(self, read: Reader) -> Iterator[None]:
+    def observed(self, read: Reader, *, regroup: bool = False) -> Iterator[None]:
         """While open, calls `read(group, x_TI)` with the input of every group, once per forward pass of the block.
 
         The first pass of each layer decides which layers share a tensor; it keeps all inputs alive until it ends, so
         that no address is used twice.
         """
-        held: dict[tuple[int, int, int], tuple[Tensor, InputGroup]] = {}
+        held: dict[tuple[int, ...], tuple[Tensor, InputGroup]] = {}
+        reads: dict[str, list[tuple[int, ...]]] = {}  # the inputs of each matrix in this pass
 
         def feed(matrix: Matrix, x: Tensor, seen: Tensor | None = None) -> None:
             """`seen`: the rows of x that are tokens; default: all."""
             group = self._group_of.get(matrix.name)
-            x_TI = (x if seen is None else seen).flatten(0, -2)
+            x_TI = _rows(x if seen is None else seen)
+            key: tuple[int, ...] = (x.data_ptr(), x.numel(), x.shape[-1], version(x))
+            reads.setdefault(matrix.name, []).append(key)
             if group is None:
-                key = (x.data_ptr(), x.numel(), x.shape[-1])
+                key += (self._apart.get(matrix.name, 0),)
                 if key not in held or x.numel() == 0:
                     held[key] = (x, InputGroup(inputs=x.shape[-1]))
                     self.groups.append(held[key][1])
@@ -165,15 +184,20 @@ class BlockMatrices:
                 group.matrices.append(matrix)
                 self._group_of[matrix.name] = group
             if group.matrices[0].name == matrix.name:
-                read(group, x_TI)
+                # A block may run in inference mode; tensors that are made while it is read must stay changeable.
+                with torch.inference_mode(False), torch.no_grad():
+                    read(group, x_TI)
 
-        def before_layer(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            feed(self._layers[layer], args[0])
+        def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            feed(self._layers[layer], input_of(args, kwargs))
 
         def after_block(*_: Any) -> None:
             held.clear()
+            if regroup and self._parted(reads):
+                raise _Regrouped
+            reads.clear()
 
-        hooks = [layer.register_forward_pre_hook(before_layer) for layer in self._layers]
+        hooks = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in self._layers]
         hooks.append(self.block.register_forward_hook(after_block))
         try:
             if self._stacks:
@@ -184,6 +208,20 @@ class BlockMatrices:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _parted(self, reads: Mapping[str, Sequence[tuple[int, ...]]]) -> bool:
+        """Forgets all groups if matrices of one group read different tensors, and notes which go together."""
+        found = False
+        for group in self.groups:
+            alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+            for matrix in group.matrices:
+                alike.setdefault(tuple(reads.get(matrix.name, ())), []).append(matrix.name)
+            for names in list(alike.values())[1:]:
+                self._apart |= dict.fromkeys(names, 1 + max(self._apart.values(), default=0))
+                found = True
+        if found:
+            self.groups, self._group_of = [], {}
+        return found
 
     def members(self) -> list[list[Member]]:
         """The observed groups in a form that can be sent to another process."""
@@ -251,6 +289,20 @@ class BlockMatrices:
             else:
                 left.append(matrix.name)
         return left
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer reads: its one argument."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def version(x: Tensor) -> int:
+    """How often the tensor was written to; tensors made in inference mode do not know."""
+    return 0 if x.is_inference() else x._version
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x[None] if x.ndim == 1 else x.flatten(0, -2)
 
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")

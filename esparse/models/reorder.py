@@ -96,15 +96,18 @@ def gather_behind(norm: nn.Module, order_I: Tensor) -> Any:
 def gather_before(layer: nn.Module, order_I: Tensor) -> Any:
     """Makes the layer get its channels in this order; returns the hook, which can be pickled."""
     layer.register_buffer("input_order", order_I)
-    return layer.register_forward_pre_hook(_input_gathered)
+    return layer.register_forward_pre_hook(_input_gathered, with_kwargs=True)
 
 
 def _output_gathered(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
     return out.index_select(-1, module.get_buffer("output_order"))
 
 
-def _input_gathered(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].index_select(-1, module.get_buffer("input_order")), *args[1:])
+def _input_gathered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    order_I = module.get_buffer("input_order")
+    if args:
+        return (args[0].index_select(-1, order_I), *args[1:]), kwargs
+    return args, {name: x.index_select(-1, order_I) for name, x in kwargs.items()}  # a layer's one argument
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Finds routers: layers that decide which experts run, or how streams are mixed.
 
 Routers are tiny and critical, so they are never pruned. Most are seen at work: a layer's output is followed through
-operations that keep its size, until experts are chosen (top-k, sort, argmax) or weighed (softmax) by it. Layers that
-turn a router's decision into coefficients count as routers, too. A layer's name helps if the choice cannot be seen, as
-in a custom kernel or in NumPy. Gates that only scale hidden states are layers like others.
+operations that keep its size and are no products, until experts are chosen (top-k, sort, argmax) or weighed (softmax)
+by it. Layers that turn a router's decision into coefficients count as routers, too. A layer's name helps if the choice
+cannot be seen, as in a custom kernel or in NumPy. Gates that only scale hidden states are layers like others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ _CHOICES = {
     *(torch.topk, Tensor.topk, torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.argmax, Tensor.argmax),
     *(torch.softmax, Tensor.softmax, nn.functional.softmax, nn.functional.gumbel_softmax),
     *(torch.multinomial, Tensor.multinomial, torch.kthvalue, Tensor.kthvalue),
+}
+# A product mixes values: attention's scores of L tokens are as many as its queries if these have L channels.
+_PRODUCTS = {
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+    *(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.einsum, torch.tensordot),
+    *(nn.functional.linear, nn.functional.scaled_dot_product_attention),
 }
 _GATE = re.compile(r"gate|gating|wg")
 # Names of modules; a gate beside such a module is a router.
@@ -83,7 +89,7 @@ class Watch(TorchFunctionMode):
         sources = [value for value in (first, *args[1:2]) if isinstance(value, Tensor)]
         if func in _CHOICES and isinstance(first, Tensor) and id(first) in self._made:
             self._found.add(self._made[id(first)][1])
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor) and func not in _PRODUCTS:
             for source in sources:
                 if id(source) in self._made and out.numel() == source.numel() and out is not source:
                     self._made.setdefault(id(out), (out, self._made[id(source)][1]))

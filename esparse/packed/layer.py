@@ -106,10 +106,10 @@ class PackedLinear(nn.Module):
             salient_places,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y_TO: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
+    def forward(self, input: Tensor) -> Tensor:  # a Linear's name, for models that call it by keyword
+        y_TO: Tensor = _Product.apply(input.reshape(-1, self.in_features), self.bias, self)
         # As a Linear returns it: contiguous, as a view as complex numbers needs it, and changeable in place.
-        return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*x.shape[:-1], self.out_features))
+        return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*input.shape[:-1], self.out_features))
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x @ W^T + bias (T x O), computed the fastest way for this number of tokens and device; without gradients."""

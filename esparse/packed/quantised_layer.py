@@ -80,9 +80,9 @@ class QuantisedLinear(PackedLinear):
             name: value.data for name, value in (*self._buffers.items(), *self._parameters.items()) if value is not None
         }
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         order_I = self._buffers.get("order")
-        return super().forward(x if order_I is None else x.index_select(-1, order_I))
+        return super().forward(input if order_I is None else input.index_select(-1, order_I))
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         if x_TI.is_cuda and has_triton() and (y_TO := self.of_few(x_TI, bias_O)) is not None:

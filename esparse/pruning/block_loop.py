@@ -18,7 +18,7 @@ from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
-from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
+from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader, version
 from esparse.pruning import gradients
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
@@ -164,11 +164,11 @@ class InputCache:
         if self._budget < 0:
             self._parts = None
         if self._parts is not None:
-            self._parts.append((x_TI, x_TI._version, statistic))
+            self._parts.append((x_TI, version(x_TI), statistic))
 
     def whole(self) -> dict[Statistic, list[Tensor]] | None:
         """All inputs; None if memory was short, or if the block has overwritten an input of a layer."""
-        if self._parts is None or any(x_TI._version != version for x_TI, version, _ in self._parts):
+        if self._parts is None or any(version(x_TI) != before for x_TI, before, _ in self._parts):
             return None
         inputs: dict[Statistic, list[Tensor]] = {}
         for x_TI, _, statistic in self._parts:
@@ -200,8 +200,14 @@ def _observe(
         for statistic, *tokens in zip(united, *counts, strict=True):
             statistic.unite(ranks, pass_index, tokens)
 
-    # Ranks on the CPU share the host's memory.
-    cache = InputCache(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
+    cache = InputCache(0)
+
+    def begin() -> Reader:
+        nonlocal cache
+        statistics.clear()
+        # Ranks on the CPU share the host's memory.
+        cache = InputCache(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
+        return read
 
     def read(group: InputGroup, x_TI: Tensor) -> None:
         for statistic in statistics_of(group).values():
@@ -214,8 +220,7 @@ def _observe(
             if statistic.passes > 1:
                 statistic.add(x_TI, 1)
 
-    with matrices.observed(read):
-        activations.observe(block.index)
+    matrices.watch(begin, lambda: activations.observe(block.index))
     replaced = matrices.unite(ranks.gather(matrices.members()))
     for group, own in zip(matrices.groups, replaced, strict=True):
         if own:  # of groups that were united into one, some may have seen no tokens

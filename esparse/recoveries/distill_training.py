@@ -110,11 +110,11 @@ class Pair:
 def divergence(parent_BLV: Tensor, student_BLV: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(parent / T) || softmax(student / T)) in nats, summed over all tokens.
 
-    The factor T^2 keeps the size of the gradients. Computed in float32.
+    The factor T^2 keeps the size of the gradients. Computed in float32. A token that the parent forbids (-Inf) adds 0.
     """
     log_p, log_q = (log_softmax(logits.float() / temperature, dim=-1) for logits in (parent_BLV, student_BLV))
-    of_token_BL = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * of_token_BL.sum(dtype=torch.float64)
+    kl_BLV = kl_div(log_q, log_p, reduction="none", log_target=True).masked_fill_(log_p == -math.inf, 0.0)
+    return temperature**2 * kl_BLV.sum(-1).sum(dtype=torch.float64)
 
 
 def distill(

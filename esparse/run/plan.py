@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from esparse.models import host_memory
 from esparse.models.activations import tokens_at_once
 from esparse.models.load import Model, longest_sequence, shape_only
-from esparse.models.matrices import BlockMatrices
+from esparse.models.matrices import BlockMatrices, input_of
 from esparse.models.model_parts import find_blocks
 from esparse.models.training import in_half
 from esparse.prepare import NoPreparation
@@ -272,13 +272,14 @@ def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tupl
     layers = {name: m for name, m in block.named_modules() if f"block.{name}.weight" in matrices.parameters()}
     entered: dict[int, tuple[Tensor, list[nn.Module]]] = {}
 
-    def enter(layer: nn.Module, args: Any) -> None:
-        entered.setdefault(id(args[0]), (args[0], []))[1].append(layer)  # held, so that no id is used twice
+    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        x = input_of(args, kwargs)
+        entered.setdefault(id(x), (x, []))[1].append(layer)  # held, so that no id is used twice
 
     def stop(*_: Any) -> None:
         raise _Seen
 
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers.values()]
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers.values()]
     hooks.append(block.register_forward_hook(stop))
     try:
         skeleton(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import esparse
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
 from esparse.packed.quantised_layer import QuantisedLinear
 from tests.models.families import tiny
+from tests.models.test_forward_check import families
 
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
 HOW = [
@@ -140,6 +142,36 @@ def test_biases_of_a_recovery_that_an_ordinary_checkpoint_would_lose_are_refused
     esparse.save(model, None, report, tmp_path / "model", packed=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama4_text"])
+def test_experts_that_a_model_takes_all_at_once_stay_dense_with_a_reason(family: str) -> None:
+    model = families.build(family)
+    report = esparse.prune(model, None, calibration=TOKENS_SL, shuffle=None)
+    expected = logits(model)
+    left = esparse.pack(model, report)
+    assert set(left) == {name for name in report.keeps if "experts" in name}
+    assert all("takes all of a parameter at once" in why for why in left.values())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["physical", "original"])
+def test_layers_that_a_model_calls_by_keyword_are_packed(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
+        return down
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    model = tiny("llama")
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    expected = logits(model)
+    esparse.save(model, None, report, tmp_path / "model", packed=True, order=order)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    esparse.pack(model, report)
+    for packed in (model, again):
+        torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-5)
 
 
 GRIDS = [

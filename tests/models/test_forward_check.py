@@ -117,6 +117,31 @@ def test_a_block_that_reads_what_another_left_in_the_model_is_refused() -> None:
         walked(model)
 
 
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, float("-inf")])
+def test_a_model_that_forbids_tokens_is_checked_as_any_other(value: float) -> None:
+    """Beside such logits, every difference was taken for rounding, or nothing was compared."""
+
+    def forbid(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return torch.cat([logits[..., :-4], torch.full_like(logits[..., -4:], value)], -1)
+
+    def made() -> Any:
+        model = tiny("llama")
+        model.lm_head.register_forward_hook(forbid)
+        return model
+
+    assert torch.equal(walked(made()), made()(TOKENS_SL).logits)
+    left: list[Tensor] = []
+    model = made()
+    wrap(model, 0, lambda out: left.insert(0, out) or out)
+    wrap(model, 2, lambda out: out + left[0])
+    with pytest.raises(UnsupportedModel, match="leave something in themselves or in the model"):
+        walked(model)
+    model = made()
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + logits[:, -1:, :1])
+    with pytest.raises(UnsupportedModel, match="sees the tokens behind the one it predicts"):
+        walked(model)
+
+
 def test_a_model_that_draws_at_random_is_refused() -> None:
     model = tiny("llama")
     wrap(model, 1, lambda out: out * torch.rand(()))

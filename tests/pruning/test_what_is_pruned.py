@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import esparse
 from esparse.metrics.wanda import Wanda
 from esparse.models.blocks import BlockModel
 from esparse.models.matrices import BlockMatrices
@@ -20,7 +23,7 @@ from esparse.pruning.method import Method
 from esparse.pruning.prune import Pruned, prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
-from tests.models.families import tiny
+from tests.models.families import SMALL, tiny
 from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
@@ -205,6 +208,81 @@ def test_a_router_is_what_chooses_whatever_it_is_called_and_gates_that_scale_are
     assert set(result.left_dense) == {f"model.layers.{i}.mlp.choose.weight" for i in range(3)}
     assert zeros(model.model.layers[0].mlp.gate.weight) == 0.5
     assert zeros(model.model.layers[0].mlp.open.weight) == 0.5
+
+
+def test_attention_whose_heads_have_as_many_channels_as_there_are_tokens_has_no_router() -> None:
+    """Its scores, of which softmax is taken, are then as many as its queries."""
+    config = LlamaConfig(**SMALL | {"head_dim": TOKENS_SL.shape[1]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert pruned(model).left_dense == {}
+
+
+class Reads(nn.Module):
+    """Takes the place of an MLP whose layers do not all read one tensor once; each way a family might write."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.one, self.two = nn.Linear(32, 48), nn.Linear(32, 48)
+        self.down = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "the first one twice":
+            y = self.one(x) + self.one(x.flip(-1).exp()) + self.two(x)
+        elif self.way == "the second one twice":
+            y = self.two(x) + self.one(x) + self.one(x.flip(-1).exp())
+        elif self.way == "written to in between":
+            x = x.clone()
+            y = self.one(x)
+            y = y + self.two(x.exp_())
+        elif self.way == "one vector":
+            y = self.one(x) + self.two(x.new_ones(32))
+        elif self.way == "in inference mode":
+            with torch.inference_mode():
+                y = self.one(x) + self.two(x.exp())
+            y = y.clone()
+        else:
+            y = self.one(input=x) + self.two(input=x.exp())
+        return self.down(y.sigmoid())
+
+
+@pytest.mark.tries(6)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "the first one twice",
+        "the second one twice",
+        "written to in between",
+        "one vector",
+        "in inference mode",
+        "by keyword",
+    ],
+)
+def test_a_layer_is_scored_by_all_that_it_reads_and_nothing_else(way: str) -> None:
+    """The oracle: the layers' inputs as their products see them."""
+    model = tiny("llama")
+    torch.manual_seed(0)
+    model.model.layers[0].mlp = mlp = Reads(way)
+    square: dict[nn.Module, Tensor] = {}
+
+    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        (x,) = (*args, *kwargs.values())
+        square[layer] = square.get(layer, 0) + x.reshape(-1, x.shape[-1]).square().sum(0)
+
+    layers = (mlp.one, mlp.two, mlp.down)
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    with torch.no_grad():
+        for part in TOKENS_SL.split(4):  # the micro-batches of `pruned`
+            model(input_ids=part, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    score = {layer: layer.weight.data.abs() * square[layer].sqrt() for layer in layers}
+    dense = copy.deepcopy(model)
+    esparse.prune(model, None, "2:4", metric="wanda", shuffle=None, calibration=TOKENS_SL, batch_tokens=96)
+    for layer in layers:
+        assert torch.equal(layer.weight != 0, NM(2, 4).keep_top(score[layer]))
+    # A metric whose inputs are looked at twice.
+    assert esparse.prune(dense, None, "2:4", metric="entropy", calibration=TOKENS_SL, batch_tokens=96).pattern_holds
 
 
 def test_few_pruned_weights_are_a_warning_that_names_the_largest(caplog: pytest.LogCaptureFixture) -> None:

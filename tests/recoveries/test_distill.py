@@ -137,6 +137,18 @@ def test_divergence_by_hand() -> None:
         assert float(got) == pytest.approx(temperature**2 * expected, rel=1e-5)
 
 
+def test_tokens_that_both_forbid_add_nothing_to_the_divergence() -> None:
+    parent, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    expected_of = student.clone().requires_grad_()
+    divergence(parent[..., :4], expected_of[..., :4], 2.0).backward()
+    parent[..., 4] = student[..., 4] = -torch.inf
+    student.requires_grad_()
+    found = divergence(parent, student, 2.0)
+    found.backward()
+    torch.testing.assert_close(found, divergence(parent[..., :4], student[..., :4], 2.0))
+    torch.testing.assert_close(student.grad, expected_of.grad)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("batch_tokens", [12, 36])
 def test_before_and_after_are_the_loss_per_token(temperature: float, batch_tokens: int) -> None:
