@@ -254,6 +254,7 @@ def test_a_run_has_a_short_name() -> None:
         (["allocation=owl"], "cannot change 2:4"),
     ],
 )
+@pytest.mark.tries(6)
 def test_parts_that_do_not_go_together(overrides: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         experiment(*overrides)

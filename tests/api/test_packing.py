@@ -185,6 +185,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(("family", "how"), GRIDS, ids=str)
+@pytest.mark.tries(3)
 def test_a_quantised_model_computes_from_codes(family: str, how: dict, tmp_path: Path) -> None:
     """In memory and from disk, layers and experts, with a pattern and without."""
     grid = esparse.option("quantise", how["quantise"], group=8, rounding="nearest")

@@ -317,6 +317,7 @@ def test_pytorchs_default_dtype_changes_nothing(how: dict[str, Any], default: to
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_threads_prune_two_models() -> None:
     families = ["llama", "mixtral", "gpt2", "qwen3"]
     expected = {family: pruned(tiny(family)) for family in families}
@@ -436,6 +437,7 @@ def encoder_decoder() -> PreTrainedModel:
         (lambda folder: LlamaForCausalLM.from_pretrained.__self__, "expected, got a type"),
     ],
 )
+@pytest.mark.tries(6)
 def test_what_cannot_be_pruned_is_refused_in_a_sentence(
     make: Callable[[Path], Any], words: str, tmp_path: Path
 ) -> None:

@@ -380,6 +380,7 @@ def test_an_index_that_no_writer_made_is_refused_with_its_layer(tmp_path: Path) 
         ("experts", {"model.layers.0.mlp.up_proj.weight": {}}, "names the"),
     ],
 )
+@pytest.mark.tries(4)
 def test_a_configuration_that_was_edited_is_one_sentence(key: str, value: Any, words: str, tmp_path: Path) -> None:
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
     written(packed(), blocks, pruned(blocks), tmp_path)

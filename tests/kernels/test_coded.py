@@ -28,6 +28,7 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("inputs", "group"), WIDTHS)
 @pytest.mark.parametrize(("quantise", "changes"), GRIDS, ids=str)
 @pytest.mark.parametrize("asked", PATTERNS, ids=str)
+@pytest.mark.tries(6)
 def test_products_and_rows(
     asked: tuple[str, str | None], quantise: str, changes: dict[str, Any], inputs: int, group: int | None
 ) -> None:

@@ -73,7 +73,7 @@ IN_REGISTERS = [
 ]
 
 
-@pytest.mark.tries(12)  # both kernels, all numbers of tokens
+@pytest.mark.tries(6)  # both kernels
 @pytest.mark.parametrize(("kernel", "n", "m", "tile_rows", "depth", "split"), IN_REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, pytest.param(33, marks=pytest.mark.slow)])

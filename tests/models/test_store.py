@@ -161,6 +161,7 @@ def assert_same(blocks: BlockModel, expected: BlockModel, **how: object) -> None
         ("phi3", "one"),
     ],
 )
+@pytest.mark.tries(4)
 def test_shards_give_what_memory_gives(family: str, form: str, tmp_path: Path) -> None:
     folder = saved(tiny(family), tmp_path, form)
     assert_same(opened(folder, "shards"), opened(folder, "memory"))
@@ -207,6 +208,7 @@ def test_the_config_decides_over_the_files_about_precision(tmp_path: Path) -> No
         {"equalised": True},
     ],
 )
+@pytest.mark.tries(3)
 def test_methods_that_change_more_than_weights(how: dict[str, object], tmp_path: Path) -> None:
     folder = saved(tiny("llama"), tmp_path, "shards")
     assert_same(opened(folder, "shards"), opened(folder, "memory"), **how)
