@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +20,12 @@ from esparse.data.lengths import sequence_length
 from esparse.data.text_files import Rows
 from esparse.errors import Mistake
 from esparse.export import ToFolder
-from esparse.export.place import check_place
+from esparse.export.place import check_place, check_writable
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.load import ASSETS, BUILTIN, Model
 from esparse.models.model_files import adapter, check_decoder, shards_of
+from esparse.models.model_name import check_absent
 from esparse.records.report import finished, run_id
 from esparse.run.settings import Experiment
 
@@ -122,10 +122,7 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
 
 def _check_root(root: Path) -> None:
     nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists() or path.is_symlink())
-    if not nearest.is_dir():
-        raise Mistake(f"output_root={root}: {nearest} is no folder, so that nothing can be written there")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise Mistake(f"output_root={root}: nothing can be written to {nearest}")
+    check_writable(nearest, f"output_root={root}")
 
 
 def _place(model: Model) -> Path:
@@ -138,18 +135,16 @@ def _check_model(model: Model, *, weights: bool) -> None:
         check_decoder(place)
         if weights:
             shards_of(place)
-    elif place.is_file():
+        return
+    if place.is_file():
         if not gguf_file.is_named(place):
             raise Mistake(
                 f"model.path: {model.path} is a file, and a model is a directory with a config.json or a file that "
                 "ends in .gguf"
             )
-    elif model.path.startswith(("/", "./", "../", "~")) or model.path.count("/") > 1 or gguf_file.is_named(place):
-        kind = "file" if gguf_file.is_named(place) else "directory"
-        raise FileNotFoundError(f"model.path: there is no {kind} {model.path}")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path):
-        raise Mistake(f"model.path={model.path} is neither a directory nor a name on the Hugging Face hub")
-    elif weights and any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
+        return
+    check_absent(model.path, "model.path")
+    if weights and any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
         _check_cached(model)
 
 

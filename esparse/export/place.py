@@ -28,12 +28,17 @@ def check_place(place: Path) -> None:
     if os.path.lexists(workshop) and not is_workshop(workshop):
         raise Mistake(f"{workshop}, in which export.path={place} would be written, holds other files: move them away")
     nearest = next(parent for parent in real.parents if os.path.lexists(parent))
-    if not nearest.is_dir():
-        raise Mistake(f"export.path={place}: {nearest} is no folder, so that nothing can be written there")
+    check_writable(nearest, f"export.path={place}", name=workshop.name)
+
+
+def check_writable(folder: Path, who: str, *, name: str = ".esparse-tries") -> None:
+    """Raises Mistake if no folder with such a name can be made in this one."""
+    if not folder.is_dir():
+        raise Mistake(f"{who}: {folder} is no folder, so that nothing can be written there")
     try:  # permissions do not say it: they bind no root, and a disk may be mounted to be read only
-        os.rmdir(tempfile.mkdtemp(prefix=f"{workshop.name}-", dir=nearest))
+        os.rmdir(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     except OSError as error:
-        raise Mistake(f"export.path={place}: nothing can be written to {nearest} ({error.strerror})") from error
+        raise Mistake(f"{who}: nothing can be written to {folder} ({error.strerror})") from error
 
 
 def real_place(place: Path) -> Path:

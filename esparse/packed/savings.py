@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from esparse import patterns
 from esparse.models.load import published_config
 from esparse.models.matrices import BlockMatrices
+from esparse.models.model_name import check_absent
 from esparse.models.model_parts import find_blocks
 from esparse.packed.sizes import META, Saving, of_codes, of_matrix
 from esparse.patterns import Pattern
@@ -95,7 +96,11 @@ def table(
 
 
 def config_of(name: str) -> PretrainedConfig:
-    return published_config(name) or AutoConfig.from_pretrained(str(Path(name).expanduser()))
+    """Raises OSError or ValueError for a name under which there is no configuration."""
+    published, place = published_config(name), Path(name).expanduser()
+    if published is None and not place.exists():
+        check_absent(name, "the model")
+    return published or AutoConfig.from_pretrained(str(place))
 
 
 def _of_matrix(pattern: Pattern, shape: Sequence[int], dtype: torch.dtype, grid: Grid | None) -> Saving:

@@ -377,6 +377,7 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["output_root=/dev/null/out"], "/dev/null is no folder"),
         (["export=packed", f"export.path={Path(__file__).parent}"], "is there already, and is no export of esparse"),
         (["export=packed", "export.path=/proc/x"], "export.path=/proc/x: nothing can be written to /"),
+        (["output_root=/proc/x"], "output_root=/proc/x: nothing can be written to /proc"),
         (["-m", "hydra/launcher=site", "seed=1,2"], "there is no sbatch on this machine"),
     ],
 )

@@ -76,7 +76,11 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--patterns", "50%"], "no n:m pattern"), (["/nowhere/at/all"], "nowhere")],
+    [
+        (["--patterns", "50%"], "no n:m pattern"),
+        (["/nowhere/at/all"], "there is no directory /nowhere/at/all"),
+        (["a b"], "a b is neither"),
+    ],
 )
 def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
