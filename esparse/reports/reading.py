@@ -60,7 +60,8 @@ MAY_HAVE: dict[str, Any] = {
 def read_records(root: Path) -> list[Record]:
     """All finished records below `root`, each with its `folder`; a damaged one is named on stderr and left out."""
     records = []
-    for path in sorted(root.rglob("result.json")):
+    # rglob does not go through links, by which runs of several roots may be gathered in one folder
+    for path in sorted({*root.rglob("result.json"), *root.glob("*/result.json")}):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             fault = _fault(record)

@@ -418,6 +418,16 @@ def test_a_task_without_a_score_leaves_its_place_in_the_picture_empty(tmp_path):
     assert (tmp_path / "x.svg").exists()
 
 
+def test_runs_may_be_gathered_by_links(tmp_path):
+    write(tmp_path / "one", record("a1"))
+    write(tmp_path / "two", record("b2"))
+    (tmp_path / "both").mkdir()
+    for folder in ("one/a1", "two/b2"):
+        (tmp_path / "both" / folder[4:]).symlink_to(tmp_path / folder)
+    assert [r["id"] for r in read_records(tmp_path / "both")] == ["a1", "b2"]
+    assert len(read_records(tmp_path / "one")) == 1
+
+
 def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     write(tmp_path, record("good"))
     without = copy.deepcopy(record("without"))
