@@ -85,7 +85,7 @@ def sweep(
 
     from esparse.quantise.grids import half
 
-    weight_IO, diagonal_I = weight_OI.T.contiguous(), upper_II.diagonal()
+    weight_IO, diagonal_I = weight_OI.T.clone(memory_format=torch.contiguous_format), upper_II.diagonal()
     inputs, columns = len(weight_IO), grid.columns(len(weight_IO))
     cuts = pattern.sweep_cuts(inputs, block) if fixed_OI is None else [slice(0, inputs)]
     by_start = {cut.start: cut for cut in cuts}

@@ -108,8 +108,8 @@ def _sweep_columns(
     """Sweeps column after column, all rows at once."""
     import torch
 
-    # Transposed, so that a column is contiguous.
-    weight_IO = dense_OI.T.contiguous()
+    # Transposed, so that a column is contiguous, and copied, since weights as GPT-2 stores them lie transposed already.
+    weight_IO = dense_OI.T.clone(memory_format=torch.contiguous_format)
     inputs = len(weight_IO)
     if fixed_OI is None:
         keep_IO, cuts = torch.ones_like(weight_IO, dtype=torch.bool), pattern.sweep_cuts(inputs, block)
