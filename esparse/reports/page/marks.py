@@ -79,7 +79,8 @@ def mean_over_seeds(field: str, *groups: str) -> list[Spec]:
 
 def listed() -> Spec:
     """Perplexities: a line per method, a mark per pattern, the dense model dashed; what is not finite is said."""
-    x = number("ppl", "perplexity (lower is better)", scale="$scale", axis={"format": "~g", "tickCount": 6})
+    axis = {"format": "~g", "tickCount": 6, "titleAnchor": "end"}  # on a phone the axis is shorter than its title
+    x = number("ppl", "perplexity (lower is better)", scale="$scale", axis=axis)
     y = named("method", sort="$order")
     seeds = mean_over_seeds("ppl", "dense")
     tooltip = hover(
