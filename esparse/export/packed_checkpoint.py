@@ -248,11 +248,7 @@ def why_dense(experts: Sequence[tuple[Matrix, Grouping]]) -> str | None:
     """Why the experts of one parameter cannot be packed; None if they can."""
     if experts[0][0].rows or experts[0][0].together:
         return "packed experts are unpacked one at a time, and this model takes all of a parameter at once"
-    return _why_dense([grouping for _, grouping in experts])
-
-
-def _why_dense(groupings: Sequence[Grouping]) -> str | None:
-    """Why groupings of the experts of one parameter cannot be packed; None if they can."""
+    groupings = [grouping for _, grouping in experts]
     if len({(grouping.pattern, grouping.order_I is None) for grouping in groupings}) > 1:
         return "the experts of a parameter can have one packed pattern only, and these have several"
     if groupings[0].order_I is not None and len(groupings[0].pattern.parts()) > 1:
