@@ -21,7 +21,7 @@ from esparse import option, patterns
 from esparse.evaluate.perplexity import window_losses
 from esparse.export import Export, Finished, card, writer
 from esparse.export.dense_checkpoint import Dense
-from esparse.export.packed_checkpoint import Packed, _why_dense
+from esparse.export.packed_checkpoint import Packed, why_dense
 from esparse.metrics.wanda import Wanda
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
@@ -172,7 +172,7 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
 
 def test_experts_in_several_patterns_stay_dense() -> None:
     of = [Grouping(patterns.parse(text)) for text in ("2:4", "2:4", "1:4")]
-    assert _why_dense(of[:2]) is None and "one packed pattern only" in str(_why_dense(of))
+    assert why_dense(of[:2]) is None and "one packed pattern only" in str(why_dense(of))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gpt2", "mixtral", "gpt-neox"])
