@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from esparse.models import host_memory
+
+APART = 2**17  # bytes; glibc takes smaller tensors from its heap anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class HiddenStateStore:
             place = "disk" if size > host_memory.free_host_bytes() / 4 else "host"
         if place == "disk":
             return self._on_disk
-        return torch.Tensor.cpu if place == "host" else lambda hidden: hidden
+        return _on_host if place == "host" else lambda hidden: hidden
 
     def _on_disk(self, hidden: Tensor) -> Tensor:
         """A copy whose memory is an unnamed file, so that its disk space is freed with the tensor."""
@@ -44,6 +47,21 @@ class HiddenStateStore:
                 raise OSError(f"no room for activations of {hidden.nbytes:,} bytes in {file.name}: {error}") from error
             kept = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return kept.view(hidden.shape).copy_(hidden)
+
+
+def _on_host(hidden: Tensor) -> Tensor:
+    """A copy whose memory belongs to no heap, if it is large.
+
+    On the heap, states that live for a whole block lie between what forward passes free, and keep the holes alive:
+    pruning a model of 135 M parameters on a CPU took 110 MiB more.
+    """
+    if hidden.nbytes < APART or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has none
+        return hidden.cpu()
+    try:
+        memory = mmap.mmap(-1, hidden.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # the system limits how many there may be
+        return hidden.cpu()
+    return torch.frombuffer(memory, dtype=hidden.dtype).view(hidden.shape).copy_(hidden)
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from esparse.evaluate.perplexity import window_losses
 from esparse.metrics.wanda import Wanda
-from esparse.models import host_memory
+from esparse.models import host_memory, offload
 from esparse.models.blocks import BlockModel
 from esparse.models.offload import HiddenStateStore
 from esparse.patterns import NM
@@ -48,13 +48,28 @@ def test_what_lies_on_the_disk_is_a_file_without_a_name(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_large_states_have_memory_of_their_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    values = torch.arange(3 * offload.APART).view(3, -1).T.to(dtype)
+    keep = HiddenStateStore("host").choose(1)
+    kept = keep(values)
+    assert torch.equal(kept, values) and kept.dtype == dtype and kept.data_ptr() != values.data_ptr()
+    small = values[:2]
+    assert keep(small).data_ptr() == small.data_ptr()
+    monkeypatch.setattr(offload.mmap, "mmap", none_left)
+    assert keep(values).data_ptr() == values.data_ptr()
+
+
 @pytest.mark.parametrize(("free", "on_disk"), [(41, False), (39, True)])
 def test_auto_goes_to_the_disk_where_memory_is_short(
     free: int, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda: free)
-    keep = HiddenStateStore("auto", tmp_path).choose(10)
-    assert (keep == torch.Tensor.cpu) is not on_disk
+    kept = HiddenStateStore("auto", tmp_path).choose(10)(torch.randn(2, 3))
+    assert (str(tmp_path) in Path("/proc/self/maps").read_text()) is on_disk, kept
 
 
 def test_no_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
