@@ -29,11 +29,14 @@ class Sweep(Callback):
     """Checks every run of a sweep before the first one starts, and prints one table after the last."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        call.sweep = Path(config.hydra.sweep.dir).name
         call.runs.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
+            call.sweep = Path(config.hydra.sweep.dir).name
             lines: list[str] = []
-            for overrides in _jobs(config):
+            jobs = _jobs(config)
+            if not jobs:
+                raise Mistake("the sweep has no run: a range(...) or glob(...) in it gives no value")
+            for overrides in jobs:
                 call.runs[tuple(overrides)], sentences = _composed(config, overrides)
                 lines += sentences
             if not all(settings["dry_run"] for settings in call.runs.values()):
