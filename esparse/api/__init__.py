@@ -88,9 +88,9 @@ def prune(
     expressions of layer names that stay dense. `device`: the device that computes, block by block, if the model is on
     another one. `progress`: whether to show a bar; None: only on a terminal.
 
-    The model's mode, experts implementation, hooks and requires_grad are restored, also after an exception; the weights
-    of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned and for parts
-    that do not fit each other, OSError and ConnectionError for a text that cannot be read or fetched.
+    The model's mode, experts implementation, hooks, gradients and requires_grad are restored, also after an exception;
+    the weights of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned
+    and for parts that do not fit each other, OSError and ConnectionError for a text that cannot be read or fetched.
     """
     check_model(model)
     check_batch(batch_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -106,22 +106,28 @@ def check_same(model: nn.Module, report: Report) -> None:
 
 @contextmanager
 def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
-    """While open, the model is in evaluation mode, is not compiled, and computes expert by expert.
+    """While open, the model is in evaluation mode, has no gradients, is not compiled, and computes expert by expert.
 
-    Restores its state on exit.
+    Restores its state on exit. A caller's autocast is off meanwhile: results must not depend on it.
     """
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in wanted if parameter.grad is not None}
     switched = experts and _experts(model) is not None
     before = _experts(model)
     try:
         model.eval()
         for module in compiled:
             module._compiled_call_impl = None
+        for parameter in gradients:
+            parameter.grad = None
         if switched:
             model.set_experts_implementation("eager")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         if switched:
@@ -132,6 +138,7 @@ def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
             module._compiled_call_impl = call
         for parameter, required in wanted.items():
             parameter.requires_grad_(required)
+            parameter.grad = gradients.get(parameter)
 
 
 def _experts(model: PreTrainedModel) -> Any:

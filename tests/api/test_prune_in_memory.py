@@ -296,6 +296,23 @@ def test_a_model_that_compiles_itself_is_pruned_as_it_is_and_compiles_again() ->
     assert compiling._compiled_call_impl is not None
 
 
+@pytest.mark.parametrize("how", [{}, {"metric": "gradient", "shuffle": None}, {"recovery": "window"}], ids=str)
+def test_a_caller_may_have_gradients_and_autocast(how: dict[str, Any]) -> None:
+    model, plain = tiny("llama"), tiny("llama")
+    expected = esparse.perplexity(plain, None, TOKENS_SL)
+    pruned(plain, **how)
+    model(input_ids=TOKENS_SL, labels=TOKENS_SL).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert esparse.perplexity(model, None, TOKENS_SL) == expected
+        pruned(model, **how)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients and left.keys() == gradients.keys()
+    assert all(torch.equal(left[name], gradient) for name, gradient in gradients.items())
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "how",
