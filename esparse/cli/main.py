@@ -53,10 +53,14 @@ def exit_code(main: Callable[[], Any]) -> int:
         explanation = (
             None if call.begun else str(error) if isinstance(error, Mistake) else explained(error, sys.argv[1:])
         )
-        if explanation is None or IN_FULL in os.environ:
-            raise
-        print(f"esparse: {explanation}", file=sys.stderr)
-        return MISTAKE
+        if explanation is not None and IN_FULL not in os.environ:
+            print(f"esparse: {explanation}", file=sys.stderr)
+            return MISTAKE
+        if isinstance(error, OSError) and IN_FULL not in os.environ:  # of standard output, on a full disk for instance
+            kept = "; finished runs are kept" if call.begun else ""
+            print(f"esparse: the output cannot be written: {sentence(error)}{kept}", file=sys.stderr)
+            return FAILED
+        raise
     return call.code
 
 

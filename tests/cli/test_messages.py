@@ -181,6 +181,17 @@ def test_a_signal_unwinds_and_is_the_exit_code(
     assert signal.getsignal(number) is before
 
 
+def test_a_full_disk_behind_standard_output_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.argv", ["esparse"])
+    assert exit_code(main) == 1
+    assert capsys.readouterr().err == "esparse: the output cannot be written: No space left on device\n"
+
+
 @pytest.mark.parametrize("word", ["hydra.launcher=a100", "hydra.sweeper=basic", "+hydra.launcher=local"])
 def test_a_group_of_hydras_with_a_dot(word: str) -> None:
     with pytest.raises(Mistake, match=f"hydra/{word.partition('.')[2]} chooses it"):
