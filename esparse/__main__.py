@@ -6,7 +6,8 @@
     esparse --version                                      the version alone
 
 `python -m esparse` and, in a checkout, `python launch.py` are the same command.
-Exit code: 0 all runs finished (now or before), 1 a run failed, 2 a mistake on the command line.
+Exit code: 0 all runs finished (now or before), 1 a run failed, 2 a mistake on the command line, 130 Ctrl-C,
+143 SIGTERM, 129 SIGHUP.
 """
 
 import sys

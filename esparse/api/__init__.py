@@ -25,7 +25,7 @@ from torch import Tensor
 from esparse import patterns
 from esparse.api.method_parts import IMPLIED, option, parts_of, plain
 from esparse.api.pruning_report import Report
-from esparse.api.refusals import as_found, check_kind, check_model, check_same
+from esparse.api.refusals import as_found, check_batch, check_kind, check_model, check_same
 from esparse.api.token_sources import calibration_tokens, in_words, windows
 from esparse.errors import Mistake
 from esparse.export import Finished
@@ -88,11 +88,12 @@ def prune(
     expressions of layer names that stay dense. `device`: the device that computes, block by block, if the model is on
     another one. `progress`: whether to show a bar; None: only on a terminal.
 
-    The model's mode, experts implementation, hooks and requires_grad are restored, also after an exception; the weights
-    of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned and for parts
-    that do not fit each other, OSError and ConnectionError for a text that cannot be read or fetched.
+    The model's mode, experts implementation, hooks, gradients and requires_grad are restored, also after an exception;
+    the weights of blocks that were finished before it are pruned. Raises ValueError for models that cannot be pruned
+    and for parts that do not fit each other, OSError and ConnectionError for a text that cannot be read or fetched.
     """
     check_model(model)
+    check_batch(batch_tokens)
     _check_seed(seed)
     expressions.check("skip", skip)
     asked = {
@@ -151,6 +152,7 @@ def perplexity(
     from esparse.evaluate.whole_model import losses
 
     check_kind(model)
+    check_batch(batch_tokens)
     windows_WL = windows(model, tokenizer, text, length=length, max_tokens=max_tokens)
     device = model.get_input_embeddings().weight.device
     at_once = max(1, (batch_tokens or usual_tokens_at_once(device)) // windows_WL.shape[1])
@@ -182,6 +184,8 @@ def save(
     check_same(model, report)
     if not isinstance(folder, str | Path) or not str(folder).strip():
         raise Mistake(f"folder must name a folder, got {folder!r}")
+    if not isinstance(packed, bool):
+        raise Mistake(f"packed must be True or False, got {packed!r}")
     changes = {"path": str(folder), "dtype": dtype} | ({} if order is None else {"order": order})
     export = option("export", "packed" if packed else "dense", **changes)
     method = report.method
@@ -218,8 +222,6 @@ def _check_seed(seed: Any) -> None:
 
 def _blocks(model: PreTrainedModel, device: str | torch.device | None, batch_tokens: int | None) -> BlockModel:
     computes = model.device if device is None else _device(device)
-    if batch_tokens is not None and batch_tokens < 1:
-        raise Mistake(f"batch_tokens must be positive, got {batch_tokens}")
     return BlockModel(model, device=computes, batch_tokens=batch_tokens or usual_tokens_at_once(computes))
 
 

@@ -57,7 +57,7 @@ def parts_of(asked: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], dict[
             continue
         module, _, base = BASES[group].partition(":")
         if not isinstance(part, getattr(import_module(module), base)):
-            raise Mistake(f"{group} must be the name of an option or an object of a {module}.{base}, got {part!r}")
+            raise Mistake(f"{group} must be the name of an option or an object of {module}.{base}, got {part!r}")
         parts[group], choices[group] = part, class_name(type(part))
         implied |= _implied_by(group, type(part))
     for part in parts.values():

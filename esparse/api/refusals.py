@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from esparse.api.pruning_report import Report
 from esparse.errors import Mistake
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
-
-if TYPE_CHECKING:
-    from esparse.api.pruning_report import Report
 
 
 def check_kind(model: Any) -> None:
@@ -32,6 +30,13 @@ def check_kind(model: Any) -> None:
         raise Mistake(f"a causal language model of transformers was expected, got a {type(model).__name__}{hint}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise Mistake(f"{type(model).__name__} is an encoder with a decoder: esparse prunes decoder-only models")
+
+
+def check_batch(batch_tokens: Any) -> None:
+    if batch_tokens is None:
+        return
+    if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
+        raise Mistake(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
 
 
 def check_model(model: Any) -> None:
@@ -84,6 +89,8 @@ def _is_packed(model: nn.Module) -> bool:
 
 def check_same(model: nn.Module, report: Report) -> None:
     """Raises Mistake if the report belongs to another model, or if pruned weights are no longer zero."""
+    if not isinstance(report, Report):
+        raise Mistake(f"report must be what esparse.prune returned for this model, got {report!r:.60}")
     parameters = dict(model.named_parameters(remove_duplicate=False))  # blocks may share some
     for matrix, _ in report.pruned.groupings:
         parameter = parameters.get(matrix.entry)
@@ -99,22 +106,28 @@ def check_same(model: nn.Module, report: Report) -> None:
 
 @contextmanager
 def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
-    """While open, the model is in evaluation mode, is not compiled, and computes expert by expert.
+    """While open, the model is in evaluation mode, has no gradients, is not compiled, and computes expert by expert.
 
-    Restores its state on exit.
+    Restores its state on exit. A caller's autocast is off meanwhile: results must not depend on it.
     """
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in wanted if parameter.grad is not None}
     switched = experts and _experts(model) is not None
     before = _experts(model)
     try:
         model.eval()
         for module in compiled:
             module._compiled_call_impl = None
+        for parameter in gradients:
+            parameter.grad = None
         if switched:
             model.set_experts_implementation("eager")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         if switched:
@@ -125,6 +138,7 @@ def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
             module._compiled_call_impl = call
         for parameter, required in wanted.items():
             parameter.requires_grad_(required)
+            parameter.grad = gradients.get(parameter)
 
 
 def _experts(model: PreTrainedModel) -> Any:

@@ -47,8 +47,7 @@ def calibration_tokens(
         return [_checked_tokens(model, asked, "calibration", least=1)]
     changes = {k: v for k, v in {"sequences": sequences, "length": length, "seed": seed}.items() if v is not None}
     text, part = _text("calibration", asked, changes)
-    if tokenizer is None:
-        raise Mistake("a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")
+    _check_tokenizer(tokenizer, "a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")
     how = (tokenizer, longest_sequence(model), model.config.model_type)
     parts = (part, *part.further(further))
     samples = [one.sample(*how) if text is None else one.sample_of(text, *how) for one in parts]
@@ -59,11 +58,14 @@ def windows(
     model: PreTrainedModel, tokenizer: Tokenizer | None, asked: Any, *, length: int | None, max_tokens: int | None
 ) -> Tensor:
     if isinstance(asked, Tensor):
+        if length is not None or max_tokens is not None:
+            raise Mistake("length and max_tokens are for texts, and text is windows of tokens already: leave them out")
         return _checked_tokens(model, asked, "text", least=2)
     changes = {k: v for k, v in {"length": length, "max_tokens": max_tokens}.items() if v is not None}
     text, part = _text("evaluate", asked, changes)
-    if tokenizer is None:
-        raise Mistake("a text is measured through a tokenizer: give one, or windows of tokens (windows x length)")
+    _check_tokenizer(
+        tokenizer, "a text is measured through a tokenizer: give one, or windows of tokens (windows x length)"
+    )
     how = (tokenizer, longest_sequence(model), model.config.model_type)
     if text is not None:
         windows_WL = part.windows_of(text, *how)
@@ -72,6 +74,16 @@ def windows(
     else:
         raise Mistake(f"one text is measured at a time, and {asked!r} has {len(part.corpora)}")
     return _checked_tokens(model, windows_WL, "text", least=2)
+
+
+def _check_tokenizer(tokenizer: Any, without: str) -> None:
+    """Raises Mistake for None, with this sentence, and for what is no tokenizer, such as the name of one."""
+    if tokenizer is None:
+        raise Mistake(without)
+    if not callable(tokenizer):
+        raise Mistake(
+            f"tokenizer must be a tokenizer of transformers (AutoTokenizer.from_pretrained), got {tokenizer!r}"
+        )
 
 
 def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | None, Any]:
@@ -87,6 +99,7 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
     if isinstance(asked, Path) or (isinstance(asked, str) and asked not in numbers.names(group)):
         if not (isinstance(asked, Path) or _names_a_file(asked)):
             near = numbers.near(asked, corpora.NAMES)
+            near += "" if near.endswith("?") else "."
             raise Mistake(f"{_short(asked)} is neither a corpus nor a file{near} A text itself comes in a list: [text]")
         return None, option(group, "text", path=str(Path(asked).expanduser()), **changes)
     if isinstance(asked, str):

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import (
@@ -20,12 +21,23 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationKeyError,
+    InterpolationResolutionError,
     OmegaConfBaseException,
     ValidationError,
 )
 
 from esparse.cli import chosen
-from esparse.cli.typed_words import METHOD, SETTING, experiments, flag, parted, with_group
+from esparse.cli.typed_words import (
+    EXPERIMENTS,
+    METHOD,
+    SETTING,
+    SETTINGS,
+    experiments,
+    flag,
+    parted,
+    with_group,
+    with_value,
+)
 from esparse.errors import Mistake
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
@@ -39,10 +51,16 @@ KINDS = (  # of settings, by what OmegaConf says of a value that is none
     ("to string", "a text"),
 )
 
+PATHS = {"model": ("model", "hf"), "calibration": ("text", "text"), "evaluate": ("text", "text")}  # by which option
+FILES = (".gguf", ".txt", ".json", ".jsonl", ".gz", ".parquet")
+
 
 def explained(error: BaseException, words: Sequence[str]) -> str | None:
     """The sentence for a mistake in the typed words; None if the error is not Hydra's."""
     chain = list(_causes(error))
+    for one in chain:
+        if isinstance(one, Mistake):  # of a resolver, inside of OmegaConf's error
+            return str(one)
     for one in chain:
         if isinstance(one, MissingConfigException):
             return _no_option(one, words)
@@ -52,8 +70,8 @@ def explained(error: BaseException, words: Sequence[str]) -> str | None:
             return how_to_write(words) or f"{one.override} cannot be read: settings are written KEY=VALUE"
         if isinstance(one, ConfigKeyError | ConfigAttributeError) and one.full_key:
             return unknown_key(one.full_key, one.object_type, words)
-        if isinstance(one, InterpolationKeyError) and one.full_key:
-            return f"{one.full_key} refers to a setting that there is not ({str(one).splitlines()[0]})"
+        if isinstance(one, InterpolationResolutionError) and one.full_key:
+            return _unresolved(one, words)
         if isinstance(one, ValidationError) and one.full_key:
             return _wrong_value(one, words)
     for one in chain:
@@ -77,6 +95,8 @@ def unknown_key(path: str, owner: Any, words: Sequence[str]) -> str:
     if not above:
         known = [*known, METHOD]
     likely = [f"{where}.{name}" if where else name for name in alike(key, known)]
+    if not above:
+        likely = [f"{group}.{key}" for group in GROUPS if key in _of_group(group)] or likely
     sentence += f": did you mean {' or '.join(likely)}?" if likely else ""
     end = "" if likely else ":"
     if not above:
@@ -115,6 +135,12 @@ def _settings(owner: Any) -> list[str]:
     return [field.name for field in fields(owner) if not field.name.startswith("_")] if is_dataclass(owner) else []
 
 
+def _of_group(group: str) -> set[str]:
+    """The settings that an option of the group has."""
+    classes = _classes(group).values() if ANY not in GROUPS[group].options else [GROUPS[group].component(ANY)]
+    return {setting for component in classes for setting in _settings(component)}
+
+
 def _classes(group: str) -> dict[str, type]:
     """The class of each option with its own class."""
     own = {name: GROUPS[group].component(name) for name in GROUPS[group].options if name not in (ANY, "then")}
@@ -133,6 +159,10 @@ def _option(group: str, owner: Any, words: Sequence[str]) -> str:
 def _no_option(error: MissingConfigException, words: Sequence[str]) -> str:
     """An option, or an experiment (-cn), that there is not."""
     missing = error.missing_cfg_file or ""
+    first, _, path = missing.partition("/")
+    if first in PATHS and ("/" in path or Path(path).suffix in FILES):
+        kind, name = PATHS[first]
+        return f"there is no {first} {path!r}: a {kind} of yours is {first}={name} {first}.path={path}"
     group, _, option = missing.rpartition("/")
     if group and error.options is not None:
         known = sorted(error.options)
@@ -146,9 +176,20 @@ def _no_option(error: MissingConfigException, words: Sequence[str]) -> str:
         return f"there is no {group} {option!r}{likely}{more}{tasks}"
     folder = flag(words, "-cd", "--config-dir")
     known = experiments(folder)
+    if (name := missing.removeprefix(f"{EXPERIMENTS}/")) in experiments(EXPERIMENTS) and folder != EXPERIMENTS:
+        return f"-cn {missing}: experiments lie in a folder, which -cd names: -cd {EXPERIMENTS} -cn {name}"
     hint = near(missing, known) if known else "; -cd FOLDER says where experiments lie"
     more = f" There is {', '.join(known)}" if "mean" in hint else ""
     return f"-cn {missing}: there is no {missing}.yaml in {folder or conf_folder()}{hint}{more}"
+
+
+def _unresolved(error: InterpolationResolutionError, words: Sequence[str]) -> str:
+    """A ${...} without a value, by the word that holds it: other settings may only take their value from that one."""
+    who = next((word for word in parted(words)[1] if "${" in word), str(error.full_key))
+    why = str(error).partition("\n")[0].rpartition("raised while resolving interpolation: ")[2].strip('"')
+    if isinstance(error, InterpolationKeyError):
+        return f"{who} refers to a setting that there is not ({why})"
+    return f"{who} has no value: {why[:1].lower()}{why[1:]}"
 
 
 def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
@@ -205,9 +246,20 @@ def how_to_write(words: Sequence[str]) -> str | None:
         if not equals:
             if word in (*GROUPS, METHOD):
                 return f"{word} needs an option: {word}=..., of which --help lists them all"
+            if word in SETTINGS:
+                return f"{word} is a setting without its value: write {with_value(word)}"
+            if word in experiments(flag(words, "-cd", "--config-dir")):
+                return f"{word} is no setting: the name of an experiment stands behind -cn, as in -cn {word}"
             return f"{word} is no setting: write {with_group(word)}"
-        for parts in ([value], value.split(",")):  # one value, or several of a sweep
-            better = f"{key}=" + ",".join(f'"{part}"' for part in parts)
+        if (full := ",".join(filter(None, value.split(",")))) != value and full and reads(f"{key}={full}"):
+            return f"{word} has a comma without a value beside it: write {key}={full}, and several without spaces"
+        if value.startswith("=") and reads(plain := f"{key}={value.lstrip('=')}"):
+            return f"{word} has more than one =: write {plain}"
+        is_list = value.startswith("[") and value.endswith("]")
+        inside = value[1:-1] if is_list else value
+        for parts in sorted(([inside], inside.split(",")), key=len, reverse=is_list):  # one value, or several
+            texts = ",".join(f'"{part}"' for part in parts)
+            better = f"{key}=[{texts}]" if is_list else f"{key}={texts}"
             if reads(better):
                 return f"= ~ and other signs in a value need quotes inside quotes: '{better}'"
     return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,8 +37,11 @@ def exit_code(main: Callable[[], Any]) -> int:
             log.info("%s stands in front of esparse's own configuration", own)
         for sentence_ in doubled(words):
             log.warning("%s", sentence_)
-        with store_not_copied(), _errors_come_through():
+        with store_not_copied(), _errors_come_through(), _told_to_end():
             main()
+    except _ToldToEnd as told:
+        print(f"esparse: ended by {told.signal.name}; finished runs are kept", file=sys.stderr)
+        return 128 + told.signal
     except SystemExit as stop:
         if stop.code not in (0, None) and not call.begun:
             return MISTAKE
@@ -48,11 +53,47 @@ def exit_code(main: Callable[[], Any]) -> int:
         explanation = (
             None if call.begun else str(error) if isinstance(error, Mistake) else explained(error, sys.argv[1:])
         )
-        if explanation is None or IN_FULL in os.environ:
-            raise
-        print(f"esparse: {explanation}", file=sys.stderr)
-        return MISTAKE
+        if explanation is not None and IN_FULL not in os.environ:
+            print(f"esparse: {explanation}", file=sys.stderr)
+            return MISTAKE
+        if isinstance(error, OSError) and IN_FULL not in os.environ:  # of standard output, on a full disk for instance
+            kept = "; finished runs are kept" if call.begun else ""
+            print(f"esparse: the output cannot be written: {sentence(error)}{kept}", file=sys.stderr)
+            return FAILED
+        raise
     return call.code
+
+
+class _ToldToEnd(SystemExit):
+    """Raised by a signal that asks the process to end, which then unwinds as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """While open, SIGTERM (kill, timeout, a job's end) and SIGHUP (a closed terminal) raise _ToldToEnd.
+
+    Signals that somebody handles or ignores (nohup) are left alone; a second one ends the process at once.
+    """
+
+    def tell(number: int, frame: object) -> None:
+        for signal_ in taken:
+            signal.signal(signal_, signal.SIG_DFL)
+        raise _ToldToEnd(number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
+    taken = [number for number in known if in_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, tell)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

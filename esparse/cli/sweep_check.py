@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,16 +25,25 @@ from esparse.jobs import run_states
 from esparse.records.groups import display_name
 from esparse.records.report import run_id
 
+log = logging.getLogger("esparse")
+
+MANY = 100  # runs, of which the check takes ten seconds and more
+
 
 class Sweep(Callback):
     """Checks every run of a sweep before the first one starts, and prints one table after the last."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        call.sweep = Path(config.hydra.sweep.dir).name
         call.runs.clear()
         with mistakes(), contextlib.suppress(ConfigCompositionException):  # Hydra itself reports those, next
+            call.sweep = Path(config.hydra.sweep.dir).name
             lines: list[str] = []
-            for overrides in _jobs(config):
+            jobs = _jobs(config)
+            if not jobs:
+                raise Mistake("the sweep has no run: a range(...) or glob(...) in it gives no value")
+            if len(jobs) >= MANY:
+                log.info("checking %d runs before the first one begins", len(jobs))
+            for overrides in jobs:
                 call.runs[tuple(overrides)], sentences = _composed(config, overrides)
                 lines += sentences
             if not all(settings["dry_run"] for settings in call.runs.values()):

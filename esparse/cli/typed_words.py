@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -12,11 +13,14 @@ from esparse.errors import Mistake
 from esparse.parts.conf_folder import conf_folder
 from esparse.parts.numbers import names, near
 from esparse.records.groups import GROUPS
+from esparse.run.settings import Experiment
 
 SETTING = re.compile(r"([+~]{0,2})([\w./@:-]+)=(.*)", flags=re.S)
 # Groups of Hydra's own, which are chosen with a slash: a dot would put a text in place of their settings.
 HYDRAS = "launcher|sweeper|job_logging|hydra_logging|help|hydra_help|output|env"
 METHOD = "method"
+KINDS_OF_CALL = ("run", "multirun", "cfg", "info", "shell_completion")
+SETTINGS = {field.name: str(field.type) for field in fields(Experiment) if field.name not in GROUPS}  # of a whole run
 EXPERIMENTS = "experiments"  # the usual folder of -cd
 
 
@@ -42,6 +46,10 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
         action = known.get(name)
         if action is None:
             raise Mistake(_no_flag(word, [flag for flag in known if flag.startswith("--")]))
+        if name in ("-cp", "--config-path"):
+            raise Mistake(
+                f"{name} would put a folder in place of esparse's own configuration: -cd FOLDER adds one to it"
+            )
         flags.append(word)
         alone = not rest or rest[0].startswith("-")
         if alone and action.nargs is None and not has_value:
@@ -49,12 +57,32 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if has_value or action.nargs == 0 or alone:
             continue
         if action.nargs is None or "=" not in rest[0]:  # --info takes a word, or none
+            if action.choices and rest[0] not in action.choices:
+                raise Mistake(f"{word} takes {', '.join(map(str, action.choices))}, got {rest[0]!r}")
             flags.append(rest.pop(0))
+    _check_together(flags)
     return flags, settings
+
+
+def _check_together(flags: Sequence[str]) -> None:
+    """Raises Mistake for flags of which Hydra would take one."""
+    known = get_args_parser()._option_string_actions
+    given: dict[str, list[str]] = {}
+    for word in flags:
+        if (action := known.get(word.partition("=")[0])) is not None:
+            given.setdefault(action.dest, []).append(word)
+    kinds = [words[0] for dest, words in given.items() if dest in KINDS_OF_CALL]
+    if len(kinds) > 1:
+        raise Mistake(f"{' and '.join(kinds)} are different calls: give one of them")
+    for dest, words in given.items():
+        if len(words) > 1 and known[words[0].partition("=")[0]].nargs is None and dest != "info":
+            raise Mistake(f"{words[0].partition('=')[0]} is given twice, and takes one value: leave one out")
 
 
 def _no_flag(word: str, known: list[str]) -> str:
     name, equals, value = word.lstrip("-").partition("=")
+    if (key := name.replace("-", "_")) in SETTINGS and not equals:
+        return f"settings have no dashes: {with_value(key)} in place of {word}"
     if name.partition(".")[0] in (*GROUPS, METHOD) or equals:
         return f"settings have no dashes: {name}={value or 'OPTION'} in place of {word}"
     return f"there is no flag {word}{near(word, known)}"
@@ -91,6 +119,8 @@ def check(words: Sequence[str]) -> None:
             raise Mistake(f"{word} has no setting in front of its =: write {with_group(word[1:])}")
         if given := re.fullmatch(rf"(\+{{0,2}})hydra\.({HYDRAS})=(\w.*)", word):
             raise Mistake(f"hydra/{given[2]}={given[3]} chooses it, with a slash; {word} would change nothing")
+        if word.startswith("~"):
+            _check_taken_away(word)
         match = SETTING.fullmatch(word)
         if match is None or match[2] not in (*GROUPS, METHOD):
             continue
@@ -108,6 +138,23 @@ def check(words: Sequence[str]) -> None:
             raise Mistake(f"{group} takes one of its options, not {option}{other}")
 
 
+def _check_taken_away(word: str) -> None:
+    """Raises Mistake for a ~ in front of a group or a setting of esparse's; Hydra's own may be taken away."""
+    key = word.lstrip("~").partition("=")[0]
+    if key.startswith("hydra"):
+        return
+    neutral = GROUPS[key].neutral if key in GROUPS else None
+    other = (
+        f": {key}={neutral} does nothing"
+        if neutral
+        else ": method=none is the default"
+        if key == METHOD
+        else ", only changed"
+    )
+    what = "group" if key in (*GROUPS, METHOD) else "setting"
+    raise Mistake(f"{word}: a {what} cannot be taken away{other}")
+
+
 def with_group(option: str) -> str:
     """An option as it is chosen, metric=wanda; KEY=VALUE for a word that is none."""
     groups = [name for name, group in GROUPS.items() if option in names(name) and option != group.neutral]
@@ -118,6 +165,10 @@ def in_hydras_words(words: Sequence[str]) -> list[str]:
     """method=null asks for none, which Hydra has no word for; dry_run.device=a100 is dry_run=a100."""
     kept = [word for word in words if word not in ("method=null", "method=none")]
     return [re.sub(r"^dry_run\.device=", "dry_run=", word) for word in kept]
+
+
+def with_value(setting: str) -> str:
+    return f"{setting}={'true' if SETTINGS[setting] in ('bool', 'Any') else 'VALUE'}"
 
 
 def doubled(words: Sequence[str]) -> list[str]:

@@ -61,6 +61,8 @@ class Model:
     trust_remote_code: bool  # whether Python code that comes with a hub model may run
 
     def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise Mistake(f"model.path must name a model of the hub, a folder or a GGUF file, got {self.path!r}")
         if self.dtype not in DTYPES:
             raise Mistake(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.store not in STORES:

@@ -26,20 +26,24 @@ LLAMA = [f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b")]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esparse.packed.memory", description=__doc__)
-    parser.add_argument("models", nargs="*", help="hub names or directories (default: LLaMA-7B to 65B)")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        help="hub names, directories, or options of model= such as llama-7b (default: LLaMA-7B to 65B)",
+    )
     parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m, or n:m+k:256 with outliers")
     parser.add_argument(
         "--quantise", default="", help="none, int8, int4, int3, fp8, nf4, ...: of kept values, with conf/'s groups"
     )
     asked = parser.parse_args(arguments)
-    from esparse.packed import savings  # torch is loaded from here on
-
     try:
         grids = {name: _grid(name) for name in asked.quantise.split(",") if name}
         for text in asked.patterns.split(","):
             coded = str(patterns.from_str(text)) == "dense" and any(grid is not None for grid in grids.values())
             if not patterns.from_str(text).parts() and not coded:
                 raise Mistake(f"{text} is no n:m pattern, and only n:m can be packed, or dense with --quantise")
+        from esparse.packed import savings  # torch is loaded from here on
+
         models = {name.rstrip("/").rpartition("/")[2]: savings.config_of(name) for name in asked.models or LLAMA}
         rows = savings.table(models, asked.patterns.split(","), grids)
     except (ValueError, OSError) as error:

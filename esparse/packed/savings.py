@@ -11,13 +11,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from esparse import patterns
-from esparse.models.load import published_config
+from esparse.models.library_errors import explained
+from esparse.models.load import BUILTIN, published_config
 from esparse.models.matrices import BlockMatrices
 from esparse.models.model_name import check_absent
 from esparse.models.model_parts import find_blocks
 from esparse.packed.sizes import META, Saving, of_codes, of_matrix
+from esparse.parts import numbers
 from esparse.patterns import Pattern
 from esparse.quantise.grids import Grid
+from esparse.records.groups import ANY, GROUPS
 
 # Per cent saved by 2:4 on LLaMA, as E-Sparse publishes it (arXiv 2310.15929, abstract: 42.64 % to 43.52 %).
 PUBLISHED = {"llama-7b": 42.64, "llama-65b": 43.52}
@@ -96,11 +99,20 @@ def table(
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """Raises OSError or ValueError for a name under which there is no configuration."""
+    """Raises OSError or ValueError for a name under which there is no configuration.
+
+    `name`: a directory, a name on the hub, or an option of the command line (llama-7b).
+    """
+    if name in numbers.names("model") and not Path(name).exists():
+        model, _ = numbers.option("model", name, lambda group, _: GROUPS[group].component(ANY), outside=numbers.usual())
+        name = str(BUILTIN) if model.path == "builtin" else model.path
     published, place = published_config(name), Path(name).expanduser()
     if published is None and not place.exists():
         check_absent(name, "the model")
-    return published or AutoConfig.from_pretrained(str(place))
+    try:
+        return published or AutoConfig.from_pretrained(str(place) if place.exists() else name)
+    except (OSError, ValueError) as error:
+        raise explained(name, place.exists(), error) from error
 
 
 def _of_matrix(pattern: Pattern, shape: Sequence[int], dtype: torch.dtype, grid: Grid | None) -> Saving:

@@ -37,6 +37,8 @@ class Settings:
 
 def names(group: str) -> list[str]:
     """All options of a group, including those of plug-ins. Raises Mistake for an unknown group."""
+    if not isinstance(group, str):
+        raise Mistake(f"a group is named by a text, got {group!r}")
     folder = conf_folder() / group
     if not folder.is_dir() or group == "hydra":
         known = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
@@ -86,6 +88,8 @@ def alike(word: str, known: Iterable[str]) -> list[str]:
 
 def settings_of(group: str, name: str, classes: Classes) -> Settings:
     """The contents of an option's files. Raises Mistake for an unknown option."""
+    if not isinstance(name, str):
+        raise Mistake(f"an option of {group} is named by a text, got {name!r}")
     if name not in names(group):
         raise Mistake(f"there is no {group} {name!r}{near(name, names(group))}")
     if (plugin := plugins.of(group).get(name)) is not None:

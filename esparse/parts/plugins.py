@@ -129,7 +129,7 @@ def _check(group: str, name: str, component: Any) -> None:
         return
     module, _, base = BASES[group].partition(":")
     wanted = getattr(import_module(module), base)
-    if not name.isidentifier():
+    if not (isinstance(name, str) and name.isidentifier()):
         raise Mistake(f"the name of a {group} must be one word of letters, digits and underscores, got {name!r}")
     if (conf_folder() / group / f"{name}.yaml").is_file():
         raise Mistake(f"esparse has a {group} {name!r} itself: take another name")

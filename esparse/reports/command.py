@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,13 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked_mean = options.mean or (bool(options.across) and not options.pairs)
             written = latencies(records) if options.latency else write(records, mean=asked_mean, **asked)
             if options.out is None:
-                print(written, end="")
+                print(written, end="", flush=True)
             else:
                 options.out.write_text(written, encoding="utf-8")
     except ValueError as error:
         return stop(str(error), 2)
+    except BrokenPipeError:  # a reader such as `head` that has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 0
     except OSError as error:
-        return stop(f"cannot write {options.out}: {error.strerror or error}", 1)
+        return stop(f"cannot write {options.out or 'the table'}: {error.strerror or error}", 1)
     if options.out is not None:
         what = {"png": "a picture", "html": "a page"}.get(kind, "a table")
         print(f"{options.out}: {what} of {len(records)} run{'s' if len(records) > 1 else ''}")

@@ -60,11 +60,17 @@ MAY_HAVE: dict[str, Any] = {
 def read_records(root: Path) -> list[Record]:
     """All finished records below `root`, each with its `folder`; a damaged one is named on stderr and left out."""
     records = []
+    first: dict[bytes, Path] = {}  # by their contents: a copy or a link would count as one run more in a mean
     # rglob does not go through links, by which runs of several roots may be gathered in one folder
-    for path in sorted({*root.rglob("result.json"), *root.glob("*/result.json")}):
+    for path in sorted(
+        {*root.rglob("result.json"), *root.glob("*/result.json")}, key=lambda path: (len(path.parts), path)
+    ):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            record = json.loads(content.decode("utf-8"))
             fault = _fault(record)
+            if fault is None and first.setdefault(content, path) != path:
+                fault = f"it is {first[content]} once more"
         except (ValueError, RecursionError):
             fault = "it is not whole JSON"
         except OSError as error:

@@ -35,7 +35,9 @@ log = logging.getLogger("esparse")
 
 
 def expanded(path: str) -> str:
-    """The path with the home directory in place of ~. Raises Mistake for an unknown user."""
+    """output_root with the home directory in place of ~. Raises Mistake for an unknown user, and if it is empty."""
+    if not path.strip():  # as a variable of the shell that is not set; a sweep would go to /sweeps
+        raise Mistake(f"output_root must name a folder, got {path!r}")
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:

@@ -296,6 +296,23 @@ def test_a_model_that_compiles_itself_is_pruned_as_it_is_and_compiles_again() ->
     assert compiling._compiled_call_impl is not None
 
 
+@pytest.mark.parametrize("how", [{}, {"metric": "gradient", "shuffle": None}, {"recovery": "window"}], ids=str)
+def test_a_caller_may_have_gradients_and_autocast(how: dict[str, Any]) -> None:
+    model, plain = tiny("llama"), tiny("llama")
+    expected = esparse.perplexity(plain, None, TOKENS_SL)
+    pruned(plain, **how)
+    model(input_ids=TOKENS_SL, labels=TOKENS_SL).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert esparse.perplexity(model, None, TOKENS_SL) == expected
+        pruned(model, **how)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients and left.keys() == gradients.keys()
+    assert all(torch.equal(left[name], gradient) for name, gradient in gradients.items())
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "how",
@@ -451,7 +468,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
     [
         ({"metric": "wandaa"}, "no metric 'wandaa': did you mean wanda"),
         ({"metric": None}, "metric must be the name"),
-        ({"metric": Wanda}, "metric must be the name of an option or an object of a esparse.metrics.Metric"),
+        ({"metric": Wanda}, "metric must be the name of an option or an object of esparse.metrics.Metric"),
         ({"shuffle": Wanda()}, "shuffle must be the name"),
         ({"pattern": "4:2"}, "pattern"),
         ({"metric": "gradient", "prepare": "equalise"}, "use metric.source=block or prepare=none"),
@@ -484,7 +501,9 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:99"}, "GPU"),
-        ({"batch_tokens": 0}, "batch_tokens must be positive"),
+        ({"batch_tokens": 0}, "batch_tokens must be a positive integer"),
+        ({"batch_tokens": 1.5}, "batch_tokens must be a positive integer, got 1.5"),
+        ({"calibration": ""}, r"wikitext2\. A text itself comes in a list"),
     ],
     ids=str,
 )
@@ -494,3 +513,25 @@ def test_arguments_that_make_no_sense_change_nothing(how: dict[str, Any], words:
         esparse.prune(model, None, **{"calibration": TOKENS_SL} | how)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: esparse.perplexity(m, None, TOKENS_SL, length=4), "length and max_tokens are for texts"),
+        (lambda m: esparse.perplexity(m, None, TOKENS_SL, max_tokens=4), "length and max_tokens are for texts"),
+        (lambda m: esparse.perplexity(m, None, TOKENS_SL, batch_tokens=-1), "batch_tokens must be a positive integer"),
+        (lambda m: esparse.perplexity(m, "gpt2", ["a text"]), "must be a tokenizer of transformers.*got 'gpt2'"),
+        (lambda m: esparse.prune(m, "gpt2", calibration=["a text"]), "must be a tokenizer of transformers"),
+        (lambda m: esparse.save(m, None, None, "x"), "report must be what esparse.prune returned.*got None"),
+        (lambda m: esparse.pack(m, {"layers": []}), "report must be what esparse.prune returned"),
+        (lambda m: esparse.save(m, None, pruned(m, shuffle=None), "x", packed="no"), "packed must be True or False"),
+        (lambda m: esparse.option("metric", None), "an option of metric is named by a text, got None"),
+        (lambda m: esparse.option(["metric"], "wanda"), "a group is named by a text"),
+        (lambda m: esparse.register("metric", None, Squares), "must be one word"),
+    ],
+)
+def test_arguments_of_the_other_functions(call: Callable[[PreTrainedModel], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        call(tiny("llama"))
+    assert "\n" not in str(caught.value)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from hydra import compose
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
-from esparse.cli import attempt, registry
+from esparse.cli import attempt, registry, sweep_check
 from esparse.cli.call import FINISHED, Call, call
 from esparse.cli.earlier import differs
 from esparse.cli.help_text import store_not_copied
@@ -186,3 +187,13 @@ def test_hydras_store_is_as_it_was_outside_of_a_call() -> None:
     with store_not_copied():
         assert copy.deepcopy(store) is store
     assert copy.deepcopy(store) is not store
+
+
+def test_a_sweep_of_many_runs_says_that_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sweep_check.log, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(sweep_check, "_jobs", lambda config: [[f"seed={seed}"] for seed in range(1944)])
+    monkeypatch.setattr(sweep_check, "_composed", lambda *_: ({"dry_run": True, "export": {}}, []))
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": "x/sweeps/name"}}})
+    sweep_check.Sweep().on_multirun_start(config)
+    assert said == ["checking 1944 runs before the first one begins"] and len(call.runs) == 1944

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 
 import pytest
 
 from esparse.cli import chosen, registry
-from esparse.cli.hydra_errors import how_to_write
-from esparse.cli.main import log_to_file
+from esparse.cli.hydra_errors import how_to_write, unknown_key
+from esparse.cli.main import exit_code, log_to_file
 from esparse.cli.typed_words import arranged, check, doubled
 from esparse.errors import Mistake
+from esparse.run.settings import Experiment
 from tests.workshop import ROOT, launch
 
 
@@ -30,9 +32,16 @@ from tests.workshop import ROOT, launch
         (["pattern=2:\uff14"], "\uff14 in pattern=2:\uff14 is of full width: write pattern=2:4"),
         (["metric\uff1dwanda"], "is of full width: write metric=wanda"),
         (["model.path=/m\uff14"], """'model.path="/m\uff14"'"""),
+        (["model.skip=[(]"], """'model.skip=["("]'"""),
+        (["model.skip=[(,b=c]"], """'model.skip=["(","b=c"]'"""),
+        (["pattern=2:4,", "4:8"], "pattern=2:4, has a comma without a value beside it: write pattern=2:4"),
+        (["metric==wanda"], "metric==wanda has more than one =: write metric=wanda"),
+        (["dry_run"], "dry_run is a setting without its value: write dry_run=true"),
+        (["-cd", "experiments", "ladder"], "as in -cn ladder"),
     ],
 )
-def test_how_to_write_is_said(words: list[str], better: str) -> None:
+def test_how_to_write_is_said(words: list[str], better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # experiments/ lies there
     assert better in str(how_to_write(words))
 
 
@@ -70,6 +79,9 @@ def test_flags_may_stand_anywhere(words: list[str], flags: list[str]) -> None:
         ("--multirn", "there is no flag --multirn: did you mean --multirun?"),
         ("--metric=wanda", "settings have no dashes: metric=wanda"),
         ("--shuffle", "settings have no dashes: shuffle=OPTION"),
+        ("--dry-run", "settings have no dashes: dry_run=true"),
+        ("--seed", "settings have no dashes: seed=VALUE"),
+        ("--config-path=x", "-cd FOLDER adds one"),
     ],
 )
 def test_a_flag_that_there_is_not(word: str, said: str) -> None:
@@ -84,9 +96,14 @@ def test_a_flag_that_there_is_not(word: str, said: str) -> None:
         (["-cn"], "-cn needs the name of an experiment: -cd experiments -cn NAME; there is ablation, "),
         (["-m", "-cn", "-cd", "experiments"], "-cd experiments -cn NAME; there is ablation, "),
         (["-cd", "-m"], "-cd needs a value behind it: -cd FOLDER"),
+        (["--cfg", "jobs"], "--cfg takes job, hydra, all, got 'jobs'"),
+        (["-m", "--info"], "-m and --info are different calls: give one of them"),
+        (["-cn", "best", "-cn", "real"], "-cn is given twice, and takes one value: leave one out"),
     ],
 )
-def test_a_flag_without_its_value(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_without_its_value_or_with_too_many(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(Mistake) as error:
         arranged(words)
@@ -102,6 +119,9 @@ def test_a_flag_without_its_value(words: list[str], said: str, monkeypatch: pyte
         ("=wanda", "=wanda has no setting in front of its =: write metric=wanda"),
         ("=7", "write KEY=VALUE"),
         ("metric=7", "there is no metric '7'; there is entropy, "),
+        ("~seed", "~seed: a setting cannot be taken away, only changed"),
+        ("~shuffle", "~shuffle: a group cannot be taken away: shuffle=none does nothing"),
+        ("~calibration=builtin", "a group cannot be taken away, only changed"),
     ],
 )
 def test_a_word_that_hydra_would_refuse_in_its_own_words(word: str, said: str) -> None:
@@ -125,6 +145,51 @@ def test_a_word_that_hydra_would_refuse_in_its_own_words(word: str, said: str) -
 def test_the_option_in_force(words: list[str], option: str) -> None:
     registry.register()
     assert list(chosen.options("shuffle", words)) == option.split()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("sequences", "did you mean calibration.sequences?"),
+        ("path", "did you mean model.path or calibration.path or evaluate.path or export.path?"),
+        ("bits", "did you mean quantise.bits?"),
+        ("foo", "there is model, calibration, "),
+    ],
+)
+def test_a_setting_without_its_group(key: str, meant: str) -> None:
+    assert meant in unknown_key(key, Experiment, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_and_is_the_exit_code(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, unwound = signal.getsignal(number), []
+    assert before is signal.SIG_DFL
+
+    def main() -> None:
+        try:
+            signal.raise_signal(number)
+        except SystemExit:
+            unwound.append(number)  # as attempt.py does, which writes status.json then
+            raise
+
+    monkeypatch.setattr("sys.argv", ["esparse"])
+    assert exit_code(main) == 128 + number
+    assert unwound == [number]
+    assert capsys.readouterr().err == f"esparse: ended by {number.name}; finished runs are kept\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_full_disk_behind_standard_output_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.argv", ["esparse"])
+    assert exit_code(main) == 1
+    assert capsys.readouterr().err == "esparse: the output cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("word", ["hydra.launcher=a100", "hydra.sweeper=basic", "+hydra.launcher=local"])
@@ -184,7 +249,14 @@ def test_a_setting_that_is_given_twice() -> None:
         (["rerun=maybe"], "rerun takes true or false, got 'maybe'"),
         (["model.name=[1]"], "model.name takes a text, got '[1]'"),
         (["metric.gamma.x=1"], "metric.gamma is one value"),
-        (["model.name=${foo}"], "model.name refers to a setting that there is not"),
+        (["model.name=${foo}"], "model.name=${foo} refers to a setting that there is not"),
+        (["output_root=${oc.env:NOT_SET}/x"], "output_root=${oc.env:NOT_SET}/x has no value: environment variable"),
+        (["-m", "metric=glob(z*)"], "the sweep has no run: a range(...) or glob(...) in it gives no value"),
+        (["-cn", "ladder"], "experiments lie in a folder, which -cd names: -cd experiments -cn ladder"),
+        (["model=me/Llama-2-7b"], "a model of yours is model=hf model.path=me/Llama-2-7b"),
+        (["calibration=my.txt"], "a text of yours is calibration=text calibration.path=my.txt"),
+        (["-m", "output_root=", "seed=1,2"], "output_root must name a folder, got ''"),
+        (["model=hf", "model.path="], "model.path must name a model"),
     ],
 )
 def test_what_hydra_refuses_is_one_sentence_and_no_traceback(words: list[str], said: str) -> None:

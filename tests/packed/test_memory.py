@@ -74,15 +74,29 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line.split("|")[1:3] for line in lines[2:4]] == [[" small ", " 2:4 "], [" small ", " 8:16+16:256 "]]
 
 
+def test_a_model_by_its_name_on_the_command_line() -> None:
+    assert savings.config_of("llama-7b").hidden_size == 4096
+    assert savings.config_of("tiny").model_type == "llama"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--patterns", "50%"], "no n:m pattern"),
         (["/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["a b"], "a b is neither"),
+        (["EMPTY"], "the model in EMPTY cannot be loaded: "),
     ],
 )
-def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
 

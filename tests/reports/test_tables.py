@@ -16,6 +16,7 @@ from esparse.reports.reading import read_records
 from esparse.reports.tabulate import means, table_of
 from esparse.reports.writing import runs_table
 from tests import forks
+from tests.workshop import ROOT
 
 CHOICES = {"model": "tiny", "calibration": "builtin", "shuffle": "none", "update": "none", "recovery": "none"}
 
@@ -428,6 +429,14 @@ def test_runs_may_be_gathered_by_links(tmp_path):
     assert len(read_records(tmp_path / "one")) == 1
 
 
+def test_a_copy_of_a_run_counts_once(tmp_path, capsys):
+    write(tmp_path, record("a1", pruned=14.0), record("b2", seed=1, pruned=16.0))
+    write(tmp_path / "backup", record("b2", seed=1, pruned=16.0))
+    assert len(read_records(tmp_path)) == 2
+    one, again = (tmp_path / place / "result.json" for place in ("b2", "backup/b2"))
+    assert f"{again} is left out: it is {one} once more" in capsys.readouterr().err
+
+
 def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
     write(tmp_path, record("good"))
     without = copy.deepcopy(record("without"))
@@ -526,6 +535,14 @@ def test_latencies_have_a_table_of_their_own(tmp_path):
     assert command(tmp_path, "--latency", "--format", "csv")[0] == 2
     write(tmp_path / "none", record("c3"))
     assert "ran without bench" in command(tmp_path / "none", "--latency")[2]
+
+
+def test_a_reader_that_has_enough_is_no_mistake(tmp_path):
+    write(tmp_path, *TWO)
+    for out, ends in [("| true", (0, "")), ("> /dev/full", (1, "esparse: cannot write the table: No space left"))]:
+        line = f"{sys.executable} -m esparse.tables {tmp_path} {out}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == ends[0] and done.stderr.startswith(ends[1]), done.stderr
 
 
 def test_command_ends_in_one_sentence_and_a_code(tmp_path):
