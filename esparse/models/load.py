@@ -249,7 +249,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from esparse.models.store import mismatch
+    from esparse.models.store import lacks, mismatch
 
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
     place = _place(model)
@@ -274,11 +274,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     if info["mismatched_keys"]:
         raise Mistake(mismatch(model.path, *max(info["mismatched_keys"])))
     if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise Mistake(
-            f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
-            f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
-        )
+        raise Mistake(lacks(model.path, loaded, info["missing_keys"]))
     return _computable(model, gguf_file.made_plain(loaded, place) if of_blocks else loaded).eval()
 
 
