@@ -80,7 +80,7 @@ def loaded_as(model: PreTrainedModel) -> Callable[[str], set[str]]:
     prefix, state = model.base_model_prefix, model.state_dict()
 
     def names(in_file: str) -> set[str]:
-        conversions = ((renamings, converters), ([], []))
+        conversions: Any = ((renamings, converters), ([], []))
         return {rename_source_key(in_file, *each, prefix, state)[0] for each in conversions}
 
     return names
