@@ -282,7 +282,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
     """The model with its weights on the meta device, and the store that reads them from files."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from esparse.models.checkpoint import Checkpoint
     from esparse.models.store import ShardStore, stays_wide
@@ -296,6 +296,9 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
         )
     skeleton.tie_weights()
+    if skeleton.can_generate():  # an export carries it along: when a chat model ends its answer, for example
+        with contextlib.suppress(OSError):  # without such a file the model's configuration decides, as in transformers
+            skeleton.generation_config = GenerationConfig.from_pretrained(path, revision=model.revision)
     is_wide = stays_wide(skeleton, dtype)
     for owner_name, owner in skeleton.named_modules():
         for own, weight in list(owner.named_parameters(recurse=False)):

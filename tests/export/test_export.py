@@ -530,6 +530,15 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_generation_settings_that_transformers_does_not_save_are_written(tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    blocks.model.generation_config.temperature = 0.7  # without do_sample
+    with pytest.raises(ValueError, match="do_sample"):
+        blocks.model.generation_config.save_pretrained(tmp_path / "other")
+    written(dense(order="physical"), blocks, pruned(blocks), tmp_path)
+    assert loaded(tmp_path / "export").generation_config.temperature == 0.7
+
+
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     """What transformers loads with them, what the mark names, and how many tensors come in order by themselves."""
     blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)

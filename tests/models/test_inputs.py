@@ -128,6 +128,16 @@ def test_shards_that_an_index_tells_wrongly_are_read_block_by_block(
     assert all(torch.equal(found[name], value) for name, value in expected.items() if name in found)
 
 
+@pytest.mark.parametrize("store", ["memory", "shards"])
+def test_generation_settings_come_with_the_model(store: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3], "do_sample": true, "top_p": 0.9}')
+    found = opened(folder, store=store).generation_config
+    assert (found.eos_token_id, found.top_p) == ([0, 3], 0.9)
+    for text in (None, "{"):
+        (folder / "generation_config.json").write_text(text) if text else (folder / "generation_config.json").unlink()
+        assert opened(folder, store=store).generation_config.eos_token_id == 0
+
+
 def quantised(method: str) -> Callable[[Path], None]:
     return lambda folder: edit(folder, quantization_config={"quant_method": method, "bits": 4})
 
