@@ -20,7 +20,19 @@ log = logging.getLogger("esparse")
 CHATS = ("messages", "conversations")  # usual names of columns with chats
 PIECE = 2**20  # characters that are read at a time
 LONGEST_ROW = 2**28  # most characters of a row
-GZIP = b"\x1f\x8b"  # how a file of gzip begins
+# How files begin that are no UTF-8 text: what they are, and what to do.
+SIGNS = {
+    b"\x1f\x8b": "is packed by gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "is packed by zstandard: unpack it (zstd -d)",
+    b"\xfd7zXZ": "is packed by xz: unpack it (xz -d)",
+    b"BZh": "is packed by bzip2: unpack it (bzip2 -d)",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"PAR1": "is a parquet file: let its name end in .parquet",
+    b"%PDF": "is a PDF: give its text (pdftotext)",
+    b"\xff\xfe": "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)",
+}
+NULS = 0.1  # share of characters: more of them are in no text
 
 
 def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
@@ -82,6 +94,11 @@ class Rows:
             if not self.by_row:
                 with self.path.open(encoding="utf-8-sig") as file:
                     while piece := file.read(PIECE):
+                        if piece.count("\0") > NULS * len(piece):
+                            raise Mistake(
+                                f"{self.path} holds NUL characters: it is UTF-16 text, which has to be converted "
+                                "(iconv -f UTF-16LE -t UTF-8), or no text"
+                            )
                         yield piece
                 return
             skipped, held, size, is_first = 0, [], 0, True
@@ -197,9 +214,8 @@ class _Explained:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        if isinstance(error, UnicodeDecodeError) and _begins_with(self.path, GZIP):
-            or_name = "" if self.path.suffix.lower() == ".txt" else f", or name it {self.path.name}.gz"
-            raise Mistake(f"{self.path} is packed by gzip: unpack it{or_name}") from error
+        if isinstance(error, UnicodeDecodeError) and (what := _other_kind(self.path)):
+            raise Mistake(f"{self.path} {what}") from error
         if isinstance(error, UnicodeDecodeError):
             raise Mistake(
                 f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
@@ -211,9 +227,13 @@ class _Explained:
             ) from error
 
 
-def _begins_with(path: Path, sign: bytes) -> bool:
+def _other_kind(path: Path) -> str:
+    """What a file is that is no UTF-8 text, and what to do; empty if its beginning does not tell."""
     with path.open("rb") as file:
-        return file.read(len(sign)) == sign
+        begin = file.read(max(map(len, SIGNS)))
+    said = next((said for sign, said in SIGNS.items() if begin.startswith(sign)), "")
+    or_name = f", or name it {path.name}.gz" if "gzip" in said and path.suffix.lower() != ".txt" else ""
+    return said + or_name
 
 
 def _message(one: Any) -> dict[str, Any]:

@@ -115,6 +115,35 @@ def test_gzip_under_another_name_is_told(tmp_path, name, said):
     assert "is packed by gzip" in str(raised.value) and str(raised.value).endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("begin", "said"),
+    [
+        (b"\x28\xb5\x2f\xfd", "is packed by zstandard: unpack it (zstd -d)"),
+        (b"\xfd7zXZ\x00", "is packed by xz: unpack it (xz -d)"),
+        (b"BZh9", "is packed by bzip2: unpack it (bzip2 -d)"),
+        (b"PK\x03\x04", "is a zip archive: unpack it"),
+        (b"PAR1", "is a parquet file: let its name end in .parquet"),
+        (b"%PDF-1.4", "is a PDF: give its text (pdftotext)"),
+        (b"\xff\xfe", "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_what_is_no_text_is_called_what_it_is(tmp_path, name, begin, said):
+    (tmp_path / name).write_bytes(begin + b"\xff\xfe\xfd" * 9)
+    with pytest.raises(Mistake) as raised:
+        texts_of(tmp_path / name, "text")
+    assert str(raised.value) == f"{tmp_path / name} {said}"
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-be"])
+def test_wide_characters_without_a_mark_are_no_text_of_nul_characters(tmp_path, codec):
+    (tmp_path / "a.txt").write_bytes("A text of one word after the other.".encode(codec))  # which is UTF-8, too
+    with pytest.raises(Mistake, match="holds NUL characters: it is UTF-16 text, which has to be converted"):
+        texts_of(tmp_path / "a.txt", "text")
+    (tmp_path / "a.txt").write_text("A text of one word\0 after the other. " * 9)  # a scratch of a crawl
+    assert texts_of(tmp_path / "a.txt", "text")
+
+
 ROWS = [{"text": "one"}, {"text": None}, {"text": "two\n"}, {"text": "  "}, {"text": ""}, {"text": "three"}]
 
 

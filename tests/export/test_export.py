@@ -26,6 +26,7 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
+from esparse.models.matrices import Matrix
 from esparse.models.reorder import Reordered, reorder
 from esparse.packed import layer as packed_layer
 from esparse.packed.checksums import checksum
@@ -171,7 +172,8 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
 
 
 def test_experts_in_several_patterns_stay_dense() -> None:
-    of = [Grouping(patterns.parse(text)) for text in ("2:4", "2:4", "1:4")]
+    expert = Matrix("experts", torch.nn.Parameter(torch.ones(3, 2, 4)), transposed=False, expert=0)
+    of = [(expert, Grouping(patterns.parse(text))) for text in ("2:4", "2:4", "1:4")]
     assert why_dense(of[:2]) is None and "one packed pattern only" in str(why_dense(of))
 
 
