@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from esparse.data.chats import messages
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
@@ -74,6 +75,11 @@ class Rows:
                 f"expected a file that ends in one of {', '.join(ENDINGS)}, got {path.name}: convert or rename it"
             )
         self._read = _READERS.get(kind)
+        if self.render is not None and self._read is None:
+            raise Mistake(
+                f"{self.group}.chat=true renders the rows of {', '.join(_READERS)}, and {path.name} has no rows: leave "
+                "it out"
+            )
 
     @property
     def by_row(self) -> bool:
@@ -123,9 +129,13 @@ class Rows:
 
     def text(self, number: int, value: Any) -> str:
         """The text of one row; raises Mistake if it is no text."""
-        if self.render is not None and isinstance(value, list):
+        if self.render is not None:
             try:
-                value = self.render([_message(one) for one in value])
+                value = messages(value)
+            except Mistake as cause:
+                raise Mistake(f"{self.path}, row {number}: {cause}") from cause
+            try:
+                value = self.render(value)
             except Exception as cause:  # templates raise many types
                 raise Mistake(
                     f"{self.path}, row {number}: the tokenizer's chat template does not take this chat ({cause})"
@@ -234,16 +244,6 @@ def _other_kind(path: Path) -> str:
     said = next((said for sign, said in SIGNS.items() if begin.startswith(sign)), "")
     or_name = f", or name it {path.name}.gz" if "gzip" in said and path.suffix.lower() != ".txt" else ""
     return said + or_name
-
-
-def _message(one: Any) -> dict[str, Any]:
-    """A message in the form of chat templates; also converts ShareGPT's form with `from` and `value`."""
-    if isinstance(one, dict) and "from" in one and "role" not in one:
-        roles = {"human": "user", "gpt": "assistant"}
-        return {"role": roles.get(one["from"], one["from"]), "content": one.get("value")}
-    if not isinstance(one, dict):
-        raise Mistake(f"expected messages with role and content, got a {type(one).__name__}")
-    return {key: value for key, value in one.items() if value is not None}  # parquet fills missing keys with null
 
 
 def _json(rows: Rows) -> Iterator[tuple[int, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -198,6 +199,37 @@ def test_chats_are_rendered_if_that_is_asked_for(tmp_path, kind, column, chat):
     assert "".join(Rows(file, "text", render=render).pieces()) == "<user>Hi<assistant>Ho\n\n<user>Hi<assistant>Ho"
     with pytest.raises(ValueError, match=r"evaluate\.chat=true to render chats"):
         list(Rows(file, "text", "evaluate").pieces())
+
+
+def test_a_chat_may_be_json_in_a_text_and_its_content_parts_of_text(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, CHAT[1]]
+    rows = [{"messages": json.dumps(CHAT)}, {"messages": parts}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Rows(
+        tmp_path / "a.jsonl", "text", render=lambda chat: "".join(f"<{m['role']}>{m['content']}" for m in chat)
+    )
+    assert "".join(found.pieces()) == "<user>Hi<assistant>Ho\n\n<user>Hi<assistant>Ho"
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        ("Hi there.", "row 1: expected messages with role and content, got a value of type str"),
+        (["Hi", "Ho"], "expected messages with role and content, got a str"),
+        ([{"content": "Hi"}], "expected messages with role and content, got one with 'content'"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part of type image, and only text is"),
+    ],
+)
+def test_a_row_that_is_no_chat_of_text_is_refused(tmp_path, chat, said):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
+    with pytest.raises(Mistake, match=re.escape(said)):
+        list(Rows(tmp_path / "a.jsonl", "messages", render=str).pieces())
+
+
+def test_a_text_has_no_chats(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(Mistake, match=r"evaluate\.chat=true renders the rows of \.jsonl, .* and a\.txt has no rows"):
+        Rows(tmp_path / "a.txt", "text", "evaluate", render=str)
 
 
 def test_a_template_that_fails_names_the_row(tmp_path):
