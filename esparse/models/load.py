@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.models import gguf_file
 from esparse.models.library_errors import explained
-from esparse.models.model_files import VOCABULARIES
+from esparse.models.model_files import VOCABULARIES, json_object
 from esparse.parts import expressions
 
 if TYPE_CHECKING:
@@ -217,6 +217,11 @@ def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if not ranks.leads:
         return
     say_not_loaded(loaded)
+    if (settings := _place(model) / "generation_config.json").is_file():
+        try:
+            json_object(settings)
+        except Mistake as error:  # transformers passes over it without a word
+            log.warning("%s; until then those of config.json are taken, also into exports", error)
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         log.warning(

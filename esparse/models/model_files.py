@@ -28,17 +28,17 @@ def shards_of(folder: Path) -> list[Path]:
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "merges.txt", *VOCABULARIES, *NAMES):
         _check_is_itself(folder / name)
     if (folder / "adapter_config.json").is_file():
-        raise Mistake(adapter(str(folder), _object(folder / "adapter_config.json")))
+        raise Mistake(adapter(str(folder), json_object(folder / "adapter_config.json")))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model directory: it has no config.json{_other_format(folder)}")
-    _object(folder / "config.json")
+    json_object(folder / "config.json")
     entry = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if entry is None:
         raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin{_other_format(folder)}")
     shards = [entry]
     if entry.name.endswith(".index.json"):
         try:
-            shards = [folder / name for name in sorted(set(_object(entry)["weight_map"].values()))]
+            shards = [folder / name for name in sorted(set(json_object(entry)["weight_map"].values()))]
         except (KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{entry} is damaged: it is not the index of a checkpoint ({error!r})") from error
     for shard in shards:
@@ -51,7 +51,7 @@ def shards_of(folder: Path) -> list[Path]:
     return shards
 
 
-def _object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; raises Mistake if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

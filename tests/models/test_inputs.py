@@ -129,13 +129,14 @@ def test_shards_that_an_index_tells_wrongly_are_read_block_by_block(
 
 
 @pytest.mark.parametrize("store", ["memory", "shards"])
-def test_generation_settings_come_with_the_model(store: str, folder: Path) -> None:
+def test_generation_settings_come_with_the_model(store: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3], "do_sample": true, "top_p": 0.9}')
     found = opened(folder, store=store).generation_config
     assert (found.eos_token_id, found.top_p) == ([0, 3], 0.9)
     for text in (None, "{"):
         (folder / "generation_config.json").write_text(text) if text else (folder / "generation_config.json").unlink()
         assert opened(folder, store=store).generation_config.eos_token_id == 0
+        assert ("generation_config.json is damaged: it is no JSON" in caplog.text) == bool(text)
 
 
 def quantised(method: str) -> Callable[[Path], None]:
