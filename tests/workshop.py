@@ -34,6 +34,8 @@ def furnished(folder: Path, *, blocks: int) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUILTIN / name, folder / "model")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    (folder / "held").mkdir()
+    (folder / "held" / "text.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
     return folder
 
 
@@ -47,7 +49,7 @@ def small_run(workshop: Path, output_root: Path) -> list[str]:
         "calibration.sequences=4",
         "calibration.length=16",
         "evaluate=text",
-        f"evaluate.path={workshop / 'text.txt'}",
+        f"evaluate.path={workshop / 'held' / 'text.txt'}",
         "evaluate.length=32",
         "evaluate.max_tokens=128",
         "tracking=none",

@@ -31,6 +31,7 @@ from esparse.errors import Mistake
 from esparse.export import Finished
 from esparse.export.in_memory import pack_layers
 from esparse.models.blocks import BlockModel
+from esparse.models.damage import not_finite
 from esparse.models.load import usual_tokens_at_once
 from esparse.parts import expressions
 from esparse.parts.plugins import register
@@ -159,7 +160,8 @@ def perplexity(
     with as_found(model, experts=False):
         losses_W = losses(model, windows_WL, at_once)
     if not torch.isfinite(losses_W).all():
-        raise ValueError("the perplexity is not a finite number: the model's logits hold NaN or Inf")
+        what = "the perplexity is not a finite number: the model's logits hold NaN or Inf"
+        raise not_finite(what, model.named_parameters())
     return of_losses(losses_W)
 
 

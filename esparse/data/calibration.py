@@ -5,6 +5,7 @@ Shapes: S sequences, L tokens of each.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from esparse.errors import Mistake
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+log = logging.getLogger("esparse")
 
 SPARE = 16  # a stream of documents has this many times the requested tokens, if the corpus is large enough
 
@@ -95,5 +98,14 @@ class Calibration:
                 f"the built-in corpus has {len(tokens_T):,} tokens to calibrate on, fewer than the {count} x {length} "
                 "that calibration.sequences and calibration.length ask for: ask for fewer, or give a longer text "
                 "(calibration=text calibration.path=FILE)"
+            )
+        if len(tokens_T) < count * length:
+            log.warning(
+                "the calibration corpus %s has %s tokens, and %d sequences of %d are asked for: they overlap, so that "
+                "parts of it count several times; use a longer text or fewer sequences",
+                corpus.name,
+                f"{len(tokens_T):,}",
+                count,
+                length,
             )
         return tokens.random_windows(tokens_T, **how)

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from esparse.data.chats import messages
 from esparse.errors import Mistake
 
 log = logging.getLogger("esparse")
@@ -20,7 +21,19 @@ log = logging.getLogger("esparse")
 CHATS = ("messages", "conversations")  # usual names of columns with chats
 PIECE = 2**20  # characters that are read at a time
 LONGEST_ROW = 2**28  # most characters of a row
-GZIP = b"\x1f\x8b"  # how a file of gzip begins
+# How files begin that are no UTF-8 text: what they are, and what to do.
+SIGNS = {
+    b"\x1f\x8b": "is packed by gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "is packed by zstandard: unpack it (zstd -d)",
+    b"\xfd7zXZ": "is packed by xz: unpack it (xz -d)",
+    b"BZh": "is packed by bzip2: unpack it (bzip2 -d)",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"PAR1": "is a parquet file: let its name end in .parquet",
+    b"%PDF": "is a PDF: give its text (pdftotext)",
+    b"\xff\xfe": "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)",
+}
+NULS = 0.1  # share of characters: more of them are in no text
 
 
 def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
@@ -62,6 +75,11 @@ class Rows:
                 f"expected a file that ends in one of {', '.join(ENDINGS)}, got {path.name}: convert or rename it"
             )
         self._read = _READERS.get(kind)
+        if self.render is not None and self._read is None:
+            raise Mistake(
+                f"{self.group}.chat=true renders the rows of {', '.join(_READERS)}, and {path.name} has no rows: leave "
+                "it out"
+            )
 
     @property
     def by_row(self) -> bool:
@@ -82,6 +100,11 @@ class Rows:
             if not self.by_row:
                 with self.path.open(encoding="utf-8-sig") as file:
                     while piece := file.read(PIECE):
+                        if piece.count("\0") > NULS * len(piece):
+                            raise Mistake(
+                                f"{self.path} holds NUL characters: it is UTF-16 text, which has to be converted "
+                                "(iconv -f UTF-16LE -t UTF-8), or no text"
+                            )
                         yield piece
                 return
             skipped, held, size, is_first = 0, [], 0, True
@@ -106,9 +129,13 @@ class Rows:
 
     def text(self, number: int, value: Any) -> str:
         """The text of one row; raises Mistake if it is no text."""
-        if self.render is not None and isinstance(value, list):
+        if self.render is not None:
             try:
-                value = self.render([_message(one) for one in value])
+                value = messages(value)
+            except Mistake as cause:
+                raise Mistake(f"{self.path}, row {number}: {cause}") from cause
+            try:
+                value = self.render(value)
             except Exception as cause:  # templates raise many types
                 raise Mistake(
                     f"{self.path}, row {number}: the tokenizer's chat template does not take this chat ({cause})"
@@ -197,9 +224,8 @@ class _Explained:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        if isinstance(error, UnicodeDecodeError) and _begins_with(self.path, GZIP):
-            or_name = "" if self.path.suffix.lower() == ".txt" else f", or name it {self.path.name}.gz"
-            raise Mistake(f"{self.path} is packed by gzip: unpack it{or_name}") from error
+        if isinstance(error, UnicodeDecodeError) and (what := _other_kind(self.path)):
+            raise Mistake(f"{self.path} {what}") from error
         if isinstance(error, UnicodeDecodeError):
             raise Mistake(
                 f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
@@ -211,19 +237,13 @@ class _Explained:
             ) from error
 
 
-def _begins_with(path: Path, sign: bytes) -> bool:
+def _other_kind(path: Path) -> str:
+    """What a file is that is no UTF-8 text, and what to do; empty if its beginning does not tell."""
     with path.open("rb") as file:
-        return file.read(len(sign)) == sign
-
-
-def _message(one: Any) -> dict[str, Any]:
-    """A message in the form of chat templates; also converts ShareGPT's form with `from` and `value`."""
-    if isinstance(one, dict) and "from" in one and "role" not in one:
-        roles = {"human": "user", "gpt": "assistant"}
-        return {"role": roles.get(one["from"], one["from"]), "content": one.get("value")}
-    if not isinstance(one, dict):
-        raise Mistake(f"expected messages with role and content, got a {type(one).__name__}")
-    return {key: value for key, value in one.items() if value is not None}  # parquet fills missing keys with null
+        begin = file.read(max(map(len, SIGNS)))
+    said = next((said for sign, said in SIGNS.items() if begin.startswith(sign)), "")
+    or_name = f", or name it {path.name}.gz" if "gzip" in said and path.suffix.lower() != ".txt" else ""
+    return said + or_name
 
 
 def _json(rows: Rows) -> Iterator[tuple[int, Any]]:

@@ -12,10 +12,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from esparse.errors import Mistake
 from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
+from esparse.models.damage import of_ends
 
 Tokens = tuple[int, ...]
 BUCKET = 16  # inputs are padded to a multiple of this many tokens
@@ -49,7 +49,7 @@ def log_likelihoods(
     for other in ranks.gather(found):
         found |= other
     if not all(math.isfinite(value) for value, _ in found.values()):
-        raise Mistake("the likelihood of an answer is not a finite number: the model's logits hold NaN or Inf")
+        raise of_ends(blocks, "the likelihood of an answer is not a finite number: the model's logits hold NaN or Inf")
     return [found[index] for index in range(len(requests))]
 
 

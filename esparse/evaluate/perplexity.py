@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esparse.errors import Mistake
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
+from esparse.models.damage import of_ends
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def window_losses(
             losses += mean_losses(activations.logits_in_parts(batch, ids_BL), ids_BL)
     losses_W = blocks.ranks.joined(torch.tensor(losses, dtype=torch.float64))
     if not torch.isfinite(losses_W).all():
-        raise Mistake("the perplexity is not a finite number: the model's logits hold NaN or Inf")
+        raise of_ends(blocks, "the perplexity is not a finite number: the model's logits hold NaN or Inf")
     return losses_W
 
 

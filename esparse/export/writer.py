@@ -96,7 +96,10 @@ class Draft:
         if quantization is not None:
             config |= {"quantization_config": quantization, "transformers_weights": WITHOUT_ESPARSE}
         if model.can_generate():
-            model.generation_config.save_pretrained(self.folder)
+            try:
+                model.generation_config.save_pretrained(self.folder)
+            except ValueError:  # such as a temperature without do_sample, which transformers loads and does not save
+                model.generation_config.to_json_file(self.folder / "generation_config.json")
         if self.run.tokenizer is not None:  # a caller of the Python API may have none
             self.run.tokenizer.save_pretrained(self.folder)
         self._copy_beside(model)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esparse.errors import Mistake
 from esparse.linalg import all_finite, finite
-from esparse.models import host_memory
+from esparse.models import damage, host_memory
 from esparse.models.blocks import BlockModel
 from esparse.models.calls import Call, Carried, Returned, alike
 from esparse.models.forward_check import check
@@ -47,7 +46,7 @@ class Activations:
         # for all pending work of the device.
         self._sent: tuple[int, dict[int, Tensor]] = (-1, {})
         self._keep: Callable[[Tensor], Tensor] | None = None
-        cpu = torch.device("cpu")
+        cpu, are_finite = torch.device("cpu"), []
         with blocks.ends_resident():
             for tokens_BL in blocks.micro_batches(tokens_SL, sequences_at_once):
                 entered = blocks.enter(tokens_BL)
@@ -66,6 +65,9 @@ class Activations:
                     carried = Carried({}, alike(carried.shared, self._carried[0].shared))
                 self._calls.append(calls)
                 self._carried.append(carried)
+                are_finite.append(finite(entered.hidden))
+        if are_finite and not bool(torch.stack(are_finite).all()):  # read at the end, as in `_outputs`
+            raise damage.of_ends(blocks, "the hidden states in front of the first block hold NaN or Inf")
         self._first = list(self._carried)  # as the model passes it to the first block
 
     def observe(self, index: int) -> None:
@@ -154,10 +156,7 @@ class Activations:
 
     def _check(self, index: int, is_finite: bool) -> None:
         if not is_finite:
-            raise Mistake(
-                f"the output of {self.blocks.prefix}.{index} holds NaN or Inf; if the model is in float16, try "
-                "model.dtype=bfloat16 or float32, otherwise its weights are damaged"
-            )
+            raise damage.of_block(self.blocks, index)
 
     def saved(self) -> list[Tensor] | None:
         """The whole stream as tensors for `restore`; None if it has other values than tensors in known containers."""

@@ -351,6 +351,11 @@ class BlockModel:
         versions = {name: parameter._version for name, parameter in self.model.named_parameters()}
         for prefix, blocks in candidates.items():
             self.prefix, self.blocks = prefix, blocks
+            if len(set(blocks)) < len(blocks):
+                raise UnsupportedModel(
+                    f"some of {prefix} are one and the same block, which runs several times: it gets other inputs each "
+                    "time, and esparse can prune a block for one of them only"
+                )
             returned: list[Output] = []
 
             def observe(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

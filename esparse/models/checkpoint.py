@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,9 @@ from torch import Tensor
 from esparse.errors import Mistake
 from esparse.models.model_files import NAMES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Checkpoint:
     """A model's weights on disk; `files` maps each tensor's name to its file."""
@@ -22,11 +25,8 @@ class Checkpoint:
     def __init__(self, entry: Path) -> None:
         """`entry`: the file with all weights, or the index of several files."""
         self.paths = paths(entry)
-        if entry.name.endswith(".index.json"):
-            parts = json.loads(entry.read_text())["weight_map"]
-            self.files = {name: entry.parent / part for name, part in parts.items()}
-        else:
-            self.files = dict.fromkeys(shapes(entry), entry)
+        # The shards say what is in them, as transformers has it: an index may be older than they are.
+        self.files = {name: path for path in self.paths for name in shapes(path)}
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor, without reading any."""
@@ -67,6 +67,23 @@ def find(path: str, **where: Any) -> Path | None:
         if entry is not None:
             return entry
     return None
+
+
+def loaded_as(model: PreTrainedModel) -> Callable[[str], set[str]]:
+    """Under which names of its state dict transformers may load a tensor of a checkpoint into the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def names(in_file: str) -> set[str]:
+        conversions: Any = ((renamings, converters), ([], []))
+        return {rename_source_key(in_file, *each, prefix, state)[0] for each in conversions}
+
+    return names
 
 
 @contextmanager

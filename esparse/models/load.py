@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.models import gguf_file
 from esparse.models.library_errors import explained
-from esparse.models.model_files import VOCABULARIES
+from esparse.models.model_files import VOCABULARIES, json_object
 from esparse.parts import expressions
 
 if TYPE_CHECKING:
@@ -219,6 +219,11 @@ def _say(model: Model, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if not ranks.leads:
         return
     say_not_loaded(loaded)
+    if (settings := _place(model) / "generation_config.json").is_file():
+        try:
+            json_object(settings)
+        except Mistake as error:  # transformers passes over it without a word
+            log.warning("%s; until then those of config.json are taken, also into exports", error)
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         log.warning(
@@ -251,7 +256,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from esparse.models.store import mismatch
+    from esparse.models.store import lacks, mismatch
 
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
     place = _place(model)
@@ -276,11 +281,7 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
     if info["mismatched_keys"]:
         raise Mistake(mismatch(model.path, *max(info["mismatched_keys"])))
     if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise Mistake(
-            f"the checkpoint {model.path} lacks {len(info['missing_keys'])} weights that "
-            f"{type(loaded).__name__} needs ({some}, ...): it is incomplete or of another architecture"
-        )
+        raise Mistake(lacks(model.path, loaded, info["missing_keys"]))
     return _computable(model, gguf_file.made_plain(loaded, place) if of_blocks else loaded).eval()
 
 
@@ -288,7 +289,7 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
     """The model with its weights on the meta device, and the store that reads them from files."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from esparse.models.checkpoint import Checkpoint
     from esparse.models.store import ShardStore, stays_wide
@@ -302,6 +303,9 @@ def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) 
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
         )
     skeleton.tie_weights()
+    if skeleton.can_generate():  # an export carries it along: when a chat model ends its answer, for example
+        with contextlib.suppress(OSError):  # without such a file the model's configuration decides, as in transformers
+            skeleton.generation_config = GenerationConfig.from_pretrained(path, revision=model.revision)
     is_wide = stays_wide(skeleton, dtype)
     for owner_name, owner in skeleton.named_modules():
         for own, weight in list(owner.named_parameters(recurse=False)):

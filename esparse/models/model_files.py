@@ -25,31 +25,41 @@ def shards_of(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError or ValueError if it lacks one of its files, or holds something else than a model.
     """
+    for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "merges.txt", *VOCABULARIES, *NAMES):
+        _check_is_itself(folder / name)
     if (folder / "adapter_config.json").is_file():
-        raise Mistake(adapter(str(folder), json.loads((folder / "adapter_config.json").read_text())))
+        raise Mistake(adapter(str(folder), json_object(folder / "adapter_config.json")))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model directory: it has no config.json{_other_format(folder)}")
-    for name in ("config.json", "tokenizer_config.json", "merges.txt", *VOCABULARIES):
-        if (folder / name).is_file():
-            _check_no_pointer(folder / name)
+    json_object(folder / "config.json")
     entry = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if entry is None:
         raise FileNotFoundError(f"{folder} has no weights: neither *.safetensors nor *.bin{_other_format(folder)}")
     shards = [entry]
     if entry.name.endswith(".index.json"):
-        _check_no_pointer(entry)
         try:
-            shards = [folder / name for name in sorted(set(json.loads(entry.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = [folder / name for name in sorted(set(json_object(entry)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{entry} is damaged: it is not the index of a checkpoint ({error!r})") from error
+    for shard in shards:
+        _check_is_itself(shard)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:3])} ({entry.name} names them)"
         )
-    for shard in shards:
-        _check_no_pointer(shard)
     return shards
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises Mistake if there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Mistake(f"{file} is damaged: it is no JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise Mistake(f"{file} is damaged: expected one JSON object, got a {type(found).__name__}: copy it again")
+    return found
 
 
 def adapter(asked: str, config: Mapping[str, Any]) -> str:
@@ -77,7 +87,15 @@ def check_decoder_only(asked: str, config: Mapping[str, Any]) -> None:
         raise Mistake(f"{asked} is an encoder with a decoder ({kind}): esparse prunes decoder-only models")
 
 
-def _check_no_pointer(file: Path) -> None:
+def _check_is_itself(file: Path) -> None:
+    """Raises FileNotFoundError for a link to nothing, and Mistake for a pointer of Git LFS; a file may be missing."""
+    if file.is_symlink() and not file.exists():
+        raise FileNotFoundError(
+            f"{file} is a link to {file.readlink()}, where nothing is: a hub's cache keeps the files in its folder "
+            "blobs, so copy what the links name (cp -rL), or fetch it again"
+        )
+    if not file.is_file():
+        return
     with file.open("rb") as read:
         if read.read(len(POINTER)) == POINTER:
             raise Mistake(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esparse.models.checkpoint import Checkpoint, find, opened
+from esparse.models.checkpoint import Checkpoint, find, loaded_as, opened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +86,6 @@ def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
     For example draft layers for predicting several tokens, or the vision tower beside a text model. The checkpoint is
     None if there is none that can be read tensor by tensor.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     name = model.name_or_path
     commit = getattr(model.config, "_commit_hash", None)
     try:
@@ -97,16 +94,8 @@ def not_loaded(model: PreTrainedModel) -> tuple[Checkpoint | None, list[str]]:
         names = [] if checkpoint is None else sorted(checkpoint.files)
     except (OSError, ValueError):
         return None, []
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    state = model.state_dict()
-
-    def is_loaded(name: str) -> bool:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        return renamed in state or rename_source_key(name, [], [], model.base_model_prefix, state)[0] in state
-
-    return checkpoint, [name for name in names if not OLD_BUFFERS.search(name) and not is_loaded(name)]
+    as_loaded, state = loaded_as(model), model.state_dict()
+    return checkpoint, [n for n in names if not OLD_BUFFERS.search(n) and state.keys().isdisjoint(as_loaded(n))]
 
 
 def say_not_loaded(model: PreTrainedModel) -> None:

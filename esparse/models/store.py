@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter
 
 from esparse.errors import Mistake
 from esparse.models import host_memory
-from esparse.models.checkpoint import Checkpoint, opened
+from esparse.models.checkpoint import Checkpoint, loaded_as, opened
 from esparse.parallel.ranks import Ranks
 from esparse.records.report import write_whole
 
@@ -43,6 +43,16 @@ def mismatch(asked: str, name: str, shape: Iterable[int], here: Iterable[int]) -
     return (
         f"{name} is {list(shape)} in the checkpoint {asked}, and {list(here)} by its config.json: one of the two files "
         "is another model's, or config.json was edited (vocab_size, hidden_size, ...); copy both again"
+    )
+
+
+def lacks(asked: str, model: nn.Module, names: Iterable[str]) -> str:
+    """The sentence about weights that the checkpoint does not have."""
+    missing = sorted(names)
+    some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return (
+        f"the checkpoint {asked} lacks {len(missing)} weights that {type(model).__name__} needs ({some}): it is "
+        "incomplete or of another architecture"
     )
 
 
@@ -212,10 +222,12 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
+    missing: list[list[str]] = []
     for names in aliases.values():
         stored = [file_name for name in names if (file_name := in_file(name)) is not None]
         if not stored:
-            raise Mistake(f"the checkpoint has no weight {names[0]} under the model's name for it; {INSTEAD}")
+            missing.append(names)
+            continue
         shape = skeleton.get_parameter(names[0]).shape
         if any(shapes[file_name] != shape for file_name in stored):
             sentence = mismatch(str(checkpoint.paths[0].parent), names[0], shapes[stored[0]], shape)
@@ -225,6 +237,12 @@ def _names(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         if not _all_equal(checkpoint, stored):
             raise Mistake(f"{' and '.join(names)} are one weight in the model and differ on disk; {INSTEAD}")
         found |= dict.fromkeys(names, stored[0])
+    if missing:
+        as_loaded = loaded_as(skeleton)
+        made = {name for in_file in checkpoint.files for name in as_loaded(in_file)}
+        if lost := [names[0] for names in missing if made.isdisjoint(names)]:
+            raise Mistake(lacks(str(checkpoint.paths[0].parent), skeleton, lost))
+        raise Mistake(f"the checkpoint has no weight {missing[0][0]} under the model's name for it; {INSTEAD}")
     buffers = {name: in_file(name) for name, _ in skeleton.named_buffers()}
     return found | {name: file_name for name, file_name in buffers.items() if file_name is not None}
 

@@ -24,6 +24,7 @@ from esparse.linalg import all_finite
 from esparse.metrics import Metric
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
+from esparse.models.damage import damaged
 from esparse.models.folding import foldable_runs
 from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
 from esparse.parts import expressions
@@ -309,8 +310,7 @@ def _write(matrix: Matrix, solution: Solution) -> None:
 def _finite(matrix: Matrix) -> Tensor:
     weight_OI = matrix.view().float()
     if not all_finite(weight_OI):
-        bad = int((~torch.isfinite(weight_OI)).sum())
-        raise Mistake(f"{matrix.name} holds {bad} weights that are NaN or Inf: the checkpoint is damaged")
+        raise Mistake(damaged(matrix.name, matrix.view()))
     return weight_OI.clone() if weight_OI.data_ptr() == matrix.view().data_ptr() else weight_OI
 
 

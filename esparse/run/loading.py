@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from esparse.data.overlap import warn_if_shared
 from esparse.data.tokens import check_ids
 from esparse.models import host_memory
 from esparse.models.blocks import BlockModel
@@ -93,6 +94,9 @@ def load_inputs(
     )
     for text, ids in {"the calibration text": torch.cat([tokens_SL, *further]), **windows}.items():
         check_ids(text, ids, embedded)
+    if ranks.leads:
+        for name, windows_WL in windows.items():
+            warn_if_shared(name, tokens_SL, windows_WL)
     check(blocks, tokens_SL)
     host_memory.trim()  # reading texts takes many times what their tokens do
     return Inputs(

@@ -85,7 +85,7 @@ def refine(
     diagonal_I = gram_II.diagonal()
     pull_OI = (dense_OI - weight_OI) @ gram_II  # v, kept up to date
     rows_R = torch.arange(outputs, device=weight_OI.device)  # rows that may still gain
-    for _ in range(steps):
+    for _ in range(steps if whole else 0):  # a layer narrower than m has no group to swap in
         gain_RKMM, value_RKMM = _gains(
             dense_OI[rows_R, :whole].unflatten(1, (-1, m)),
             weight_OI[rows_R, :whole].unflatten(1, (-1, m)),

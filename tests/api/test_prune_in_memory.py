@@ -266,10 +266,10 @@ def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path
     assert launch(*small_run(workshop, tmp_path / "out")).returncode == 0
     (path,) = tmp_path.glob("out/*/result.json")
     quality = json.loads(path.read_text())["quality"]["text.txt"]
-    text = workshop / "text.txt"
+    text = workshop / "held" / "text.txt"
     measured = esparse.perplexity(*loaded, text, length=32, max_tokens=128)
     assert measured == pytest.approx(quality["dense"], rel=1e-5)
-    esparse.prune(*loaded, calibration=str(text), sequences=4, length=16)
+    esparse.prune(*loaded, calibration=str(workshop / "text.txt"), sequences=4, length=16)
     measured = esparse.perplexity(*loaded, [text.read_text()], length=32, max_tokens=128)
     assert measured == pytest.approx(quality["pruned"], rel=1e-5)
 

@@ -222,6 +222,11 @@ def truncated(folder: Path) -> str:
     return f"{shard} is damaged or cut short"
 
 
+def test_a_text_that_was_calibrated_on_is_told_in_a_warning(small: list[str], workshop: Path) -> None:
+    done = launch(*small, f"evaluate.path={workshop / 'text.txt'}")
+    assert done.returncode == 0 and "100 % of the calibration is in the evaluation text text.txt" in done.stderr
+
+
 def lost_shard(folder: Path) -> str:
     shard = sorted((folder / "model").glob("*.safetensors"))[-1]
     shard.unlink()

@@ -34,6 +34,13 @@ def test_windows_come_from_anywhere_in_the_stream(file):
     assert min(places) < 100 and max(places) > 1880 and len(set(places)) > 200
 
 
+@pytest.mark.parametrize(("sequences", "said"), [(166, False), (167, True)])
+def test_a_text_shorter_than_what_is_asked_for_is_told(file, sequences, said, caplog):
+    calibration(path=file, sequences=sequences).sample(byte_tokenizer(), longest=64)
+    expected = f"a.txt has 2,000 tokens, and {sequences} sequences of 12 are asked for: they overlap"
+    assert (expected in caplog.text) == said == bool(caplog.text)
+
+
 def test_the_seed_decides_and_the_global_one_does_not(file):
     def sample(seed: int, global_seed: int) -> torch.Tensor:
         torch.manual_seed(global_seed)

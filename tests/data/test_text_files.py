@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -115,6 +116,35 @@ def test_gzip_under_another_name_is_told(tmp_path, name, said):
     assert "is packed by gzip" in str(raised.value) and str(raised.value).endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("begin", "said"),
+    [
+        (b"\x28\xb5\x2f\xfd", "is packed by zstandard: unpack it (zstd -d)"),
+        (b"\xfd7zXZ\x00", "is packed by xz: unpack it (xz -d)"),
+        (b"BZh9", "is packed by bzip2: unpack it (bzip2 -d)"),
+        (b"PK\x03\x04", "is a zip archive: unpack it"),
+        (b"PAR1", "is a parquet file: let its name end in .parquet"),
+        (b"%PDF-1.4", "is a PDF: give its text (pdftotext)"),
+        (b"\xff\xfe", "is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_what_is_no_text_is_called_what_it_is(tmp_path, name, begin, said):
+    (tmp_path / name).write_bytes(begin + b"\xff\xfe\xfd" * 9)
+    with pytest.raises(Mistake) as raised:
+        texts_of(tmp_path / name, "text")
+    assert str(raised.value) == f"{tmp_path / name} {said}"
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-be"])
+def test_wide_characters_without_a_mark_are_no_text_of_nul_characters(tmp_path, codec):
+    (tmp_path / "a.txt").write_bytes("A text of one word after the other.".encode(codec))  # which is UTF-8, too
+    with pytest.raises(Mistake, match="holds NUL characters: it is UTF-16 text, which has to be converted"):
+        texts_of(tmp_path / "a.txt", "text")
+    (tmp_path / "a.txt").write_text("A text of one word\0 after the other. " * 9)  # a scratch of a crawl
+    assert texts_of(tmp_path / "a.txt", "text")
+
+
 ROWS = [{"text": "one"}, {"text": None}, {"text": "two\n"}, {"text": "  "}, {"text": ""}, {"text": "three"}]
 
 
@@ -169,6 +199,37 @@ def test_chats_are_rendered_if_that_is_asked_for(tmp_path, kind, column, chat):
     assert "".join(Rows(file, "text", render=render).pieces()) == "<user>Hi<assistant>Ho\n\n<user>Hi<assistant>Ho"
     with pytest.raises(ValueError, match=r"evaluate\.chat=true to render chats"):
         list(Rows(file, "text", "evaluate").pieces())
+
+
+def test_a_chat_may_be_json_in_a_text_and_its_content_parts_of_text(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, CHAT[1]]
+    rows = [{"messages": json.dumps(CHAT)}, {"messages": parts}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Rows(
+        tmp_path / "a.jsonl", "text", render=lambda chat: "".join(f"<{m['role']}>{m['content']}" for m in chat)
+    )
+    assert "".join(found.pieces()) == "<user>Hi<assistant>Ho\n\n<user>Hi<assistant>Ho"
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        ("Hi there.", "row 1: expected messages with role and content, got a value of type str"),
+        (["Hi", "Ho"], "expected messages with role and content, got a str"),
+        ([{"content": "Hi"}], "expected messages with role and content, got one with 'content'"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part of type image, and only text is"),
+    ],
+)
+def test_a_row_that_is_no_chat_of_text_is_refused(tmp_path, chat, said):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
+    with pytest.raises(Mistake, match=re.escape(said)):
+        list(Rows(tmp_path / "a.jsonl", "messages", render=str).pieces())
+
+
+def test_a_text_has_no_chats(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(Mistake, match=r"evaluate\.chat=true renders the rows of \.jsonl, .* and a\.txt has no rows"):
+        Rows(tmp_path / "a.txt", "text", "evaluate", render=str)
 
 
 def test_a_template_that_fails_names_the_row(tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
+import esparse
+from esparse.errors import Mistake
 from esparse.evaluate.perplexity import perplexity, window_losses
 from esparse.models import activations
 from esparse.models.blocks import BlockModel
@@ -90,9 +93,30 @@ def test_a_uniform_model_is_as_perplexed_as_its_vocabulary_is_large() -> None:
     assert perplexity(window_losses(blocks, IDS_WL)) == pytest.approx(96)
 
 
-def test_a_loss_that_is_not_finite_is_an_error() -> None:
+WEIGHTS = ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_damaged_weight_is_named_wherever_it_is(name: str) -> None:
     model = tiny("llama")
-    model.lm_head.weight.data[0, 0] = float("nan")
-    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=64)
-    with pytest.raises(ValueError, match="logits hold NaN or Inf"):
-        window_losses(blocks, IDS_WL)
+    model.get_parameter(name).data.view(-1)[-40:] = float("nan")  # of the last token at least, in the embedding
+    ids_WL = IDS_WL.clone()
+    ids_WL[0, 0] = len(model.model.embed_tokens.weight) - 1
+    said = rf"^{re.escape(name)} holds \d+ weights that are NaN or Inf: the checkpoint is damaged$"
+    with pytest.raises(Mistake, match=said):
+        window_losses(BlockModel(model, device=torch.device("cpu"), batch_tokens=64), ids_WL)
+    with pytest.raises(Mistake, match=said):
+        esparse.perplexity(model, None, ids_WL)
+
+
+@pytest.mark.parametrize("of", ["layers.1 holds", "logits hold"])
+def test_what_overflows_in_float16_is_told_with_the_way_out(of: str) -> None:
+    model = tiny("llama").half()
+    if of == "logits hold":
+        model.lm_head.weight.data.fill_(6e4)
+    else:
+        model.model.layers[1].mlp.up_proj.weight.data *= 1e4
+        model.model.layers[1].mlp.down_proj.weight.data *= 1e4
+    model.model.norm.weight.data.fill_(10.0)
+    with pytest.raises(Mistake, match=rf"{of} NaN or Inf: float16 overflows at 65,504, so set model.dtype=bfloat16"):
+        window_losses(BlockModel(model, device=torch.device("cpu"), batch_tokens=64), IDS_WL)

@@ -26,6 +26,7 @@ from esparse.metrics.wanda import Wanda
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.load import BUILTIN
+from esparse.models.matrices import Matrix
 from esparse.models.reorder import Reordered, reorder
 from esparse.packed import layer as packed_layer
 from esparse.packed.checksums import checksum
@@ -171,7 +172,8 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
 
 
 def test_experts_in_several_patterns_stay_dense() -> None:
-    of = [Grouping(patterns.parse(text)) for text in ("2:4", "2:4", "1:4")]
+    expert = Matrix("experts", torch.nn.Parameter(torch.ones(3, 2, 4)), transposed=False, expert=0)
+    of = [(expert, Grouping(patterns.parse(text))) for text in ("2:4", "2:4", "1:4")]
     assert why_dense(of[:2]) is None and "one packed pattern only" in str(why_dense(of))
 
 
@@ -528,6 +530,15 @@ def test_a_stopped_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
         written(packed(), blocks, of, tmp_path)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_generation_settings_that_transformers_does_not_save_are_written(tmp_path: Path) -> None:
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=24)
+    blocks.model.generation_config.temperature = 0.7  # without do_sample
+    with pytest.raises(ValueError, match="do_sample"):
+        blocks.model.generation_config.save_pretrained(tmp_path / "other")
+    written(dense(order="physical"), blocks, pruned(blocks), tmp_path)
+    assert loaded(tmp_path / "export").generation_config.temperature == 0.7
 
 
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:

@@ -95,6 +95,14 @@ def wrap(model: Any, index: int, change: Any) -> None:
     block.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
 
 
+def test_one_block_at_two_places_is_refused_and_the_model_left_as_it_was() -> None:
+    model = tiny("llama")
+    model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(UnsupportedModel, match=r"some of model\.layers are one and the same block"):
+        BlockModel(model, device=torch.device("cpu"), batch_tokens=64)
+    model(torch.ones(1, 4, dtype=torch.long))
+
+
 def test_an_encoder_is_refused() -> None:
     config = families.CORRECTIONS.get("bert", {}) | SMALL
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **config, is_decoder=False)).eval()

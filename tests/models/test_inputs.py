@@ -24,6 +24,7 @@ from tests.models.families import FAMILIES, SMALL, tiny
 MLA = {"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
 MLA |= {"n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MLA |= {"qk_nope_head_dim": 8, "first_k_dense_replace": 1}
+NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 def model_of(path: Path, **settings: Any) -> Model:
@@ -82,7 +83,28 @@ def damaged_bin_beside(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cut short")
 
 
+def shards_under_other_names(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Two shards, whose index does not say what is in them."""
+
+    def changed(folder: Path) -> None:
+        tensors, index = load_file(folder / "model.safetensors"), folder / "model.safetensors.index.json"
+        stale_index(folder)
+        parts = json.loads(index.read_text())["weight_map"]
+        for shard in sorted(set(parts.values())):
+            save_file({n: t for n, t in tensors.items() if parts[n] == shard}, folder / shard, {"format": "pt"})
+        change(parts)
+        index.write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+        (folder / "model.safetensors").unlink()
+
+    return changed
+
+
+index_lacks_a_weight = shards_under_other_names(lambda parts: parts.pop(NAME))
+index_names_another_shard = shards_under_other_names(
+    lambda parts: parts.update({NAME: next(shard for shard in parts.values() if shard != parts[NAME])})
+)
 GOOD = [stale_bin_index, stale_index, damaged_stale_index, index_of_something_else, old_bin, damaged_bin_beside]
+GOOD += [index_lacks_a_weight, index_names_another_shard]
 
 
 @pytest.mark.parametrize("store", ["auto", "memory"])
@@ -92,6 +114,29 @@ def test_what_transformers_loads_is_loaded(change: Callable[[Path], None], store
     change(folder)
     found = opened(folder, store=store).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("change", [index_lacks_a_weight, index_names_another_shard])
+def test_shards_that_an_index_tells_wrongly_are_read_block_by_block(
+    change: Callable[[Path], None], folder: Path
+) -> None:
+    expected = tiny("llama").state_dict()
+    change(folder)
+    skeleton, _, store = load(model_of(folder, store="shards"), folder / "blocks")
+    found = dict(skeleton.named_parameters())
+    store.lend(found, torch.device("cpu"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if name in found)
+
+
+@pytest.mark.parametrize("store", ["memory", "shards"])
+def test_generation_settings_come_with_the_model(store: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3], "do_sample": true, "top_p": 0.9}')
+    found = opened(folder, store=store).generation_config
+    assert (found.eos_token_id, found.top_p) == ([0, 3], 0.9)
+    for text in (None, "{"):
+        (folder / "generation_config.json").write_text(text) if text else (folder / "generation_config.json").unlink()
+        assert opened(folder, store=store).generation_config.eos_token_id == 0
+        assert ("generation_config.json is damaged: it is no JSON" in caplog.text) == bool(text)
 
 
 def quantised(method: str) -> Callable[[Path], None]:
@@ -116,7 +161,6 @@ def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path
     return changed
 
 
-NAME = "model.layers.0.mlp.up_proj.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
@@ -137,6 +181,14 @@ def shard_gone(folder: Path) -> None:
 def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
+
+
+def link_to_nothing(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("../blobs/0")
+
+    return change
 
 
 WRONG: dict[str, Callable[[Path], Any]] = {
@@ -179,6 +231,13 @@ WRONG: dict[str, Callable[[Path], Any]] = {
     "_tokens.weight is [96, 32] in the checkpoint FOLDER, and [90, 32] by its config.json: one of": lambda f: edit(
         f, vocab_size=90
     ),
+    "FOLDER lacks 9 weights that LlamaForCausalLM needs (model.layers.3.": lambda f: edit(f, num_hidden_layers=4),
+    "config.json is damaged: expected one JSON object, got a list": lambda f: (f / "config.json").write_text("[]"),
+    "config.json is damaged: it is no JSON (": lambda f: (f / "config.json").write_text('{"model_type"'),
+    "model.safetensors is a link to ../blobs/0, where nothing is: a hub's cache keeps": link_to_nothing(
+        "model.safetensors"
+    ),
+    "tokenizer.json is a link to ../blobs/0, where nothing is": link_to_nothing("tokenizer.json"),
     "has Python code of its own: read it, and allow it with model.trust_remote_code=true": lambda f: edit(
         f,
         model_type="own",

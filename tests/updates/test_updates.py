@@ -378,6 +378,12 @@ def test_one_swap_is_the_best_one_and_in_the_end_none_is_left(pattern: NM, shuff
     assert torch.equal(done.weight_OI, layer.dense_OI.masked_fill(~done.keep_OI, 0.0))
 
 
+@pytest.mark.parametrize("name", ["swap", "best swap"])
+def test_a_layer_narrower_than_a_group_keeps_its_mask(name: str) -> None:
+    layer, start = problem(inputs=12, pattern=NM(1, 16))
+    assert torch.equal(UPDATES[name].apply(layer, start).keep_OI, start.keep_OI)
+
+
 def test_the_best_value_of_a_swap_is_the_least_error() -> None:
     layer, start = problem(outputs=1)
     done = Swap(values="best", damp=0.0, steps=1).apply(layer, start)
