@@ -8,7 +8,7 @@ seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from esparse.errors import Mistake
@@ -147,15 +147,20 @@ def profiles(records: Sequence[Record]) -> Table:
 
 
 def _differing(records: Sequence[Record]) -> list[str]:
-    """Settings that differ between two runs of the same choice, as paths like metric.alpha."""
+    """Settings that differ between two runs of the same choice, as paths like metric.alpha.
+
+    Of `evaluate` and `zeroshot`, whose options have no column: between two runs that measured the same corpus or task.
+    """
     seen: dict[str, dict[str, set[str]]] = {}
     for record in records:
-        choices = _choices(record) | {"model": record["model"]["name"]}
+        choices: dict[str, Iterable[str]] = {group: [option] for group, option in _choices(record).items()}
+        choices |= {"model": [record["model"]["name"]]}
+        choices |= {"evaluate": record["quality"], "zeroshot": record.get("zeroshot", {})}
         for path, value in (LATER | leaves(record["config"])).items():
             if path in HIDDEN:
                 continue
-            chosen = choices.get(path.partition(".")[0], "")
-            seen.setdefault(path, {}).setdefault(chosen, set()).add(exact(value))
+            for chosen in choices.get(path.partition(".")[0], [""]):
+                seen.setdefault(path, {}).setdefault(chosen, set()).add(exact(value))
     return [path for path, by_choice in seen.items() if max(map(len, by_choice.values())) > 1]
 
 

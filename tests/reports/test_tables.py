@@ -192,6 +192,29 @@ def test_what_follows_from_a_choice_or_changes_nothing_is_no_column(other):
     assert [column for column in columns if "." in column] == []
 
 
+def measured(run, group, option, **settings):
+    """A record that measured a corpus or task as an option of `evaluate` or `zeroshot` has it."""
+    one = record(run) | {"zeroshot": {"piqa": {"dense": 0.75, "pruned": 0.5, "stderr": 0.01, "n": 4}}}
+    one["config"] = one["config"] | {group: settings, "choices": one["config"]["choices"] | {group: option}}
+    return one
+
+
+@pytest.mark.parametrize(
+    ("group", "setting"), [("evaluate", "max_tokens"), ("evaluate", "length"), ("zeroshot", "limit")]
+)
+def test_what_was_measured_otherwise_stands_apart_whatever_the_option(group, setting):
+    # options of these groups have no column that would tell the runs apart
+    runs = [measured("a", group, "builtin", **{setting: 8, "tasks": []}), measured("b", group, "paper", tasks=["piqa"])]
+    if group == "zeroshot":
+        runs[0]["config"]["zeroshot"]["tasks"] = ["piqa"]
+    runs[1]["config"][group][setting] = None
+    assert f"{group}.{setting}" in table_of(runs).asked
+    assert len(means(table_of(runs)).rows) == 2
+    runs[1]["quality"] = {"c4": runs[1]["quality"]["builtin"]}
+    runs[1]["zeroshot"] = {}
+    assert f"{group}.{setting}" not in table_of(runs).asked
+
+
 def test_a_setting_that_an_older_record_lacks_is_no_difference():
     assert "metric.alpha" not in table_of([record("a"), record("b", alpha=1.0)]).columns
 
