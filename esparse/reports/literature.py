@@ -2,8 +2,9 @@
 
 assets/published.csv has what papers and repositories printed, each number with its source and with how sure it is: read
 there (`read`), read in another source (`secondary`), or remembered (`recalled`). A published number is compared with
-runs of the same model, pattern, method, text and window length, whatever their calibration text. The two are never
-mixed: a published number is in no other table.
+runs of the same model, pattern, method, text and window length, whatever their calibration text. A run that measured
+only the beginning of a text or the first questions of a task, gave examples in front of them, or took another measure
+than the accuracy is not compared. The two are never mixed: a published number is in no other table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from esparse.errors import Mistake
 from esparse.records.groups import METHOD_GROUPS, acts
-from esparse.reports.reading import Record, read_records, stop
+from esparse.reports.reading import Record, at, read_records, stop
 from esparse.reports.table import Table, exact, natural, spread
 from esparse.reports.tabulate import leaves
 from esparse.reports.writing import csv_of, markdown_of
@@ -124,8 +125,10 @@ def _run(record: Record) -> _Run:
     settings = {path: value for path, value in leaves(config).items() if not path.endswith(".seed")}
     pattern = "+".join(filter(None, (record["sparsity"]["pattern"].partition("+")[0], config.get("outliers"))))
     values: dict[tuple[str, bool], float] = {}
-    for part in ("quality", "zeroshot"):
+    for part, counts in (("quality", _all_of_text), ("zeroshot", _all_of_task)):
         for measure, value in record.get(part, {}).items():
+            if not counts(value, config):
+                continue
             for which in ("dense", "pruned"):
                 if value.get(which) is not None:
                     values[measure, which == "dense"] = value[which] * (100 if part == "zeroshot" else 1)
@@ -139,6 +142,19 @@ def _run(record: Record) -> _Run:
         lengths={corpus: value.get("sequence_length") for corpus, value in record["quality"].items()},
         values=values,
     )
+
+
+def _all_of_text(quality: Record, config: Record) -> bool:
+    """Whether the limit on tokens left nothing of the text out, but for the end that is shorter than a window."""
+    limit = at(config, "evaluate.max_tokens")
+    return limit is None or quality.get("tokens", 0) + quality.get("sequence_length", 0) <= limit
+
+
+def _all_of_task(score: Record, config: Record) -> bool:
+    """Whether it is the accuracy on all questions of a task, without examples, as papers have it."""
+    limit = at(config, "zeroshot.limit")
+    asked_all = limit is None or score.get("n", 0) < limit
+    return asked_all and not at(config, "zeroshot.shots") and score.get("score", "acc") == "acc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not table.rows:
         return stop(
             f"none of the {len(records)} runs in {options.folder} measured what one of the {len(numbers)} published "
-            "numbers is of: the same model.name, pattern, method, corpus and window length",
+            "numbers is of: the same model.name, pattern, method, corpus and window length, all of the corpus "
+            "(evaluate.max_tokens=null), and of a task the accuracy on all questions (zeroshot.limit=null)",
             1,
         )
     print(markdown_of(table) if options.format == "markdown" else csv_of(table, spread={"measured"}), end="")

@@ -108,6 +108,37 @@ def test_what_a_paper_did_not_do_is_not_beside_its_number(part: dict[str, Any], 
     assert bool(rows([run], WANDA)) == counts
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "counts"),
+    [
+        ({"max_tokens": None}, True),
+        ({"max_tokens": 15}, True),
+        ({"max_tokens": 14}, False),
+        ({"max_tokens": 10}, False),
+    ],
+)
+def test_the_beginning_of_a_text_is_another_text(evaluate: dict[str, Any], counts: bool) -> None:
+    run = record("a", pruned=15.0)  # 10 tokens in windows of 5
+    run["config"] = run["config"] | {"evaluate": evaluate}
+    assert bool(rows([run], WANDA)) == counts
+
+
+@pytest.mark.parametrize(
+    ("zeroshot", "score", "counts"),
+    [
+        ({"limit": None, "shots": None}, "acc", True),
+        ({"limit": 5, "shots": 0}, "acc", True),
+        ({"limit": 4, "shots": None}, "acc", False),
+        ({"limit": None, "shots": 5}, "acc", False),
+        ({"limit": None, "shots": None}, "acc_norm", False),
+    ],
+)
+def test_some_questions_or_another_measure_are_another_task(zeroshot: dict[str, Any], score: str, counts: bool) -> None:
+    run = record() | {"zeroshot": {"piqa": {"dense": 0.75, "pruned": 0.5, "stderr": 0.01, "n": 4, "score": score}}}
+    run["config"] = run["config"] | {"zeroshot": {"tasks": ["piqa"]} | zeroshot}
+    assert bool(rows([run], like(WANDA, measure="piqa", length=None))) == counts
+
+
 @pytest.mark.parametrize("group", METHOD_GROUPS)
 def test_every_part_of_the_method_counts(group: str) -> None:
     run = record("a", pruned=15.0)
