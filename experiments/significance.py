@@ -10,7 +10,8 @@ a document), and in how many samples the ratio is below 1. "yes" stands if the i
 agrees, "worse" if it lies above 1 and every sample agrees; what is neither, or one sample, shows nothing.
 
 A method is called by its metric, shuffle, update and recovery, those that do nothing left out, and by settings that
-most runs of the folder have otherwise: "entropy + esparse (shuffle.foldable=true)".
+most runs of the folder have otherwise: "entropy + esparse (shuffle.foldable=true)". Methods are compared on one model;
+of several models, each has rows of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's esparse
@@ -52,7 +54,7 @@ Losses = dict[int, np.ndarray]  # of one method, by calibration sample: one loss
 def names(records: Sequence[Record]) -> dict[str, str]:
     """By id, what a run's method is called."""
     table = table_of(records)
-    said = {"id", "pattern", "outliers", "seed", *PARTS, *table.shared()}
+    said = {"id", "model", "pattern", "outliers", "seed", *PARTS, *table.shared()}
     settings = [c for c in table.asked if c not in said and not c.endswith(".seed")]
     usual = {(c, option): _usual(c, option, table.rows) for c in settings for option in _options(c, table.rows)}
     found = {}
@@ -81,10 +83,11 @@ def _usual(setting: str, option: Any, rows: Sequence[dict[str, Any]]) -> str | N
     return None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
 
 
-def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[str, str], Losses], int]:
-    """The pruned models' losses (nats) of every finished run below `root` by pattern and method; tokens of a window.
+def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[tuple[str, str], str], Losses], int]:
+    """The pruned models' losses (nats) of every finished run below `root`; tokens of a window.
 
-    Raises ValueError if two runs would be one, if windows differ in length, and if nothing was measured on the corpus.
+    By model and pattern, and by method. Raises ValueError if two runs would be one, if windows differ in length or, of
+    one model, in number, if a file of losses cannot be read, and if nothing was measured on the corpus.
     """
     records = [record for record in read_records(root) if corpus in record["quality"]]
     if not records:
@@ -92,15 +95,31 @@ def read_losses(root: Path, corpus: str) -> tuple[dict[tuple[str, str], Losses],
     lengths = {record["quality"][corpus]["sequence_length"] for record in records}
     if len(lengths) > 1:
         raise Mistake(f"windows of {sorted(lengths)} tokens cannot be compared")
-    found: dict[tuple[str, str], Losses] = defaultdict(dict)
+    found: dict[tuple[tuple[str, str], str], Losses] = defaultdict(dict)
+    windows: dict[str, int] = {}
     called = names(records)
     for record in records:
-        of_method = found[record["sparsity"]["pattern"], called[record["id"]]]
+        model, run = record["model"]["name"], record["id"]
+        of_method = found[(model, record["sparsity"]["pattern"]), called[run]]
         seed = record["config"]["seed"]
         if seed in of_method:
-            raise Mistake(f"two runs of {called[record['id']]} with seed {seed}: {record['id']} is one of them")
-        of_method[seed] = load_file(record["folder"] / "window_losses.safetensors")[f"pruned/{corpus}"]
+            raise Mistake(f"two runs of {called[run]} with seed {seed}: {run} is one of them")
+        of_method[seed] = _losses(record["folder"] / "window_losses.safetensors", corpus)
+        if (number := len(of_method[seed])) != windows.setdefault(model, number):
+            raise Mistake(
+                f"the runs of {model} were measured on {windows[model]} windows and, {run}, on {number}: compare runs "
+                "of the same evaluate.max_tokens"
+            )
     return found, lengths.pop()
+
+
+def _losses(file: Path, corpus: str) -> np.ndarray:
+    try:
+        return load_file(file)[f"pruned/{corpus}"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise Mistake(
+            f"{file} is missing or damaged ({type(error).__name__}): move its run out of the folder, or repeat it"
+        ) from None
 
 
 def compare(first: Losses, second: Losses, neighbours: int) -> tuple[float, float, float, int, int]:
@@ -148,16 +167,26 @@ def main() -> int:
         print(f"significance: no method {asked.against!r}; there is {', '.join(methods)}", file=sys.stderr)
         return 2
     pairs = [(name, asked.against) for name in methods if name != asked.against] if asked.against else PAIRS
-    print("| pattern | method | perplexity | against | ratio | 95 % interval | samples below 1 | lower |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for pattern in dict.fromkeys(pattern for pattern, _ in losses):
+    lines = []
+    models = {model for (model, _), _ in losses}
+    for model, pattern in dict.fromkeys(where for where, _ in losses):
         for name, against in pairs:
-            first, second = losses.get((pattern, name), {}), losses.get((pattern, against), {})
+            first, second = losses.get(((model, pattern), name), {}), losses.get(((model, pattern), against), {})
             if first.keys() & second.keys():
                 ratio, low, high, below, seeds = compare(first, second, max(1, STRETCH // length))
                 mean = np.mean([np.exp(of_windows.mean()) for of_windows in first.values()])
-                cells = [pattern, name, f"{mean:.2f}", against, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
-                print("| " + " | ".join([*cells, f"{below} of {seeds}", verdict(low, high, below, seeds)]) + " |")
+                where = pattern if len(models) == 1 else f"{model} {pattern}"
+                cells = [where, name, f"{mean:.2f}", against, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
+                lines.append([*cells, f"{below} of {seeds}", verdict(low, high, below, seeds)])
+    if not lines:
+        what = f"method beside {asked.against!r}" if asked.against else "pair of the ladder (--against names a method)"
+        said = f"no {what} on the same model, pattern and seed; there is {', '.join(methods)}"
+        print(f"significance: {asked.folder} has {said}", file=sys.stderr)
+        return 1
+    print("| pattern | method | perplexity | against | ratio | 95 % interval | samples below 1 | lower |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
     return 0
 
 

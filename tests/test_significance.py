@@ -60,13 +60,17 @@ def test_methods_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert length == 256
 
 
-def test_models_and_choices_of_other_groups_tell_methods_apart(tmp_path: Path) -> None:
+def test_models_stand_apart_and_choices_of_other_groups_tell_methods_apart(tmp_path: Path) -> None:
     kept(tmp_path, "a", np.ones(WINDOWS))
     kept(tmp_path, "b", np.ones(WINDOWS), seed=1)
-    kept(tmp_path, "c", np.ones(WINDOWS), model="large")
+    kept(tmp_path, "c", np.ones(WINDOWS + 1), model="large")
     kept(tmp_path, "d", np.ones(WINDOWS), choices={"quantise": "int4"}, model_skip=["a", "b"])
     found, _ = significance.read_losses(tmp_path, "text")
-    assert sorted(name for _, name in found) == ["wanda", "wanda (model=large)", "wanda (quantise=int4)"]
+    assert sorted(found) == [
+        (("large", "2:4"), "wanda"),
+        (("tiny", "2:4"), "wanda"),
+        (("tiny", "2:4"), "wanda (quantise=int4)"),
+    ]
 
 
 def test_two_runs_are_never_taken_for_one(tmp_path: Path) -> None:
@@ -83,6 +87,23 @@ def test_windows_of_two_lengths_are_refused(tmp_path: Path) -> None:
         significance.read_losses(tmp_path, "text")
     with pytest.raises(Mistake, match="measured on 'wikitext2'"):
         significance.read_losses(tmp_path, "wikitext2")
+
+
+@pytest.mark.parametrize("windows", [1, 32])
+def test_other_windows_are_refused(tmp_path: Path, windows: int) -> None:
+    kept(tmp_path, "a", np.ones(WINDOWS))
+    kept(tmp_path, "b", np.ones(windows), choices={"metric": "ria"})
+    with pytest.raises(Mistake, match=f"the runs of tiny were measured on 64 windows and, b, on {windows}: compare"):
+        significance.read_losses(tmp_path, "text")
+
+
+def test_losses_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    kept(tmp_path, "a", np.ones(WINDOWS))
+    file = tmp_path / "a" / "window_losses.safetensors"
+    for spoil in (lambda: file.write_bytes(b"half"), file.unlink):
+        spoil()
+        with pytest.raises(Mistake, match=r"window_losses\.safetensors is missing or damaged"):
+            significance.read_losses(tmp_path, "text")
 
 
 def test_a_constant_difference_has_no_width() -> None:
@@ -131,3 +152,25 @@ def test_the_command_prints_a_table_or_says_what_there_is(
     monkeypatch.setattr("sys.argv", [*command, "magic"])
     assert significance.main() == 2
     assert "no method 'magic'; there is wanda, wanda + alps" in capsys.readouterr().err
+
+
+def test_methods_are_compared_on_one_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model, loss in (("tiny", 2.0), ("large", 1.0)):
+        kept(tmp_path, model, np.full(WINDOWS, loss), model=model)
+    command = ["significance", str(tmp_path), "--corpus", "text"]
+    monkeypatch.setattr("sys.argv", [*command, "--against", "wanda"])
+    assert significance.main() == 1
+    assert "has no method beside 'wanda' on the same model, pattern and seed" in capsys.readouterr().err
+    for model, loss in (("tiny", 1.5), ("large", 0.5)):
+        kept(tmp_path, f"{model} ria", np.full(WINDOWS, loss), model=model, choices={"metric": "ria"})
+    assert significance.main() == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert sorted(rows) == [
+        ["large 2:4", "ria", "1.65", "wanda", "0.607"],
+        ["tiny 2:4", "ria", "4.48", "wanda", "0.607"],
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    assert significance.main() == 1
+    assert "has no pair of the ladder (--against names a method)" in capsys.readouterr().err
