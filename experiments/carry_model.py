@@ -111,8 +111,13 @@ def same(one: Path, other: Path) -> None:
 
 
 if __name__ == "__main__":
-    command, *paths = sys.argv[1:]
-    if command == "pack":
-        pack(Path(paths[0]), Path(paths[1]), Path(paths[2]), parts=int(paths[4]))
-    else:
-        {"unpack": unpack, "same": same}[command](*map(Path, paths))
+    match sys.argv[1:]:
+        case ["pack", source, folder, out, "--parts", parts]:
+            pack(Path(source), Path(folder), Path(out), parts=int(parts))
+        case ["unpack", source, folder]:
+            unpack(Path(source), Path(folder))
+        case ["same", one, other]:
+            same(Path(one), Path(other))
+        case asked:
+            print(__doc__)
+            sys.exit(0 if asked in (["-h"], ["--help"]) else 2)
