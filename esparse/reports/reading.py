@@ -58,8 +58,12 @@ MAY_HAVE: dict[str, Any] = {
 
 
 def read_records(root: Path) -> list[Record]:
-    """All finished records below `root`, each with its `folder`; a damaged one is named on stderr and left out."""
+    """All finished records below `root`, each with its `folder`.
+
+    Named on stderr: a damaged one and a copy, which are left out, and a run that was carried out twice.
+    """
     records = []
+    of_run: dict[str, Path] = {}  # by id
     first: dict[bytes, Path] = {}  # by their contents: a copy or a link would count as one run more in a mean
     # rglob does not go through links, by which runs of several roots may be gathered in one folder
     for path in sorted(
@@ -77,8 +81,10 @@ def read_records(root: Path) -> list[Record]:
             fault = error.strerror or type(error).__name__
         if fault:
             print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
-        else:
-            records.append(record | {"folder": path.parent})
+            continue
+        if (other := of_run.setdefault(record["id"], path)) != path:
+            print(f"esparse: {path} is the run of {other}, carried out again: a mean counts both", file=sys.stderr)
+        records.append(record | {"folder": path.parent})
     return records
 
 
