@@ -64,6 +64,7 @@ def read_records(root: Path) -> list[Record]:
     """
     records = []
     of_run: dict[str, Path] = {}  # by id
+    twice: list[tuple[Path, Path]] = []  # a record, and the first one of the same run
     first: dict[bytes, Path] = {}  # by their contents: a copy or a link would count as one run more in a mean
     # rglob does not go through links, by which runs of several roots may be gathered in one folder
     for path in sorted(
@@ -82,9 +83,13 @@ def read_records(root: Path) -> list[Record]:
         if fault:
             print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
             continue
-        if (other := of_run.setdefault(record["id"], path)) != path:
-            print(f"esparse: {path} is the run of {other}, carried out again: a mean counts both", file=sys.stderr)
+        if of_run.setdefault(record["id"], path) != path:
+            twice.append((path, of_run[record["id"]]))
         records.append(record | {"folder": path.parent})
+    if twice:
+        (path, earlier), others = twice[0], f"; {len(twice) - 1} more are so" if twice[1:] else ""
+        said = f"{path} is the run of {earlier}, carried out again{others}: a mean counts each"
+        print(f"esparse: {said}", file=sys.stderr)
     return records
 
 

@@ -461,12 +461,15 @@ def test_a_copy_of_a_run_counts_once(tmp_path, capsys):
 
 
 def test_a_run_that_was_carried_out_twice_is_named(tmp_path, capsys):
+    files = [tmp_path / place / "a" / "result.json" for place in ("two", "one")]
     write(tmp_path / "one", record("a"))
     write(tmp_path / "two", record("a", pruned=15.5), record("b"))
     assert [r["id"] for r in read_records(tmp_path)] == ["a", "a", "b"]
-    files = (tmp_path / place / "a" / "result.json" for place in ("two", "one"))
-    said = "esparse: {} is the run of {}, carried out again: a mean counts both\n".format(*files)
-    assert capsys.readouterr().err == said
+    said = "esparse: {} is the run of {}, carried out again{}: a mean counts each\n"
+    assert capsys.readouterr().err == said.format(*files, "")
+    write(tmp_path / "two more", record("b", pruned=16.0))
+    assert len(read_records(tmp_path)) == 4
+    assert capsys.readouterr().err == said.format(*files, "; 1 more are so")
 
 
 def test_damaged_records_are_named_and_the_rest_is_read(tmp_path, capsys):
