@@ -8,6 +8,7 @@ Shapes: T tokens, O outputs, I inputs, G groups of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class QuantisedLinear(PackedLinear):
         ordered: bool = False,
     ) -> None:
         self.grid = grid
+        self._like = torch.empty(0, dtype=dtype)  # of the precision that the layer computes in: codes have none
         super().__init__(inputs, outputs, pattern, bias=bias, dtype=dtype, device=device, ordered=ordered)
         self.for_kernels = False  # those of esparse/kernels/linear.py take values; coded_gemv.py takes codes
 
@@ -68,8 +70,13 @@ class QuantisedLinear(PackedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The codes, for code that asks a layer's weight for its device."""
-        return self.get_buffer("codes")
+        """An empty tensor, for code that asks a layer's weight for its device or precision."""
+        return self._like.to(self.get_buffer("codes").device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        super()._apply(fn, recurse)
+        self._like = fn(self._like)
+        return self
 
     def quantised(self) -> QuantisedMatrix:
         """The weight, with its columns in group order; it shares memory with the layer."""
