@@ -45,7 +45,8 @@ class QuantisedLinear(PackedLinear):
         ordered: bool = False,
     ) -> None:
         self.grid = grid
-        self._like = torch.empty(0, dtype=dtype)  # of the precision that the layer computes in: codes have none
+        # Of the precision that the layer computes in, which codes do not have; never on "meta", which nothing leaves.
+        self._like = torch.empty(0, dtype=dtype, device="cpu")
         super().__init__(inputs, outputs, pattern, bias=bias, dtype=dtype, device=device, ordered=ordered)
         self.for_kernels = False  # those of esparse/kernels/linear.py take values; coded_gemv.py takes codes
 
@@ -71,7 +72,7 @@ class QuantisedLinear(PackedLinear):
     @property
     def weight(self) -> Tensor:
         """An empty tensor, for code that asks a layer's weight for its device or precision."""
-        return self._like.to(self.get_buffer("codes").device)
+        return torch.empty(0, dtype=self._like.dtype, device=self.get_buffer("codes").device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         super()._apply(fn, recurse)
