@@ -65,11 +65,15 @@ class RecoveryReport:
     seconds: float
 
 
+def nothing_to_wait_for() -> None:
+    """What a stage waits for on a CPU; a name, so that what holds it can be pickled."""
+
+
 @dataclass(slots=True)
 class Stages:
     """Wall-clock seconds by stage of a run; `settle` waits for the device's queue before a clock is read."""
 
-    settle: Callable[[], None] = lambda: None
+    settle: Callable[[], None] = nothing_to_wait_for
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

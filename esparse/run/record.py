@@ -27,7 +27,7 @@ from esparse.patterns import Pattern
 from esparse.pruning.journal import Journal
 from esparse.pruning.outcome import Pruned
 from esparse.quantise.grids import Grid
-from esparse.records.report import LayerReport, Stages, as_dicts
+from esparse.records.report import LayerReport, Stages, as_dicts, nothing_to_wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ class Clock:
         """Also resets the device's peak of memory."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        return cls(Stages(settle=_settle(device)))
+        return cls(Stages(settle=waiting_for(device)))
 
     def read(self, journal: Journal) -> dict[str, Any]:
         """Seconds until now, in all and by stage."""
@@ -99,8 +99,9 @@ class Clock:
         }
 
 
-def _settle(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+def waiting_for(device: torch.device) -> Callable[[], None]:
+    """Waits, when it is called, until the device has done what it was given; can be pickled."""
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else nothing_to_wait_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,6 +228,16 @@ def test_a_packed_model_is_not_saved_but_copied_pickled_and_generated_from(famil
         esparse.save(model, None, report, tmp_path / "model", packed=True)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_report_is_pickled_and_copied(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    for number, other in enumerate((pickle.loads(pickle.dumps(report)), copy.deepcopy(report))):
+        assert str(other) == str(report) and other.to_dict()["layers"] == report.to_dict()["layers"]
+        esparse.save(model, None, other, tmp_path / str(number), packed=True)
+    assert esparse.pack(model, other) == {}
+
+
 def test_what_was_changed_since_it_was_rounded_is_refused() -> None:
     model = tiny("llama")
     report = esparse.prune(model, None, "dense", calibration=TOKENS_SL, shuffle=None, quantise="int8")
