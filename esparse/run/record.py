@@ -185,7 +185,7 @@ def with_bytes(pruned: Pruned) -> list[LayerReport]:
         pattern, dtype = grouping.pattern, matrix.parameter.dtype
         layer = replace(layer, dense_bytes=math.prod(layer.shape) * dtype.itemsize)
         if matrix.entry not in dense and (pattern.parts() or (grid is not None and str(pattern) == "dense")):
-            shape = (pattern, *layer.shape, dtype)
+            shape = (pattern, layer.shape[0], layer.shape[1], dtype)
             size = of_matrix(*shape) if grid is None else of_codes(*shape, grid)
             layer = replace(layer, packed_bytes=size.in_memory, file_bytes=size.on_disk)
         layers.append(layer)
