@@ -127,9 +127,10 @@ def prune(
         **{group: plain(part) for group, part in parts.items()},
         "choices": choices,
     }
-    began, stages = time.perf_counter(), Stages()
+    began = time.perf_counter()
     with as_found(model), _bar(model, progress) as on_layer:
         blocks = _blocks(model, device, batch_tokens)
+        stages = Stages(settle=record.waiting_for(blocks.device))
         pruned = pruning.prune(blocks, tokens_SL, method, further=further, skip=skip, stages=stages, on_layer=on_layer)
     seconds = round(time.perf_counter() - began, 3)
     return Report(pruned, method, tokens_SL, config, record.Size.of(model), stages, seconds, blocks.device)

@@ -8,11 +8,18 @@ All arguments are lm-eval's. Run as a part of esparse, transformers knows the pa
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from traceback import walk_tb
 
+from esparse.errors import Mistake
 from esparse.evaluate.tasks import FOLDER
+from esparse.models.model_name import check_absent
 from esparse.parts.extras import explained
+
+OTHERS = ("ls", "validate")  # commands of lm-eval that evaluate nothing
 
 
 def arguments(typed: Sequence[str]) -> list[str]:
@@ -21,11 +28,34 @@ def arguments(typed: Sequence[str]) -> list[str]:
     return list(typed) if names_one or len(typed) < 2 else [*typed, "--include_path", str(FOLDER)]
 
 
-def main() -> int:
-    from lm_eval.__main__ import cli_evaluate
+def check(typed: Sequence[str]) -> None:
+    """Raises Mistake or OSError for a checkpoint that is missing, of which lm-eval has nothing but a traceback."""
+    asks_for_help = {"-h", "--help"} & set(typed)
+    elsewhere = any(word.startswith(("--conf", "-C")) for word in typed)
+    if len(typed) < 2 or typed[0] in OTHERS or asks_for_help or elsewhere:
+        return
+    named_model = any(re.match(r"--model(=|$)|-M", word) for word in typed)
+    if (not named_model or {"hf", "--model=hf", "-Mhf"} & set(typed)) and "pretrained" not in " ".join(typed):
+        raise Mistake("lm-eval is to be told which checkpoint to load: --model hf --model_args pretrained=DIR")
+    for word in typed:
+        if (found := re.search(r"\bpretrained=([^,]+)", word)) and not Path(found[1]).exists():
+            check_absent(found[1], "--model_args pretrained")
 
-    sys.argv[1:] = arguments(sys.argv[1:])
-    cli_evaluate()
+
+def main() -> int:
+    typed = sys.argv[1:]
+    try:
+        check(typed)
+        from lm_eval.__main__ import cli_evaluate
+
+        sys.argv[1:] = arguments(typed)
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        *_, (raised_in, _) = walk_tb(error.__traceback__)
+        if not isinstance(error, Mistake) and not raised_in.f_globals["__name__"].startswith(("lm_eval", "esparse")):
+            raise  # of another library, whose traceback says more
+        print(f"esparse: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

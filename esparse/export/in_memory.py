@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esparse.errors import Mistake
-from esparse.export.packed_checkpoint import tensors_of, why_dense
+from esparse.export.packed_checkpoint import stacks_of, tensors_of, why_dense
 from esparse.models.matrices import Matrix
 from esparse.models.reorder import gather_before
 from esparse.packed.experts import PackedExperts
@@ -33,7 +33,6 @@ def pack_layers(model: nn.Module, pruned: Pruned) -> dict[str, str]:
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
-    stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
     left = {}
     for matrix, grouping in pruned.groupings:
         parameter = _parameter(model, matrix)
@@ -41,10 +40,9 @@ def pack_layers(model: nn.Module, pruned: Pruned) -> dict[str, str]:
             left[matrix.entry] = f"it is one weight with {', '.join(sorted(names[id(parameter)] - {matrix.entry}))}"
         elif matrix.expert is None:
             _pack_layer(model, matrix, grouping, pruned)
-        else:
-            stacks.setdefault(matrix.entry, []).append((matrix, grouping))
-    for entry, experts in stacks.items():
-        experts.sort(key=lambda pair: pair[0].expert or 0)
+    for entry, experts in stacks_of(pruned).items():
+        if entry in left:
+            continue
         if (why := why_dense(experts)) is not None:
             left[entry] = why
         else:

@@ -88,7 +88,7 @@ class Packed(ToFolder):
         dtype, physical = self.precision(run.blocks), self.order == "physical"
         precision = precisions(run.blocks.model, dtype)
         matrices = {m.entry: (m, g.pattern) for m, g in run.pruned.groupings if m.expert is None}
-        stacks = _stacks(run)
+        stacks = stacks_of(run.pruned)
         contents = _Contents()
         with Draft(self.place(run.folder), run) as draft:
             for tensors, plan in parts(run, physical=physical, gathers=True):
@@ -204,10 +204,10 @@ def tensors_of(
     return quantised.to_file(stored_OI.cpu(), pattern, pruned.grid, scales)
 
 
-def _stacks(run: Finished) -> dict[str, list[tuple[Matrix, Grouping]]]:
+def stacks_of(pruned: Pruned) -> dict[str, list[tuple[Matrix, Grouping]]]:
     """For each parameter that holds experts, its experts in order."""
     stacks: dict[str, list[tuple[Matrix, Grouping]]] = {}
-    for matrix, grouping in run.pruned.groupings:
+    for matrix, grouping in pruned.groupings:
         if matrix.expert is not None:
             stacks.setdefault(matrix.entry, []).append((matrix, grouping))
     return {name: sorted(of, key=lambda pair: pair[0].expert or 0) for name, of in stacks.items()}

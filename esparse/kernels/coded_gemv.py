@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
 from esparse.kernels.form import Coded, Units, units
 from esparse.kernels.gemv import MOST_TOKENS, kept_before, run_words, words
 from esparse.kernels.registers import folded, interpreted
@@ -36,6 +37,7 @@ def cut_of(of: Coded, *, n: int, m: int) -> Units | None:
     return WHOLE if of.keep_OB is None else units(n, m)
 
 
+@on_its_gpu
 def product(of: Coded, x_TI: Tensor, *, n: int, m: int, tile: Tile | None = None) -> Tensor:
     """x @ W^T (T x O) in x's dtype; values are rounded to it, but for one token, and sums are float32.
 

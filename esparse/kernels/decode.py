@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
 from esparse.kernels.form import units
 from esparse.kernels.gemv import expanded, words
 from esparse.kernels.registers import interpreted
 
 
+@on_its_gpu
 def decode(values_RK: Tensor, bits_RB: Tensor, inputs: int, *, n: int, m: int, out_RI: Tensor | None = None) -> Tensor:
     """The dense matrix (R x inputs), written into `out_RI` if given; bitwise equal to form.to_dense.
 

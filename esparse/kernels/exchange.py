@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
+
 STRIPE = 512  # rows summed in float32; a multiple of four
 ROWS = 256  # of a group per program of `_cut_kernel`
 HELD = 32  # most slots per program that takes several groups
 CHANNELS = 256  # most channels per program
 
 
+@on_its_gpu
 def cut(columns_BCR: Tensor, block_K: Tensor, channels_KM: Tensor, *, n: int) -> tuple[Tensor, Tensor]:
     """The score that each group keeps, n per row (K, float64), and each slot's threshold (K x R x M).
 
@@ -47,6 +50,7 @@ def cut(columns_BCR: Tensor, block_K: Tensor, channels_KM: Tensor, *, n: int) ->
     return kept_KP.sum(1), levels_KRM
 
 
+@on_its_gpu
 def summed_maxima(levels_KRM: Tensor, rows_BRC: Tensor, block_K: Tensor, together: int) -> Tensor:
     """sum_r max(level_p[r], score_q[r]) for each slot p of the groups and each channel q (K x M x C, float64).
 

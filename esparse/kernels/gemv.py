@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from esparse.kernels import registers
+from esparse.kernels.current import on_its_gpu
 from esparse.kernels.form import Units, units
 from esparse.kernels.registers import interpreted
 from esparse.kernels.tiles import Tile, candidates, copies, fastest, is_known
@@ -27,6 +28,7 @@ from esparse.kernels.tiles import Tile, candidates, copies, fastest, is_known
 MOST_TOKENS = 16
 
 
+@on_its_gpu
 def matvec(
     values_RK: Tensor,
     bits_RB: Tensor,

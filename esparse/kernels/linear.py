@@ -58,7 +58,7 @@ def packed_linear(
         from esparse.kernels.gemv import matvec
 
         y_TR = matvec(values_RK, bits_RB, x_TI, n=n, m=m, order_I=order_I)
-        return (y_TR if bias_R is None else y_TR + bias_R).view(*x.shape[:-1], -1)
+        return (y_TR if bias_R is None else y_TR + bias_R).view(*x.shape[:-1], len(values_RK))
     if order_I is not None:
         x_TI = x_TI[:, order_I]
     if way == "cusparselt":
@@ -70,7 +70,7 @@ def packed_linear(
         y_TR = linear(x_TI, decode(values_RK, bits_RB, inputs, n=n, m=m), bias_R)
     else:
         y_TR = linear(x_TI, to_dense(values_RK, bits_RB, inputs), bias_R)
-    return y_TR.view(*x.shape[:-1], -1)
+    return y_TR.view(*x.shape[:-1], len(values_RK))
 
 
 def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
@@ -81,9 +81,9 @@ def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
 def kernel(tokens: int, few: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:
     """The kernel: gemv (up to `few` tokens), cusparselt, decode (dense copy by Triton) or plain (by PyTorch)."""
     ours = on_gpu and has_triton and units(n, m) is not None
-    if ours and tokens <= few:
+    if ours and 1 <= tokens <= few:
         return "gemv"
-    if has_blob:
+    if has_blob and tokens:
         return "cusparselt"
     return "decode" if ours else "plain"
 

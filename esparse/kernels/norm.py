@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
+
 
 def plain_norm(x_TH: Tensor, weight_H: Tensor, eps: float, order_I: Tensor | None = None) -> Tensor:
     """LLaMA's RMSNorm (float32 inside, rounded before it is multiplied by the weight), then the gather of channels."""
@@ -18,6 +20,7 @@ def plain_norm(x_TH: Tensor, weight_H: Tensor, eps: float, order_I: Tensor | Non
     return normed if order_I is None else normed[..., order_I]
 
 
+@on_its_gpu
 def norm(x_TH: Tensor, weight_H: Tensor, eps: float, order_I: Tensor | None = None) -> Tensor:
     """Computes `plain_norm` in one kernel: row t, place i is channel order[i] of the normed token t."""
     hidden = x_TH.shape[-1]

@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
+
 WIDEST = 128  # most columns of a block
 ROWS = 32  # per program
 
 
+@on_its_gpu
 def sweep_block(
     weight_OI: Tensor, keep_OI: Tensor, upper_II: Tensor, start: int, end: int, m: int, n: int, tail_n: int
 ) -> Tensor:

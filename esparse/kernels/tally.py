@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esparse.kernels.current import on_its_gpu
+
 CHANNELS = 128  # per program
 TOKENS = 256  # reduced to one part
 STEP = 16  # tokens that a program reads at a time
@@ -30,6 +32,7 @@ def extremes(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     return least_PI, greatest_PI
 
 
+@on_its_gpu
 def _reduced(x_TI: Tensor, results: int) -> Tensor:
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     tokens, inputs = x_TI.shape
@@ -51,6 +54,7 @@ def _reduced(x_TI: Tensor, results: int) -> Tensor:
     return out
 
 
+@on_its_gpu
 def count(x_TI: Tensor, low_I: Tensor, scale_I: Tensor, counts_KI: Tensor) -> None:
     """Counts every value into bin (x - low) scale, or the nearest bin; counts are int32, one row per bin.
 

@@ -54,7 +54,7 @@ def to_bytes(numbers_N: Tensor, bits: int) -> Tensor:
     """
     count = len(numbers_N)
     eights_N8 = torch.nn.functional.pad(numbers_N, (0, -count % 8)).view(-1, 8)
-    bytes_NB = torch.zeros(len(eights_N8), bits, dtype=torch.uint8)
+    bytes_NB = torch.zeros(len(eights_N8), bits, dtype=torch.uint8, device=numbers_N.device)
     for number in range(8):
         for byte in range(number * bits // 8, -(-(number + 1) * bits // 8)):
             shift = 8 * byte - number * bits
@@ -66,7 +66,8 @@ def to_bytes(numbers_N: Tensor, bits: int) -> Tensor:
 def from_bytes(bytes_B: Tensor, count: int, bits: int) -> Tensor:
     """The numbers (int64) that `to_bytes` packed: its inverse."""
     bytes_NB = torch.nn.functional.pad(bytes_B, (0, -len(bytes_B) % bits if bits else 0)).view(-1, max(bits, 1))
-    eights_N8 = torch.zeros(len(bytes_NB) if bits else -(-count // 8), 8, dtype=torch.int64)
+    eights = len(bytes_NB) if bits else -(-count // 8)
+    eights_N8 = torch.zeros(eights, 8, dtype=torch.int64, device=bytes_B.device)
     for number in range(8):
         for byte in range(number * bits // 8, -(-(number + 1) * bits // 8)):
             shift = 8 * byte - number * bits

@@ -22,16 +22,23 @@ ENDINGS |= {"order", "input_order", "output_order"}
 
 
 def check_tensors(model: PreTrainedModel, config: EsparseConfig, files: Sequence[Path]) -> None:
-    """Raises Mistake if the files and the packed layers differ in what is stored.
+    """Raises Mistake if the files and the packed layers differ in what is stored, or in its shape.
 
     transformers would fill what is missing with anything, and leave out what is too much.
     """
     stored: dict[str, Path] = {}
+    packed = [*config.layers, *config.experts]
+    shapes = {f"{n}.{own}": list(v.shape) for n in packed for own, v in model.get_submodule(n).state_dict().items()}
     for path in files:
         with safe_open(path, "pt") as file:
             stored |= dict.fromkeys(file.keys(), path)
-    packed = [*config.layers, *config.experts]
-    wanted = {f"{name}.{own}" for name in packed for own in model.get_submodule(name).state_dict()}
+            for name in (name for name in file.keys() if name in shapes):  # noqa: SIM118 - it is no mapping
+                if (found := file.get_slice(name).get_shape()) != shapes[name]:
+                    raise Mistake(
+                        f"{path} has {name} of the shape {found}, and config.json asks for {shapes[name]}: one of them "
+                        "is damaged, or of another model"
+                    )
+    wanted = set(shapes)
     wanted |= {f"{name}.output_order" for name in config.behind} | {f"{name}.input_order" for name in config.before}
     # Biases alone are stored by the names of the family's checkpoints, which may begin otherwise.
     ends = {_from_block(name) for name in stored if name.endswith(".bias")}

@@ -42,7 +42,8 @@ class PackedExperts(nn.Module):
         """`shape` is the parameter's; `transposed` means E x I x O; `ordered` as in PackedLinear; `grid`: of codes."""
         super().__init__()
         self.pattern, self.transposed, self.grid = pattern, transposed, grid
-        self._like = torch.empty(0, dtype=dtype)  # of the precision of experts that are made dense: codes have none
+        # Of the precision of dense experts, which codes do not have; never on "meta", which nothing leaves.
+        self._like = torch.empty(0, dtype=dtype, device="cpu")
         self.experts, outputs, self.inputs = (shape[0], *shape[:0:-1]) if transposed else shape
         shapes = matrix.file_shapes(pattern, outputs, self.inputs)
         if grid is not None:

@@ -8,6 +8,7 @@ Shapes: T tokens, O outputs, I inputs, G groups of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class QuantisedLinear(PackedLinear):
         ordered: bool = False,
     ) -> None:
         self.grid = grid
+        # Of the precision that the layer computes in, which codes do not have; never on "meta", which nothing leaves.
+        self._like = torch.empty(0, dtype=dtype, device="cpu")
         super().__init__(inputs, outputs, pattern, bias=bias, dtype=dtype, device=device, ordered=ordered)
         self.for_kernels = False  # those of esparse/kernels/linear.py take values; coded_gemv.py takes codes
 
@@ -68,8 +71,13 @@ class QuantisedLinear(PackedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The codes, for code that asks a layer's weight for its device."""
-        return self.get_buffer("codes")
+        """An empty tensor, for code that asks a layer's weight for its device or precision."""
+        return torch.empty(0, dtype=self._like.dtype, device=self.get_buffer("codes").device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        super()._apply(fn, recurse)
+        self._like = fn(self._like)
+        return self
 
     def quantised(self) -> QuantisedMatrix:
         """The weight, with its columns in group order; it shares memory with the layer."""

@@ -8,6 +8,7 @@ Shapes: O outputs, I inputs, E experts, G groups of a row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
     from esparse.models.matrices import Matrix
     from esparse.pruning.method import Method
+
+log = logging.getLogger("esparse")
+
+FEW = 0.01  # of the scales
 
 
 def check_widths(blocks: BlockModel, method: Method, skip: Iterable[str] = ()) -> None:
@@ -46,10 +51,29 @@ def joint_grid(method: Method) -> Grid | None:
 
 def rounded(method: Method, layer: Layer, solution: Solution, name: str) -> Solution:
     """The solution with its kept values on the grid: by a last sweep on the fixed mask, or each by itself."""
-    grid, grouping = method.quantise, layer.grouping
-    if not isinstance(grid, Grid) or solution.scales is not None:
+    grid = method.quantise
+    if not isinstance(grid, Grid):
         return solution
-    grid.ready([(name, solution.weight_OI.shape[1])])
+    if solution.scales is None:
+        grid.ready([(name, solution.weight_OI.shape[1])])
+        solution = _on_grid(grid, layer, solution)
+    assert solution.scales is not None
+    large, small = grid.beyond(solution.scales.scale_OG)
+    if large or small > FEW * solution.scales.scale_OG.numel():  # a few groups of next to nothing add next to nothing
+        log.warning(
+            "%s: %d of %d scales are too %s for %s, so that its values are not the nearest: use quantise.scale=%s",
+            name,
+            large or small,
+            solution.scales.scale_OG.numel(),
+            "large" if large else "small",
+            grid.scale,
+            "bfloat16" if grid.scale == "float16" else "float32",
+        )
+    return solution
+
+
+def _on_grid(grid: Grid, layer: Layer, solution: Solution) -> Solution:
+    grouping = layer.grouping
     weight_OI, keep_OI = grouping.ordered(solution.weight_OI), grouping.ordered(solution.keep_OI)
     if grid.rounding == "sweep" and layer.stats.tokens:
         upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, grid.damp)

@@ -134,8 +134,19 @@ class Grid(Quantise):
         dtype = getattr(torch, self.scale)
         limits = torch.finfo(dtype)
         stored = scale.clamp(max=limits.max).to(dtype).float()
-        least = torch.where(scale > 0, limits.smallest_normal, 1.0)  # of a group without a value: any will do
-        return torch.where(stored > 0, stored, least)
+        # Of a group without a value any will do. Float32 computes with them, and may take its least numbers for 0.
+        smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+        return torch.where(stored > 0, stored, torch.where(scale > 0, smallest, 1.0))
+
+    def beyond(self, scale_OG: Tensor) -> tuple[int, int]:
+        """How many stored scales are the largest of their precision, and how many among its very smallest, of few bits.
+
+        Values of the former may be cut, and of the latter far from the nearest of a grid that has its own scale.
+        """
+        import torch
+
+        limits = torch.finfo(getattr(torch, self.scale))
+        return int((scale_OG >= limits.max).sum()), int((scale_OG < 64 * limits.smallest_normal * limits.eps).sum())
 
     def whole(self, weight_OI: Tensor, keep_OI: Tensor, pattern: Pattern) -> Tensor | None:
         """The kept weights that stay in 16 bits: those that a group keeps beyond its n, the largest first.

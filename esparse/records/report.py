@@ -28,7 +28,8 @@ class LayerReport:
     kept_score: share of the matrix's total score that is kept (0 to 1). relative_error:
     ||X (W - W')^T||_F / ||X W^T||_F on `error_tokens` evenly spaced calibration tokens, None without tokens.
     Bytes: of the dense matrix, and of the packed one in memory and on disk, None if `export=packed` leaves it dense
-    (patterns without n:m, experts with outliers and a shuffle). zeros_before: share of zeros in the dense weights;
+    (patterns without n:m, unless they are quantised and dense; experts with outliers and a shuffle, or that a model
+    takes all at once). zeros_before: share of zeros in the dense weights;
     zeros_filled: share of these that an update or a training has made nonzero; zeros_in_mask: number of those that the
     mask keeps. density and zeros_filled are those of the weights at the end.
     """
@@ -64,11 +65,15 @@ class RecoveryReport:
     seconds: float
 
 
+def nothing_to_wait_for() -> None:
+    """What a stage waits for on a CPU; a name, so that what holds it can be pickled."""
+
+
 @dataclass(slots=True)
 class Stages:
     """Wall-clock seconds by stage of a run; `settle` waits for the device's queue before a clock is read."""
 
-    settle: Callable[[], None] = lambda: None
+    settle: Callable[[], None] = nothing_to_wait_for
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

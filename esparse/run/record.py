@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esparse import __version__
+from esparse.export.packed_checkpoint import stacks_of, why_dense
 from esparse.packed import grid_sizes
-from esparse.packed.sizes import of_matrix
+from esparse.packed.sizes import of_codes, of_matrix
 from esparse.patterns import Pattern
 from esparse.pruning.journal import Journal
 from esparse.pruning.outcome import Pruned
 from esparse.quantise.grids import Grid
-from esparse.records.report import LayerReport, Stages, as_dicts
+from esparse.records.report import LayerReport, Stages, as_dicts, nothing_to_wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ class Clock:
         """Also resets the device's peak of memory."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        return cls(Stages(settle=_settle(device)))
+        return cls(Stages(settle=waiting_for(device)))
 
     def read(self, journal: Journal) -> dict[str, Any]:
         """Seconds until now, in all and by stage."""
@@ -98,8 +99,9 @@ class Clock:
         }
 
 
-def _settle(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+def waiting_for(device: torch.device) -> Callable[[], None]:
+    """Waits, when it is called, until the device has done what it was given; can be pickled."""
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else nothing_to_wait_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,17 +179,15 @@ def peak_mib(device: torch.device) -> tuple[float, float | None]:
 
 def with_bytes(pruned: Pruned) -> list[LayerReport]:
     """The report of each layer, with the bytes of its matrix now and in the form of `export=packed`."""
-    layers = []
+    layers, grid = [], pruned.grid
+    dense = {name for name, experts in stacks_of(pruned).items() if why_dense(experts) is not None}
     for layer, (matrix, grouping) in zip(pruned.layers, pruned.groupings, strict=True):
         pattern, dtype = grouping.pattern, matrix.parameter.dtype
         layer = replace(layer, dense_bytes=math.prod(layer.shape) * dtype.itemsize)
-        if pattern.parts() and (matrix.expert is None or grouping.order_I is None or len(pattern.parts()) == 1):
-            size = of_matrix(pattern, *layer.shape, dtype)
-            on_disk = size.on_disk
-            if pruned.grid is not None and matrix.expert is None:  # in memory its values are numbers again
-                outputs, inputs = layer.shape
-                on_disk = grid_sizes.file_bytes(pattern, outputs, inputs, pruned.grid)
-            layer = replace(layer, packed_bytes=size.in_memory, file_bytes=on_disk)
+        if matrix.entry not in dense and (pattern.parts() or (grid is not None and str(pattern) == "dense")):
+            shape = (pattern, layer.shape[0], layer.shape[1], dtype)
+            size = of_matrix(*shape) if grid is None else of_codes(*shape, grid)
+            layer = replace(layer, packed_bytes=size.in_memory, file_bytes=size.on_disk)
         layers.append(layer)
     return layers
 

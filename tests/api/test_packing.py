@@ -152,6 +152,7 @@ def test_experts_that_a_model_takes_all_at_once_stay_dense_with_a_reason(family:
     left = esparse.pack(model, report)
     assert set(left) == {name for name in report.keeps if "experts" in name}
     assert all("takes all of a parameter at once" in why for why in left.values())
+    assert all((layer.packed_bytes is None) == ("experts" in layer.name) for layer in report.layers)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -197,11 +198,15 @@ def test_a_quantised_model_computes_from_codes(family: str, how: dict, tmp_path:
     assert entry["grid"]["class"] == type(grid).__name__
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert esparse.pack(model, report) == {}
-    for packed in (model, again):
+    for packed in (model, again.to("cpu")):
         layers = [m for m in packed.modules() if isinstance(m, QuantisedLinear)]
         stacks = [m for m in packed.modules() if isinstance(m, PackedExperts)]
         assert len(layers) + len(stacks) == len(report.keeps)
         assert all("codes" in m._buffers and "values" not in dict(m.named_parameters()) for m in (*layers, *stacks))
+        held = {name: value for m in (*layers, *stacks) for name, value in m.state_dict(prefix=f"{id(m)}.").items()}
+        bytes_of_codes = sum(value.nbytes for name, value in held.items() if not name.endswith(("order", "bias")))
+        assert sum(layer.packed_bytes or 0 for layer in report.layers) == bytes_of_codes
+        assert all(m.weight.dtype == torch.float32 for m in layers)
         torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -221,6 +226,16 @@ def test_a_packed_model_is_not_saved_but_copied_pickled_and_generated_from(famil
     assert "quantization_config" not in model.config.to_dict()
     with pytest.raises(ValueError, match="packed already"):
         esparse.save(model, None, report, tmp_path / "model", packed=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_report_is_pickled_and_copied(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    report = esparse.prune(model, None, calibration=TOKENS_SL)
+    for number, other in enumerate((pickle.loads(pickle.dumps(report)), copy.deepcopy(report))):
+        assert str(other) == str(report) and other.to_dict()["layers"] == report.to_dict()["layers"]
+        esparse.save(model, None, other, tmp_path / str(number), packed=True)
+    assert esparse.pack(model, other) == {}
 
 
 def test_what_was_changed_since_it_was_rounded_is_refused() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from esparse.errors import Mistake
+from esparse.evaluate import lm_eval
 from tests.workshop import ROOT, launch
 
 LIMIT = 60
@@ -58,3 +60,52 @@ def scores(command: list[str], folder: Path) -> dict[str, Any]:
     [file] = folder.glob("scores/**/results_*.json")
     answer: dict[str, Any] = json.loads(file.read_text())["results"]["builtin"]
     return answer
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--model hf --tasks builtin", "which checkpoint to load: --model hf --model_args pretrained=DIR"),
+        ("--tasks builtin", "which checkpoint to load"),
+        ("run --model hf -a dtype=float32,pretrained=./nowhere -t builtin", "there is no directory ./nowhere"),
+        pytest.param(
+            "--model dummy --tasks nosuch", "Tasks not found: nosuch", marks=pytest.mark.slow
+        ),  # reads all tasks
+    ],
+)
+def test_what_lm_eval_cannot_run_is_one_sentence(
+    typed: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *typed.split()])
+    assert lm_eval.main() == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("esparse: ")]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "run --help",
+        "ls tasks",
+        "--model local-completions --tasks builtin",
+        "--model hf --config evaluation.yaml",
+        "--model=hf --model_args=pretrained=here --tasks builtin",
+        '--model hf --model_args {"pretrained":"here"}',
+    ],
+)
+def test_what_is_lm_evals_is_left_to_it(typed: str) -> None:
+    lm_eval.check(typed.split())
+
+
+def test_only_refusals_lose_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dummy"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: ends(Mistake("the file is damaged")))
+    assert lm_eval.main() == 2 and capsys.readouterr().err == "esparse: the file is damaged\n"
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: ends(ValueError("of another library")))
+    with pytest.raises(ValueError, match="of another library"):
+        lm_eval.main()

@@ -84,6 +84,14 @@ def changed(folder: Path, ending: str, change: Callable[[torch.Tensor], torch.Te
     return name
 
 
+@pytest.mark.parametrize("ending", ["codes", "index"])
+def test_a_tensor_of_another_shape_is_named(ending: str, tmp_path: Path) -> None:
+    exported(tmp_path, "llama", "int4", "physical")
+    name = changed(tmp_path, f".{ending}", lambda value: value[:-1].contiguous())
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} of the shape .* asks for .* is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     exported(folder, "llama", "int4", "original")

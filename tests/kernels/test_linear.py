@@ -42,6 +42,15 @@ def test_every_way_gives_the_masked_product(
     assert (y - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("way", ["decode", "plain"])
+def test_no_tokens(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "decode":
+        pytest.importorskip("triton")
+    _, values_RK, bits_RB = matrix(4, 8, 10, 72)
+    monkeypatch.setattr(packed, "kernel", lambda *_, **__: way)
+    assert packed_linear(values_RK, bits_RB, torch.empty(2, 0, 72, device=DEVICE), n=4, m=8).shape == (2, 0, 10)
+
+
 def test_the_choice() -> None:
     def chosen(tokens: int, n: int = 2, m: int = 4, **there: bool) -> str:
         return kernel(tokens, 16, n=n, m=m, **({"on_gpu": True, "has_triton": True, "has_blob": True} | there))
@@ -50,6 +59,7 @@ def test_the_choice() -> None:
     assert few_tokens(torch.bfloat16, 64, n=8, m=16) == 64
     assert [chosen(tokens) for tokens in (1, 16, 17, 4096)] == ["gemv", "gemv", "cusparselt", "cusparselt"]
     assert [chosen(tokens, 8, 16, has_blob=False) for tokens in (16, 17)] == ["gemv", "decode"]
+    assert [chosen(0, has_blob=blob) for blob in (True, False)] == ["decode", "decode"]  # an expert without tokens
     assert chosen(1, has_triton=False) == "cusparselt"
     assert chosen(1, has_triton=False, has_blob=False) == "plain"
     assert chosen(1, on_gpu=False, has_blob=False) == "plain"

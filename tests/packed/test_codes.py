@@ -58,3 +58,9 @@ def test_a_stream_of_bits_is_the_integer_they_make(bits: int, count: int, seed: 
     bytes_B = codes.to_bytes(numbers_N, bits)
     assert bytes_B.tolist() == expected
     assert torch.equal(codes.from_bytes(bytes_B, count, bits), numbers_N)
+
+
+def test_numbers_stay_on_their_device() -> None:
+    there = torch.device("meta")  # any but the CPU: on a GPU, codes are read where the layer is
+    assert codes.from_bytes(torch.empty(9, dtype=torch.uint8, device=there), 20, 3).device == there
+    assert codes.to_bytes(torch.empty(20, dtype=torch.int64, device=there), 3).device == there

@@ -60,6 +60,14 @@ def layer(
     return of, weight_OI if order_I is None else torch.empty_like(weight_OI).index_copy_(1, order_I, weight_OI)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_its_weight_has_the_precision_in_which_it_computes(dtype: torch.dtype) -> None:
+    # As in DeepSeek-V3.2's indexer: `self.weights_proj(x.to(self.weights_proj.weight.dtype))`.
+    of, _ = layer(("2:4", None), "int4", {}, dtype, None)
+    assert of.weight.dtype == dtype and of.weight.device == CPU
+    assert of.half().weight.dtype == torch.float16
+
+
 @pytest.mark.parametrize("tile_bytes", [4 * 36 * 5, 2**22])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(("quantise", "changes"), GRIDS, ids=str)
@@ -76,7 +84,7 @@ def test_it_is_the_linear_of_the_decoded_weight(
     order_I = torch.randperm(36, generator=torch.Generator().manual_seed(2)) if ordered else None
     of, weight_OI = layer(asked, quantise, changes, torch.float32, order_I)
     assert torch.equal(of.dense(), weight_OI)
-    for shape in ((36,), (1, 36), (2, 3, 36), (40, 36)):
+    for shape in ((36,), (1, 36), (0, 36), (2, 3, 36), (40, 36)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
         expected = nn.functional.linear(x, weight_OI, of.bias)
         torch.testing.assert_close(of(x), expected, rtol=1e-5, atol=1e-5)

@@ -113,6 +113,21 @@ def test_without_quantisation_nothing_is_remembered_and_a_fine_grid_changes_next
         assert lost <= 0.005 * one.abs().max() and (lost > 0) == (one.ndim == 2), name
 
 
+@pytest.mark.parametrize(("factor", "said"), [(1e-6, "small"), (1e7, "large"), (1.0, None)])
+@pytest.mark.parametrize("rounding", ["nearest", "sweep"])
+def test_scales_that_their_precision_cannot_hold_are_said(
+    rounding: str, factor: float, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("llama")
+    model.get_parameter("model.layers.0.self_attn.v_proj.weight").data *= factor
+    run(model, option("quantise", "int4", group=8, scale="float16", rounding=rounding), update="sparsegpt")
+    warned = [r.getMessage() for r in caplog.records if "scales" in r.getMessage()]
+    assert len(warned) == (said is not None)
+    for text in warned:
+        assert text.startswith("model.layers.0.self_attn.v_proj: ") and f"too {said} for float16" in text
+        assert text.endswith("use quantise.scale=bfloat16")
+
+
 def test_a_recovery_of_layers_comes_before_the_rounding() -> None:
     grid = option("quantise", "int4", group=16)
     pruned = run(tiny("llama"), grid, update="sparsegpt", recovery="variance")
