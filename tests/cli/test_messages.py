@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -160,12 +162,22 @@ def test_a_setting_without_its_group(key: str, meant: str) -> None:
     assert meant in unknown_key(key, Experiment, [])
 
 
+@contextmanager
+def handled(number: signal.Signals, how: signal.Handlers) -> Iterator[None]:
+    """While open, the signal is handled so, whatever the tests' own process was started under (nohup)."""
+    before = signal.signal(number, how)
+    try:
+        yield
+        assert signal.getsignal(number) is how
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unwinds_and_is_the_exit_code(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, unwound = signal.getsignal(number), []
-    assert before is signal.SIG_DFL
+    unwound = []
 
     def main() -> None:
         try:
@@ -175,10 +187,12 @@ def test_a_signal_unwinds_and_is_the_exit_code(
             raise
 
     monkeypatch.setattr("sys.argv", ["esparse"])
-    assert exit_code(main) == 128 + number
+    with handled(number, signal.SIG_DFL):
+        assert exit_code(main) == 128 + number
     assert unwound == [number]
     assert capsys.readouterr().err == f"esparse: ended by {number.name}; finished runs are kept\n"
-    assert signal.getsignal(number) is before
+    with handled(number, signal.SIG_IGN):  # as nohup leaves it
+        assert exit_code(lambda: signal.raise_signal(number)) == 0
 
 
 def test_a_full_disk_behind_standard_output_is_one_sentence(
