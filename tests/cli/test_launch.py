@@ -537,6 +537,7 @@ def test_a_home_folder_is_meant_by_every_path(
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(workshop / "model", tmp_path / "model")
     shutil.copy(workshop / "text.txt", tmp_path / "text.txt")
+    shutil.copytree(workshop / "held", tmp_path / "held")
     (tmp_path / "here").mkdir()
     words = [word.replace(str(workshop), "~") for word in small_run(workshop, tmp_path)]
     words = [f"{key}='{value}'" if "~" in value else word for word in words for key, _, value in [word.partition("=")]]
