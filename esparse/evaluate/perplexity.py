@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 from esparse.models.damage import of_ends
@@ -57,7 +58,10 @@ def mean_losses(parts: Iterable[tuple[slice, Tensor]], ids_BL: Tensor) -> list[f
         for losses, logits_TV, ids_L in zip(found, logits_BTV, ids_BL, strict=True):
             next_T = ids_L[part.start + 1 : part.stop + 1]
             losses.append(_losses(logits_TV[: len(next_T)], next_T))
+        on_host = logits_BTV.device.type == "cpu"
         del logits_BTV, logits_TV  # before the next ones are made
+        if on_host:
+            host_memory.trim()  # a hole that one part leaves is too small for the next: the heap would grow with each
     return [float(torch.cat(losses).double().mean()) for losses in found]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esparse.linalg import all_finite, finite
-from esparse.models import damage, host_memory
+from esparse.models import damage
 from esparse.models.blocks import BlockModel
 from esparse.models.calls import Call, Carried, Returned, alike
 from esparse.models.forward_check import check
@@ -129,8 +129,6 @@ class Activations:
         for start in range(0, length, at_once):
             part = slice(start, min(start + at_once, length))
             yield part, self.blocks.logits(tokens_BL[:, part], hidden_BLH[:, part])
-            if self.blocks.device.type == "cpu":
-                host_memory.trim()  # the heap would grow by one part's logits with each part
 
     def _step(self, index: int, batch: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Carried]:
         call = self._calls[batch][index]

@@ -11,7 +11,7 @@ import torch
 import esparse
 from esparse.errors import Mistake
 from esparse.evaluate.perplexity import perplexity, window_losses
-from esparse.models import activations
+from esparse.models import activations, host_memory
 from esparse.models.blocks import BlockModel
 from esparse.models.forward_check import check
 from tests.models.families import tiny
@@ -54,7 +54,10 @@ def test_no_part_of_the_logits_is_larger_than_said_and_the_losses_stay(
     most, made = 5 * 4 * 96, []  # 16 and 5 tokens at once, of one and of four windows
     monkeypatch.setattr(activations, "LOGITS_AT_ONCE", most)
     blocks.model.get_output_embeddings().register_forward_hook(lambda _, args, out: made.append(tuple(out.shape)))
+    returned = []
+    monkeypatch.setattr(host_memory, "trim", lambda: returned.append(len(made)))
     torch.testing.assert_close(window_losses(blocks, IDS_WL), whole, rtol=1e-6, atol=0)
+    assert returned == [*range(1, len(made) + 1)], "memory is returned between a part and the next one"
     assert {shape[1] for shape in made} == ({16} if batch_tokens == 16 else {5, 1, 16})
     assert max(math.prod(shape) for shape in made) <= most
 
