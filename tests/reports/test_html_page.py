@@ -505,3 +505,17 @@ def test_the_front_of_perplexity_by_bits_is_what_no_run_is_ahead_of() -> None:
     (left, first), (middle, second), (right, third) = corners
     assert (middle - left) / (right - left) == pytest.approx(1 / 3, rel=1e-4)  # 2, 4 and 16 bits on a logarithmic axis
     assert (first - second) / (first - third) == pytest.approx((23 - 11) / (23 - 10), rel=1e-4)
+
+
+@needs_vega
+def test_each_dense_perplexity_has_a_line_of_its_own() -> None:
+    """Runs on other parts of a text have other dense perplexities, and no model has the mean of these."""
+    import vl_convert
+
+    rows = [
+        {"run": f"{x}", "method": "a", "label": "2:4", "style": [0, 0], "ppl": 40, "dense": x} for x in (10, 10, 20)
+    ]
+    spec = marks.listed() | {"width": 300, "data": {"values": rows}}
+    text = json.dumps(spec).replace('"$order"', "[]").replace('"$scale"', '{"type": "linear"}')
+    svg = vl_convert.vegalite_to_svg(json.loads(text))
+    assert sorted(re.findall(r"; dense perplexity: (\d+)", svg)) == ["10", "20"]
