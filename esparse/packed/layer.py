@@ -108,15 +108,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # a Linear's name, for models that call it by keyword
         x_TI, device = input.reshape(-1, self.in_features), input.device.type
-        y_TO: Tensor
         if torch.is_autocast_enabled(device):
             # Autocast sees no products of kernels: which dtype comes out would depend on the number of tokens. So the
             # product has the precision of the weights, and a Linear's dtype.
             with torch.autocast(device, enabled=False):
-                y_TO = _Product.apply(x_TI.to(self.weight.dtype), self.bias, self)
+                y_TO = _product(x_TI.to(self.weight.dtype), self.bias, self)
             y_TO = y_TO.to(torch.get_autocast_dtype(device))
         else:
-            y_TO = _Product.apply(x_TI, self.bias, self)
+            y_TO = _product(x_TI, self.bias, self)
         # As a Linear returns it: contiguous, as a view as complex numbers needs it, and changeable in place.
         return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*input.shape[:-1], self.out_features))
 
@@ -195,6 +194,12 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_O = grad_TO.sum(0)
         return grad_TI, grad_O, None
+
+
+@torch.compiler.disable(reason="the product's loops and kernels are compiled by numba and Triton already")
+def _product(x_TI: Tensor, bias_O: Tensor | None, layer: PackedLinear) -> Tensor:
+    y_TO: Tensor = _Product.apply(x_TI, bias_O, layer)
+    return y_TO
 
 
 def multiply(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:

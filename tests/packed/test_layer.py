@@ -65,6 +65,23 @@ def test_under_autocast_it_returns_a_linears_dtype_for_any_tokens(given: torch.d
         assert (one - other).norm() / other.norm() < 1e-2
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torch_compile_leaves_the_product_alone(autocast: bool) -> None:
+    """It looked into numba's dispatcher, and died."""
+    pattern = patterns.parse("2:4")
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    weight_OI = pruned(pattern, 17, 36, torch.float32)
+    packed.load_state_dict({**to_file(pack(weight_OI, pattern)), "bias": torch.arange(17.0)})
+    packed.settle()
+    around = nn.Sequential(nn.ReLU(), packed, nn.ReLU())
+    torch._dynamo.reset()
+    compiled = torch.compile(around, backend="eager")
+    for tokens in (1, 3, 100):
+        x = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(compiled(x), around(x))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("asked", ["2:4", "8:16", "1:4"])
 def test_the_kernels_read_the_same_form(asked: str, tokens: int) -> None:
