@@ -84,6 +84,19 @@ class Activations:
         """Like `run`, but differentiable, and for a block that was cast to `dtype`."""
         return self._step(index, batch, dtype)[0]
 
+    def returned(self, index: int, batch: int, dtype: torch.dtype) -> list[Tensor]:
+        """A block's output, computed as by `forward`, and the floating-point tensors that it passes on beside it."""
+        out, carried = self._step(index, batch, dtype)
+        tensors = [out]
+
+        def collect(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                tensors.append(tensor)
+            return tensor
+
+        carried.mapped(collect)
+        return tensors
+
     def advance(self, index: int) -> None:
         """Replaces the block's inputs by its outputs; raises as `advanced` does."""
         for batch, (hidden, carried) in enumerate(self._outputs(index)):

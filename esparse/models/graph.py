@@ -46,7 +46,8 @@ class BlockGraph:
         self._router_source: dict[str, str | None] = {}
         self._busiest: dict[InputGroup, tuple[int, int]] = {}  # its most tokens in a micro-batch, and minus which
         self._unused: list[nn.Parameter] = []
-        self._returned = torch.empty(0)  # the block's output for the first micro-batch, in float32
+        # What the block returns for the first micro-batch, in float32: its output, then what it passes on beside it.
+        self._returned: list[Tensor] = [torch.empty(0)]
 
     def watch(self, read: Reader) -> None:
         """Runs the block over all micro-batches and observes it; `read(group, x_TI)` gets the input of every group."""
@@ -156,16 +157,21 @@ class BlockGraph:
         return False
 
     def same(self) -> bool:
-        """Whether the block's output for the first micro-batch is still the one that `watch` saw.
+        """Whether the block returns for the first micro-batch what `watch` saw, and passes on the same to later blocks.
 
         Both are computed in float32. Their difference is compared with what the block adds to each token, and not with
         the hidden state: some of its channels are so large that a wrong block would pass as rounding.
         """
-        before, after = self._returned.flatten(0, -2), self._wide().flatten(0, -2)
+        returned, *passed_on = self._wide()
+        # Keys and values that later blocks read too; hidden states among them change by rounding, as the output does.
+        for now, then in zip(passed_on, self._returned[1:], strict=True):
+            if float((now - then).norm()) > _ALIKE[self._dtype().itemsize < 4] * float(then.norm()):
+                return False
+        before, after = self._returned[0].flatten(0, -2), returned.flatten(0, -2)
         wrong_T, size_T, dtype = (after - before).norm(dim=-1), before.norm(dim=-1), self._dtype()
         entered = self.block.activations.hidden[0]
         added_T = size_T
-        if entered.shape == self._returned.shape:
+        if entered.shape == self._returned[0].shape:
             added_T = (before - entered.to(before.device, torch.float32).flatten(0, -2)).norm(dim=-1)
         right_T = wrong_T <= _ALIKE[dtype.itemsize < 4] * added_T + 8 * torch.finfo(torch.float32).eps * size_T
         # Rounded weights may route some tokens to other experts, which is not an error of the change.
@@ -173,15 +179,15 @@ class BlockGraph:
         return bool(right_T.float().mean() >= (0.98 if routed else 1.0))
 
     @torch.no_grad()
-    def _wide(self) -> Tensor:
-        """The block's output for the first micro-batch, computed in float32 with the present weights."""
+    def _wide(self) -> list[Tensor]:
+        """What the block returns and passes on for the first micro-batch, in float32, with the present weights."""
         module, activations = self.block.module, self.block.activations
         # `in_float32` would move the weights, and producers and edges share their memory.
         saved = [(parameter, parameter.data) for parameter in module.parameters()]
         buffers = [(owner, name, value) for owner in module.modules() for name, value in owner._buffers.items()]
         try:
             module.float()
-            return activations.forward(self.block.index, 0, torch.float32).float()
+            return [tensor.float() for tensor in activations.returned(self.block.index, 0, torch.float32)]
         finally:
             for parameter, value in saved:
                 parameter.data = value

@@ -48,7 +48,7 @@ class Model:
     revision: str | None  # branch, tag or commit on the hub
     dtype: str  # auto | float32 | bfloat16 | float16; auto: the checkpoint's, but float32 for float16 on a CPU
     # Several GPUs or processes each take a share of the sequences, and what they sum up is added; gradients,
-    # `prepare=equalise` and recoveries that train use one
+    # preparations and recoveries that train use one
     devices: str  # auto (all GPUs there are, else the CPU) | cpu | cuda | cuda:1 ... | cpu:4 (as many processes)
     # More takes memory on a CPU, and no less time
     batch_tokens: int | None  # tokens of one forward pass; null: 1024 on a CPU, 8192 on a GPU

@@ -59,11 +59,15 @@ GROUPS: dict[str, Group] = {
         },
     ),
     "prepare": Group(
-        options={"none": "esparse.prepare:NoPreparation", "equalise": "esparse.prepare.equalise:Equalise"},
+        options={
+            "none": "esparse.prepare:NoPreparation",
+            "equalise": "esparse.prepare.equalise:Equalise",
+            "rotate": "esparse.prepare.rotate:RotateHeads",
+        },
         method=True,
         neutral="none",
         column="behind",
-        notes={"equalise": "SmoothQuant's scales"},
+        notes={"equalise": "SmoothQuant's scales", "rotate": "values in principal axes, head by head"},
     ),
     "metric": Group(
         options={
