@@ -77,11 +77,19 @@ def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, 
     and patterns that the exact search would take long (LARGEST). Then every unit starts at its sparsest pattern, and
     the step that saves most per weight is taken until none fits; with convex costs, the loss against the minimum is at
     most what the last steps save. A choice that is not better than the uniform one is discarded.
+
+    Where m does not divide the widths, what one unit gains no other may be able to lose exactly. If a choice leaves
+    more of the budget than half a step of all units, the least sum is searched among those that leave no more.
     """
     uniform = [unit.asked for unit in units]
     budget = sum(unit.kept[unit.asked] - unit.kept[0] for unit in units)
-    chosen = _cheapest(units, costs, budget)
-    _fill(units, costs, chosen, budget)
+    most_left = sum(_step(unit) for unit in units) // 2
+    for may_be_left in (budget, most_left):
+        chosen = _cheapest(units, costs, budget, may_be_left)
+        if _fill(units, costs, chosen, budget) <= most_left:
+            break
+    else:
+        chosen = uniform
     if _sum(costs, chosen) >= _sum(costs, uniform):
         chosen = uniform
     return {
@@ -92,8 +100,17 @@ def spend(units: Sequence[Unit], costs: Sequence[Sequence[float]]) -> dict[str, 
     }
 
 
-def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The indices of the patterns with the least sum of costs (a knapsack, by dynamic programming); 0s if too many."""
+def _step(unit: Unit) -> int:
+    """The number of weights between the pattern asked for and the next, in either direction."""
+    around = unit.kept[max(0, unit.asked - 1) : unit.asked + 2]
+    return max((after - before for before, after in itertools.pairwise(around)), default=0)
+
+
+def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: int, may_be_left: int) -> list[int]:
+    """The indices of the patterns with the least sum of costs (a knapsack, by dynamic programming); 0s if too many.
+
+    Of the budget at most `may_be_left` weights are left.
+    """
     import torch
 
     sizes = [[kept - unit.kept[0] for kept in unit.kept] for unit in units]
@@ -103,6 +120,7 @@ def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: i
         return [0] * len(units)
     # Shapes: B = budgets from 0 to `most` quanta, K = patterns of one unit.
     least_B = torch.zeros(most + 1, dtype=torch.float64)
+    least_B[may_be_left // quantum + 1 :] = math.inf
     choices = []
     for size, cost in zip(sizes, costs, strict=True):
         sum_KB = torch.full((len(size), most + 1), math.inf, dtype=torch.float64)
@@ -118,8 +136,11 @@ def _cheapest(units: Sequence[Unit], costs: Sequence[Sequence[float]], budget: i
     return chosen[::-1]
 
 
-def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[int], budget: int) -> None:
-    """Takes steps, in place, the one that saves most per weight first, until none fits into the rest of the budget."""
+def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[int], budget: int) -> int:
+    """Takes steps, in place, the one that saves most per weight first, until none fits into the rest of the budget.
+
+    Returns the rest.
+    """
 
     def step(place: int) -> tuple[float, int, int]:
         at, kept, cost = chosen[place], units[place].kept, costs[place]
@@ -139,6 +160,7 @@ def _fill(units: Sequence[Unit], costs: Sequence[Sequence[float]], chosen: list[
             chosen[place] += 1
             if has_next(place):
                 heappush(ahead, step(place))
+    return left
 
 
 def _sum(costs: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:

@@ -57,6 +57,11 @@ def in_registers(dtype: torch.dtype, inputs: int, n: int, m: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and 2 * n == m and 16 % m == 0 and inputs % 16 == 0
 
 
+def in_place(values_RK: Tensor, bits_RB: Tensor) -> bool:
+    """Whether values and bits lie in memory as the kernels of registers.py load them: 16 bytes at a time."""
+    return bits_RB.is_contiguous() and values_RK.is_contiguous() and values_RK.data_ptr() % 16 == 0
+
+
 def kept_per_row(inputs: int, n: int, m: int) -> int:
     """K, the kept weights of a row: n of each whole group, ceil(r * n / m) of a last group of r columns."""
     groups, tail = divmod(inputs, m)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from esparse.kernels.form import in_registers, to_dense, units
+from esparse.kernels.form import in_place, in_registers, to_dense, units
 
 HALVES = (torch.float16, torch.bfloat16)
+ALIGNED = 16  # bytes of which cuSPARSELt takes multiples as addresses
 GEMV_TOKENS, REGISTER_TOKENS = 16, 64  # most tokens for the matrix-vector kernels (`few_tokens`)
 
 
@@ -50,9 +51,11 @@ def packed_linear(
 
     `blob`: W in cuSPARSELt's format (`compress`), for many tokens. Raises ValueError if shapes do not fit.
     """
+    if values_RK.dtype != x.dtype:
+        raise ValueError(f"the weights are {values_RK.dtype} and the inputs {x.dtype}: give both one dtype")
     x_TI = x.reshape(-1, x.shape[-1])
     inputs = x_TI.shape[1]
-    few = few_tokens(x.dtype, inputs, n=n, m=m)
+    few = few_tokens_of(values_RK, bits_RB, x_TI, n=n, m=m)
     way = kernel(len(x_TI), few, n=n, m=m, on_gpu=x.is_cuda, has_triton=has_triton(), has_blob=blob is not None)
     if way == "gemv":
         from esparse.kernels.gemv import matvec
@@ -76,6 +79,12 @@ def packed_linear(
 def few_tokens(dtype: torch.dtype, inputs: int, *, n: int, m: int) -> int:
     """The most tokens that the matrix-vector kernels take; more for the kernels in registers.py."""
     return REGISTER_TOKENS if in_registers(dtype, inputs, n, m) else GEMV_TOKENS
+
+
+def few_tokens_of(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> int:
+    """The same for these tensors, which may lie in memory as the kernels in registers.py do not take them."""
+    lie_well = in_place(values_RK, bits_RB)
+    return few_tokens(x_TI.dtype, x_TI.shape[1], n=n, m=m) if lie_well else GEMV_TOKENS
 
 
 def kernel(tokens: int, few: int, *, n: int, m: int, on_gpu: bool, has_triton: bool, has_blob: bool) -> str:
@@ -123,7 +132,11 @@ def sparse_mm(
 ) -> Tensor:
     """x @ W^T + bias (T x R) on sparse tensor cores; pads the tokens (`padded_tokens`)."""
     tokens = len(x_TI)
-    x_TI = pad(x_TI, (0, 0, 0, padded_tokens(tokens, x_TI.dtype) - tokens))
+    missing = padded_tokens(tokens, x_TI.dtype) - tokens
+    if missing:
+        x_TI = pad(x_TI, (0, 0, 0, missing))
+    elif not x_TI.is_contiguous() or x_TI.data_ptr() % ALIGNED:  # strides are not read, and addresses must be multiples
+        x_TI = x_TI.clone(memory_format=torch.contiguous_format)
     y_TR = torch._cslt_sparse_mm(
         blob,
         x_TI.t(),

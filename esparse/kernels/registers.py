@@ -36,7 +36,7 @@ from esparse.kernels.byte_permute import (
     shifted,
     wide,
 )
-from esparse.kernels.form import in_registers
+from esparse.kernels.form import in_place, in_registers
 
 MOST_SELECTED = 8  # most tokens of `_select_kernel`
 MOST_SPREAD = 64  # most tokens of `_spread_kernel`
@@ -45,11 +45,7 @@ MOST_SPREAD = 64  # most tokens of `_spread_kernel`
 def fits(values_RK: Tensor, bits_RB: Tensor, x_TI: Tensor, *, n: int, m: int) -> bool:
     """Whether these kernels can compute this product."""
     return (
-        values_RK.dtype == x_TI.dtype
-        and in_registers(x_TI.dtype, x_TI.shape[1], n, m)
-        and bits_RB.is_contiguous()
-        and values_RK.is_contiguous()
-        and values_RK.data_ptr() % 16 == 0
+        values_RK.dtype == x_TI.dtype and in_registers(x_TI.dtype, x_TI.shape[1], n, m) and in_place(values_RK, bits_RB)
     )
 
 

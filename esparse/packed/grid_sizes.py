@@ -16,8 +16,8 @@ from esparse.patterns import Pattern
 from esparse.quantise.grids import Grid
 
 PRECISION_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
-# What `stored_bits` counts, in the order of the record.
-PARTS = ("values", "index", "scales", "zero_points", "outliers", "padding")
+# What `stored_bits` counts, in the order of the record; orders belong to the inputs of several matrices.
+PARTS = ("values", "index", "scales", "zero_points", "outliers", "padding", "orders")
 
 
 def file_shapes(pattern: Pattern, outputs: int, inputs: int, grid: Grid) -> dict[str, tuple[int, ...]]:

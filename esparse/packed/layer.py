@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from esparse.kernels import linear as kernels
 from esparse.kernels import loops as compiled_loops
-from esparse.kernels.linear import few_tokens, packed_linear
+from esparse.kernels.linear import few_tokens_of, packed_linear
 from esparse.packed import matrix
 from esparse.packed.matrix import PackedMatrix
 from esparse.patterns import Pattern
@@ -107,7 +107,15 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # a Linear's name, for models that call it by keyword
-        y_TO: Tensor = _Product.apply(input.reshape(-1, self.in_features), self.bias, self)
+        x_TI, device = input.reshape(-1, self.in_features), input.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast sees no products of kernels: which dtype comes out would depend on the number of tokens. So the
+            # product has the precision of the weights, and a Linear's dtype.
+            with torch.autocast(device, enabled=False):
+                y_TO = _product(x_TI.to(self.weight.dtype), self.bias, self)
+            y_TO = y_TO.to(torch.get_autocast_dtype(device))
+        else:
+            y_TO = _product(x_TI, self.bias, self)
         # As a Linear returns it: contiguous, as a view as complex numbers needs it, and changeable in place.
         return torch.ops.aten._unsafe_view(y_TO.contiguous(), (*input.shape[:-1], self.out_features))
 
@@ -124,7 +132,7 @@ class PackedLinear(nn.Module):
     def by_kernels(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product, computed by the kernel for this number of tokens (esparse/kernels/linear.py)."""
         (nm,) = self.pattern.parts()
-        few = few_tokens(x_TI.dtype, x_TI.shape[1], n=nm.n, m=nm.m)
+        few = few_tokens_of(self.values, self.bits, x_TI, n=nm.n, m=nm.m)
         blob = self.second_copy() if len(x_TI) > few else None  # may move the values
         return packed_linear(self.values, self.bits, x_TI, n=nm.n, m=nm.m, bias_R=bias_O, blob=blob)
 
@@ -186,6 +194,12 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_O = grad_TO.sum(0)
         return grad_TI, grad_O, None
+
+
+@torch.compiler.disable(reason="the product's loops and kernels are compiled by numba and Triton already")
+def _product(x_TI: Tensor, bias_O: Tensor | None, layer: PackedLinear) -> Tensor:
+    y_TO: Tensor = _Product.apply(x_TI, bias_O, layer)
+    return y_TO
 
 
 def multiply(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from esparse.parallel.cores import each_core
 from esparse.patterns import NM, Pattern
 from esparse.patterns.order import check_order
 
+HOST = torch.device("cpu")
 TILE = 2**18  # weights that are packed or unpacked at one time: the intermediate tensors stay in a core's cache
 
 
@@ -73,7 +74,7 @@ class PackedMatrix:
         weight_OI = values_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, values_OK)
         if self.outlier_values_OS is not None and self.outlier_places_OS is not None:
             outliers = self.pattern.parts()[1]
-            columns_OS = self.outlier_places_OS[rows].long() + starts(outliers, self.inputs).to(keep_OI.device)
+            columns_OS = self.outlier_places_OS[rows].long() + starts(outliers, self.inputs, keep_OI.device)
             weight_OI.scatter_add_(1, columns_OS, self.outlier_values_OS[rows])
         return weight_OI
 
@@ -102,7 +103,7 @@ def _packed_rows(weight_OI: Tensor, pattern: Pattern) -> list[Tensor]:
 def _places(keep_OI: Tensor, pattern: NM) -> Tensor:
     """The place of each kept weight within its group."""
     columns_OS = keep_OI.nonzero()[:, 1].view(len(keep_OI), -1)
-    return (columns_OS - starts(pattern, keep_OI.shape[1])).to(_place_type(pattern))
+    return (columns_OS - starts(pattern, keep_OI.shape[1], keep_OI.device)).to(_place_type(pattern))
 
 
 def _taken(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
@@ -247,8 +248,13 @@ def _groups(bytes_B: Tensor, groups: int, n: int, m: int) -> Tensor:
 
 
 @lru_cache
-def starts(pattern: NM, inputs: int) -> Tensor:
-    """For each kept weight of a row, the first column of its group."""
+def starts(pattern: NM, inputs: int, device: torch.device = HOST) -> Tensor:
+    """For each kept weight of a row, the first column of its group.
+
+    Copied to a device once: a copy waits for it, and a CUDA graph takes none.
+    """
+    if device != HOST:
+        return starts(pattern, inputs).to(device)
     kept = [n for count, n, _ in pattern.groups(inputs) for _ in range(count)]
     return torch.tensor([cut.start for cut, n in zip(pattern.cuts(inputs), kept, strict=True) for _ in range(n)])
 

@@ -94,7 +94,7 @@ class QuantisedMatrix:
         kept_OK = _values(values_OK, columns_OK, of.grid, scales, dtype)
         weight_OI = kept_OK.new_zeros(keep_OI.shape).masked_scatter_(keep_OI, kept_OK)
         if of.outlier_places_OS is not None:
-            starts_S = matrix.starts(of.pattern.parts()[1], of.inputs).to(keep_OI.device)
+            starts_S = matrix.starts(of.pattern.parts()[1], of.inputs, keep_OI.device)
             columns_OS = of.outlier_places_OS.long() + starts_S
             found = of.outlier_values_OS
             if of.outlier_codes_OS is not None:

@@ -18,8 +18,9 @@ from esparse.models import host_memory
 from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
-from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader, version
+from esparse.models.matrices import BlockMatrices, InputGroup, Matrix, Reader
 from esparse.pruning import gradients
+from esparse.pruning.input_cache import InputCache, budget
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
 from esparse.records.report import Stages
@@ -152,30 +153,6 @@ class BlockLoop:
             self.blocks.adopt(index, journal.weights(index))
 
 
-class InputCache:
-    """Keeps a block's inputs from the first pass of the statistics to the second, as far as memory allows."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget  # bytes
-        self._parts: list[tuple[Tensor, int, Statistic]] | None = []
-
-    def add(self, x_TI: Tensor, statistic: Statistic) -> None:
-        self._budget -= x_TI.nbytes
-        if self._budget < 0:
-            self._parts = None
-        if self._parts is not None:
-            self._parts.append((x_TI, version(x_TI), statistic))
-
-    def whole(self) -> dict[Statistic, list[Tensor]] | None:
-        """All inputs; None if memory was short, or if the block has overwritten an input of a layer."""
-        if self._parts is None or any(version(x_TI) != before for x_TI, before, _ in self._parts):
-            return None
-        inputs: dict[Statistic, list[Tensor]] = {}
-        for x_TI, _, statistic in self._parts:
-            inputs.setdefault(statistic, []).append(x_TI)
-        return inputs
-
-
 def _observe(
     block: Block, collects: dict[str, Factory], weight_gradients: Mapping[str, Tensor], shape_SL: tuple[int, ...]
 ) -> list[Observed]:
@@ -205,9 +182,13 @@ def _observe(
     def begin() -> Reader:
         nonlocal cache
         statistics.clear()
-        # Ranks on the CPU share the host's memory.
-        cache = InputCache(host_memory.free_bytes(device) // 4 // (ranks.size if device.type == "cpu" else 1))
+        cache = InputCache(budget(activations))
         return read
+
+    def run() -> None:
+        for batch in range(len(activations.hidden)):
+            cache.begin(batch)
+            activations.run(block.index, batch)
 
     def read(group: InputGroup, x_TI: Tensor) -> None:
         for statistic in statistics_of(group).values():
@@ -220,7 +201,7 @@ def _observe(
             if statistic.passes > 1:
                 statistic.add(x_TI, 1)
 
-    matrices.watch(begin, lambda: activations.observe(block.index))
+    matrices.watch(begin, run)
     replaced = matrices.unite(ranks.gather(matrices.members()))
     for group, own in zip(matrices.groups, replaced, strict=True):
         if own:  # of groups that were united into one, some may have seen no tokens
@@ -229,12 +210,14 @@ def _observe(
         _add_pairs(block, matrices, lambda group: statistics_of(group)["cross"])
     unite(0)
     if any(statistic.passes > 1 for group in matrices.groups for statistic in statistics_of(group).values()):
-        inputs = cache.whole()
-        if inputs is None:  # memory was short, so the inputs are computed once more
+        held, inputs = cache.take()
+        for statistic in list(inputs):
+            statistic.add_all(inputs.pop(statistic), 1)
+        again = [batch for batch in range(len(activations.hidden)) if batch not in held]
+        if again:  # memory was short, so these inputs are computed once more
             with matrices.observed(read_again):
-                activations.observe(block.index)
-        for statistic, parts in (inputs or {}).items():
-            statistic.add_all(parts, 1)
+                for batch in again:
+                    activations.run(block.index, batch)
         unite(1)
     for name in matrices.complete():
         log.warning("%s was not used in the forward pass and stays dense", name)

@@ -126,7 +126,10 @@ def bits_per_weight(record: Record) -> float | None:
         bits: float = memory["bits_per_weight"]
         return bits
     metadata = memory.get("metadata_bits")
-    return None if metadata is None else 16 * density + float(metadata)
+    if metadata is None:
+        return None
+    orders = memory.get("order_bytes", 0)  # which older records do not count
+    return 16 * density + float(metadata) + (8 * orders / record["model"]["pruned_parameters"] if orders else 0.0)
 
 
 def profiles(records: Sequence[Record]) -> Table:

@@ -24,6 +24,7 @@ def dry_run(experiment: Experiment, *, name: str) -> str:
     elsewhere = experiment.dry_run is not True or (
         model.devices.startswith("cuda") and not torch.cuda.is_available()
     )  # the devices of this machine say nothing then
+    rates = None if experiment.dry_run is True else published(str(experiment.dry_run))
     made = plan(
         model,
         experiment.method(),
@@ -34,9 +35,10 @@ def dry_run(experiment: Experiment, *, name: str) -> str:
         ranks=1 if elsewhere else len(experiment.devices()),
         device="cuda" if elsewhere else None,
         evaluated=_evaluated(evaluate),
+        gpu_memory=None if rates is None or rates.memory is None else int(rates.memory),
     )
-    if experiment.dry_run is not True:
-        return in_words(replace(made, rates=published(str(experiment.dry_run))))
+    if rates is not None:
+        return in_words(replace(made, rates=rates))
     if elsewhere:
         return in_words(made)
     device = model.device()
@@ -69,8 +71,9 @@ def in_words(made: Plan) -> str:
         f"  weights             {_gib(made.weights)}, {where}",
         f"  largest block       {_gib(made.largest_block)}; embeddings, norm and head {_gib(made.ends)}",
         f"  hidden states       {_gib(made.stream)} x {made.streams}, "
-        f"{'in files of the run' if made.on_disk else 'in memory'}; {_gib(made.window)} per evaluation window",
-        f"  statistics          {_gib(made.statistics)} for one block; gradients {_gib(made.gradients)}",
+        f"{_where(made)}; {_gib(made.window)} per evaluation window",
+        f"  statistics          {_gib(made.statistics)} for one block; gradients {_gib(made.gradients)}; "
+        f"inputs held for a second pass {_gib(made.held)}",
         f"  masks               {_gib(made.masks)}",
         f"  forward passes      {made.passes} at most of the calibration sequences and 2 of the evaluation windows",
     ]
@@ -80,6 +83,12 @@ def in_words(made: Plan) -> str:
     lines += _times(made)
     lines.append("  Peaks count tensors and are estimates; Python and its libraries take 0.5 GiB and more on top.")
     return "\n".join(lines)
+
+
+def _where(made: Plan) -> str:
+    if made.on_device:
+        return "on the device"
+    return "in files of the run" if made.on_disk else "in memory"
 
 
 def _times(made: Plan) -> list[str]:

@@ -23,6 +23,7 @@ from esparse.models.matrices import BlockMatrices, input_of
 from esparse.models.model_parts import find_blocks
 from esparse.models.training import in_half
 from esparse.prepare import NoPreparation
+from esparse.pruning.input_cache import room
 from esparse.pruning.method import Method
 from esparse.run.duration import Rates, Work
 
@@ -50,12 +51,14 @@ class Plan:
     masks: int
     statistics: int  # of one block
     gradients: int  # of one block
+    held: int  # inputs of one block that wait for a second pass of its statistics, at most
     working: int  # estimated: a micro-batch inside a block
     logits: int  # of a micro-batch
     distilled: int | None  # to train the whole model, on its device; None: nothing trains it
     passes: int  # most passes of all calibration sequences through a block; a second pass may need the inputs again
     streams_weights: bool  # whether blocks are read one by one
     on_disk: bool  # whether hidden states wait on the disk
+    on_device: bool  # whether they wait on the GPU
     on_cpu: bool
     ranks: int  # processes that share the sequences
     work: Work
@@ -64,17 +67,21 @@ class Plan:
     def peaks(self) -> dict[str, tuple[int, int]]:
         """Host (of all processes) and device (of one) at each stage; on a CPU all is the host's."""
         kept = self.ends and (2 * self.largest_block if self.streams_weights else self.weights)
-        waiting = 0 if self.on_disk else self.stream * (self.streams + 1)
+        streams = 0 if self.on_disk else self.stream * (self.streams + 1)
+        # On the device each micro-batch replaces the one before it; of a dense stream the next block's wait beside it.
+        beside = -(-self.stream * (self.streams + (self.streams > 1)) // self.ranks) if self.on_device else 0
+        waiting = 0 if self.on_device else streams
         waiting += 0 if self.distilled is None else self.weights  # the dense parent
         at_work = {
             "embed": self.ends + self.working,
-            "prune a block": self.largest_block + self.statistics + self.gradients + self.working,
+            "prune a block": self.largest_block + self.statistics + self.gradients + self.held + self.working,
             "evaluate": max(self.ends + self.logits, self.largest_block + self.working),
         }
         if self.distilled is not None:
             at_work["distil"] = self.distilled
         peaks = {}
-        for stage, device in at_work.items():
+        for stage, of_stage in at_work.items():
+            device = of_stage + beside
             host = self.ranks * (max(kept, self.ends) + (0 if stage == "embed" else self.masks)) + waiting
             if stage == "distil":
                 host += self.weights  # what the weights were, to undo a training
@@ -97,11 +104,12 @@ def plan(
     ranks: int = 1,
     device: str | None = None,
     evaluated: Mapping[str, int | None] | None = None,
+    gpu_memory: int | None = None,
 ) -> Plan:
     """The plan of a run with this many calibration sequences; `length` and `window` None: the model's longest.
 
     `ranks`: the processes that they are dealt out to. `device`: the kind that it is planned for; None: this machine's.
-    `evaluated`: tokens of each corpus, None where they are not known.
+    `evaluated`: tokens of each corpus, None where they are not known. `gpu_memory`: bytes of a GPU that is elsewhere.
     """
     target = torch.device(device) if device else model.device()
     with FakeTensorMode():
@@ -123,6 +131,8 @@ def plan(
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     of_sequence = length * (2 * hidden + element * sum(outputs for _, outputs in groups))  # inside a block, estimated
     stream, free = sequences * length * hidden, host_memory.free_host_bytes()
+    inputs = sum(width for width, _ in groups) * -(-sequences // ranks) * length * element  # of experts at most
+    inputs = min(inputs, _room(model, target, ranks, gpu_memory if device else None))
     return Plan(
         display_name=display_name,
         parameters=sum(p.numel() for p in skeleton.parameters()),
@@ -137,6 +147,7 @@ def plan(
         masks=pruned // 8,
         statistics=statistics,
         gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
+        held=inputs if _observations(method) > 1 else 0,
         working=at_once * of_sequence,
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
         distilled=_distilled(
@@ -151,6 +162,7 @@ def plan(
         streams_weights=method.needs_whole_model() is None
         and (model.store == "shards" or (model.store == "auto" and weights * ranks > free / 2)),
         on_disk=model.activations == "disk" or (model.activations == "auto" and stream > free / 4),
+        on_device=model.activations == "device" and target.type != "cpu",
         on_cpu=target.type == "cpu",
         ranks=ranks,
         work=_work(
@@ -247,9 +259,7 @@ def _distilled(
 def _passes(method: Method) -> int:
     """Passes through each block: to observe it (once or twice), to advance, and those that parts of the method add."""
     prepared = 0 if isinstance(method.prepare, NoPreparation) else 1
-    observations = max(
-        build(inputs=1, sequences=1, device=torch.device("cpu")).passes for build in method.collects().values()
-    )
+    observations = _observations(method)
     passes = (
         observations
         + 1
@@ -261,6 +271,21 @@ def _passes(method: Method) -> int:
     if method.allocation.measures():
         passes += observations + 1
     return passes
+
+
+def _room(model: Model, target: torch.device, ranks: int, gpu_memory: int | None) -> int:
+    """Bytes that inputs may take on the device; of a GPU that is elsewhere, and whose size is not known, no limit."""
+    if target.type == "cpu" or (torch.cuda.is_available() and gpu_memory is None):
+        free = host_memory.free_bytes(target)
+    else:
+        free = gpu_memory or 2**62
+    return room(free, target, beside_host=model.activations != "device", ranks=ranks)
+
+
+def _observations(method: Method) -> int:
+    """Passes of the statistics."""
+    device = torch.device("cpu")
+    return max(build(inputs=1, sequences=1, device=device).passes for build in method.collects().values())
 
 
 def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:

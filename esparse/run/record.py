@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from esparse import __version__
 from esparse.export.packed_checkpoint import stacks_of, why_dense
@@ -215,21 +216,26 @@ def memory(
     `peaks` of each process: those of the host are added, of the devices the fullest one counts.
     Packed: the surviving values in the model's precision, the bit masks of pruned matrices, and all that is not pruned.
     packed_bytes, file_bytes: with all layers that `export=packed` packs as they are in memory and on disk then.
+    order_bytes: the int32 channel orders of a shuffle, one for each tensor that is read in an order; the above and
+    bits_per_weight count them, although those that earlier rows absorb take nothing: only an export finds out which.
     metadata_bits: what the pattern needs at least to say which weights survive, per pruned weight (0.75 at 2:4);
     bits_per_weight: that and the surviving values. Of quantised weights it is all that their codes take on disk,
     which `bits` has by what it is for; sparse_bytes then counts that.
     """
     sparse = size.bytes - (pruned.weights - pruned.kept) * size.element_bytes + mask_bytes
     metadata_bits = pruned.metadata_bits / pruned.weights
-    bits_per_weight = 8 * size.element_bytes * pruned.kept / pruned.weights + metadata_bits
+    orders = _order_bytes(pruned)
+    order_bits = 8 * sum(orders)
+    bits_per_weight = (8 * size.element_bytes * pruned.kept + order_bits) / pruned.weights + metadata_bits
     quantised: dict[str, Any] = {}
     if pruned.grid is not None:
-        bits = _grid_bits(pruned, pruned.grid)
+        bits = _grid_bits(pruned, pruned.grid) + Counter(orders=order_bits)
         bits_per_weight = sum(bits.values()) / pruned.weights
         quantised = {"bits": grid_sizes.per_weight(bits, pruned.weights)}
         sparse = size.bytes - pruned.weights * size.element_bytes + -(-sum(bits.values()) // 8)
     packable = [layer for layer in layers if layer.packed_bytes is not None]
     rest = size.bytes - sum(layer.dense_bytes for layer in packable)
+    rest += sum(of for of, layer in zip(orders, layers, strict=True) if layer.packed_bytes is not None)
     return {
         "peak_host_mib": round(sum(host for host, _ in peaks), 1),
         "peak_device_mib": max((on_device for _, on_device in peaks if on_device is not None), default=None),
@@ -238,10 +244,36 @@ def memory(
         "saving": 1 - sparse / size.bytes,
         "packed_bytes": rest + sum(layer.packed_bytes or 0 for layer in packable),
         "file_bytes": rest + sum(layer.file_bytes or 0 for layer in packable),
+        "order_bytes": sum(orders),
         "metadata_bits": metadata_bits,
         "bits_per_weight": bits_per_weight,
         **quantised,
     }
+
+
+def _order_bytes(pruned: Pruned) -> list[int]:
+    """The bytes of the order in which each matrix's input is read; 0 if the matrix before it reads the same.
+
+    Matrices of one input group stand side by side. Experts of one parameter have their orders one by one.
+    """
+    found, last = [], None
+    for matrix, grouping in pruned.groupings:
+        order_I, alone = grouping.order_I, matrix.expert is not None
+        if order_I is None or (not alone and (_same(order_I, last) or _is_own(order_I))):
+            found.append(0)
+        else:
+            found.append(4 * len(order_I))
+        last = None if alone else order_I
+    return found
+
+
+def _same(order_I: Tensor, other_I: Tensor | None) -> bool:
+    return other_I is not None and torch.equal(order_I.cpu(), other_I.cpu())
+
+
+def _is_own(order_I: Tensor) -> bool:
+    """Whether the order is the channels' own, which no export gathers."""
+    return torch.equal(order_I.cpu().long(), torch.arange(len(order_I)))
 
 
 def _grid_bits(pruned: Pruned, grid: Grid) -> Counter[str]:

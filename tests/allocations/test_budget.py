@@ -146,3 +146,55 @@ def test_of_patterns_that_keep_as_much_the_nearest_to_the_one_asked_for_stands()
     assert unit.kept == (6, 8, 10, 12, 14)
     assert [p.removed_percent for p in unit.patterns] == [70.0, 60.0, 50.0, 49.9, 39.9]
     assert unit.patterns[unit.asked] == asked
+
+
+def left_of(units: Sequence[Unit], wishes: Sequence[float]) -> int:
+    """Of the budget, with costs as OWL's: squared distances to densities above or below the uniform one."""
+    return kept(units, uniform(units)) - kept(units, chosen(units, spend(units, distances(units, wishes))))
+
+
+def distances(units: Sequence[Unit], wishes: Sequence[float]) -> list[list[float]]:
+    costs = []
+    for unit, wish in zip(units, wishes, strict=True):
+        asked = unit.kept[unit.asked] / unit.weights
+        costs.append([unit.weights * (one / unit.weights - asked - wish) ** 2 for one in unit.kept])
+    return costs
+
+
+def blocks_of(layers: Sequence[tuple[int, int]], pattern: Pattern, blocks: int) -> list[Unit]:
+    patterns = others(pattern, 0.25)
+    shapes = [[Shape(f"{b}.{k}", *size) for k, size in enumerate(layers)] for b in range(blocks)]
+    return [Unit.of(of_block, pattern, patterns) for of_block in shapes]
+
+
+@pytest.mark.parametrize("largest", [-1, budget.LARGEST])
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 40), st.integers(5, 70)), min_size=1, max_size=2),
+    pattern=st.sampled_from([NM(8, 16), NM(4, 8), NM(16, 32), Unstructured(60.0)]),
+    wishes=st.lists(st.floats(-0.1, 0.1), min_size=2, max_size=5),
+)
+def test_where_m_does_not_divide_the_widths_at_most_half_a_step_is_left(
+    largest: int, layers: list[tuple[int, int]], pattern: Pattern, wishes: list[float]
+) -> None:
+    units = blocks_of(layers, pattern, len(wishes))
+    mean = sum(wishes) / len(wishes)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(budget, "LARGEST", largest)
+        left = left_of(units, [wish - mean for wish in wishes])
+    steps = 0
+    for unit in units:
+        around = range(max(1, unit.asked), min(unit.asked + 2, len(unit.kept)))
+        steps += max((unit.kept[k] - unit.kept[k - 1] for k in around), default=0)
+    assert 0 <= left <= steps / 2
+
+
+@pytest.mark.parametrize("largest", [-1, budget.LARGEST])
+def test_of_two_blocks_with_tails_one_gains_what_the_other_loses(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 9:16 in one block 6:16 in the other would fit, and 70 of 1542 weights fewer would survive than uniformly."""
+    monkeypatch.setattr(budget, "LARGEST", largest)
+    units = blocks_of([(3, 12), (35, 21)], NM(8, 16), 2)
+    half_a_group = sum(unit.weights for unit in units) / 32
+    assert left_of(units, [0.1, -0.1]) <= half_a_group < 70
+    if largest > 0:
+        plan = spend(units, distances(units, [0.1, -0.1]))
+        assert (plan["0.0"], plan["1.0"]) == (NM(10, 16), NM(5, 16))

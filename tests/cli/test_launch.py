@@ -74,7 +74,7 @@ def test_a_run_leaves_the_record_of_the_contract_and_is_skipped_the_next_time(sm
     assert record["quality"]["text.txt"]["tokens"] == 128
     assert len(record["layers"]) == 14
     assert {"name", "shape", "density", "kept_score", "relative_error", "seconds"} <= set(record["layers"][0])
-    packed = {"metadata_bits", "bits_per_weight", "packed_bytes", "file_bytes"}
+    packed = {"metadata_bits", "bits_per_weight", "packed_bytes", "file_bytes", "order_bytes"}
     contract = {"peak_host_mib", "peak_device_mib", "dense_bytes", "sparse_bytes", "saving"}
     assert set(record["memory"]) == contract | packed
     assert f"{record['quality']['text.txt']['pruned']:.0f}" in done.stdout

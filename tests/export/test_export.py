@@ -39,7 +39,7 @@ from esparse.quantise.grids import settings
 from esparse.records.report import Stages
 from esparse.recoveries import Chain, NoRecovery, Recovery
 from esparse.recoveries.bias import Bias
-from esparse.run.record import with_bytes
+from esparse.run.record import Size, memory, with_bytes
 from esparse.shuffles import NoShuffle, Shuffle
 from esparse.shuffles.gns import Gns
 from tests.models.families import FAMILIES, MORE, tiny
@@ -169,6 +169,33 @@ def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, capl
     assert f"{len(experts)} experts are dense, {facts['dense_expert_bytes']:,} bytes" in text
     # The record says the same of each layer.
     assert {layer.name for layer in with_bytes(of) if layer.packed_bytes is None} == {m.name for m in experts}
+
+
+@pytest.mark.parametrize("order", ["physical", "original"])
+@pytest.mark.parametrize(
+    ("family", "widths"), [("llama", (32, 32, 32, 48)), ("opt", (32, 32, 32, 48)), ("mixtral", None)]
+)
+def test_a_record_counts_the_orders_that_are_stored(
+    family: str, widths: tuple[int, ...] | None, order: str, tmp_path: Path
+) -> None:
+    _, model, facts, of = exported(family, packed(order=order), tmp_path)
+    files = [load_file(file) for file in sorted((tmp_path / "export").glob("*.safetensors"))]
+    stored = {name: value for file in files for name, value in file.items()}
+    orders = sum(value.nbytes for name, value in stored.items() if name.endswith("order"))
+    layers = with_bytes(of)
+    counted = memory(Size.of(tiny(family)), of, layers, 0, [])
+    assert counted["file_bytes"] - counted["order_bytes"] + orders == facts["bytes"]
+    if widths is not None:  # q, k, v; o; gate, up; down, in each block
+        assert counted["order_bytes"] == len(model.get_decoder().layers) * 4 * sum(widths)
+    if order == "physical":
+        assert 0 < orders <= counted["order_bytes"]
+    values = 32 * of.kept + of.metadata_bits
+    assert counted["bits_per_weight"] == pytest.approx((values + 8 * counted["order_bytes"]) / of.weights)
+    alone = sum(layer.packed_bytes or layer.dense_bytes for layer in layers)
+    assert (
+        counted["packed_bytes"]
+        == counted["dense_bytes"] - sum(x.dense_bytes for x in layers) + alone + (counted["order_bytes"])
+    )
 
 
 def test_experts_in_several_patterns_stay_dense() -> None:

@@ -9,6 +9,7 @@ from esparse.kernels import linear as packed
 from esparse.kernels.form import to_form
 from esparse.kernels.linear import (
     few_tokens,
+    few_tokens_of,
     kernel,
     packed_linear,
     resident_bytes,
@@ -64,6 +65,56 @@ def test_the_choice() -> None:
     assert chosen(1, has_triton=False, has_blob=False) == "plain"
     assert chosen(1, on_gpu=False, has_blob=False) == "plain"
     assert chosen(1, 24, 32, has_blob=False) == "plain"
+
+
+def test_tensors_that_registers_cannot_load_have_fewer_tokens() -> None:
+    """17 to 64 tokens went to the matrix-vector kernels then, which refused them."""
+    _, values_RK, bits_RB = (part.cpu() for part in matrix(4, 8, 10, 64, torch.bfloat16))
+    x_TI = torch.empty(20, 64, dtype=torch.bfloat16)
+    shifted_RK = torch.empty(values_RK.numel() + 1, dtype=torch.bfloat16)[1:].view(values_RK.shape)
+    found = [
+        few_tokens_of(values, bits, x_TI, n=4, m=8)
+        for values, bits in (
+            (values_RK, bits_RB),
+            (shifted_RK, bits_RB),
+            (values_RK.repeat(1, 2)[:, ::2], bits_RB),
+            (values_RK, bits_RB.repeat(1, 2)[:, ::2]),
+        )
+    ]
+    assert found == [64, 16, 16, 16]
+
+
+def test_weights_and_inputs_of_two_dtypes_are_refused() -> None:
+    _, values_RK, bits_RB = matrix(4, 8, 10, 72)
+    with pytest.raises(ValueError, match=r"weights are torch\.float32 and the inputs torch\.bfloat16"):
+        packed_linear(values_RK, bits_RB, torch.zeros(3, 72, dtype=torch.bfloat16, device=DEVICE), n=4, m=8)
+
+
+@pytest.mark.parametrize("tokens", [8, 13])
+@pytest.mark.parametrize("kind", ["as it is", "columns of a wider tensor", "an odd address", "transposed"])
+def test_sparse_tensor_cores_get_whole_rows_and_no_copy_of_them(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuSPARSELt reads no strides: it takes rows that lie one behind the other."""
+    given: list[torch.Tensor] = []
+
+    def product(blob: torch.Tensor, x_IT: torch.Tensor, **_: object) -> torch.Tensor:
+        given.append(x_IT.t())
+        return torch.zeros(x_IT.shape[1], len(blob), dtype=x_IT.dtype)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    x_TI = {
+        "as it is": torch.randn(tokens, 32).half(),
+        "columns of a wider tensor": torch.randn(tokens, 64).half()[:, :32],
+        "an odd address": torch.randn(tokens * 32 + 1).half()[1:].view(tokens, 32),
+        "transposed": torch.randn(32, tokens).half().T,
+    }[kind]
+    y_TR = packed.sparse_mm(torch.empty(16, 32), x_TI, None, packed.Algorithm())
+    assert y_TR.shape == (tokens, 16)
+    (got_TI,) = given
+    assert got_TI.is_contiguous() and got_TI.data_ptr() % 16 == 0 and len(got_TI) % 8 == 0
+    assert torch.equal(got_TI[:tokens], x_TI)
+    assert (got_TI.data_ptr() == x_TI.data_ptr()) == (kind == "as it is" and tokens == 8)
 
 
 def test_what_sparse_tensor_cores_take() -> None:

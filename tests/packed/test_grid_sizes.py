@@ -18,6 +18,7 @@ def test_two_of_four_in_int4_by_hand() -> None:
         "zero_points": 0,
         "outliers": 0,
         "padding": 0,
+        "orders": 0,
     }
     assert sum(bits.values()) / (8 * 128) == 2 + 0.75 + 0.25
 

@@ -42,6 +42,46 @@ def test_it_is_the_masked_linear(
     assert set(packed.state_dict()) - {"salient_values", "salient_places"} == {"values", "bits", "bias"}
 
 
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_returns_a_linears_dtype_for_any_tokens(given: torch.dtype, tokens: int) -> None:
+    """The gradient is taken outside, as one does: it multiplied bfloat16 with float32."""
+    pattern = patterns.parse("2:4")
+    dense = nn.Linear(36, 17)
+    dense.weight.data = pruned(pattern, 17, 36, torch.float32)
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    packed.load_state_dict({**to_file(pack(dense.weight.data, pattern)), "bias": dense.bias.data})
+    packed.settle()
+    x = torch.randn(2, tokens, 36, generator=torch.Generator().manual_seed(3)).to(given).requires_grad_()
+    found = []
+    for of in (dense, packed):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = of(x)
+        (gradient,) = torch.autograd.grad(y.float().sum(), x)
+        found.append((y, gradient))
+    (y, gradient), (y_packed, gradient_packed) = found
+    assert (y_packed.dtype, gradient_packed.dtype) == (y.dtype, gradient.dtype) == (torch.bfloat16, given)
+    for one, other in ((y_packed, y), (gradient_packed, gradient)):
+        assert (one - other).norm() / other.norm() < 1e-2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torch_compile_leaves_the_product_alone(autocast: bool) -> None:
+    """It looked into numba's dispatcher, and died."""
+    pattern = patterns.parse("2:4")
+    packed = PackedLinear(36, 17, pattern, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    weight_OI = pruned(pattern, 17, 36, torch.float32)
+    packed.load_state_dict({**to_file(pack(weight_OI, pattern)), "bias": torch.arange(17.0)})
+    packed.settle()
+    around = nn.Sequential(nn.ReLU(), packed, nn.ReLU())
+    torch._dynamo.reset()
+    compiled = torch.compile(around, backend="eager")
+    for tokens in (1, 3, 100):
+        x = torch.randn(tokens, 36, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(compiled(x), around(x))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("asked", ["2:4", "8:16", "1:4"])
 def test_the_kernels_read_the_same_form(asked: str, tokens: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from esparse import patterns
 from esparse.kernels.form import packed_bits
 from esparse.packed import codes, matrix
-from esparse.packed.matrix import from_file, pack, to_file
+from esparse.packed.matrix import from_file, pack, starts, to_file
 from esparse.patterns import NM
 
 PATTERNS = [
@@ -155,3 +155,11 @@ def test_an_order_that_is_none_is_damage(order: list[int]) -> None:
     packed = pack(pruned(NM(2, 4), 2, 8, torch.float32), NM(2, 4))
     with pytest.raises(ValueError, match=r"order of its 8 channels does not name each of them once: .* is damaged"):
         packed.restored(torch.tensor(order))
+
+
+def test_the_places_of_outliers_are_copied_to_a_device_once() -> None:
+    """`meta` stands for a GPU, on which a copy would wait and end the capture of a CUDA graph."""
+    pattern, device = NM(2, 8), torch.device("meta")
+    assert starts(pattern, 20).tolist() == [0, 0, 8, 8, 16]
+    there = starts(pattern, 20, device)
+    assert there.device == device and starts(pattern, 20, device) is there

@@ -159,7 +159,7 @@ def test_a_run_leaves_its_scales_and_says_its_mistakes_before_any_work(tmp_path:
     (path,) = tmp_path.glob("out/*/result.json")
     memory = json.loads(path.read_text())["memory"]
     assert memory["bits"] == {"values": 2, "index": 0.75, "zero_points": 0.125} | {
-        "scales": 0.5, "outliers": 0, "padding": pytest.approx(0.05, abs=0.08)
+        "scales": 0.5, "outliers": 0, "orders": 0, "padding": pytest.approx(0.05, abs=0.08)
     }  # fmt: skip
     scales = load_file(path.with_name("scales.safetensors"))
     assert scales["scale/model.layers.1.mlp.down_proj.weight"].shape == (32, 2)

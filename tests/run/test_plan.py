@@ -81,9 +81,10 @@ METHOD = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle())
 def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how: Any) -> Plan:
     (folder / "config.json").write_text(json.dumps(config))
     model = settings(folder, "shards", how.pop("dtype", "float16"))
+    where = {name: how.pop(name) for name in ("device", "gpu_memory") if name in how}
     for name, value in how.items():
         setattr(model, name, value)
-    return plan(model, method, display_name="x", sequences=128, length=2048, window=2048)
+    return plan(model, method, display_name="x", sequences=128, length=2048, window=2048, **where)
 
 
 @pytest.mark.tries(1)
@@ -115,6 +116,30 @@ def test_a_gram_is_counted_once_for_layers_that_read_one_tensor(tmp_path: Path) 
     more = planned(tmp_path, config, with_gram).statistics - planned(tmp_path, config).statistics
     # q, k, v; o; gate, up; down
     assert more == 4 * (3 * 8192**2 + 22016**2)
+
+
+def test_inputs_that_wait_for_a_second_pass_are_counted(tmp_path: Path) -> None:
+    """LLaMA-7B's shape, 128 x 2048 tokens, as experiments/gpu.py prunes it on a GPU that is not here."""
+    config = PUBLISHED["llama-7b"]
+    twice = Method(metric=esparse.option("metric", "entropy"), pattern=NM(2, 4), shuffle=NoShuffle())
+    all_inputs = 128 * 2048 * (3 * 4096 + 11008) * 2  # q, k, v; o; gate, up; down
+    for activations, method, gpu_memory, held in (
+        ("host", twice, None, 2**31),
+        ("device", twice, None, all_inputs),
+        ("device", twice, 2**34, 2**32),  # a quarter
+        ("host", twice, 2**32, 2**30),
+        ("host", METHOD, None, 0),  # looks at the tokens once
+    ):
+        how = {"batch_tokens": 16384, "activations": activations, "device": "cuda", "gpu_memory": gpu_memory}
+        got = planned(tmp_path, config, method, **how)
+        assert got.held == held, (activations, gpu_memory)
+        host, device = got.peaks()["prune a block"]
+        beside = got.stream if activations == "device" else 0
+        assert device == got.largest_block + got.statistics + got.working + held + beside
+        assert host == got.masks + 2 * got.largest_block + 2 * (got.stream - beside)
+        assert activations == "device" or device < 6e9
+    on_cpu = planned(tmp_path, config, twice, activations="device")
+    assert on_cpu.held > 0 and not on_cpu.on_device
 
 
 def test_what_was_counted_is_what_a_model_has(tmp_path: Path) -> None:
