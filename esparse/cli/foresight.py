@@ -23,9 +23,11 @@ from esparse.export import ToFolder
 from esparse.export.place import check_place, check_writable
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
+from esparse.models.layer_names import names_in_blocks
 from esparse.models.load import ASSETS, BUILTIN, Model
 from esparse.models.model_files import adapter, check_decoder, shards_of
 from esparse.models.model_name import check_absent
+from esparse.parts import expressions
 from esparse.records.report import finished, run_id
 from esparse.run.settings import Experiment
 
@@ -135,6 +137,9 @@ def _check_model(model: Model, *, weights: bool) -> None:
         check_decoder(place)
         if weights:
             shards_of(place)
+        if model.skip and (names := names_in_blocks(place)) is not None:
+            layers = [name.removesuffix(".weight") for name in names if ".weight" in name and "norm" not in name]
+            expressions.check_found("model.skip", model.skip, names, ", ".join(layers[:2]))
         return
     if place.is_file():
         if not gguf_file.is_named(place):

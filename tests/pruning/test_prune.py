@@ -233,8 +233,13 @@ def test_skipped_layers_stay_dense() -> None:
 
 
 def test_skipping_everything_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="no layer was pruned"):
+    with pytest.raises(ValueError, match=r"no layer would be pruned: model.skip=\[''\] leaves nothing"):
         run(skip=("",))
+
+
+def test_an_expression_that_means_no_weights_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="'act_fn' is found in no name inside the model's blocks"):
+        run(skip=("act_fn",))
 
 
 @pytest.fixture
