@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esparse.api.pruning_report import Report
 from esparse.errors import Mistake
+from esparse.models.as_built import difference
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
+
+log = logging.getLogger("esparse")
 
 
 def check_kind(model: Any) -> None:
@@ -102,6 +106,29 @@ def check_same(model: nn.Module, report: Report) -> None:
                 f"{matrix.name} has weights that were pruned according to the report: the model was changed or pruned "
                 "again since, and a later report may fit"
             )
+
+
+def warn_if_changed(model: PreTrainedModel, tokens_SL: Tensor) -> None:
+    """Logs a warning if the model computes what no checkpoint of it would have, such as hooks."""
+    if (found := difference(model, tokens_SL)) is not None:
+        log.warning(
+            "the model is not what transformers builds from its configuration: %s; it is pruned as it is, and a "
+            "checkpoint of it will not have that",
+            found,
+        )
+
+
+def check_as_built(model: PreTrainedModel, tokens_SL: Tensor) -> None:
+    """Raises Mistake if the model that is loaded from a checkpoint would be clearly another one, else as above."""
+    found = difference(model, tokens_SL)
+    if found is None:
+        return
+    if found.is_large:
+        raise Mistake(
+            f"a checkpoint would be another model than this one: {found}; undo that, or change the model's "
+            "configuration with it, prune again and save"
+        )
+    log.warning("a checkpoint of the model is without this: %s", found)
 
 
 @contextmanager
