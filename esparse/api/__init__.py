@@ -6,7 +6,8 @@
     esparse.save(model, tokenizer, report, "DIR", packed=True)
 
 The functions write files only on request, do not set up logging, and keep no state between calls, but for the tokens
-that a model was calibrated on, which the model holds; several threads may work on several models. Wrong arguments raise a `ValueError` with one sentence, before anything is changed.
+that a model was calibrated on, which the model holds; several threads may work on several models. Wrong arguments raise
+a `ValueError` with one sentence, before anything is changed.
 
 Shapes: S sequences, W windows, L tokens.
 """
@@ -26,7 +27,16 @@ from esparse import patterns
 from esparse.api.calibrated import remember, warn_if_calibrated_on
 from esparse.api.method_parts import IMPLIED, option, parts_of, plain
 from esparse.api.pruning_report import Report
-from esparse.api.refusals import as_found, check_as_built, check_batch, check_kind, check_model, check_same, warn_if_changed
+from esparse.api.refusals import (
+    as_found,
+    check_as_built,
+    check_batch,
+    check_kind,
+    check_model,
+    check_runs,
+    check_same,
+    warn_if_changed,
+)
 from esparse.api.token_sources import calibration_tokens, in_words, windows
 from esparse.errors import Mistake
 from esparse.export import Finished
@@ -130,6 +140,7 @@ def prune(
     }
     began = time.perf_counter()
     with as_found(model), _bar(model, progress) as on_layer:
+        check_runs(model, tokens_SL)
         warn_if_changed(model, tokens_SL)
         blocks = _blocks(model, device, batch_tokens)
         stages = Stages(settle=record.waiting_for(blocks.device))
@@ -164,6 +175,7 @@ def perplexity(
     device = model.get_input_embeddings().weight.device
     at_once = max(1, (batch_tokens or usual_tokens_at_once(device)) // windows_WL.shape[1])
     with as_found(model, experts=False):
+        check_runs(model, windows_WL)
         losses_W = losses(model, windows_WL, at_once)
     if not torch.isfinite(losses_W).all():
         what = "the perplexity is not a finite number: the model's logits hold NaN or Inf"

@@ -1,7 +1,7 @@
 """Whether a model in memory computes what transformers builds from its configuration and loads its weights into.
 
-A checkpoint holds weights and a configuration. Replaced forwards, hooks, modules of other classes and changed attributes
-are not in it: the model that is loaded from it is then another one than was pruned and measured.
+A checkpoint holds weights and a configuration. Replaced forwards, hooks, modules of other classes and changed
+attributes are not in it: the model that is loaded from it is then another one than was pruned and measured.
 
 Shapes: B sequences, L tokens, V vocabulary.
 """

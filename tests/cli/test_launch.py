@@ -380,7 +380,10 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["evaluate.length=257"], "evaluate.length=257 is longer than the 256 tokens that the model takes"),
         (["evaluate=text", f"evaluate.path={__file__}"], "expected a file that ends in one of .txt"),
         (["output_root=/dev/null/out"], "/dev/null is no folder"),
-        (["model.skip=[o_proj,upproj]"], "'upproj' is found in no name inside the model's blocks, such as model.layers.0"),
+        (
+            ["model.skip=[o_proj,upproj]"],
+            "'upproj' is found in no name inside the model's blocks, such as model.layers.0",
+        ),
         (["export=packed", f"export.path={Path(__file__).parent}"], "is there already, and is no export of esparse"),
         (["export=packed", "export.path=/proc/x"], "export.path=/proc/x: nothing can be written to /"),
         (["output_root=/proc/x"], "output_root=/proc/x: nothing can be written to /proc"),

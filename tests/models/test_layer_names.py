@@ -25,7 +25,7 @@ def saved(family: str, folder: Path, **how: object) -> set[str]:
 def test_names_are_those_of_the_model(family: str, tmp_path: Path) -> None:
     names = saved(family, tmp_path)
     assert set(names_in_blocks(tmp_path) or ()) == names
-    assert "model.layers.0.self_attn" in names and "model.layers.2.self_attn.q_proj" in names or family == "phi3"
+    assert ("model.layers.0.self_attn" in names and "model.layers.2.self_attn.q_proj" in names) or family == "phi3"
 
 
 def test_names_of_several_files_and_of_a_model_without_its_head(tmp_path: Path) -> None:
