@@ -25,6 +25,6 @@ def check_found(setting: str, expressions: Sequence[str], names: Collection[str]
     for expression in expressions:
         if not any(re.search(expression, name) for name in names):
             raise Mistake(
-                f"{setting}: {expression!r} is found in no name inside the model's blocks, such as {such}: nothing "
-                "would stay dense for it"
+                f"{setting}: {expression!r} is found in no name inside the model's blocks, such as {such}: no layer "
+                "would be skipped for it"
             )

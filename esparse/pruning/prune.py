@@ -72,7 +72,7 @@ def prune(
     """
     check_store(blocks, method)
     check_widths(blocks, method, skip)
-    check_skip(blocks.by_name(), skip)
+    check_skip(blocks.by_name(), skip, method.recovery)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
@@ -142,10 +142,10 @@ def check_store(blocks: BlockModel, method: Method) -> None:
         raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
-def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str]) -> None:
+def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: Recovery) -> None:
     """Raises Mistake for a regular expression that is found in no name, and if all of them leave nothing to prune.
 
-    `blocks`: by name. Names are those of weights and of the modules that hold some: the layers that an expression means
+    `blocks`: by name. `skip`: of layers that stay dense; those of the recovery are checked as well. Names are those of weights and of the modules that hold some: the layers that an expression means
     would be pruned if it is found in none, or in that of an activation function alone.
     """
     expressions.check("model.skip", skip)
@@ -157,7 +157,8 @@ def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str]) -> None:
     }
     first, block = next(iter(blocks.items()))
     such = ", ".join(matrix.entry.removesuffix(".weight") for matrix in BlockMatrices(block, first).layers()[:2])
-    expressions.check_found("model.skip", skip, names, such)
+    for setting, asked in {"model.skip": skip, "recovery.skip": recovery.skips()}.items():
+        expressions.check_found(setting, asked, names, such)
     if skip and not any(BlockMatrices(module, name, skip).parameters() for name, module in blocks.items()):
         raise Mistake(f"no layer would be pruned: model.skip={list(skip)} leaves nothing")
 

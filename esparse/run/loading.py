@@ -83,7 +83,7 @@ def load_inputs(
     experiment.export.ready(blocks, experiment.recovery, folder)
     experiment.bench.ready(model)
     check_widths(blocks, method, asked.skip)
-    check_skip(blocks.by_name(), asked.skip)
+    check_skip(blocks.by_name(), asked.skip, method.recovery)
     longest, texts = longest_sequence(model), experiment.evaluate
     family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
     tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))

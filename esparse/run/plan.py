@@ -108,7 +108,7 @@ def plan(
     with FakeTensorMode():
         skeleton = shape_only(model, target)
         prefix, blocks = find_blocks(skeleton)
-        check_skip({f"{prefix}.{index}": block for index, block in enumerate(blocks)}, model.skip)
+        check_skip({f"{prefix}.{index}": block for index, block in enumerate(blocks)}, model.skip, method.recovery)
         groups = _groups(skeleton, blocks[0], model.skip)
         statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
     of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]
