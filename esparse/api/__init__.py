@@ -29,6 +29,7 @@ from esparse.api.method_parts import IMPLIED, option, parts_of, plain
 from esparse.api.pruning_report import Report
 from esparse.api.refusals import (
     as_found,
+    as_usual,
     check_as_built,
     check_batch,
     check_kind,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "option", "pack", "perplexity", "prune", "register", "save"]
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def prune(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -150,7 +151,7 @@ def prune(
     return Report(pruned, method, tokens_SL, config, record.Size.of(model), stages, seconds, blocks.device)
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -183,7 +184,7 @@ def perplexity(
     return of_losses(losses_W)
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def save(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -213,6 +214,7 @@ def save(
     with as_found(model):
         blocks = _blocks(model, None, None)
         export.ready(blocks, report.method.recovery, Path(folder))
+        check_runs(model, report.tokens_SL)
         check_as_built(model, report.tokens_SL)
         finished = Finished(blocks, tokenizer, report.pruned, report.tokens_SL, report.to_dict(), Path(folder))
         written: dict[str, Any] = export.write(finished)

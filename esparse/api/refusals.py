@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
 
 log = logging.getLogger("esparse")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FEW = 32  # tokens on which a model is tried
 _busy: set[int] = set()  # the models that calls work on, by their ids
@@ -162,6 +165,18 @@ def check_as_built(model: PreTrainedModel, tokens_SL: Tensor) -> None:
             "configuration with it, prune again and save"
         )
     log.warning("a checkpoint of the model is without this: %s", found)
+
+
+def as_usual(function: Callable[P, T]) -> Callable[P, T]:
+    """The function in a caller's inference mode, or with a default device of theirs, as it is without."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        elsewhere = torch.get_default_device().type != "cpu"  # where tokens and random numbers would be made
+        with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+            return function(*args, **kwargs)
+
+    return called
 
 
 @contextmanager

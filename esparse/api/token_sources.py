@@ -85,9 +85,11 @@ def _check_tokenizer(tokenizer: Any, without: str) -> None:
     """Raises Mistake for None, with this sentence, and for what is no tokenizer, such as the name of one."""
     if tokenizer is None:
         raise Mistake(without)
-    if not callable(tokenizer):
+    if not callable(tokenizer) or not all(hasattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")):
+        inside = ", which has one: give its .tokenizer" if hasattr(tokenizer, "tokenizer") else ""
         raise Mistake(
-            f"tokenizer must be a tokenizer of transformers (AutoTokenizer.from_pretrained), got {tokenizer!r}"
+            "tokenizer must be a tokenizer of transformers (AutoTokenizer.from_pretrained), got "
+            f"{_short(tokenizer)}{inside}"
         )
 
 
@@ -124,7 +126,7 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
 
 
 def _short(asked: Any) -> str:
-    said = repr(asked)
+    said = " ".join(repr(asked).split())
     return said if len(said) <= SAID else f"{said[:SAID]}... ({type(asked).__name__})"
 
 

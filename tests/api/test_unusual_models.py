@@ -159,6 +159,61 @@ def test_what_is_pruned_and_saved_is_what_is_loaded(
         assert torch.equal(loaded(TOKENS_SL).logits, model(TOKENS_SL).logits)
 
 
+def test_a_model_that_became_nan_is_not_saved(tmp_path: Path) -> None:
+    for part in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        model = tiny("llama")
+        report = pruned(model)
+        weight = model.get_parameter(part).data
+        weight[weight != 0] = float("nan")
+        with pytest.raises(ValueError, match=rf"{part} holds \d+ weights that are NaN"):
+            esparse.save(model, None, report, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_callers_default_device_changes_nothing(tmp_path: Path) -> None:
+    tokenizer, texts = AutoTokenizer.from_pretrained(BUILTIN), [f"{i} apples and {7 * i} pears" for i in range(200)]
+    config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 1024})
+    models = [AutoModelForCausalLM.from_config(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def numbers(model: PreTrainedModel) -> tuple[float, list[float], int]:
+        report = esparse.prune(model, tokenizer, calibration=texts, sequences=4, length=16)
+        saved = esparse.save(model, tokenizer, report, tmp_path / "out", packed=True)
+        perplexity = esparse.perplexity(model, tokenizer, texts[::-1], length=16)
+        return perplexity, [layer.kept_score for layer in report.layers], saved["bytes"]
+
+    expected = numbers(models[0])
+    with torch.device("meta"):  # as with torch.set_default_device("cuda"), nothing may be made there
+        assert numbers(models[1]) == expected
+
+
+class Processor:
+    def __init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+
+    def __call__(self, text: str) -> Any:
+        return self.tokenizer(text)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [(Processor(), r"which has one: give its \.tokenizer"), (lambda text: [1, 2], "got <function <lambda>")],
+    ids=["processor", "function"],
+)
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"tokenizer must be a tokenizer of transformers.*{words}"):
+        esparse.prune(tiny("llama"), tokenizer, calibration=["a text"])
+
+
+def test_what_is_said_of_an_argument_is_one_line() -> None:
+    class Lines:
+        def __repr__(self) -> str:
+            return "Dataset({\n    features\n})"
+
+    with pytest.raises(ValueError, match=r"got Dataset\(\{ features \}\)"):
+        esparse.prune(tiny("llama"), None, calibration=Lines())
+
+
 def test_a_text_that_says_nothing_is_told_or_refused(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | {"vocab_size": 1024}))

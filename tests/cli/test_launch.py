@@ -380,7 +380,10 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["evaluate.length=257"], "evaluate.length=257 is longer than the 256 tokens that the model takes"),
         (["evaluate=text", f"evaluate.path={__file__}"], "expected a file that ends in one of .txt"),
         (["output_root=/dev/null/out"], "/dev/null is no folder"),
-        (["recovery=dsnot", "recovery.skip=[mpl]"], "recovery.skip: 'mpl' is found in no name inside the model's blocks"),
+        (
+            ["recovery=dsnot", "recovery.skip=[mpl]"],
+            "recovery.skip: 'mpl' is found in no name inside the model's blocks",
+        ),
         (
             ["model.skip=[o_proj,upproj]"],
             "'upproj' is found in no name inside the model's blocks, such as model.layers.0",
