@@ -116,6 +116,7 @@ def prune(
     measure_density(pruned, blocks)
     warn_if_sparse_before(pruned)
     count_dense(pruned, blocks)
+    _say_others(blocks, skip)
     return pruned
 
 
@@ -161,6 +162,19 @@ def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: R
         expressions.check_found(setting, asked, names, such)
     if skip and not any(BlockMatrices(module, name, skip).parameters() for name, module in blocks.items()):
         raise Mistake(f"no layer would be pruned: model.skip={list(skip)} leaves nothing")
+
+
+def _say_others(blocks: BlockModel, skip: Sequence[str]) -> None:
+    """Logs a warning about layers that are no matrices to prune by what they compute."""
+    others: dict[str, str] = {}
+    for name, block in blocks.by_name().items():
+        others |= BlockMatrices(block, name, skip, blocks.routers).others
+    if others and blocks.ranks.leads:
+        log.warning(
+            "%d layers stay dense, because they compute something else than a product with their weight: %s",
+            len(others),
+            ", ".join(f"{name} ({kind})" for name, kind in [*others.items()][:3]),
+        )
 
 
 def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
