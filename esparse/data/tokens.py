@@ -113,8 +113,8 @@ def check_ids(name: str, tokens: Tensor, embedded: int) -> None:
         )
     if tokens.numel() >= SAYS_NOTHING and bool((tokens == tokens.flatten()[0]).all()):
         raise Mistake(
-            f"the tokenizer gives {name} the token {largest} again and again: its vocabulary does not fit the text, its "
-            "files are missing, or the text is one word repeated"
+            f"the tokenizer gives {name} the token {largest} again and again: its vocabulary does not fit the text, "
+            "its files are missing, or the text is one word repeated"
         )
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from esparse.models import routers
-from esparse.models.products import multiplies
+from esparse.models.multiplying import multiplies
 
 _NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are in no matrix product
 _EXPERTS = re.compile(r"expert")

@@ -146,8 +146,9 @@ def check_store(blocks: BlockModel, method: Method) -> None:
 def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: Recovery) -> None:
     """Raises Mistake for a regular expression that is found in no name, and if all of them leave nothing to prune.
 
-    `blocks`: by name. `skip`: of layers that stay dense; those of the recovery are checked as well. Names are those of weights and of the modules that hold some: the layers that an expression means
-    would be pruned if it is found in none, or in that of an activation function alone.
+    `blocks`: by name. `skip`: of layers that stay dense; those of the recovery are checked as well. Names are those of
+    weights and of the modules that hold some: the layers that an expression means would be pruned if it is found in
+    none, or in that of an activation function alone.
     """
     expressions.check("model.skip", skip)
     names = {

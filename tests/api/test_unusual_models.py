@@ -118,7 +118,7 @@ def test_one_model_is_not_worked_on_by_two_calls_at_once() -> None:
 
     def wait(*_: Any) -> None:
         inside.set()
-        go_on.wait(60)
+        go_on.wait(5)
 
     handle = model.model.layers[0].register_forward_hook(wait)
     first = threading.Thread(target=lambda: pruned(model))

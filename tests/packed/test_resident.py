@@ -88,8 +88,8 @@ def test_a_packed_model_takes_less_loaded_and_while_it_is_loaded(tmp_path: Path)
         found[name] = taken(small, large[name])
     bytes_of = {name: sum(file.stat().st_size for file in large[name].glob("*.safetensors")) for name in large}
     assert found["dense"]["VmRSS"] > bytes_of["dense"]  # so the measurement sees what it should
-    # Its own are 9 of 16 bits: 0.60 to 0.62 of the dense model's resident pages, in four runs on two machines. While it is
-    # loaded, pages of the file are resident as well, as many as the kernel reads ahead: 0.72 to 0.77 at the peak.
+    # Its own are 9 of 16 bits: 0.60 to 0.62 of the dense model's resident pages, in four runs on two machines. While it
+    # is loaded, pages of the file are resident as well, as many as the kernel reads ahead: 0.72 to 0.77 at the peak.
     assert found["packed"]["VmRSS"] < 0.7 * found["dense"]["VmRSS"], found
     most = 0.9 * found["dense"]["VmRSS"]
     assert found["packed"]["VmRSS"] <= found["packed"]["VmHWM"] < most, found

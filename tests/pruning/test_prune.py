@@ -244,7 +244,7 @@ def test_skipping_everything_is_a_mistake() -> None:
 def test_layers_that_a_recovery_should_leave_alone_must_be_there() -> None:
     dsnot = Dsnot(cycles=1, threshold=0.1, power=1.0, skip=["mpl"])
     for recovery in (dsnot, Chain(first=NoRecovery(), second=dsnot)):
-        with pytest.raises(ValueError, match="recovery.skip: 'mpl' is found in no name"):
+        with pytest.raises(ValueError, match=r"recovery.skip: 'mpl' is found in no name"):
             run(recovery=recovery)
 
 

@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import esparse
-from esparse.models.products import multiplies
+from esparse.models.multiplying import multiplies
 from tests.models.families import EXPERTS, MLA, SMALL, tiny
 
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
