@@ -5,8 +5,9 @@
     print(report, esparse.perplexity(model, tokenizer, "wikitext2"))
     esparse.save(model, tokenizer, report, "DIR", packed=True)
 
-The functions write files only on request, do not set up logging, and keep no state between calls; several threads may
-work on several models. Wrong arguments raise a `ValueError` with one sentence, before anything is changed.
+The functions write files only on request, do not set up logging, and keep no state between calls, but for the tokens
+that a model was calibrated on, which the model holds; several threads may work on several models. Wrong arguments raise
+a `ValueError` with one sentence, before anything is changed.
 
 Shapes: S sequences, W windows, L tokens.
 """
@@ -23,9 +24,20 @@ import torch
 from torch import Tensor
 
 from esparse import patterns
+from esparse.api.calibrated import remember, warn_if_calibrated_on
 from esparse.api.method_parts import IMPLIED, option, parts_of, plain
 from esparse.api.pruning_report import Report
-from esparse.api.refusals import as_found, check_batch, check_kind, check_model, check_same
+from esparse.api.refusals import (
+    as_found,
+    as_usual,
+    check_as_built,
+    check_batch,
+    check_kind,
+    check_model,
+    check_runs,
+    check_same,
+    warn_if_changed,
+)
 from esparse.api.token_sources import calibration_tokens, in_words, windows
 from esparse.errors import Mistake
 from esparse.export import Finished
@@ -56,7 +68,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "option", "pack", "perplexity", "prune", "register", "save"]
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def prune(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -129,14 +141,17 @@ def prune(
     }
     began = time.perf_counter()
     with as_found(model), _bar(model, progress) as on_layer:
+        check_runs(model, tokens_SL)
+        warn_if_changed(model, tokens_SL)
         blocks = _blocks(model, device, batch_tokens)
         stages = Stages(settle=record.waiting_for(blocks.device))
+        remember(model, tokens_SL)  # from here on, weights depend on them
         pruned = pruning.prune(blocks, tokens_SL, method, further=further, skip=skip, stages=stages, on_layer=on_layer)
     seconds = round(time.perf_counter() - began, 3)
     return Report(pruned, method, tokens_SL, config, record.Size.of(model), stages, seconds, blocks.device)
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -148,7 +163,8 @@ def perplexity(
 ) -> float:
     """exp of the mean loss over windows of a text, measured as in a run of esparse.
 
-    `text`: a corpus by name, a file, texts, or windows of tokens (W x L). Raises as `prune` does.
+    `text`: a corpus by name, a file, texts, or windows of tokens (W x L). Logs a warning if `prune` has calibrated this
+    model, or the model that it is a copy of, on much of it. Raises as `prune` does.
     """
     from esparse.evaluate.perplexity import perplexity as of_losses
     from esparse.evaluate.whole_model import losses
@@ -156,9 +172,11 @@ def perplexity(
     check_kind(model)
     check_batch(batch_tokens)
     windows_WL = windows(model, tokenizer, text, length=length, max_tokens=max_tokens)
+    warn_if_calibrated_on(model, text, windows_WL)
     device = model.get_input_embeddings().weight.device
     at_once = max(1, (batch_tokens or usual_tokens_at_once(device)) // windows_WL.shape[1])
     with as_found(model, experts=False):
+        check_runs(model, windows_WL)
         losses_W = losses(model, windows_WL, at_once)
     if not torch.isfinite(losses_W).all():
         what = "the perplexity is not a finite number: the model's logits hold NaN or Inf"
@@ -166,7 +184,7 @@ def perplexity(
     return of_losses(losses_W)
 
 
-@torch.inference_mode(False)  # also for a caller who is inside of one
+@as_usual
 def save(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -196,6 +214,8 @@ def save(
     with as_found(model):
         blocks = _blocks(model, None, None)
         export.ready(blocks, report.method.recovery, Path(folder))
+        check_runs(model, report.tokens_SL)
+        check_as_built(model, report.tokens_SL)
         finished = Finished(blocks, tokenizer, report.pruned, report.tokens_SL, report.to_dict(), Path(folder))
         written: dict[str, Any] = export.write(finished)
     return written

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esparse.api.pruning_report import Report
 from esparse.errors import Mistake
+from esparse.models.as_built import difference
+from esparse.models.damage import not_finite
 from esparse.packed.experts import PackedExperts
 from esparse.packed.layer import PackedLinear
+
+log = logging.getLogger("esparse")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FEW = 32  # tokens on which a model is tried
+_busy: set[int] = set()  # the models that calls work on, by their ids
+_of_busy = threading.Lock()
 
 
 def check_kind(model: Any) -> None:
@@ -71,7 +84,11 @@ def check_model(model: Any) -> None:
             raise Mistake(
                 f"{name} is in {str(parameter.dtype).removeprefix('torch.')}: load the model in full precision"
             )
+        if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            raise Mistake(f"{name} has one number in memory for several weights (expand): give it a clone() of them")
     for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise Mistake(f"{name} has an adapter ({type(module).__name__}): merge it into the weights first")
         if hasattr(module, "parametrizations"):
             raise Mistake(f"{name} computes its weight from others (torch.nn.utils.parametrize): remove that first")
         if {"weight_orig", "weight_g"} & module._parameters.keys():
@@ -104,12 +121,89 @@ def check_same(model: nn.Module, report: Report) -> None:
             )
 
 
+def check_runs(model: PreTrainedModel, tokens_SL: Tensor) -> None:
+    """Raises Mistake if the model does not give finite logits of every token; tried on a few."""
+    tokens_BL = tokens_SL[:1, :FEW].to(model.get_input_embeddings().weight.device)
+    kind = type(model).__name__
+    try:
+        with torch.no_grad():
+            out = model(input_ids=tokens_BL, use_cache=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Mistake(f"the {kind} does not run on tokens by itself ({type(error).__name__}: {reason})") from error
+    logits = getattr(out, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens_BL.shape:
+        got = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {list(logits.shape)}"
+        raise Mistake(
+            f"a causal language model of transformers was expected (AutoModelForCausalLM), and a {kind} gives {got} "
+            f"for tokens of shape {list(tokens_BL.shape)}"
+        )
+    if bool(logits.isnan().any()):
+        raise not_finite("the model's logits hold NaN", model.named_parameters())
+
+
+def warn_if_changed(model: PreTrainedModel, tokens_SL: Tensor) -> None:
+    """Logs a warning if the model computes what no checkpoint of it would have, such as hooks."""
+    if (found := difference(model, tokens_SL)) is not None:
+        log.warning(
+            "the model is not what transformers builds from its configuration: %s; it is pruned as it is, and a "
+            "checkpoint of it will not have that",
+            found,
+        )
+
+
+def check_as_built(model: PreTrainedModel, tokens_SL: Tensor) -> None:
+    """Raises Mistake if the model that is loaded from a checkpoint would be clearly another one, else as above."""
+    found = difference(model, tokens_SL)
+    if found is None:
+        return
+    if found.is_large:
+        raise Mistake(
+            f"a checkpoint would be another model than this one: {found}; undo that, or change the model's "
+            "configuration with it, prune again and save"
+        )
+    log.warning("a checkpoint of the model is without this: %s", found)
+
+
+def as_usual(function: Callable[P, T]) -> Callable[P, T]:
+    """The function in a caller's inference mode, or with a default device of theirs, as it is without."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        elsewhere = torch.get_default_device().type != "cpu"  # where tokens and random numbers would be made
+        with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+            return function(*args, **kwargs)
+
+    return called
+
+
 @contextmanager
 def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
     """While open, the model is in evaluation mode, has no gradients, is not compiled, and computes expert by expert.
 
     Restores its state on exit. A caller's autocast is off meanwhile: results must not depend on it.
     """
+    with _alone(model):
+        yield from _as_found(model, experts)
+
+
+@contextmanager
+def _alone(model: PreTrainedModel) -> Iterator[None]:
+    """Raises Mistake if another call, in another thread, works on this model: both would write to its blocks."""
+    with _of_busy:
+        if id(model) in _busy:
+            raise Mistake("another call of esparse works on this model: wait for it, or give each thread its own model")
+        _busy.add(id(model))
+    try:
+        yield
+    finally:
+        with _of_busy:
+            _busy.discard(id(model))
+
+
+def _as_found(model: PreTrainedModel, experts: bool) -> Iterator[None]:
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -17,6 +17,7 @@ from esparse.api.method_parts import option
 from esparse.data import corpora
 from esparse.data.calibration import Calibration
 from esparse.data.corpora import Corpus
+from esparse.data.tokens import check_ids, warn_if_poor
 from esparse.data.windows import Perplexity
 from esparse.errors import Mistake
 from esparse.models.load import longest_sequence
@@ -51,6 +52,8 @@ def calibration_tokens(
     how = (tokenizer, longest_sequence(model), model.config.model_type)
     parts = (part, *part.further(further))
     samples = [one.sample(*how) if text is None else one.sample_of(text, *how) for one in parts]
+    check_ids("the calibration text", torch.cat(samples), model.get_input_embeddings().num_embeddings)
+    warn_if_poor("the calibration text", samples[0], tokenizer)
     return [_checked_tokens(model, tokens_SL, "calibration", least=1) for tokens_SL in samples]
 
 
@@ -73,6 +76,8 @@ def windows(
         windows_WL = part.windows(part.corpora[0], *how)
     else:
         raise Mistake(f"one text is measured at a time, and {asked!r} has {len(part.corpora)}")
+    check_ids("the text", windows_WL, model.get_input_embeddings().num_embeddings)
+    warn_if_poor("the text", windows_WL, tokenizer)
     return _checked_tokens(model, windows_WL, "text", least=2)
 
 
@@ -80,9 +85,11 @@ def _check_tokenizer(tokenizer: Any, without: str) -> None:
     """Raises Mistake for None, with this sentence, and for what is no tokenizer, such as the name of one."""
     if tokenizer is None:
         raise Mistake(without)
-    if not callable(tokenizer):
+    if not callable(tokenizer) or not all(hasattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")):
+        inside = ", which has one: give its .tokenizer" if hasattr(tokenizer, "tokenizer") else ""
         raise Mistake(
-            f"tokenizer must be a tokenizer of transformers (AutoTokenizer.from_pretrained), got {tokenizer!r}"
+            "tokenizer must be a tokenizer of transformers (AutoTokenizer.from_pretrained), got "
+            f"{_short(tokenizer)}{inside}"
         )
 
 
@@ -119,7 +126,7 @@ def _text(group: str, asked: Any, changes: dict[str, Any]) -> tuple[Corpus | Non
 
 
 def _short(asked: Any) -> str:
-    said = repr(asked)
+    said = " ".join(repr(asked).split())
     return said if len(said) <= SAID else f"{said[:SAID]}... ({type(asked).__name__})"
 
 
@@ -133,8 +140,10 @@ def _names_a_file(text: str) -> bool:
 
 def _checked_tokens(model: PreTrainedModel, tokens_SL: Tensor, what: str, *, least: int) -> Tensor:
     if tokens_SL.ndim != 2 or tokens_SL.shape[1] < least or not len(tokens_SL) or _is_no_integer(tokens_SL):
+        long = "" if least == 1 else f", of {least} tokens or more"
         raise Mistake(
-            f"tokens must be integers of sequences x length, got {tokens_SL.dtype} of shape {list(tokens_SL.shape)}"
+            f"tokens must be integers of sequences x length{long}, got {tokens_SL.dtype} of shape "
+            f"{list(tokens_SL.shape)}"
         )
     if tokens_SL.is_meta:
         raise Mistake(f"{what} is on the device meta, where tensors have no values")

@@ -23,9 +23,11 @@ from esparse.export import ToFolder
 from esparse.export.place import check_place, check_writable
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
+from esparse.models.layer_names import names_in_blocks
 from esparse.models.load import ASSETS, BUILTIN, Model
 from esparse.models.model_files import adapter, check_decoder, shards_of
 from esparse.models.model_name import check_absent
+from esparse.parts import expressions
 from esparse.records.report import finished, run_id
 from esparse.run.settings import Experiment
 
@@ -104,6 +106,7 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
 def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bool) -> None:
     """Raises OSError or ValueError for a file or folder that is not there, or not what it has to be."""
     _check_model(experiment.model, weights=not dry)
+    _check_skips(experiment)
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
@@ -146,6 +149,16 @@ def _check_model(model: Model, *, weights: bool) -> None:
     check_absent(model.path, "model.path")
     if weights and any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
         _check_cached(model)
+
+
+def _check_skips(experiment: Experiment) -> None:
+    """Raises Mistake for layers to skip that are not among those of a local checkpoint."""
+    asked = {"model.skip": experiment.model.skip, "recovery.skip": experiment.recovery.skips()}
+    if not any(asked.values()) or (names := names_in_blocks(_place(experiment.model))) is None:
+        return
+    layers = [name.removesuffix(".weight") for name in names if ".weight" in name and "norm" not in name]
+    for setting, skip in asked.items():
+        expressions.check_found(setting, skip, names, ", ".join(layers[:2]))
 
 
 def _check_cached(model: Model) -> None:

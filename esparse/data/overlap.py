@@ -13,6 +13,7 @@ from torch import Tensor
 log = logging.getLogger("esparse")
 
 RUN = 32  # tokens: so many in a row are in two texts only if one was copied
+SHORT = 8  # any two texts have shorter runs in common
 LARGE = 0.05  # share of the runs: less may be licences and headings
 FACTOR = 6364136223846793005  # odd and large, so that runs have other numbers
 
@@ -20,6 +21,8 @@ FACTOR = 6364136223846793005  # odd and large, so that runs have other numbers
 def warn_if_shared(name: str, tokens_SL: Tensor, windows_WL: Tensor) -> None:
     """Logs a warning if much of the calibration is in the evaluation text of this name, or the other way round."""
     run = min(RUN, tokens_SL.shape[1], windows_WL.shape[1])
+    if run < SHORT:
+        return
     ours_R, theirs_R = _runs(tokens_SL, run), _runs(windows_WL, run)
     of_ours = float(torch.isin(ours_R, theirs_R).double().mean())
     of_theirs = float(torch.isin(theirs_R, ours_R).double().mean())

@@ -28,6 +28,8 @@ STREAMS_KEPT = 8
 PER_TOKEN = 8  # characters read per token at first; a token has about 4 characters
 SPARE_TOKENS = 64  # read beyond the requested tokens, because the last ones depend on where the text is cut
 SAYS_NOTHING = 16  # from this number on, tokens that are all equal mean a wrong tokenizer
+LONG, FEW = 256, 8  # a text of so many tokens has more different ones than this
+UNKNOWN = 0.05  # share of a text's tokens
 BEGIN = ("gemma",)  # parts of names of families that expect a beginning token in front of every sequence
 _streams: dict[str, Tensor] = {}  # cache, so that a sweep in one process tokenises each text once
 
@@ -111,8 +113,31 @@ def check_ids(name: str, tokens: Tensor, embedded: int) -> None:
         )
     if tokens.numel() >= SAYS_NOTHING and bool((tokens == tokens.flatten()[0]).all()):
         raise Mistake(
-            f"the tokenizer gives {name} the token {largest} again and again: its vocabulary does not fit the text, or "
-            "its files are missing"
+            f"the tokenizer gives {name} the token {largest} again and again: its vocabulary does not fit the text, "
+            "its files are missing, or the text is one word repeated"
+        )
+
+
+def warn_if_poor(name: str, tokens: Tensor, tokenizer: Tokenizer) -> None:
+    """Logs a warning if much of a text is unknown to the tokenizer, or if it is the same few tokens again and again."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown != tokenizer.eos_token_id and tokens.numel():
+        share = float((tokens == unknown).double().mean())
+        if share > UNKNOWN:
+            log.warning(
+                "%.0f %% of the tokens of %s are %s, which stands for what the tokenizer does not know: it is another "
+                "model's tokenizer, or the text is in a script that it has no tokens for",
+                100 * share,
+                name,
+                tokenizer.unk_token,
+            )
+    if tokens.numel() >= LONG and (different := len(tokens.unique())) < FEW:
+        log.warning(
+            "%s has %d different tokens among %s: it says next to nothing about language, so look at the text and at "
+            "the tokenizer",
+            name,
+            different,
+            f"{tokens.numel():,}",
         )
 
 

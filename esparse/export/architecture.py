@@ -36,6 +36,13 @@ def check_architecture(blocks: BlockModel, recovery: Recovery, *, biases: bool) 
             f"ordinary checkpoint of {kind} has no place for them: use export=packed"
         )
     dropped, made_up = sorted(own - built - set(of_layers if biases else ())), sorted(built - own)
+    shapes = {} if skeleton is None else _shapes(skeleton)
+    for name, here in _shapes(blocks.model).items():
+        if here != (there := shapes.get(name, here)):
+            raise Mistake(
+                f"{name} has the shape {here}: transformers builds {kind} with {there} from the model's "
+                "configuration, which must be changed with the model"
+            )
     if dropped:
         raise Mistake(
             f"a checkpoint has no place for {dropped[0]}: transformers builds {kind} without it from the model's "
@@ -50,6 +57,10 @@ def check_architecture(blocks: BlockModel, recovery: Recovery, *, biases: bool) 
 
 def _names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
 def _layers(blocks: BlockModel) -> list[Matrix]:

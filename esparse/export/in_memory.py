@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esparse.errors import Mistake
 from esparse.export.packed_checkpoint import stacks_of, tensors_of, why_dense
+from esparse.models.as_built import has_own_forward
 from esparse.models.matrices import Matrix
 from esparse.models.reorder import gather_before
 from esparse.packed.experts import PackedExperts
@@ -38,6 +39,8 @@ def pack_layers(model: nn.Module, pruned: Pruned) -> dict[str, str]:
         parameter = _parameter(model, matrix)
         if len(names[id(parameter)]) > 1:
             left[matrix.entry] = f"it is one weight with {', '.join(sorted(names[id(parameter)] - {matrix.entry}))}"
+        elif matrix.expert is None and has_own_forward(model.get_submodule(matrix.entry.removesuffix(".weight"))):
+            left[matrix.entry] = "its layer has a forward of its own, which a packed layer would not have"
         elif matrix.expert is None:
             _pack_layer(model, matrix, grouping, pruned)
     for entry, experts in stacks_of(pruned).items():

@@ -127,12 +127,12 @@ def _forward(blocks: BlockModel, tokens_BL: Tensor, entered: Entered | None) -> 
         seen.walked = step
         if step is not None and seen.differs is None:
             plain = leaf_of(out, blocks.outputs[index].main, blocks.name(index))
-            if _apart(step[0], plain) > _rounding(plain):
+            if gap(step[0], plain) > rounding(plain):
                 seen.differs = index
         return out
 
     with blocks.wrapped(run):
-        seen.logits = _unmasked(blocks.model(input_ids=tokens_BL, use_cache=False).logits)
+        seen.logits = unmasked(blocks.model(input_ids=tokens_BL, use_cache=False).logits)
     return seen
 
 
@@ -179,8 +179,8 @@ def _check_logits(blocks: BlockModel, tokens_BL: Tensor, seen: _Seen) -> None:
             if again is None or again[1].values.keys() == rest.values.keys():
                 break
             hidden, kept = again
-        apart = min(apart, _apart(_unmasked(blocks.logits(tokens_BL, hidden, kept)), plain))
-        if apart <= _rounding(plain):
+        apart = min(apart, gap(unmasked(blocks.logits(tokens_BL, hidden, kept)), plain))
+        if apart <= rounding(plain):
             blocks.logits_by_token = not kept.values and _by_token(blocks, tokens_BL, hidden, plain)
             return
     blocks.hands_on = HandsOn.HIDDEN
@@ -208,15 +208,15 @@ def _by_token(blocks: BlockModel, tokens_BL: Tensor, hidden_BLH: Tensor, plain: 
     """Whether the head gives the logits of some tokens if it is given their hidden states alone."""
     half = slice(tokens_BL.shape[1] // 2, None)
     try:
-        logits = _unmasked(blocks.logits(tokens_BL[:, half], hidden_BLH[:, half]))
+        logits = unmasked(blocks.logits(tokens_BL[:, half], hidden_BLH[:, half]))
     except Exception:  # a model that cuts its hidden states apart by their place, as ProphetNet's streams
         return False
-    return _apart(logits, plain[:, half]) <= _rounding(plain)
+    return gap(logits, plain[:, half]) <= rounding(plain)
 
 
 def _noise(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) -> float:
     """The largest difference of the model's own logits between two passes; raises UnsupportedModel if it is large."""
-    noise = _apart(_forward(blocks, tokens_BL, None).logits, plain)
+    noise = gap(_forward(blocks, tokens_BL, None).logits, plain)
     if noise > NOISE * float(plain.abs().max()):
         raise UnsupportedModel(
             f"{type(blocks.model).__name__} gives other logits each time for the same tokens (they differ by "
@@ -244,8 +244,8 @@ def _check_side_by_side(blocks: BlockModel, tokens_BL: Tensor, plain: Tensor) ->
                 assert call is not None
                 flows[place] = (*blocks.step(index, hidden, call, carried), calls)
     hidden, carried, _ = flows[0]
-    apart = _apart(_unmasked(blocks.logits(tokens_BL, hidden, carried)), plain)
-    if apart > _rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
+    apart = gap(unmasked(blocks.logits(tokens_BL, hidden, carried)), plain)
+    if apart > rounding(plain) and apart > 4 * _noise(blocks, tokens_BL, plain):
         raise UnsupportedModel(
             f"the blocks of {type(blocks.model).__name__} leave something in themselves or in the model that later "
             "blocks read: run on one micro-batch after the other, they give other logits than the model (they "
@@ -277,24 +277,26 @@ def _other_argument(
     pairs += [(name, kwargs.get(name), value) for name, value in named.items()]
     for name, mine, models in pairs:
         for one, other in zip(tensors(mine), tensors(models), strict=False):
-            if _apart(one, other) > _rounding(other):
+            if gap(one, other) > rounding(other):
                 return name
     return None
 
 
-def _unmasked(logits: Tensor) -> Tensor:
+def unmasked(logits: Tensor) -> Tensor:
     """The logits with 0 for tokens that the model forbids: beside -Inf or -1e38, every difference would be rounding."""
     return logits.masked_fill(logits <= torch.finfo(logits.dtype).min / 2, 0.0)
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def gap(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors; infinite if their shapes differ."""
     if one.shape != other.shape:
         return float("inf")
     wide = torch.promote_types(one.dtype, torch.float32)  # complex for some rotary embeddings
     return float((one.to(wide) - other.to(one.device, wide)).abs().max()) if one.numel() else 0.0
 
 
-def _rounding(plain: Tensor) -> float:
+def rounding(plain: Tensor) -> float:
+    """The largest difference that the order of sums may make."""
     # Both ways call the same kernels on tensors of the same shapes, so they nearly always agree bit by bit. Memory
     # addresses may differ, and a matrix product's order of sums can depend on them: that changes less than two steps
     # of the largest value in the model's dtype. Real errors are far larger.

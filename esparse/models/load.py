@@ -381,6 +381,8 @@ def published_config(name: str) -> PretrainedConfig | None:
 
 
 def _computable(model: Model, loaded: PreTrainedModel) -> PreTrainedModel:
+    for config in (loaded.config, loaded.config.get_text_config()):
+        config.return_dict = True  # with tuples, as old configurations ask for, transformers' own forward fails
     return loaded.float() if _is_slow(model, loaded.dtype) else loaded
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from esparse.models import routers
+from esparse.models.multiplying import multiplies
 
 _NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are in no matrix product
 _EXPERTS = re.compile(r"expert")
@@ -109,6 +110,7 @@ class BlockMatrices:
         self._group_of: dict[str, InputGroup] = {}
         self._apart: dict[str, int] = {}  # matrices that share a group only with those of the same number
         self.groups: list[InputGroup] = []
+        self.others: dict[str, str] = {}  # layers that do not multiply by their weight, and their classes
         for path, module in block.named_modules():
             name = f"{prefix}.{path}"
             if name in routers_seen or any(pattern.search(name) for pattern in self._left_alone):
@@ -116,7 +118,11 @@ class BlockMatrices:
             if isinstance(module, nn.Linear | Conv1D):
                 weight = module.get_parameter("weight")
                 outputs, inputs = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
-                if not routers.named(block, path, outputs, inputs):
+                if routers.named(block, path, outputs, inputs):
+                    continue
+                if not multiplies(module):
+                    self.others[name] = type(module).__name__
+                else:
                     self._layers[module] = Matrix(f"{name}.weight", weight, isinstance(module, Conv1D), layer=module)
                 continue
             if isinstance(module, _NO_PRODUCTS):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esparse.allocations import Measured
 from esparse.errors import Mistake
@@ -26,6 +25,7 @@ from esparse.models.block import Block
 from esparse.models.blocks import BlockModel
 from esparse.models.damage import damaged
 from esparse.models.folding import foldable_runs
+from esparse.models.layer_names import with_layers
 from esparse.models.matrices import BlockMatrices, InputGroup, Matrix
 from esparse.parts import expressions
 from esparse.patterns import Grouping, Pattern
@@ -72,7 +72,7 @@ def prune(
     """
     check_store(blocks, method)
     check_widths(blocks, method, skip)
-    check_skip(blocks, skip)
+    check_skip(blocks.by_name(), skip, method.recovery)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
@@ -116,6 +116,7 @@ def prune(
     measure_density(pruned, blocks)
     warn_if_sparse_before(pruned)
     count_dense(pruned, blocks)
+    _say_others(blocks, skip)
     return pruned
 
 
@@ -142,22 +143,39 @@ def check_store(blocks: BlockModel, method: Method) -> None:
         raise Mistake(f"{why}, which is read block by block here (model.store): use model.store=memory")
 
 
-def check_skip(blocks: BlockModel, skip: Sequence[str]) -> None:
-    """Raises Mistake for a regular expression that is found in no name: the layers that it means would be pruned."""
+def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: Recovery) -> None:
+    """Raises Mistake for a regular expression that is found in no name, and if all of them leave nothing to prune.
+
+    `blocks`: by name. `skip`: of layers that stay dense; those of the recovery are checked as well. Names are those of
+    weights and of the modules that hold some: the layers that an expression means would be pruned if it is found in
+    none, or in that of an activation function alone.
+    """
     expressions.check("model.skip", skip)
-    names = [
-        f"{blocks.name(index)}.{path}"
-        for index, block in enumerate(blocks.blocks)
-        for path, _ in (*block.named_modules(), *block.named_parameters())
-    ]
-    for expression in skip:
-        if not any(re.search(expression, name) for name in names):
-            layers = BlockMatrices(blocks.blocks[0], blocks.name(0)).layers()
-            such = ", ".join(matrix.entry.removesuffix(".weight") for matrix in layers[:2])
-            raise Mistake(
-                f"model.skip: {expression!r} is found in no name inside the model's blocks, such as {such}: nothing "
-                "would stay dense for it"
-            )
+    names = {
+        name
+        for block, module in blocks.items()
+        for path, _ in module.named_parameters(remove_duplicate=False)
+        for name in with_layers(f"{block}.{path}", block.count(".") + 1)
+    }
+    first, block = next(iter(blocks.items()))
+    such = ", ".join(matrix.entry.removesuffix(".weight") for matrix in BlockMatrices(block, first).layers()[:2])
+    for setting, asked in {"model.skip": skip, "recovery.skip": recovery.skips()}.items():
+        expressions.check_found(setting, asked, names, such)
+    if skip and not any(BlockMatrices(module, name, skip).parameters() for name, module in blocks.items()):
+        raise Mistake(f"no layer would be pruned: model.skip={list(skip)} leaves nothing")
+
+
+def _say_others(blocks: BlockModel, skip: Sequence[str]) -> None:
+    """Logs a warning about layers that are no matrices to prune by what they compute."""
+    others: dict[str, str] = {}
+    for name, block in blocks.by_name().items():
+        others |= BlockMatrices(block, name, skip, blocks.routers).others
+    if others and blocks.ranks.leads:
+        log.warning(
+            "%d layers stay dense, because they compute something else than a product with their weight: %s",
+            len(others),
+            ", ".join(f"{name} ({kind})" for name, kind in [*others.items()][:3]),
+        )
 
 
 def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:

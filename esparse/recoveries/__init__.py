@@ -64,6 +64,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no met
         """Raises Mistake if the recovery does not fit this pattern; called before anything runs."""
         return None
 
+    def skips(self) -> list[str]:
+        """Regular expressions of layer names that it leaves alone; each must be found in one; default: none."""
+        return []
+
     def sequences_at_once(self) -> int | None:
         """The most calibration sequences of a micro-batch; None: any number."""
         return None
@@ -121,6 +125,9 @@ class Chain(Recovery):
 
     def collects(self) -> dict[str, Factory]:
         return self.first.collects() | self.second.collects()
+
+    def skips(self) -> list[str]:
+        return [*self.first.skips(), *self.second.skips()]
 
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)

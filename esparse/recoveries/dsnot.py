@@ -52,6 +52,9 @@ class Dsnot(Recovery):
         bounds.check("recovery", self, positive=("cycles",), not_negative=("threshold", "power"))
         expressions.check("recovery.skip", self.skip)
 
+    def skips(self) -> list[str]:
+        return self.skip
+
     def check(self, pattern: Pattern) -> None:
         if pattern.swap_width is None and not isinstance(pattern, Unstructured):
             raise Mistake(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esparse.data.overlap import warn_if_shared
-from esparse.data.tokens import check_ids
+from esparse.data.tokens import check_ids, warn_if_poor
 from esparse.models import host_memory
 from esparse.models.blocks import BlockModel
 from esparse.models.forward_check import check
@@ -83,7 +83,7 @@ def load_inputs(
     experiment.export.ready(blocks, experiment.recovery, folder)
     experiment.bench.ready(model)
     check_widths(blocks, method, asked.skip)
-    check_skip(blocks, asked.skip)
+    check_skip(blocks.by_name(), asked.skip, method.recovery)
     longest, texts = longest_sequence(model), experiment.evaluate
     family, embedded = model.config.model_type, model.get_input_embeddings().weight.shape[0]
     tokens_SL = ranks.from_first(lambda: experiment.calibration.sample(tokenizer, longest, family))
@@ -97,6 +97,8 @@ def load_inputs(
     if ranks.leads:
         for name, windows_WL in windows.items():
             warn_if_shared(name, tokens_SL, windows_WL)
+        for name, tokens in {"the calibration text": tokens_SL, **windows}.items():
+            warn_if_poor(name, tokens, tokenizer)
     check(blocks, tokens_SL)
     host_memory.trim()  # reading texts takes many times what their tokens do
     return Inputs(

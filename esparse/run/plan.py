@@ -25,6 +25,7 @@ from esparse.models.training import in_half
 from esparse.prepare import NoPreparation
 from esparse.pruning.input_cache import room
 from esparse.pruning.method import Method
+from esparse.pruning.prune import check_skip
 from esparse.run.duration import Rates, Work
 
 USUAL_LENGTH = 2048  # default tokens of a sequence, if the model takes as many
@@ -115,6 +116,7 @@ def plan(
     with FakeTensorMode():
         skeleton = shape_only(model, target)
         prefix, blocks = find_blocks(skeleton)
+        check_skip({f"{prefix}.{index}": block for index, block in enumerate(blocks)}, model.skip, method.recovery)
         groups = _groups(skeleton, blocks[0], model.skip)
         statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
     of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -272,6 +273,31 @@ def test_perplexity_is_that_of_a_run(loaded: Any, workshop: Path, tmp_path: Path
     esparse.prune(*loaded, calibration=str(workshop / "text.txt"), sequences=4, length=16)
     measured = esparse.perplexity(*loaded, [text.read_text()], length=32, max_tokens=128)
     assert measured == pytest.approx(quality["pruned"], rel=1e-5)
+
+
+def test_a_text_that_was_calibrated_on_is_told(loaded: Any, workshop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = loaded
+    text, held = workshop / "text.txt", workshop / "held" / "text.txt"
+    texts = [f"{number} is a number, and {number * number} is its square. " for number in range(400)]
+
+    def said(about: PreTrainedModel, text: Any, **how: Any) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "esparse"):
+            esparse.perplexity(about, tokenizer, text, **how)
+        return caplog.text
+
+    assert not said(model, text, length=32)
+    esparse.prune(model, tokenizer, calibration=text, sequences=4, length=32)
+    report = esparse.prune(model, tokenizer, calibration=texts, sequences=4, length=48)
+    assert f"100 % of the calibration is in the evaluation text {text}, and" in said(model, text, length=64)
+    assert "in the evaluation text given as texts" in said(model, texts, length=64)
+    assert "in the evaluation text given as tokens" in said(model, report.tokens_SL)
+    assert f"evaluation text {text}" in said(copy.deepcopy(model), text, length=64)
+    assert not said(model, held, length=64)
+    other = AutoModelForCausalLM.from_pretrained(workshop / "model", dtype="auto")
+    assert not said(other, text, length=64)
+    with torch.inference_mode():
+        assert "given as texts" in said(model, texts, length=64)
 
 
 @pytest.mark.slow

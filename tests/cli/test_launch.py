@@ -189,7 +189,7 @@ def test_a_sweep_ends_with_one_table_and_a_failing_run_does_not_stop_it(small: l
     done = launch(*sweep)
     assert done.returncode == 1
     assert len(records(tmp_path)) == 2
-    assert done.stdout.count("no layer was pruned") == 2
+    assert done.stdout.count("no layer would be pruned") == 2
     assert "magnitude" in done.stdout
     assert "wanda" in done.stdout
     again = launch(*sweep[:-3], "metric=magnitude,wanda", "shuffle=none")
@@ -380,6 +380,14 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["evaluate.length=257"], "evaluate.length=257 is longer than the 256 tokens that the model takes"),
         (["evaluate=text", f"evaluate.path={__file__}"], "expected a file that ends in one of .txt"),
         (["output_root=/dev/null/out"], "/dev/null is no folder"),
+        (
+            ["recovery=dsnot", "recovery.skip=[mpl]"],
+            "recovery.skip: 'mpl' is found in no name inside the model's blocks",
+        ),
+        (
+            ["model.skip=[o_proj,upproj]"],
+            "'upproj' is found in no name inside the model's blocks, such as model.layers.0",
+        ),
         (["export=packed", f"export.path={Path(__file__).parent}"], "is there already, and is no export of esparse"),
         (["export=packed", "export.path=/proc/x"], "export.path=/proc/x: nothing can be written to /"),
         (["output_root=/proc/x"], "output_root=/proc/x: nothing can be written to /proc"),
@@ -433,6 +441,7 @@ def test_what_is_not_there_is_named(small: list[str], overrides: list[str], sent
         (["seed=-1"], ["seed must be between"]),
         (["tracking.artifacts=[checkpoint]"], ["uploads what export writes", "use export=dense or export=packed"]),
         (["-m", "metric=entropy,wanda", "pattern=2:4,3:2"], ["0 < n < m", "'3:2'"]),
+        (["-m", "metric=magnitude,wanda", "model.skip=[o_proj],[act_fn]"], ["'act_fn' is found in no name"]),
         (["-m", "metric=entropy,wanda", "metric.bins=50"], ["metric.bins"]),
     ],
 )

@@ -34,6 +34,7 @@ def cut(start: int, length: int = 64, count: int = 8) -> torch.Tensor:
         ),
         (cut(0, length=8), cut(0, length=16), "100 % of the calibration"),  # sequences shorter than a run
         (cut(0), windows(OTHER_T, 64), None),
+        (cut(0, length=1), cut(0, length=2), None),  # any two texts share single tokens
         (torch.cat([cut(0)] + [windows(OTHER_T, 64)[:32]] * 8), windows(STREAM_T, 64)[40:], None),
     ],
 )

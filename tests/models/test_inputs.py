@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from esparse.errors import Mistake
 from esparse.models.blocks import BlockModel
+from esparse.models.forward_check import check
 from esparse.models.inputs import check_hub
 from esparse.models.load import BUILTIN, Model, load, longest_sequence
 from tests.models.families import FAMILIES, SMALL, tiny
@@ -337,3 +338,12 @@ def test_what_a_family_keeps_in_float32_stays_so(store: str, tmp_path: Path) -> 
     with blocks.resident(1):
         assert found.get_buffer(bias).dtype == torch.float32
         assert found.get_buffer(bias).tolist() == pytest.approx([8.00001, 8.00002, 7.9999, 8.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("store", ["memory", "shards"])
+def test_a_configuration_that_asks_for_tuples_is_read(store: str, folder: Path) -> None:
+    edit(folder, return_dict=False)
+    model, _, held = load(model_of(folder, store=store), folder / "blocks")
+    blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=64, store=held)
+    check(blocks, torch.randint(1, 96, (2, 16)))
+    assert blocks.checked

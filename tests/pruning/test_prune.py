@@ -28,6 +28,8 @@ from esparse.prepare import Prepare
 from esparse.pruning.prune import Method, Pruned, prune
 from esparse.records import audit
 from esparse.records.report import Stages
+from esparse.recoveries import Chain, NoRecovery, Recovery
+from esparse.recoveries.dsnot import Dsnot
 from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.updates import Layer, NoUpdate, Solution, Update
 from esparse.updates.obs import Obs
@@ -53,6 +55,7 @@ def run(
     model: torch.nn.Module | None = None,
     skip: tuple[str, ...] = (),
     update: Update | None = None,
+    recovery: Recovery | None = None,
 ) -> tuple[torch.nn.Module, Pruned]:
     model = model or tiny(family)
     blocks = BlockModel(model, device=torch.device("cpu"), batch_tokens=batch_tokens)
@@ -61,6 +64,7 @@ def run(
         pattern=pattern or NM(2, 4),
         shuffle=shuffle or NoShuffle(),
         update=update or NoUpdate(),
+        recovery=recovery or NoRecovery(),
     )
     return model, prune(blocks, TOKENS_SL, method, skip=skip, stages=Stages())
 
@@ -235,8 +239,20 @@ def test_skipped_layers_stay_dense() -> None:
 
 
 def test_skipping_everything_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="no layer was pruned"):
+    with pytest.raises(ValueError, match=r"no layer would be pruned: model.skip=\[''\] leaves nothing"):
         run(skip=("",))
+
+
+def test_layers_that_a_recovery_should_leave_alone_must_be_there() -> None:
+    dsnot = Dsnot(cycles=1, threshold=0.1, power=1.0, skip=["mpl"])
+    for recovery in (dsnot, Chain(first=NoRecovery(), second=dsnot)):
+        with pytest.raises(ValueError, match=r"recovery.skip: 'mpl' is found in no name"):
+            run(recovery=recovery)
+
+
+def test_an_expression_that_means_no_weights_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="'act_fn' is found in no name inside the model's blocks"):
+        run(skip=("act_fn",))
 
 
 @pytest.fixture

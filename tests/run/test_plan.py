@@ -167,6 +167,11 @@ def test_auto_is_planned_as_it_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (got.streams_weights, got.on_disk) == (expected, expected)
 
 
+def test_layers_to_skip_that_are_not_there_are_a_mistake_in_a_plan_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'upproj' is found in no name"):
+        planned(tmp_path, PUBLISHED["llama-65b"], skip=["upproj"])
+
+
 @pytest.mark.slow
 def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> None:
     args = ["model=llama-65b", "dry_run=true", f"output_root={tmp_path}/out"]  # its dtype float16 is float32 on a CPU
