@@ -70,6 +70,10 @@ class Method:
         """Whether the hidden states that dense blocks make flow beside those that pruned ones make."""
         return self.recovery.needs_dense_stream() or self.update.needs_dense_stream()
 
+    def sequential(self) -> bool:
+        """Whether a layer is observed again once the layers before it in its block are pruned."""
+        return self.update.sequential_layers()
+
     def quantises(self) -> bool:
         """Whether kept values are rounded."""
         return not isinstance(self.quantise, NoQuantise)

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
@@ -31,9 +31,10 @@ from esparse.parts import expressions
 from esparse.patterns import Grouping, Pattern
 from esparse.prepare import NoPreparation
 from esparse.pruning import gradients, returned
-from esparse.pruning.block_loop import BlockLoop, Observed
+from esparse.pruning.block_loop import BlockLoop
 from esparse.pruning.journal import Entry, Journal
 from esparse.pruning.method import Method
+from esparse.pruning.observation import Observed
 from esparse.pruning.outcome import Pruned, add_mask, count_dense, measure_density, remembered, warn_if_sparse_before
 from esparse.pruning.rounding import check_widths, joint_grid, remember, rounded
 from esparse.quantise.grids import Grid
@@ -85,7 +86,7 @@ def prune(
     for index in range(journal.finished if journal else 0):
         pruned.take(remembered(blocks, index, journal))
 
-    def prune_block(block: Block, groups: list[Observed]) -> Entry:
+    def prune_block(block: Block, groups: Iterable[Observed]) -> Entry:
         of_block, runs = Pruned(), None
         if method.shuffle.foldable:
             with stages("shuffle"):
@@ -186,7 +187,7 @@ def _allocated(loop: BlockLoop, method: Method) -> Mapping[str, Pattern]:
     layers: list[Measured] = []
     grouping = Grouping(method.pattern)
 
-    def measure(block: Block, groups: list[Observed]) -> None:
+    def measure(block: Block, groups: Iterable[Observed]) -> None:
         with loop.stages("score"):
             for group in groups:
                 number = len({layer.group for layer in layers})

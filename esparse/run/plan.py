@@ -268,6 +268,8 @@ def _passes(method: Method) -> int:
         + prepared
         + method.needs_dense_stream()
         + 2 * method.update.needs_dense_stream()
+        # Of LLaMA's four inputs three are observed again, in both streams, by passes that end at the layer.
+        + 4 * method.sequential()
         + (method.metric.gradients() != "none")
     )
     if method.allocation.measures():

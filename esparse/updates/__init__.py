@@ -64,6 +64,10 @@ class Update(ABC):
         """Whether the inputs that the layer would have if no block before it were pruned are needed, too."""
         return False
 
+    def sequential_layers(self) -> bool:
+        """Whether a layer's inputs are to be observed again once the layers before it in its block are pruned."""
+        return False
+
     def check(self, pattern: Pattern) -> None:
         """Raises Mistake if the update does not fit this pattern; called before anything runs."""
         return None
@@ -103,6 +107,9 @@ class Chain(Update):
 
     def needs_dense_stream(self) -> bool:
         return self.first.needs_dense_stream() or self.second.needs_dense_stream()
+
+    def sequential_layers(self) -> bool:
+        return self.first.sequential_layers() or self.second.sequential_layers()
 
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)

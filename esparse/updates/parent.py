@@ -10,6 +10,9 @@ Y W^T that X can give, the error of any weights towards Y W^T is their error tow
 finds its mask and its weights as before, with W* in the place of W. Quantisation does so: GPTAQ (Li et al. 2025,
 arXiv 2504.02692) at trust 1, QEP (Arai & Ichikawa 2025, arXiv 2504.09629) with a trust. Here it is tried on n:m.
 
+What the layers of a block before this one lost is part of it if the inputs are observed again once they are pruned
+(`sequential`); else X is what the block's dense layers make of pruned blocks' outputs.
+
 Shapes: O outputs, I inputs.
 """
 
@@ -33,6 +36,8 @@ class Parent(Update):
 
     trust: float  # 0: the usual target | 1: the dense model's
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
+    # As GPTQ's true_sequential: o_proj then makes up for what q, k and v lost, down_proj for gate and up
+    sequential: bool = True  # observe a layer again once those before it in its block are pruned: a pass more for each
     # Its settings stand behind it: `update.update.damp=0.1`. Another one is chosen by `update@update.update=admm`
     update: Update  # the update itself
 
@@ -46,6 +51,9 @@ class Parent(Update):
 
     def needs_dense_stream(self) -> bool:
         return True
+
+    def sequential_layers(self) -> bool:
+        return self.sequential
 
     def check(self, pattern: Pattern) -> None:
         self.update.check(pattern)

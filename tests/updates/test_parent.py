@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from esparse.errors import Mistake
 from esparse.linalg import inverse_times
-from esparse.metrics.wanda import Wanda
+from esparse.metrics.entropy import Entropy
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping
 from esparse.pruning.method import Method
+from esparse.pruning.observation import Observation, Observed
 from esparse.pruning.prune import prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
@@ -24,6 +27,7 @@ from tests.models.families import tiny
 
 CPU = torch.device("cpu")
 SUPPORT = Support(damp=1e-6, iterations=300, tolerance=1e-8)
+ENTROPY = Entropy(base="magnitude", gamma=0.5, bins=100, range="channel", limit=1.0)
 ALPS = Alps(damp=0.01, penalty=0.1, iterations=100, gradient_iterations=10, tolerance=1e-4)
 
 
@@ -104,12 +108,32 @@ def test_an_inverse_times_a_matrix() -> None:
     torch.testing.assert_close(inverse_times(torch.eye(2), gram_II, 0.1), expected)
 
 
-@pytest.mark.parametrize("batch_tokens", [24, 96])
-def test_both_inputs_of_a_layer_are_those_of_the_same_tokens(
-    batch_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens_SL = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+TOKENS_SL = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def inputs(model: torch.nn.Module, layers: list[str]) -> dict[str, Tensor]:
+    """What each layer reads of all tokens."""
+    found: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda _, args: found.update({name: args[0].flatten(0, -2).clone()})
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in layers]
+    with torch.no_grad():
+        model(TOKENS_SL)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def observed(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, *, sequential: bool, batch_tokens: int = 48
+) -> dict[str, Pair]:
+    """Prunes the model; returns the Gram and cross Gram matrices that each layer's update got."""
+    seen: dict[str, Pair] = {}
     original = Parent._towards
 
     def noted(self: Parent, layer: Layer) -> Layer:
@@ -117,30 +141,84 @@ def test_both_inputs_of_a_layer_are_those_of_the_same_tokens(
         return original(self, layer)
 
     monkeypatch.setattr(Parent, "_towards", noted)
-
-    def inputs(model: torch.nn.Module) -> Tensor:
-        """What the queries of the second block read, which does not depend on that block's own weights."""
-        found: list[Tensor] = []
-        hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
-            lambda _, args: found.append(args[0].flatten(0, -2))
-        )
-        with torch.no_grad():
-            model(tokens_SL)
-        hook.remove()
-        return found[0]
-
-    model = tiny("llama")
-    y_TI = inputs(model)
-    parent = Parent(trust=0.5, damp=0.01, update=Chain(first=NoUpdate(), second=SUPPORT))
-    method = Method(metric=Wanda(), pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
+    update = Chain(first=NoUpdate(), second=SUPPORT)
+    parent = Parent(trust=0.5, damp=0.01, sequential=sequential, update=update)
+    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
-    assert prune(blocks, tokens_SL, method, stages=Stages()).pattern_holds
-    x_TI = inputs(model)
-    gram_II, cross_II = seen["model.layers.1.self_attn.q_proj"]
-    torch.testing.assert_close(gram_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cross_II, x_TI.T @ y_TI, rtol=1e-4, atol=1e-4)
-    first_gram, first_cross = seen["model.layers.0.self_attn.q_proj"]  # nothing is pruned before it
-    torch.testing.assert_close(first_cross, first_gram, rtol=1e-5, atol=1e-5)
+    assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
+    return seen
+
+
+# A layer of each input of a block.
+LAYERS = {
+    "llama": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
+    "opt": ["self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"],
+    "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+}
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 96])
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_layer_is_observed_when_all_before_it_are_pruned(
+    family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what it was shown is what it reads in the pruned model in the end, beside what it reads in the dense one."""
+    model = tiny(family)
+    prefix = BlockModel(model, device=CPU, batch_tokens=24).prefix
+    layers = [f"{prefix}.{block}.{name}" for block in (0, 1) for name in LAYERS[family]]
+    y = inputs(model, layers)
+    seen = observed(model, monkeypatch, sequential=True, batch_tokens=batch_tokens)
+    x = inputs(model, layers)
+    for name in layers:
+        gram_II, cross_II = seen[name]
+        torch.testing.assert_close(gram_II, x[name].T @ x[name], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(cross_II, x[name].T @ y[name], rtol=1e-4, atol=1e-3)
+        assert name in layers[:3] or float((gram_II - cross_II).abs().max()) > 1e-2
+
+
+def test_without_that_only_a_blocks_first_layers_are_observed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    layers = [f"model.layers.{block}.{name}" for block in (0, 1) for name in LAYERS["llama"]]
+    y = inputs(model, layers)
+    seen = observed(model, monkeypatch, sequential=False)
+    x = inputs(model, layers)
+    for name in layers:
+        gram_II, cross_II = seen[name]
+        same = torch.allclose(gram_II, x[name].T @ x[name], rtol=1e-4, atol=1e-3)
+        assert same == name.endswith("q_proj")
+        if same:
+            torch.testing.assert_close(cross_II, x[name].T @ y[name], rtol=1e-4, atol=1e-3)
+    # The first block's inputs come from no pruned block, and its layers were dense when they were observed.
+    for name in layers[:4]:
+        torch.testing.assert_close(seen[name][1], seen[name][0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "deepseek-v3"])
+def test_experts_are_observed_again_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass for all experts' first matrices and one for their second, not one for each expert."""
+    turns: list[int] = []
+    original = Observation.again
+
+    def noted(self: Observation, groups: list[Observed]) -> None:
+        turns.append(len(groups))
+        original(self, groups)
+
+    monkeypatch.setattr(Observation, "again", noted)
+    observed(tiny(family), monkeypatch, sequential=True)
+    assert 2 * 3 <= len(turns) <= 8 * 3  # of three blocks; with four experts there would be ten and more for each
+    assert max(turns) >= 3
+
+
+def test_the_dense_block_comes_back_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that stay dense have their weights in the end, and pruned ones keep what was written."""
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    observed(model, monkeypatch, sequential=True)
+    for name, value in model.state_dict().items():
+        if "proj" in name:
+            assert float((value == 0).float().mean()) == 0.5, name
+        else:
+            assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize(
