@@ -179,9 +179,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert code == 2 and f"{numbers}, line 2" in err
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("no.csv", "No such file"), ("", "Is a directory"), ("raw", "no CSV")]
-)
+@pytest.mark.parametrize(("name", "said"), [("no.csv", "No such file"), ("", "Is a directory"), ("raw", "no CSV")])
 def test_numbers_that_cannot_be_read(name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "raw").write_bytes(b"\xd0\x00")
     assert main([str(tmp_path), "--numbers", str(tmp_path / name)]) == 2
