@@ -254,5 +254,5 @@ def test_an_empty_file_and_a_column_of_a_file_without_columns_are_refused(tmp_pa
         Rows(tmp_path / "empty.jsonl", "text")
     (tmp_path / "plain.txt").write_text("words")
     Rows(tmp_path / "plain.txt", "text")
-    with pytest.raises(ValueError, match="evaluate.column=body names a column of .*, and plain.txt has none"):
+    with pytest.raises(ValueError, match=r"evaluate\.column=body names a column of .*, and plain\.txt has none"):
         Rows(tmp_path / "plain.txt", "body", "evaluate")
