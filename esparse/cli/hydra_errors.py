@@ -41,7 +41,7 @@ from esparse.cli.typed_words import (
 from esparse.errors import Mistake
 from esparse.parts import plugins
 from esparse.parts.conf_folder import conf_folder
-from esparse.parts.numbers import alike, near
+from esparse.parts.numbers import alike, names, near
 from esparse.records.groups import ANY, GROUPS
 
 KINDS = (  # of settings, by what OmegaConf says of a value that is none
@@ -203,7 +203,7 @@ def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
         return f"{key} is a part by itself, which is chosen with an @: {key.partition('.')[0]}@{key}={value}"
     if "is not Optional" in sentence:
         return f"{key} needs a value: null is none"
-    if value is None and "of type 'dict'" in sentence:
+    if value is None and ("of type 'dict'" in sentence or "Cannot convert 'dict'" in sentence):
         return f"{key} is one value and has no settings of its own"
     for words_of_it, kind in KINDS:
         if words_of_it in sentence:
@@ -213,7 +213,9 @@ def _wrong_value(error: ValidationError, words: Sequence[str]) -> str:
 
 def _composition(sentence: str) -> str | None:
     if given := re.match(r"Ambiguous value for argument '(.*?)'\n", sentence, flags=re.S):
-        return f"{given[1]} are several values, of which one run takes one: -m makes a sweep of them, [...] a list"
+        of_group = given[1].partition("=")[0] in (*GROUPS, METHOD)
+        as_list = "" if of_group else ", [...] a list"
+        return f"{given[1]} are several values, of which one run takes one: -m makes a sweep of them{as_list}"
     if given := re.match(r"Could not append to config. An item is already at '(.*?)'", sentence):
         return f"{given[1]} is there already: leave out the +"
     if given := re.match(r"Could not delete from config. (.*)", sentence):
@@ -223,6 +225,16 @@ def _composition(sentence: str) -> str | None:
     if given := re.match(r"Could not override '(.*?)'", sentence):
         return f"there is no {given[1]}: groups are {', '.join([*GROUPS, METHOD])}"
     return None
+
+
+def _with_equals(word: str) -> str | None:
+    """The setting that was meant by metric:wanda, metric.wanda, /metric=wanda, "metric = wanda"; None if none was."""
+    match = re.fullmatch(r"/?(\w+)\s*[=:./ ]\s*([\w:.%-]+)", word, flags=re.A)
+    if match is None:
+        return None
+    key, value = match.groups()
+    meant = key in SETTINGS or (key in (*GROUPS, METHOD) and value in names(key))
+    return f"{key}={value}" if meant else None
 
 
 def how_to_write(words: Sequence[str]) -> str | None:
@@ -239,6 +251,8 @@ def how_to_write(words: Sequence[str]) -> str | None:
     for word in parted(words)[1]:
         if reads(word):
             continue
+        if (meant := _with_equals(word)) is not None:
+            return f"{word} is no setting: write {meant}"
         key, equals, value = word.partition("=")
         wide = "".join(sign for sign in word if unicodedata.name(sign, "").startswith("FULLWIDTH "))
         if wide and not key.endswith("path") and reads(plain := unicodedata.normalize("NFKC", word)):

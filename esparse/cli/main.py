@@ -56,6 +56,9 @@ def exit_code(main: Callable[[], Any]) -> int:
         if explanation is not None and IN_FULL not in os.environ:
             print(f"esparse: {explanation}", file=sys.stderr)
             return MISTAKE
+        if isinstance(error, BrokenPipeError) and not call.begun:  # a reader such as `head` that has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+            return 0
         if isinstance(error, OSError) and IN_FULL not in os.environ:  # of standard output, on a full disk for instance
             kept = "; finished runs are kept" if call.begun else ""
             print(f"esparse: the output cannot be written: {sentence(error)}{kept}", file=sys.stderr)

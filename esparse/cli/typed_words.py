@@ -122,6 +122,11 @@ def check(words: Sequence[str]) -> None:
         if word.startswith("~"):
             _check_taken_away(word)
         match = SETTING.fullmatch(word)
+        if match is not None and match[2].startswith(f"{METHOD}."):
+            raise Mistake(
+                f"{word}: a method has no settings of its own, but sets those of other groups, which may be changed "
+                f"behind it: {METHOD}=NAME metric.gamma=VALUE"
+            )
         if match is None or match[2] not in (*GROUPS, METHOD):
             continue
         group, option = match[2], match[3]

@@ -48,6 +48,9 @@ def texts_of(path: Path, column: str, *, first: int | None = None) -> list[str]:
         return [rows.text(number, value) for number, value in islice(values, first)]
 
 
+COLUMN = "text"  # as conf/ has it: of a file without columns it says nothing
+
+
 @dataclass(slots=True)
 class Rows:
     """The rows of a text file, which can be iterated repeatedly and are never all in memory.
@@ -74,7 +77,14 @@ class Rows:
             raise Mistake(
                 f"expected a file that ends in one of {', '.join(ENDINGS)}, got {path.name}: convert or rename it"
             )
+        if path.is_file() and path.stat().st_size == 0:
+            raise Mistake(f"expected text in {path.absolute()}, found an empty file: name another one")
         self._read = _READERS.get(kind)
+        if self.column != COLUMN and self._read is None:
+            raise Mistake(
+                f"{self.group}.column={self.column} names a column of {', '.join(_READERS)}, and {path.name} has none: "
+                "leave it out"
+            )
         if self.render is not None and self._read is None:
             raise Mistake(
                 f"{self.group}.chat=true renders the rows of {', '.join(_READERS)}, and {path.name} has no rows: leave "

@@ -207,6 +207,14 @@ class ZeroShot:
         for task, after in pruned.items():
             before = dense[task]["measures"]
             score = self.score if self.score in before else next(iter(before))
+            if score != self.score:
+                log.warning(
+                    "%s has no %s (zeroshot.score): tables show its %s; there is %s",
+                    task,
+                    self.score,
+                    score,
+                    ", ".join(before),
+                )
             both = {
                 measure: {
                     "dense": before[measure][0],

@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             coded = str(patterns.from_str(text)) == "dense" and any(grid is not None for grid in grids.values())
             if not patterns.from_str(text).parts() and not coded:
                 raise Mistake(f"{text} is no n:m pattern, and only n:m can be packed, or dense with --quantise")
+        if "" in map(str.strip, asked.models):
+            raise Mistake("a model is a hub name, a directory or an option of model=, got ''")
         from esparse.packed import savings  # torch is loaded from here on
 
-        models = {name.rstrip("/").rpartition("/")[2]: savings.config_of(name) for name in asked.models or LLAMA}
+        models = {name: savings.config_of(path) for name, path in _named(asked.models or LLAMA).items()}
         rows = savings.table(models, asked.patterns.split(","), grids)
     except (ValueError, OSError) as error:
         print(f"esparse: {str(error).partition(chr(10))[0]}", file=sys.stderr)
@@ -55,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("|---" * len(row) + "|")
     print("\nIn 16-bit precision; GB are 10^9 bytes. Saved: of the whole model, embeddings, norms and head dense.")
     return 0
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """The models by the last parts of their names; by their whole names where two end alike."""
+    last = [name.rstrip("/").rpartition("/")[2] for name in dict.fromkeys(models)]
+    pairs = zip(last, dict.fromkeys(models), strict=True)
+    return {short if last.count(short) == 1 else name: name for short, name in pairs}
 
 
 def _grid(name: str) -> Grid | None:

@@ -123,7 +123,7 @@ def _of_matrix(pattern: Pattern, shape: Sequence[int], dtype: torch.dtype, grid:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e9:.2g} GB"  # no model takes 0.00 GB
 
 
 def _percent(share: float) -> str:

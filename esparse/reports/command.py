@@ -18,8 +18,17 @@ from esparse.reports.pairs import pairs
 from esparse.reports.pivot import pivot
 from esparse.reports.reading import Record, read_records, stop
 from esparse.reports.table import Spread, Table, natural
-from esparse.reports.tabulate import means, profiles, table_of
+from esparse.reports.tabulate import check_corpus, means, profiles, table_of
 from esparse.reports.writing import csv_of, latencies, markdown_of
+
+# Options that what is written has no use for: of a picture, of the table of latencies, of profiles and of pairs.
+OF_TABLES = ("mean", "across", "pairs", "value", "columns", "sort", "best")
+UNUSED = {
+    "picture": ("latency", "profile", *OF_TABLES),
+    "latency": ("profile", "corpus", *OF_TABLES),
+    "profile": ("corpus", *(option for option in OF_TABLES if option != "best")),
+    "pairs": ("mean", "sort"),
+}
 
 ENDINGS = {".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html"}  # of tables that are no Markdown
 
@@ -96,12 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layer", metavar="NAME", help="of --plot channels: a part of the name of the layer to show")
     options = parser.parse_args(argv)
     kind = options.format or _kind(options.out)
+    for name in ("corpus", "sort", "across", "pairs", "value", "columns", "layer"):
+        if getattr(options, name) is not None and "" in map(str.strip, getattr(options, name).split(",")):
+            what = {"corpus": "a corpus", "layer": "a layer"}.get(name, "a column")
+            return stop(f"--{name} needs the name of {what}, got {getattr(options, name)!r}", 2)
     if kind is None:
         return stop(
             f"--out {options.out}: a table ends in {', '.join(sorted(ENDINGS))} or .md, a picture in "
             f"{', '.join(sorted(FORMATS))}; --format says it where the name ends otherwise",
             2,
         )
+    if options.layer and options.plot != "channels":
+        return stop("--layer chooses what --plot channels shows: add that, or leave --layer out", 2)
     if options.plot and kind == "html":
         return stop("the page has all pictures: leave --plot out, or write one picture, --out plot.svg", 2)
     if options.plot and kind != "png":
@@ -112,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(f"--best sets cells in bold, which {kind} does not have", 2)
     if options.best and options.pairs:
         return stop("--best marks the best of a measurement, and --pairs shows differences: leave one of them out", 2)
+    if (unused := _unused(options, kind)) is not None:
+        return stop(unused, 2)
     if not options.folder.is_dir():
         return stop(f"{options.folder} is not a folder", 2)
     if kind == "png" and options.out is None:
@@ -120,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not records:
         return stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     try:
+        check_corpus(records, options.corpus)
         if kind == "png":
             plot(records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer)
         else:
@@ -128,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked["profile"] = options.profile
             for name in ("across", "columns"):
                 given = getattr(options, name)
-                asked[name] = given.split(",") if given else None
+                asked[name] = [column.strip() for column in given.split(",")] if given else None
             if kind == "html" and vega.library() is None:
                 print(f"esparse: the page has no figures: {vega.missing()}", file=sys.stderr)
             if kind == "html":
@@ -153,6 +171,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = {"png": "a picture", "html": "a page"}.get(kind, "a table")
         print(f"{options.out}: {what} of {len(records)} run{'s' if len(records) > 1 else ''}")
     return 0
+
+
+def _unused(options: argparse.Namespace, kind: str) -> str | None:
+    """The sentence for options that would change nothing."""
+    what = "picture" if kind == "png" else next((one for one in UNUSED if getattr(options, one, None)), "")
+    unused = [f"--{name}" for name in UNUSED.get(what, ()) if getattr(options, name)]
+    if not unused:
+        return None
+    writes = "a picture" if what == "picture" else f"the table of --{what}"
+    return f"{' and '.join(unused)} would change nothing in {writes}: leave {'it' if len(unused) == 1 else 'them'} out"
 
 
 def _kind(out: Path | None) -> str | None:

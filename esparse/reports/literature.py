@@ -170,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(f"{options.folder} is not a folder", 2)
     try:
         numbers = read(options.numbers)
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError:
+        return stop(f"--numbers {options.numbers} is no CSV file in UTF-8", 2)
+    except OSError as error:
+        return stop(f"--numbers {options.numbers} cannot be read: {error.strerror or error}", 2)
+    except ValueError as error:
         return stop(str(error), 2)
     records = read_records(options.folder)
     if not records:

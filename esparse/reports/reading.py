@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from esparse.errors import Mistake
 from esparse.records.groups import GROUPS
 
 Record = dict[str, Any]
@@ -25,13 +26,20 @@ NEEDED: dict[str, Any] = {
     "seconds": NUMBER,
 }
 NUMBER_OR_NONE = (*NUMBER, type(None))
+TIMED = ("tokens", "dense_ms", "sparse_ms", "speedup", "limit_speedup", "share_of_limit")
+DIGITS = 300  # of a whole number that a float can still hold
 DICT_OR_NONE, LIST_OR_NONE = (dict, type(None)), (list, type(None))
 # Fields that a record may lack, with the type of each and, below it, of what it holds.
 MAY_HAVE: dict[str, Any] = {
+    "config.choices.*": str,
+    "config.evaluate.max_tokens": NUMBER_OR_NONE,
+    "config.zeroshot.limit": NUMBER_OR_NONE,
     "environment": DICT_OR_NONE,
     "export": DICT_OR_NONE,
     "latency": LIST_OR_NONE,
     "latency.*": dict,
+    **{f"latency.*.{of}": NUMBER_OR_NONE for of in TIMED},
+    **{f"latency.*.{of}": (str, type(None)) for of in ("layer", "dtype", "kernel", "why_not")},
     "layers": list,
     "layers.*": dict,
     "layers.*.name": str,
@@ -39,10 +47,13 @@ MAY_HAVE: dict[str, Any] = {
     "layers.*.shape.*": int,
     **{f"layers.*.{of}": NUMBER_OR_NONE for of in ("density", "kept_score", "relative_error", "seconds")},
     "memory": dict,
+    **{f"memory.{of}": NUMBER_OR_NONE for of in ("bits_per_weight", "metadata_bits", "order_bytes")},
     "memory.*": (*NUMBER_OR_NONE, dict),
     "memory.bits.*": NUMBER_OR_NONE,
     "model.parameters": NUMBER,
     "model.pruned_parameters": NUMBER,
+    "quality.*.tokens": NUMBER,
+    "quality.*.sequence_length": NUMBER,
     "profile": DICT_OR_NONE,
     "profile.rows": list,
     "profile.rows.*": dict,
@@ -53,8 +64,11 @@ MAY_HAVE: dict[str, Any] = {
     "sources": DICT_OR_NONE,
     "zeroshot": dict,
     "zeroshot.*": dict,
+    "zeroshot.*.n": NUMBER,
     "zeroshot.*.stderr": NUMBER_OR_NONE,
 }
+# Of which a record with the first has the second.
+TOGETHER = {"memory.bits": "memory.bits_per_weight", "profile": "profile.rows", "profile.rows": "profile.thresholds"}
 
 
 def read_records(root: Path) -> list[Record]:
@@ -72,10 +86,12 @@ def read_records(root: Path) -> list[Record]:
     ):
         try:
             content = path.read_bytes()
-            record = json.loads(content.decode("utf-8"))
+            record = json.loads(content.decode("utf-8"), parse_int=_whole)
             fault = _fault(record)
             if fault is None and first.setdefault(content, path) != path:
                 fault = f"it is {first[content]} once more"
+        except Mistake as error:
+            fault = str(error)
         except (ValueError, RecursionError):
             fault = "it is not whole JSON"
         except OSError as error:
@@ -91,6 +107,12 @@ def read_records(root: Path) -> list[Record]:
         said = f"{path} is the run of {earlier}, carried out again{others}: a mean counts each"
         print(f"esparse: {said}", file=sys.stderr)
     return records
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise Mistake(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _fault(record: Any) -> str | None:
@@ -116,6 +138,9 @@ def _fault(record: Any) -> str | None:
     for path, kind in MAY_HAVE.items():
         if (place := _misplaced(record, path.split("."), kind)) is not None:
             return f"its field {place} is not what it should be"
+    for path, other in TOGETHER.items():
+        if at(record, path) is not None and at(record, other) is None:
+            return f"its field {other} is missing, and it has {path}"
     tests = [("quality", record["quality"]), ("zeroshot", record.get("zeroshot", {}))]
     for part, values in tests:
         for name, value in values.items():

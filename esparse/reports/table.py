@@ -157,7 +157,7 @@ def text(column: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, NUMBER) or isinstance(value, bool):
-        return value if isinstance(value, str) else json.dumps(value)
+        return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)  # a cell is one line
     if isinstance(value, int) and column not in ("seconds", "error", "kept", "bits") and " " not in column:
         return str(value)
     if column in ("error", "kept"):

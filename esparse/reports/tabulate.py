@@ -33,10 +33,8 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
 
     Raises ValueError for a corpus that no run was measured on, or a column to sort by that is not there.
     """
-    corpora = keys(records, "quality")
-    if corpus is not None and corpus not in corpora:
-        raise Mistake(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
-    corpora = corpora if corpus is None else [corpus]
+    check_corpus(records, corpus)
+    corpora = keys(records, "quality") if corpus is None else [corpus]
     common = _common_tasks(records)
     rows = [_asked(record) | _measured(record, corpora, common) for record in records]
     if not any(record.get("memory", {}).get("bits") for record in records):  # of 16 bits the pattern says it
@@ -65,6 +63,13 @@ def table_of(records: Sequence[Record], *, corpus: str | None = None, sort: str 
     else:
         rows.sort(key=lambda row: [natural(row.get(column)) for column in order])
     return table
+
+
+def check_corpus(records: Sequence[Record], corpus: str | None) -> None:
+    """Raises Mistake for a corpus that no run was measured on."""
+    corpora = keys(records, "quality")
+    if corpus is not None and corpus not in corpora:
+        raise Mistake(f"no run was measured on {corpus!r}; there is {', '.join(corpora) or 'nothing'}")
 
 
 def _asked(record: Record) -> dict[str, Any]:
@@ -128,8 +133,11 @@ def bits_per_weight(record: Record) -> float | None:
     metadata = memory.get("metadata_bits")
     if metadata is None:
         return None
-    orders = memory.get("order_bytes", 0)  # which older records do not count
-    return 16 * density + float(metadata) + (8 * orders / record["model"]["pruned_parameters"] if orders else 0.0)
+    orders, weights = (
+        memory.get("order_bytes") or 0,
+        record["model"].get("pruned_parameters"),
+    )  # older records lack them
+    return 16 * density + float(metadata) + (8 * orders / weights if orders and weights else 0.0)
 
 
 def profiles(records: Sequence[Record]) -> Table:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +41,13 @@ from tests.workshop import ROOT, launch
         (["model.skip=[(,b=c]"], """'model.skip=["(","b=c"]'"""),
         (["pattern=2:4,", "4:8"], "pattern=2:4, has a comma without a value beside it: write pattern=2:4"),
         (["metric==wanda"], "metric==wanda has more than one =: write metric=wanda"),
+        (["metric:wanda"], "metric:wanda is no setting: write metric=wanda"),
+        (["metric.wanda"], "write metric=wanda"),
+        (["/metric=wanda"], "write metric=wanda"),
+        (["metric = wanda"], "metric = wanda is no setting: write metric=wanda"),
+        (["method/ria"], "write method=ria"),
+        (["pattern:2:4"], "write pattern=2:4"),
+        (["metric:foo"], "metric:foo is no setting: write KEY=VALUE"),
         (["dry_run"], "dry_run is a setting without its value: write dry_run=true"),
         (["-cd", "experiments", "ladder"], "as in -cn ladder"),
     ],
@@ -121,6 +131,7 @@ def test_a_flag_without_its_value_or_with_too_many(
         ("=wanda", "=wanda has no setting in front of its =: write metric=wanda"),
         ("=7", "write KEY=VALUE"),
         ("metric=7", "there is no metric '7'; there is entropy, "),
+        ("method.name=wanda", "method.name=wanda: a method has no settings of its own"),
         ("~seed", "~seed: a setting cannot be taken away, only changed"),
         ("~shuffle", "~shuffle: a group cannot be taken away: shuffle=none does nothing"),
         ("~calibration=builtin", "a group cannot be taken away, only changed"),
@@ -263,6 +274,11 @@ def test_a_setting_that_is_given_twice() -> None:
         (["rerun=maybe"], "rerun takes true or false, got 'maybe'"),
         (["model.name=[1]"], "model.name takes a text, got '[1]'"),
         (["metric.gamma.x=1"], "metric.gamma is one value"),
+        (["pattern.n=2"], "pattern is one value and has no settings of its own"),
+        (
+            ["metric=wanda,ria"],
+            "metric=wanda,ria are several values, of which one run takes one: -m makes a sweep of them\n",
+        ),
         (["model.name=${foo}"], "model.name=${foo} refers to a setting that there is not"),
         (["output_root=${oc.env:NOT_SET}/x"], "output_root=${oc.env:NOT_SET}/x has no value: environment variable"),
         (["-m", "metric=glob(z*)"], "the sweep has no run: a range(...) or glob(...) in it gives no value"),
@@ -280,6 +296,14 @@ def test_what_hydra_refuses_is_one_sentence_and_no_traceback(words: list[str], s
     *before, last = done.stderr.splitlines()
     assert last.startswith("esparse: ")
     assert all(line.startswith("checking ") for line in before)  # of a sweep of many runs
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, ROOT / "launch.py", "--help"], stdout=writes, stderr=-1, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_setting_given_twice_is_said_and_goes_on() -> None:

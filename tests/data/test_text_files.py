@@ -246,3 +246,13 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("here")
     assert texts_of(Path("~/a.txt"), "text") == ["here"]
+
+
+def test_an_empty_file_and_a_column_of_a_file_without_columns_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="found an empty file: name another one"):
+        Rows(tmp_path / "empty.jsonl", "text")
+    (tmp_path / "plain.txt").write_text("words")
+    Rows(tmp_path / "plain.txt", "text")
+    with pytest.raises(ValueError, match=r"evaluate\.column=body names a column of .*, and plain\.txt has none"):
+        Rows(tmp_path / "plain.txt", "body", "evaluate")

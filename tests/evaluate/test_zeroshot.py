@@ -209,3 +209,13 @@ def test_contexts_that_are_cut_are_counted_said_and_recorded(caplog: pytest.LogC
     said = f"builtin: {scores['builtin']['cut']} contexts are longer than the 72 tokens that the model takes"
     assert said in caplog.text
     assert zeroshot.report(scores, scores, "run")["builtin"]["cut"] == scores["builtin"]["cut"]
+
+
+def test_a_score_that_a_task_lacks_is_said(caplog):
+    scores = {"builtin": {"n": 5, "measures": {"acc": (0.5, 0.1), "acc_norm": (0.6, 0.1)}}}
+    report = asked(["builtin"], score="f1").report(scores, scores, "run")
+    assert report["builtin"]["score"] == "acc"
+    assert caplog.messages == ["builtin has no f1 (zeroshot.score): tables show its acc; there is acc, acc_norm"]
+    caplog.clear()
+    assert asked(["builtin"], score="acc_norm").report(scores, scores, "run")["builtin"]["score"] == "acc_norm"
+    assert not caplog.messages

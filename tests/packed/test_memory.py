@@ -74,6 +74,16 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line.split("|")[1:3] for line in lines[2:4]] == [[" small ", " 2:4 "], [" small ", " 8:16+16:256 "]]
 
 
+def test_small_models_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(tmp_path / place / "small") for place in ("one", "two")]
+    for folder in folders:
+        tiny("llama").config.save_pretrained(folder)
+    assert main([*folders, folders[0], "--patterns", "2:4"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [row[0] for row in rows] == folders
+    assert all("0.00 GB" not in cell for row in rows for cell in row)
+
+
 def test_a_model_by_its_name_on_the_command_line() -> None:
     assert savings.config_of("llama-7b").hidden_size == 4096
     assert savings.config_of("tiny").model_type == "llama"
@@ -85,6 +95,7 @@ def test_a_model_by_its_name_on_the_command_line() -> None:
         (["--patterns", "50%"], "no n:m pattern"),
         (["/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["a b"], "a b is neither"),
+        (["tiny", ""], "a model is a hub name, a directory or an option of model=, got ''"),
         (["EMPTY"], "the model in EMPTY cannot be loaded: "),
     ],
 )

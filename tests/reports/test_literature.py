@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from esparse.records.groups import METHOD_GROUPS
-from esparse.reports.literature import CONFIDENCE, DENSE, NUMBERS, Published, beside, read
+from esparse.reports.literature import CONFIDENCE, DENSE, NUMBERS, Published, beside, main, read
 from tests import forks
 from tests.reports.test_tables import record, write
 
@@ -177,3 +177,11 @@ def test_as_a_process(tmp_path: Path) -> None:
     numbers.write_text(f"{','.join(fields)}\n{','.join([*values[:-3], 'many', *values[-2:]])}\n")
     code, out, err = command(tmp_path, "--numbers", numbers)
     assert code == 2 and f"{numbers}, line 2" in err
+
+
+@pytest.mark.parametrize(("name", "said"), [("no.csv", "No such file"), ("", "Is a directory"), ("raw", "no CSV")])
+def test_numbers_that_cannot_be_read(name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "raw").write_bytes(b"\xd0\x00")
+    assert main([str(tmp_path), "--numbers", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"esparse: --numbers {tmp_path / name} ") and said in err

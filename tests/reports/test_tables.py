@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from esparse.reports import literature
-from esparse.reports.command import csv, latex, markdown
+from esparse.reports.command import csv, latex, main, markdown
 from esparse.reports.figures.catalogue import plot
 from esparse.reports.reading import read_records
-from esparse.reports.tabulate import means, table_of
+from esparse.reports.tabulate import bits_per_weight, means, table_of
 from esparse.reports.writing import runs_table
 from tests import forks
 from tests.workshop import ROOT
@@ -418,18 +418,87 @@ def test_a_damaged_setting_is_named_and_the_rest_is_read(path, value, tmp_path, 
     [
         *(("environment", "x"), ("export", 4), ("latency", "x"), ("latency.0", 1), ("layers.0.name", 1)),
         *(("memory.peak_host_mib", "much"), ("model.parameters", "many"), ("profile", [1]), ("resumed", 1)),
+        *(("config.choices.metric", ["x"]), ("config.evaluate.max_tokens", "x"), ("config.zeroshot.limit", "x")),
+        *(
+            ("latency.0.dense_ms", "x"),
+            ("latency.0.kernel", 1),
+            ("memory.metadata_bits", {}),
+            ("zeroshot.boolq.n", "x"),
+        ),
+        *(("quality.builtin.tokens", None), ("quality.builtin.sequence_length", "x")),
         *(("seconds_by_stage", 7), ("seconds_by_stage.score", "x"), ("zeroshot.boolq.stderr", "x")),
     ],
 )
 def test_a_field_of_another_kind_is_named_and_the_rest_is_read(field, value, tmp_path, capsys):
     damaged = record("damaged")
     place, *inside = field.split(".")
-    for key in reversed(inside):
-        value = [value] if key == "0" else {key: value}
-    damaged[place] = damaged[place] | value if place == "model" else value
+    if place == "config":
+        damaged["config"] |= {"zeroshot": {"tasks": []}, "evaluate": {}}
+        damaged["config"][inside[0]][inside[1]] = value
+    else:
+        for key in reversed(inside):
+            value = [value] if key == "0" else {key: value}
+        damaged[place] = damaged[place] | value if place == "model" else value
     write(tmp_path, record("good"), damaged)
     assert [one["id"] for one in read_records(tmp_path)] == ["good"]
     assert f"result.json is left out: its field {field} is not what it should be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("seconds", 10**400, "it holds a number of 401 digits"),
+        ("seed", -(10**400), "it holds a number of 402 digits"),
+        ("memory", {"bits": {"values": 4}}, "its field memory.bits_per_weight is missing, and it has memory.bits"),
+        ("profile", {"rows": []}, "its field profile.thresholds is missing, and it has profile.rows"),
+        ("profile", {}, "its field profile.rows is missing, and it has profile"),
+    ],
+)
+def test_a_record_that_no_table_can_show_is_named(field, value, why, tmp_path, capsys):
+    write(tmp_path, record("good"), record("odd") | {field: value})
+    assert [one["id"] for one in read_records(tmp_path)] == ["good"]
+    assert capsys.readouterr().err == f"esparse: {tmp_path / 'odd' / 'result.json'} is left out: {why}\n"
+
+
+def test_a_record_of_no_pruned_weights_has_bits_too():
+    run = record() | {"model": {"name": "tiny", "pruned_parameters": 0}}
+    run["memory"] |= {"metadata_bits": 0.75, "order_bytes": 8}
+    assert bits_per_weight(run) == 8.75
+
+
+def test_a_name_of_several_lines_is_one_cell():
+    runs = [record("a") | {"model": {"name": "my\nmodel"}}, record("b") | {"model": {"name": "tiny"}}]
+    assert "| my model |" in markdown(runs) and "my model & " in latex(runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pairs", "seed", "--mean"], "--mean would change nothing in the table of --pairs: leave it out"),
+        (
+            ["--latency", "--across", "seed", "--best"],
+            "--across and --best would change nothing in the table of --latenc",
+        ),
+        (["--profile", "--sort", "seed"], "--sort would change nothing in the table of --profile"),
+        (["--out", "x.png", "--mean", "--columns", "seed"], "--mean and --columns would change nothing in a picture"),
+        (["--layer", "q_proj"], "--layer chooses what --plot channels shows"),
+        (["--columns", "metric,"], "--columns needs the name of a column, got 'metric,'"),
+        (["--pairs", ""], "--pairs needs the name of a column, got ''"),
+        (["--corpus", ""], "--corpus needs the name of a corpus"),
+        (["--out", "x.png", "--plot", "kept", "--corpus", "c5"], "no run was measured on 'c5'; there is builtin"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, record("a"), record("b", seed=1))
+    assert main([str(tmp_path), *options]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+def test_columns_may_have_spaces_behind_their_commas(tmp_path, capsys):
+    write(tmp_path, record("a"), record("b", seed=1))
+    assert main([str(tmp_path), "--columns", "id, seed"]) == 0
+    assert "| id  | seed |" in capsys.readouterr().out
 
 
 def test_a_task_without_a_score_leaves_its_place_in_the_picture_empty(tmp_path):
