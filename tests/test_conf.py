@@ -137,8 +137,8 @@ OF_METHODS = {
     "alps": ["wanda", "alps"],
     "ebft": ["wanda", "block"],
     "eight_sixteen": ["equalise", "ria", "variance_block"],
-    "best": ["entropy", "esparse", "alps", "distill"],
-    "servable": ["entropy", "foldable", "alps", "distill"],
+    "best": ["entropy", "esparse", "alps_parent", "distill"],
+    "servable": ["entropy", "foldable", "alps_parent", "distill"],
 }
 
 

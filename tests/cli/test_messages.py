@@ -265,7 +265,7 @@ def test_a_setting_that_is_given_twice() -> None:
         ),
         (
             ["-cd", "experiments", "-cn", "best", "method=wanda", "recovery=bias"],
-            "best.yaml has metric=entropy shuffle=esparse update=alps, which wins over it: type metric=wanda",
+            "best.yaml has metric=entropy shuffle=esparse update=alps_parent, which wins over it: type metric=wanda",
         ),
         (["-cd", "nowhere", "-cn", "ladder"], "-cd nowhere: there is no such folder"),
         (["pattern=2:4,4:8"], "-m makes a sweep of them"),
