@@ -27,7 +27,7 @@ class Distill(Recovery):
     all_parameters: bool  # with train=full: norms, biases, embeddings, the head and layers that stayed dense, too
     rank: int  # with train=lora: of the addition
     alpha: float  # with train=lora: the addition counts alpha / rank times
-    # A loss that ends higher than it began is undone, and the log says so
+    # A loss that ends higher than it began is undone, and the log says so; with `fresh` it is that of other sequences
     learning_rate: float  # of AdamW
     # With train=full
     scaled: bool  # the learning rate is a share of the root mean square of each trained tensor's kept weights
@@ -76,7 +76,8 @@ class Distill(Recovery):
             )
 
     def further_samples(self) -> int:
-        return self.epochs - 1 if self.fresh else 0
+        """One for each pass but the first, and one for the loss: an update may have fitted the weights to the first."""
+        return self.epochs if self.fresh else 0
 
     def needs_parent(self) -> bool:
         return True
@@ -95,4 +96,5 @@ class Distill(Recovery):
         assert pruned.parent is not None
         masked = masked_parameters(pruned.keeps, pruned.groupings, pruned.blocks.device)
         samples = [pruned.tokens_SL, *pruned.further[: self.further_samples()]]
-        return [distill(self, pruned.blocks, pruned.parent, samples, masked, pruned.seed)]
+        read, others = samples[: self.epochs], samples[self.epochs :]
+        return [distill(self, pruned.blocks, pruned.parent, read, masked, pruned.seed, measured_SL=(others or read)[0])]

@@ -124,15 +124,18 @@ def distill(
     samples: Sequence[Tensor],
     weights: Sequence[MaskedParameter],
     seed: int,
+    *,
+    measured_SL: Tensor,
 ) -> RecoveryReport:
-    """Trains the student; restores it if the loss on the first MEASURED sequences of the first sample has risen.
+    """Trains the student; restores it if the loss on the first MEASURED sequences of `measured_SL` has risen.
 
-    `samples`: S x L tokens, one or more; each pass reads the next one, and begins again behind the last.
+    `samples`: S x L tokens, one or more; each pass reads the next one, and begins again behind the last. The loss on
+    tokens that an update has fitted the weights to may rise while that on others falls.
 
     Raises Mistake if the loss is NaN or Inf before training.
     """
     start, tokens_SL = time.perf_counter(), samples[0]
-    if settings.further_samples() and len(samples) == 1:
+    if settings.fresh and settings.epochs > 1 and len(samples) == 1:
         log.info("the calibration was given as tokens: every pass of the distillation reads the same ones")
     with _on_device(student.model, student.device), _on_device(parent, student.device):
         pair = Pair.of(student, parent, settings.temperature, tokens_SL)
@@ -140,7 +143,7 @@ def distill(
         before, after, steps = improved(
             "the whole model",
             trained,
-            lambda: pair.mean(tokens_SL[:MEASURED]),
+            lambda: pair.mean(measured_SL[:MEASURED]),
             lambda: _train(settings, pair, samples, weights, trained, torch.Generator().manual_seed(seed)),
         )
     return RecoveryReport("model", "kl", before, after, steps, time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import esparse
 from esparse.api.refusals import as_found
-from esparse.models.as_built import difference
+from esparse.models.as_built import difference, empty_weights
 from tests.models.families import FAMILIES, MORE, tiny
 
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -174,3 +175,34 @@ def test_a_packed_layer_does_not_take_the_place_of_one_with_a_forward_of_its_own
         torch.testing.assert_close(model(TOKENS_SL).logits, before)
     assert sorted(left) == [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
     assert all("a forward of its own" in why for why in left.values())
+
+
+def test_other_threads_build_their_models_in_memory() -> None:
+    made: list[nn.Module] = []
+    with empty_weights():
+        thread = threading.Thread(target=lambda: made.append(nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        here = nn.Linear(2, 2)
+    assert here.weight.is_meta
+    assert not made[0].weight.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_two_threads_that_compare_leave_nothing_behind() -> None:
+    models = [tiny("llama") for _ in range(2)]
+    start = threading.Barrier(2, timeout=5)
+
+    def compare(model: PreTrainedModel) -> None:
+        start.wait()
+        for _ in range(3):
+            assert difference(model, TOKENS_SL) is None
+
+    before = nn.Module.register_parameter
+    threads = [threading.Thread(target=compare, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nn.Module.register_parameter is before
+    assert not nn.Linear(2, 2).weight.is_meta

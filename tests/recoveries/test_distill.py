@@ -171,6 +171,29 @@ def test_the_loss_before_and_after_is_that_of_the_first_sequences(monkeypatch: p
     assert report.after == pytest.approx(kl_by_hand(parent, blocks.model, 1.0, TOKENS_SL[:2]), rel=1e-4)
 
 
+def test_with_fresh_samples_the_loss_is_that_of_a_sample_that_no_pass_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update may have fitted the weights to the first: there the loss rises while that of other tokens falls."""
+    monkeypatch.setattr(distill_training, "MEASURED", 2)
+    fresh = replace(FULL, fresh=True, epochs=2)
+    others = [torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(seed)) for seed in (6, 7)]
+    blocks, left = pruned()
+    parent = tiny("llama")
+    before = kl_by_hand(parent, blocks.model, 1.0, others[1][:2])
+    read: list[Tensor] = []
+    original = distill_training._steps
+
+    def noted(settings: Any, pair: Any, samples: Any, *rest: Any, **named: Any) -> int:
+        read.extend(samples)
+        return original(settings, pair, samples, *rest, **named)
+
+    monkeypatch.setattr(distill_training, "_steps", noted)
+    report = recover(fresh, blocks, left, parent=parent, further=others)
+    assert report.before == pytest.approx(before, rel=1e-4)
+    assert report.after == pytest.approx(kl_by_hand(parent, blocks.model, 1.0, others[1][:2]), rel=1e-4)
+    assert len(read) == 2
+    assert torch.equal(read[1], others[0])
+
+
 @pytest.mark.parametrize(("batch_tokens", "scaled"), [(12, False), (1000, True)])
 def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int, scaled: bool) -> None:
     blocks, left = pruned(batch_tokens=batch_tokens)
@@ -203,8 +226,8 @@ def test_it_is_adam_on_the_mean_divergence_under_the_mask(batch_tokens: int, sca
 
 def test_later_passes_read_further_samples(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = replace(FULL, fresh=True, batch=5)
-    assert (fresh.further_samples(), FULL.further_samples()) == (2, 0)
-    assert Chain(first=FULL, second=fresh).further_samples() == 2
+    assert (fresh.further_samples(), FULL.further_samples()) == (3, 0)  # one to measure the loss on
+    assert Chain(first=FULL, second=fresh).further_samples() == 3
     monkeypatch.setattr(logging.getLogger("esparse"), "propagate", True)
     caplog.set_level(logging.INFO, "esparse")
     others = [torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(seed)) for seed in (6, 7)]
