@@ -28,6 +28,7 @@ BARS = {
     "entropy, shuffle": ("entropy", "esparse", "none", "none"),
     "SparseGPT": ("sparsegpt", "none", "sparsegpt", "none"),
     "ALPS, shuffle": ("entropy", "esparse", "alps", "none"),
+    "ALPS towards dense, shuffle": ("entropy", "esparse", "alps_parent", "none"),
     "ALPS, shuffle, distilled": ("entropy", "esparse", "alps", "distill"),
 }
 # Of the settings in which the table's runs differ: of these are the bars.
@@ -35,6 +36,8 @@ OURS = {
     "shuffle.foldable": ("",),
     "calibration.sequences": ("32",),
     "update.damp": ("", "0.01"),
+    "update.sequential": ("", "True"),
+    "prepare": ("none",),
     "recovery.epochs": ("", "3"),
     "recovery.batch": ("", "2"),  # three samples were measured with steps of two sequences
 }
@@ -89,7 +92,7 @@ def draw() -> None:
 
 def bars(axes) -> None:
     values, dense = perplexities()
-    colours = [GREY, LIGHT, GREY, LIGHT, GREY, LIGHT, DARK]
+    colours = [GREY, LIGHT, GREY, LIGHT, GREY, LIGHT, LIGHT, DARK]
     drawn = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(drawn, fmt="%.1f", padding=3)
     axes.axvline(dense, color=LINE, linewidth=1.5)
