@@ -251,7 +251,7 @@ def test_a_gpu_by_name_is_planned_for_at_its_published_rates(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "at least for these on one A100 80GB SXM: estimated from 312 TFLOP/s and 2,039 GB/s" in done.stdout
     assert "not counted: wikitext2, ptb" in done.stdout
-    assert "the largest peak (embed) fits into its 74.5 GiB" in done.stdout
+    assert "the largest peak (prune a block) fits into its 74.5 GiB" in done.stdout
     assert launch("dry_run=a1000").returncode == 2
 
 
