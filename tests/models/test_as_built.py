@@ -141,6 +141,7 @@ def test_a_small_difference_is_a_warning(said: Callable[[], list[str]], tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_is_no_warning(said: Callable[[], list[str]], tmp_path: Path) -> None:
     model = tiny("llama")
     model.model.layers[0].register_forward_hook(lambda *_: None)
