@@ -12,9 +12,6 @@ import copy
 import inspect
 import logging
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch.nn.modules import module as of_torch
 from transformers import PreTrainedModel
 
 from esparse.models.forward_check import gap, rounding, unmasked
+from esparse.models.skeleton import empty_weights
 
 log = logging.getLogger("esparse")
 
@@ -31,7 +29,6 @@ SEQUENCES, TOKENS = 2, 32  # of the comparison
 SMALL, STEPS = 1e-3, 8  # of the largest logit, and of its precision: kernels that round elsewhere change less
 NAMED = 3  # modules in a sentence
 LIBRARIES = ("transformers", "torch")
-_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +128,6 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel | None:
     if model._can_set_experts_implementation() and hasattr(model, "get_experts_implementation"):
         twin.set_experts_implementation(model.get_experts_implementation())
     return twin.eval()
-
-
-@contextmanager
-def empty_weights() -> Iterator[None]:
-    """While open, parameters that this thread registers are on the meta device, and buffers are as usual.
-
-    accelerate's `init_empty_weights` puts those of all threads there, and of two at once one leaves it so for good.
-    """
-    here = threading.get_ident()
-    with _building:
-        register = nn.Module.register_parameter
-
-        def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            register(module, name, parameter)
-            if parameter is not None and threading.get_ident() == here:
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-        nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _own(model: PreTrainedModel, twin: PreTrainedModel | None) -> list[str]:

@@ -289,17 +289,17 @@ def _loaded(model: Model, path: str, is_local: bool) -> PreTrainedModel:
 def _streamed(model: Model, path: str, entry: Path, folder: Path, ranks: Ranks) -> tuple[PreTrainedModel, ShardStore]:
     """The model with its weights on the meta device, and the store that reads them from files."""
     import torch
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from esparse.models.checkpoint import Checkpoint
+    from esparse.models.skeleton import empty_weights
     from esparse.models.store import ShardStore, stays_wide
 
     checkpoint = Checkpoint(entry)
     config = AutoConfig.from_pretrained(path, **_where(model))
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype or checkpoint.dtype()
     # Buffers stay off the meta device, because the model computes them (rotary frequencies) when it is built.
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         skeleton = AutoModelForCausalLM.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=model.trust_remote_code
         )

@@ -16,7 +16,8 @@ from transformers.models.llama import modeling_llama
 
 import esparse
 from esparse.api.refusals import as_found
-from esparse.models.as_built import difference, empty_weights
+from esparse.models.as_built import difference
+from esparse.models.skeleton import empty_weights
 from tests.models.families import FAMILIES, MORE, tiny
 
 TOKENS_SL = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(3))
