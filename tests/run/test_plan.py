@@ -23,7 +23,9 @@ from esparse.recoveries import Chain
 from esparse.run.duration import Work, gpus, measured, published
 from esparse.run.plan import Plan, plan
 from esparse.shuffles import NoShuffle
+from esparse.updates import NoUpdate
 from esparse.updates.obs import Obs
+from esparse.updates.parent import Parent
 from tests.models.families import tiny
 from tests.models.test_store import settings
 from tests.workshop import launch
@@ -85,6 +87,15 @@ def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how
     for name, value in how.items():
         setattr(model, name, value)
     return plan(model, method, display_name="x", sequences=128, length=2048, window=2048, **where)
+
+
+def test_layers_that_are_observed_again_take_passes(tmp_path: Path) -> None:
+    config, passes = PUBLISHED["bloom-176b"], []
+    for sequential in (False, True):
+        update = Parent(trust=0.5, damp=0.01, sequential=sequential, update=NoUpdate())
+        passes.append(planned(tmp_path, config, replace(METHOD, update=update)).passes)
+    # Both streams advance, one observes, both once more in pairs; again: three inputs, passes that end at the layer.
+    assert passes == [5, 9]
 
 
 @pytest.mark.tries(1)
