@@ -94,6 +94,7 @@ class BlockLoop:
 
     def _in_turn(self, observation: Observation, groups: Sequence[Observed]) -> Iterator[Observed]:
         """The groups; each is observed again once those before it are pruned."""
+        observation.keep_dense()
         for number, together in enumerate(in_turn(groups)):
             if number:
                 with self.stages("calibrate"):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esparse.errors import Mistake
 from esparse.linalg import all_finite
@@ -70,8 +70,7 @@ class Observation:
         before = self._ranks.before(sequences) * length
         self._size: dict[str, Any] = {"sequences": sequences, "device": device, "before": before}
         self._statistics: dict[InputGroup, dict[str, Statistic]] = {}
-        # Of the dense block, which the dense stream has to pass when some of the block's layers are pruned.
-        self._dense = [(p, p.data.clone()) for p in block.module.parameters()] if self._pairs() else []
+        self._dense: list[tuple[nn.Parameter, Tensor]] = []
         self._cache = InputCache(0)
 
     def all(self) -> list[Observed]:
@@ -105,9 +104,14 @@ class Observation:
             self._check(group)
         return [Observed(group, self._of(group), self._gradients) for group in matrices.groups]
 
+    def keep_dense(self) -> None:
+        """Copies the block's weights, which the dense stream has to pass when some of its layers are pruned."""
+        self._dense = [(p, p.data.clone()) for p in self.block.module.parameters()] if self._pairs() else []
+
     def again(self, observed: Sequence[Observed]) -> None:
         """Observes these groups anew with the block's present weights, and replaces their statistics.
 
+        The dense stream has the weights that `keep_dense` copied.
         Raises Mistake if a Gram matrix is NaN or Inf.
         """
         groups = [group.inputs for group in observed]

@@ -73,7 +73,7 @@ def in_words(made: Plan) -> str:
         f"  hidden states       {_gib(made.stream)} x {made.streams}, "
         f"{_where(made)}; {_gib(made.window)} per evaluation window",
         f"  statistics          {_gib(made.statistics)} for one block; gradients {_gib(made.gradients)}; "
-        f"inputs held for a second pass {_gib(made.held)}",
+        f"inputs held for a second pass {_gib(made.held)}" + f"; a dense copy {_gib(made.copied)}" * (made.copied > 0),
         f"  masks               {_gib(made.masks)}",
         f"  forward passes      {made.passes} at most of the calibration sequences and 2 of the evaluation windows",
     ]

@@ -53,6 +53,7 @@ class Plan:
     statistics: int  # of one block
     gradients: int  # of one block
     held: int  # inputs of one block that wait for a second pass of its statistics, at most
+    copied: int  # a block's dense weights, which the dense stream has to pass when some of its layers are pruned
     working: int  # estimated: a micro-batch inside a block
     logits: int  # of a micro-batch
     distilled: int | None  # to train the whole model, on its device; None: nothing trains it
@@ -75,7 +76,12 @@ class Plan:
         waiting += 0 if self.distilled is None else self.weights  # the dense parent
         at_work = {
             "embed": self.ends + self.working,
-            "prune a block": self.largest_block + self.statistics + self.gradients + self.held + self.working,
+            "prune a block": self.largest_block
+            + self.copied
+            + self.statistics
+            + self.gradients
+            + self.held
+            + self.working,
             "evaluate": max(self.ends + self.logits, self.largest_block + self.working),
         }
         if self.distilled is not None:
@@ -150,6 +156,7 @@ def plan(
         statistics=statistics,
         gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
         held=inputs if _observations(method) > 1 else 0,
+        copied=max(of_blocks) if method.sequential() else 0,
         working=at_once * of_sequence,
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
         distilled=_distilled(

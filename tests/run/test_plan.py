@@ -89,13 +89,18 @@ def planned(folder: Path, config: dict[str, Any], method: Method = METHOD, **how
     return plan(model, method, display_name="x", sequences=128, length=2048, window=2048, **where)
 
 
-def test_layers_that_are_observed_again_take_passes(tmp_path: Path) -> None:
-    config, passes = PUBLISHED["bloom-176b"], []
-    for sequential in (False, True):
-        update = Parent(trust=0.5, damp=0.01, sequential=sequential, update=NoUpdate())
-        passes.append(planned(tmp_path, config, replace(METHOD, update=update)).passes)
+def test_layers_that_are_observed_again_take_passes_and_a_dense_copy(tmp_path: Path) -> None:
+    once, again = (
+        planned(tmp_path, PUBLISHED["bloom-176b"], replace(METHOD, update=update))
+        for update in (
+            Parent(trust=0.5, damp=0.01, sequential=sequential, update=NoUpdate()) for sequential in (False, True)
+        )
+    )
     # Both streams advance, one observes, both once more in pairs; again: three inputs, passes that end at the layer.
-    assert passes == [5, 9]
+    assert (once.passes, again.passes) == (5, 9)
+    more = again.peaks()["prune a block"][0] - once.peaks()["prune a block"][0]
+    assert more == again.copied == again.largest_block
+    assert once.copied == 0
 
 
 @pytest.mark.tries(1)
