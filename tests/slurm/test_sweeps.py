@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from tests.workshop import ROOT, furnished, small_run
 
 pytestmark = pytest.mark.slurm
 PATIENT_S = 400  # nothing here is measured by the clock: a busy machine may take its time
-# A run of seconds, with many blocks to be stopped between.
+# A run of seconds, with many blocks to be stopped between: it may be done sooner than Slurm has killed it (`frozen`).
 LONG = ["calibration.sequences=512", "calibration.length=64", "snapshot_seconds=0", "update=obs"]
 
 
@@ -111,6 +113,22 @@ def submitted_deep_run(workshop: Path, out: Path, *more: str, **launcher: object
     return sweep, folder
 
 
+def frozen(folder: Path) -> lock.Owner:
+    """Stops the run in the folder until it is killed: Slurm wakes up what it signals, and kills it seconds later."""
+    there = lock.read(folder)
+    assert there is not None
+
+    def again_and_again() -> None:
+        while cluster.began(there.pid) == there.began:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(there.pid, signal.SIGSTOP)
+            time.sleep(0.01)
+
+    os.kill(there.pid, signal.SIGSTOP)
+    threading.Thread(target=again_and_again, daemon=True).start()
+    return there
+
+
 def resumed_as_if_nothing_had_happened(sweep: Path, folder: Path, undisturbed: dict[str, bytes]) -> None:
     code, said = asked("wait", str(sweep))
     assert code == 0, said
@@ -178,8 +196,8 @@ def test_requeued_by_slurm_in_the_middle_of_a_block(
 ) -> None:
     """Slurm kills the job and begins it anew, without a word to it."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out")
-    there = lock.read(folder)
-    assert there is not None and there.state == "running" and there.job is not None
+    there = frozen(folder)
+    assert there.state == "running" and there.job is not None
     slurm("scontrol", "requeue", there.job)
     resumed_as_if_nothing_had_happened(sweep, folder, undisturbed)
     assert beginnings(folder) == 2
@@ -218,7 +236,8 @@ def test_told_before_its_time_limit(workshop: Path, tmp_path: Path, undisturbed:
 def test_killed_at_its_time_limit(workshop: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """Nothing was said before, or not early enough; Slurm does not put such a job back into its queue."""
     sweep, folder = submitted_deep_run(workshop, tmp_path / "out", timeout_min=1, signal_delay_s=0)
-    stopped_until_slurm_ends_it(folder)
+    killed = frozen(folder)
+    until(lambda: cluster.began(killed.pid) is None)
     until(lambda: "1 died" in asked("status", str(sweep))[1])
     code, shown = asked("status", str(sweep))
     assert code == 1 and "died while running on" in shown and "TIMEOUT" in shown, shown
@@ -264,13 +283,10 @@ def test_two_sweeps_at_once(workshop: Path, tmp_path: Path) -> None:
 
 def test_cancelled_and_submitted_again(lab: Lab, workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    longer = "calibration.sequences=512"  # Slurm gives a job seconds to end, and it must not be done by then
-    sweep, folder = submitted_deep_run(workshop, out, longer)
-    at_work = lock.read(folder)
-    assert at_work is not None
-    os.kill(at_work.pid, signal.SIGSTOP)
+    sweep, folder = submitted_deep_run(workshop, out)
+    frozen(folder)
     plain = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *small_run(workshop / "deep", out), *LONG, longer],
+        [sys.executable, str(ROOT / "launch.py"), *small_run(workshop / "deep", out), *LONG],
         capture_output=True,
         text=True,
         timeout=PATIENT_S,
