@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from esparse.errors import Mistake
 from esparse.linalg import all_finite
+from esparse.models import residual_stream
+from esparse.models.activations import Activations
 from esparse.models.block import Block
 from esparse.models.matrices import InputGroup, Matrix, Reader
+from esparse.models.residual_stream import Behind
 from esparse.pruning.input_cache import InputCache, budget
-from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, WeightGradient
+from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, StreamGram, WeightGradient
 
 log = logging.getLogger("esparse")
 
@@ -71,6 +75,7 @@ class Observation:
         self._size: dict[str, Any] = {"sequences": sequences, "device": device, "before": before}
         self._statistics: dict[InputGroup, dict[str, Statistic]] = {}
         self._dense: list[tuple[nn.Parameter, Tensor]] = []
+        self._behind: dict[InputGroup, Behind] = {}  # of groups whose one layer adds to the residual stream
         self._cache = InputCache(0)
 
     def all(self) -> list[Observed]:
@@ -107,6 +112,8 @@ class Observation:
     def keep_dense(self) -> None:
         """Copies the block's weights, which the dense stream has to pass when some of its layers are pruned."""
         self._dense = [(p, p.data.clone()) for p in self.block.module.parameters()] if self._pairs() else []
+        if self._dense and "stream" in self._collects:
+            self._behind = self._find_behind()
 
     def again(self, observed: Sequence[Observed]) -> None:
         """Observes these groups anew with the block's present weights, and replaces their statistics.
@@ -128,8 +135,13 @@ class Observation:
 
     def _of(self, group: InputGroup) -> dict[str, Statistic]:
         if group not in self._statistics:
-            of_group = {name: build(inputs=group.inputs, **self._size) for name, build in self._collects.items()}
-            self._statistics[group] = of_group
+            builds = dict(self._collects)
+            if group in self._behind:
+                builds["stream"] = partial(builds["stream"], outputs=group.matrices[0].view().shape[0])
+                del builds["cross"]
+            else:
+                builds.pop("stream", None)
+            self._statistics[group] = {name: build(inputs=group.inputs, **self._size) for name, build in builds.items()}
         return self._statistics[group]
 
     def _read(self, group: InputGroup, x_TI: Tensor) -> None:
@@ -158,15 +170,24 @@ class Observation:
         self._unite(groups, 1)
 
     def _run(self, batch: int, groups: Collection[InputGroup], read: Reader) -> None:
-        """Runs one micro-batch: `read` gets these groups' inputs, and `cross`, if collected, those of both streams."""
-        of_dense = self._of_dense(batch, groups) if self._pairs() else {}
+        """Runs one micro-batch: `read` gets these groups' inputs, `cross` and `stream`, if collected, both streams'."""
+        of_dense, dense_behind = self._of_dense(batch, groups) if self._pairs() else ({}, {})
+        inputs: dict[InputGroup, Tensor] = {}
 
         def read_both(group: InputGroup, x_TI: Tensor) -> None:
             read(group, x_TI)
-            self._pair(group, x_TI, of_dense.get(group), batch)
+            if group in dense_behind:
+                inputs[group] = x_TI.clone()
+            else:
+                self._pair(group, x_TI, of_dense.get(group), batch)
 
-        with self._observed(read_both, groups):
-            self.block.activations.run(self.block.index, batch)
+        behind = self._pass(self.block.activations, batch, read_both, groups)
+        for group, x_TI in inputs.items():
+            if group in behind and len(x_TI) == len(behind[group]):
+                statistic = self._of(group)["stream"]
+                assert isinstance(statistic, StreamGram)
+                lack_TO = dense_behind[group].float() - behind[group].float()
+                statistic.add_lack(x_TI, lack_TO / self._behind[group].scale)
 
     def _unite(self, groups: Sequence[InputGroup], pass_index: int) -> None:
         united = [statistic for group in groups for statistic in self._of(group).values()]
@@ -185,17 +206,58 @@ class Observation:
     def _pairs(self) -> bool:
         return "cross" in self._collects and self.block.dense is not None
 
-    def _of_dense(self, batch: int, groups: Collection[InputGroup]) -> dict[InputGroup, Tensor]:
-        """The groups' inputs in the dense stream, for one micro-batch."""
+    def _of_dense(
+        self, batch: int, groups: Collection[InputGroup]
+    ) -> tuple[dict[InputGroup, Tensor], dict[InputGroup, Tensor]]:
+        """In the dense stream, for one micro-batch: the groups' inputs, and what is behind those that add to it."""
         seen: dict[InputGroup, Tensor] = {}
 
         def read(group: InputGroup, x_TI: Tensor) -> None:
-            seen[group] = x_TI.clone()
+            if group not in self._behind:
+                seen[group] = x_TI.clone()
 
         assert self.block.dense is not None
-        with self._dense_weights(), self._observed(read, groups):
-            self.block.dense.run(self.block.index, batch)
-        return seen
+        with self._dense_weights():
+            return seen, self._pass(self.block.dense, batch, read, groups)
+
+    def _pass(
+        self, stream: Activations, batch: int, read: Reader, groups: Collection[InputGroup]
+    ) -> dict[InputGroup, Tensor]:
+        """Passes one micro-batch through the block: `read` gets the groups' inputs; returns the streams behind them."""
+        behind: dict[InputGroup, Tensor] = {}
+        waiting = {self._behind[group].reader: group for group in groups if group in self._behind}
+        hidden = stream.hidden[batch]
+
+        def read_behind(reader: str | None, x: Tensor) -> None:
+            if residual_stream.is_one(x, hidden) and waiting[reader] not in behind:
+                behind[waiting[reader]] = x.reshape(-1, x.shape[-1]).clone()
+                if len(groups) == 1:
+                    raise _Enough
+
+        with ExitStack() as stack:
+            stack.enter_context(self._observed(read, groups))
+            stack.enter_context(residual_stream.reading(self.block.module, [r for r in waiting if r], read_behind))
+            out = stream.run(self.block.index, batch)
+            if None in waiting:
+                behind[waiting[None]] = out.flatten(0, 1)
+        return behind
+
+    def _find_behind(self) -> dict[InputGroup, Behind]:
+        """The streams behind the layers that alone read their input, and add to the residual stream."""
+        layers = {
+            group.matrices[0].name: group.matrices[0].layer
+            for group in self.matrices.groups
+            if len(group.matrices) == 1 and group.matrices[0].layer is not None
+        }
+        stream = self.block.activations
+        found: dict[str, Behind] = {}
+        if stream.hidden:
+            hidden = stream.hidden[0].to(stream.blocks.device)
+            found = residual_stream.find(self.block.module, layers, hidden, lambda: stream.run(self.block.index, 0))
+        found = next(filter(None, self._ranks.gather(found)), found)
+        return {
+            group: found[group.matrices[0].name] for group in self.matrices.groups if group.matrices[0].name in found
+        }
 
     def _pair(self, group: InputGroup, x_TI: Tensor, dense_TI: Tensor | None, batch: int) -> None:
         """Shows a group's `cross` the inputs that tokens have in both streams."""
@@ -211,7 +273,7 @@ class Observation:
         """While open, for one pass of the block, `read` gets these groups' inputs; the pass may end behind them."""
         wanted = set(groups)
         one = next(iter(wanted)) if len(wanted) == 1 else None
-        ends = one is not None and one.matrices[0].expert is None
+        ends = one is not None and one.matrices[0].expert is None and one not in self._behind
 
         def read_wanted(group: InputGroup, x_TI: Tensor) -> None:
             if group in wanted:

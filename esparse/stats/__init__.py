@@ -8,7 +8,7 @@ statistics: counts and extremes equal those of one process exactly, sums up to r
 
 from esparse.stats.channel_entropy import ColumnEntropy
 from esparse.stats.channel_sums import ColumnMax, ColumnMoments, ColumnNorm
-from esparse.stats.gram_matrix import CrossGram, Gram
+from esparse.stats.gram_matrix import CrossGram, Gram, StreamGram
 from esparse.stats.statistic import Factory, LayerStats, Statistic, WeightGradient
 from esparse.stats.token_sample import TokenSample
 
@@ -22,6 +22,7 @@ __all__ = [
     "Gram",
     "LayerStats",
     "Statistic",
+    "StreamGram",
     "TokenSample",
     "WeightGradient",
 ]

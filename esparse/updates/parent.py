@@ -13,6 +13,11 @@ arXiv 2504.02692) at trust 1, QEP (Arai & Ichikawa 2025, arXiv 2504.09629) with 
 What the layers of a block before this one lost is part of it if the inputs are observed again once they are pruned
 (`sequential`); else X is what the block's dense layers make of pruned blocks' outputs.
 
+A layer whose output is added to the residual stream can make up for more: the stream that it is added to differs from
+the dense model's, too. With E what the stream behind the layer lacks of the dense model's while the layer is dense
+(`residual`), W* = W + trust E^T X (G + damping)^-1; if nothing but the layer's input differs, E is Y W^T - X W^T, and
+both are the same.
+
 Shapes: O outputs, I inputs.
 """
 
@@ -21,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from esparse.errors import Mistake
 from esparse.parts import bounds
 from esparse.updates import Layer, Solution, Update
 
@@ -38,16 +44,23 @@ class Parent(Update):
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     # As GPTQ's true_sequential: o_proj then makes up for what q, k and v lost, down_proj for gate and up
     sequential: bool = True  # observe a layer again once those before it in its block are pruned: a pass more for each
+    residual: bool = True  # a layer that adds to the residual stream makes up for all that the stream behind it lacks
     # Its settings stand behind it: `update.update.damp=0.1`. Another one is chosen by `update@update.update=admm`
     update: Update  # the update itself
 
     def __post_init__(self) -> None:
         bounds.check("update", self, shares=("trust",), positive=("damp",))
+        if self.residual and not self.sequential:
+            raise Mistake(
+                "update.residual needs update.sequential: what the stream behind a layer lacks is known once the "
+                "layers before it are pruned; use update.sequential=true or update.residual=false"
+            )
 
     def collects(self) -> dict[str, Factory]:
-        from esparse.stats import CrossGram, Gram
+        from esparse.stats import CrossGram, Gram, StreamGram
 
-        return self.update.collects() | {"gram": Gram, "cross": CrossGram}
+        stream: dict[str, Factory] = {"stream": StreamGram} if self.residual else {}
+        return self.update.collects() | {"gram": Gram, "cross": CrossGram} | stream
 
     def needs_dense_stream(self) -> bool:
         return True
@@ -73,9 +86,10 @@ class Parent(Update):
         """The layer with W* in the place of W; as it is if its inputs are not those of the same tokens."""
         from esparse.linalg import inverse_times
 
-        gram, cross = layer.stats["gram"], layer.stats["cross"]
-        if cross.tokens != gram.tokens:  # an expert is sent other tokens in the dense model
+        gram, stats = layer.stats["gram"], layer.stats
+        pairs = stats["stream" if "stream" in stats else "cross"]
+        if pairs.tokens != gram.tokens:  # an expert is sent other tokens in the dense model
             return layer
-        lost_OI = layer.dense_OI @ (cross.cross_II.T - gram.gram_II)
+        lost_OI = pairs.lost(layer.dense_OI, gram.gram_II)
         corrected_OI = layer.dense_OI + self.trust * inverse_times(lost_OI, gram.gram_II, self.damp)
         return replace(layer, dense_OI=corrected_OI)

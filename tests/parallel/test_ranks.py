@@ -43,9 +43,11 @@ METHODS = {
     "gram": ["metric=sparsegpt", "pattern=4:8", "recovery=bias"],
     "measured": ["metric=wanda", "pattern=8:16", "allocation=owl", "shuffle=gns", "recovery=dsnot"],
     "one sequence": ["metric=wanda", "shuffle=none", "update=support", "calibration.sequences=1"],
+    "stream": ["metric=wanda", "shuffle=none", "update=alps_parent", "update@update.update=support"],
+    "a rank without": ["update=alps_parent", "update@update.update=support", "calibration.sequences=1"],
     "experts": ["calibration.sequences=3", "calibration.length=4", "model.batch_tokens=4", "update=obs"],
 }
-DAMP = {"gram": 0.01, "experts": 0.01}  # of methods that factorise the Gram matrix
+DAMP = dict.fromkeys(("gram", "stream", "a rank without", "experts"), 0.01)  # of methods that factorise the Gram matrix
 SLOW = pytest.mark.slow
 
 

@@ -93,7 +93,8 @@ def test_layers_that_are_observed_again_take_passes_and_a_dense_copy(tmp_path: P
     once, again = (
         planned(tmp_path, PUBLISHED["bloom-176b"], replace(METHOD, update=update))
         for update in (
-            Parent(trust=0.5, damp=0.01, sequential=sequential, update=NoUpdate()) for sequential in (False, True)
+            Parent(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=NoUpdate())
+            for sequential in (False, True)
         )
     )
     # Both streams advance, one observes, both once more in pairs; again: three inputs, passes that end at the layer.

@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from esparse.errors import Mistake
 from esparse.linalg import inverse_times
 from esparse.metrics.entropy import Entropy
+from esparse.models import residual_stream
+from esparse.models.activations import Activations
 from esparse.models.blocks import BlockModel
 from esparse.patterns import NM, Grouping
 from esparse.pruning.method import Method
@@ -142,7 +145,7 @@ def observed(
 
     monkeypatch.setattr(Parent, "_towards", noted)
     update = Chain(first=NoUpdate(), second=SUPPORT)
-    parent = Parent(trust=0.5, damp=0.01, sequential=sequential, update=update)
+    parent = Parent(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=update)
     method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
     assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
@@ -193,6 +196,112 @@ def test_without_that_only_a_blocks_first_layers_are_observed_so(monkeypatch: py
         torch.testing.assert_close(seen[name][1], seen[name][0], rtol=1e-5, atol=1e-4)
 
 
+# Layers that add to the residual stream, the module that reads the stream behind them ("": the block returns it).
+ADDED = {
+    "llama": {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""},
+    "gpt2": {"attn.c_proj": "ln_2", "mlp.c_proj": ""},
+    "gpt-neox": {"attention.dense": "", "mlp.dense_4h_to_h": ""},
+    "granite": {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""},
+}
+
+
+def granite() -> torch.nn.Module:
+    """A model that multiplies what its layers add to the stream."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = GraniteConfig(vocab_size=96, num_hidden_layers=3, residual_multiplier=0.3, **sizes)
+    return GraniteForCausalLM(config).eval()
+
+
+def streams(model: torch.nn.Module, prefix: str, family: str) -> dict[str, Tensor]:
+    """The residual stream behind each layer that adds to it, of all tokens."""
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for block in (0, 1):
+        for layer, reader in ADDED[family].items():
+            name = f"{prefix}.{block}.{layer}"
+            module = model.get_submodule(f"{prefix}.{block}.{reader}".rstrip("."))
+
+            def read(_: torch.nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                found[name] = args[0].flatten(0, -2).clone()
+
+            def returned(_: torch.nn.Module, __: object, out: object, name: str = name) -> None:
+                found[name] = (out[0] if isinstance(out, tuple) else out).flatten(0, -2).clone()
+
+            hooks.append(module.register_forward_pre_hook(read) if reader else module.register_forward_hook(returned))
+    with torch.no_grad():
+        model(TOKENS_SL)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 96])
+@pytest.mark.parametrize("family", ADDED)
+def test_what_the_stream_behind_a_layer_lacks(family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the layer is dense and all before it are pruned, seen in the dense and in the finished model."""
+    model = granite() if family == "granite" else tiny(family)
+    prefix = BlockModel(model, device=CPU, batch_tokens=24).prefix
+    layers = [f"{prefix}.{block}.{layer}" for block in (0, 1) for layer in ADDED[family]]
+    scale = getattr(model.config, "residual_multiplier", 1.0)
+    assert family != "granite" or scale != 1.0
+
+    def weight(name: str) -> Tensor:
+        stored = model.get_submodule(name).weight.detach().clone()
+        return stored.T if family == "gpt2" else stored
+
+    dense = {name: weight(name) for name in layers}
+    wanted = streams(model, prefix, family)
+    lost: dict[str, Tensor] = {}
+    original = Parent._towards
+
+    def noted(self: Parent, layer: Layer) -> Layer:
+        if "stream" in layer.stats:
+            lost[layer.stats.name] = layer.stats["stream"].lost(layer.dense_OI, torch.empty(0)).clone()
+        return original(self, layer)
+
+    monkeypatch.setattr(Parent, "_towards", noted)
+    parent = Parent(trust=0.5, damp=0.01, update=SUPPORT)
+    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
+    assert prune(
+        BlockModel(model, device=CPU, batch_tokens=batch_tokens), TOKENS_SL, method, stages=Stages()
+    ).pattern_holds
+    there, x = streams(model, prefix, family), inputs(model, layers)
+    assert set(lost) >= set(layers)
+    for name in layers:
+        dense_again = there[name] + scale * x[name] @ (dense[name] - weight(name)).T
+        if family == "gpt-neox" and "attention" in name:  # the MLP beside it was dense then, and is not in the end
+            continue
+        expected = (wanted[name] - dense_again).T @ x[name] / scale
+        torch.testing.assert_close(lost[name], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+def test_a_layer_whose_output_is_normalised_before_it_is_added_has_its_own_outputs_target(family: str) -> None:
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=96)
+    block = blocks.blocks[0]
+    activations = Activations(blocks, TOKENS_SL)
+    layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)}
+    hidden = activations.hidden[0]
+    assert residual_stream.find(block, layers, hidden, lambda: activations.run(0, 0)) == {}
+
+
+def test_the_stream_is_never_the_output_itself_nor_what_attention_makes_of_it() -> None:
+    """Of a LLaMA whose values are as wide as its stream, two layers add to it."""
+    blocks = BlockModel(tiny("llama"), device=CPU, batch_tokens=96)
+    activations = Activations(blocks, TOKENS_SL)
+    block = blocks.blocks[0]
+    width = blocks.model.config.hidden_size
+    block.self_attn.o_proj = torch.nn.Sequential(block.self_attn.o_proj, torch.nn.Identity())
+    layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert sum(layer.out_features == width for layer in layers.values()) >= 3
+    found = residual_stream.find(block, layers, activations.hidden[0], lambda: activations.run(0, 0))
+    assert found == {
+        "self_attn.o_proj.0": residual_stream.Behind("post_attention_layernorm", pytest.approx(1.0, abs=1e-5)),
+        "mlp.down_proj": residual_stream.Behind(None, pytest.approx(1.0, abs=1e-5)),
+    }
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "deepseek-v3"])
 def test_experts_are_observed_again_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass for all experts' first matrices and one for their second, not one for each expert."""
@@ -228,3 +337,8 @@ def test_the_dense_block_comes_back_bit_by_bit(monkeypatch: pytest.MonkeyPatch) 
 def test_settings_that_make_no_sense(trust: float, damp: float, words: str) -> None:
     with pytest.raises(Mistake, match=words):
         Parent(trust=trust, damp=damp, update=NoUpdate())
+
+
+def test_the_stream_needs_a_second_look() -> None:
+    with pytest.raises(Mistake, match=r"update\.residual needs update\.sequential.*use update\.sequential=true or"):
+        Parent(trust=0.5, damp=0.01, sequential=False, update=NoUpdate())
