@@ -43,8 +43,8 @@ class Parent(Update):
     trust: float  # 0: the usual target | 1: the dense model's
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     # As GPTQ's true_sequential: o_proj then makes up for what q, k and v lost, down_proj for gate and up
-    sequential: bool = True  # observe a layer again once those before it in its block are pruned: a pass more for each
-    residual: bool = True  # a layer that adds to the residual stream makes up for all that the stream behind it lacks
+    sequential: bool  # observe a layer again once those before it in its block are pruned: a pass more for each
+    residual: bool  # a layer that adds to the residual stream makes up for all that the stream behind it lacks
     # Its settings stand behind it: `update.update.damp=0.1`. Another one is chosen by `update@update.update=admm`
     update: Update  # the update itself
 

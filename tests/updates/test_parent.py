@@ -22,7 +22,7 @@ from esparse.pruning.prune import prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
 from esparse.stats import CrossGram, Gram, LayerStats
-from esparse.updates import Chain, Layer, NoUpdate, Solution
+from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
 from esparse.updates.alps import Alps
 from esparse.updates.parent import Parent
 from esparse.updates.support import Support
@@ -32,6 +32,10 @@ CPU = torch.device("cpu")
 SUPPORT = Support(damp=1e-6, iterations=300, tolerance=1e-8)
 ENTROPY = Entropy(base="magnitude", gamma=0.5, bins=100, range="channel", limit=1.0)
 ALPS = Alps(damp=0.01, penalty=0.1, iterations=100, gradient_iterations=10, tolerance=1e-4)
+
+
+def towards(update: Update, *, trust: float, damp: float, **how: bool) -> Parent:
+    return Parent(update=update, trust=trust, damp=damp, **({"sequential": True, "residual": True} | how))
 
 
 def problem(seed: int = 0, tokens: int = 200) -> tuple[Layer, Tensor, Tensor]:
@@ -56,17 +60,17 @@ def start_of(layer: Layer) -> Solution:
 def test_without_a_mask_the_weights_are_least_squares_from_one_input_to_the_others_output() -> None:
     layer, x_TI, y_TI = problem()
     everything = Solution(layer.dense_OI, torch.ones_like(layer.dense_OI, dtype=torch.bool))
-    done = Parent(trust=1.0, damp=1e-7, update=NoUpdate()).apply(layer, everything)
+    done = towards(trust=1.0, damp=1e-7, update=NoUpdate()).apply(layer, everything)
     expected_IO = torch.linalg.lstsq(x_TI.double(), y_TI.double() @ layer.dense_OI.double().T).solution
     torch.testing.assert_close(done.weight_OI.double(), expected_IO.T, rtol=1e-3, atol=1e-3)
-    half = Parent(trust=0.5, damp=1e-7, update=NoUpdate()).apply(layer, everything)
+    half = towards(trust=0.5, damp=1e-7, update=NoUpdate()).apply(layer, everything)
     torch.testing.assert_close(half.weight_OI, (done.weight_OI + layer.dense_OI) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_mask_it_is_least_squares_on_the_kept_columns() -> None:
     layer, x_TI, y_TI = problem()
     start = start_of(layer)
-    done = Parent(trust=1.0, damp=1e-7, update=SUPPORT).apply(layer, start)
+    done = towards(trust=1.0, damp=1e-7, update=SUPPORT).apply(layer, start)
     for row, keep_I in enumerate(start.keep_OI):
         target_T = y_TI.double() @ layer.dense_OI[row].double()
         expected = torch.linalg.lstsq(x_TI[:, keep_I].double(), target_T[:, None]).solution[:, 0]
@@ -79,30 +83,30 @@ def test_the_output_comes_nearer_to_the_dense_models(seed: int) -> None:
     layer, x_TI, y_TI = problem(seed)
     target_TO = y_TI @ layer.dense_OI.T
     usual = SUPPORT.apply(layer, start_of(layer))
-    towards = Parent(trust=1.0, damp=1e-4, update=SUPPORT).apply(layer, start_of(layer))
-    assert (x_TI @ towards.weight_OI.T - target_TO).norm() < (x_TI @ usual.weight_OI.T - target_TO).norm()
+    nearer = towards(trust=1.0, damp=1e-4, update=SUPPORT).apply(layer, start_of(layer))
+    assert (x_TI @ nearer.weight_OI.T - target_TO).norm() < (x_TI @ usual.weight_OI.T - target_TO).norm()
 
 
 def test_without_trust_or_without_a_difference_nothing_changes() -> None:
     layer, x_TI, _ = problem()
     usual = ALPS.apply(layer, start_of(layer))
-    none = Parent(trust=0.0, damp=0.01, update=ALPS).apply(layer, start_of(layer))
+    none = towards(trust=0.0, damp=0.01, update=ALPS).apply(layer, start_of(layer))
     assert torch.equal(none.weight_OI, usual.weight_OI)
     same = CrossGram(inputs=16, sequences=1, device=CPU)
     same.add_pair(x_TI, x_TI)
     layer = Layer(
         layer.dense_OI, layer.grouping, LayerStats("layer", {"gram": layer.stats["gram"], "cross": same}, 200)
     )
-    towards = Parent(trust=1.0, damp=0.01, update=SUPPORT).apply(layer, start_of(layer))
+    nearer = towards(trust=1.0, damp=0.01, update=SUPPORT).apply(layer, start_of(layer))
     expected = SUPPORT.apply(layer, start_of(layer))
-    torch.testing.assert_close(towards.weight_OI, expected.weight_OI, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(nearer.weight_OI, expected.weight_OI, rtol=1e-3, atol=1e-3)
 
 
 def test_an_expert_that_is_sent_other_tokens_keeps_the_usual_target() -> None:
     layer, _, _ = problem()
     layer.stats["cross"].tokens -= 1
-    towards = Parent(trust=1.0, damp=0.01, update=ALPS).apply(layer, start_of(layer))
-    assert torch.equal(towards.weight_OI, ALPS.apply(layer, start_of(layer)).weight_OI)
+    nearer = towards(trust=1.0, damp=0.01, update=ALPS).apply(layer, start_of(layer))
+    assert torch.equal(nearer.weight_OI, ALPS.apply(layer, start_of(layer)).weight_OI)
 
 
 def test_an_inverse_times_a_matrix() -> None:
@@ -145,7 +149,7 @@ def observed(
 
     monkeypatch.setattr(Parent, "_towards", noted)
     update = Chain(first=NoUpdate(), second=SUPPORT)
-    parent = Parent(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=update)
+    parent = towards(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=update)
     method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
     assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
@@ -261,7 +265,7 @@ def test_what_the_stream_behind_a_layer_lacks(family: str, batch_tokens: int, mo
         return original(self, layer)
 
     monkeypatch.setattr(Parent, "_towards", noted)
-    parent = Parent(trust=0.5, damp=0.01, update=SUPPORT)
+    parent = towards(trust=0.5, damp=0.01, update=SUPPORT)
     method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
     assert prune(
         BlockModel(model, device=CPU, batch_tokens=batch_tokens), TOKENS_SL, method, stages=Stages()
@@ -336,9 +340,9 @@ def test_the_dense_block_comes_back_bit_by_bit(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_settings_that_make_no_sense(trust: float, damp: float, words: str) -> None:
     with pytest.raises(Mistake, match=words):
-        Parent(trust=trust, damp=damp, update=NoUpdate())
+        towards(trust=trust, damp=damp, update=NoUpdate())
 
 
 def test_the_stream_needs_a_second_look() -> None:
     with pytest.raises(Mistake, match=r"update\.residual needs update\.sequential.*use update\.sequential=true or"):
-        Parent(trust=0.5, damp=0.01, sequential=False, update=NoUpdate())
+        towards(trust=0.5, damp=0.01, sequential=False, update=NoUpdate())
