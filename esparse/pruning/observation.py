@@ -138,7 +138,6 @@ class Observation:
             builds = dict(self._collects)
             if group in self._behind:
                 builds["stream"] = partial(builds["stream"], outputs=group.matrices[0].view().shape[0])
-                del builds["cross"]
             else:
                 builds.pop("stream", None)
             self._statistics[group] = {name: build(inputs=group.inputs, **self._size) for name, build in builds.items()}
@@ -176,10 +175,9 @@ class Observation:
 
         def read_both(group: InputGroup, x_TI: Tensor) -> None:
             read(group, x_TI)
+            self._pair(group, x_TI, of_dense.get(group), batch)
             if group in dense_behind:
                 inputs[group] = x_TI.clone()
-            else:
-                self._pair(group, x_TI, of_dense.get(group), batch)
 
         behind = self._pass(self.block.activations, batch, read_both, groups)
         for group, x_TI in inputs.items():
@@ -213,8 +211,7 @@ class Observation:
         seen: dict[InputGroup, Tensor] = {}
 
         def read(group: InputGroup, x_TI: Tensor) -> None:
-            if group not in self._behind:
-                seen[group] = x_TI.clone()
+            seen[group] = x_TI.clone()
 
         assert self.block.dense is not None
         with self._dense_weights():

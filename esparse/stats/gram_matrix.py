@@ -83,10 +83,6 @@ class CrossGram(Statistic):
         self.tokens += len(x_TI)
         self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
 
-    def lost(self, dense_OI: Tensor, gram_II: Tensor) -> Tensor:
-        """E^T X, E what the layer's output lacks of the dense model's: outputs x I."""
-        return dense_OI @ (self.cross_II.T - gram_II)
-
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
         ranks.sum_(self.cross_II)
 
@@ -99,18 +95,14 @@ class StreamGram(Statistic):
 
     def __init__(self, *, outputs: int = 1, **size: Any) -> None:
         super().__init__(**size)
-        self._lost_OI = torch.zeros(outputs, self.inputs, device=self.device, dtype=torch.float32)
+        self.lacks_OI = torch.zeros(outputs, self.inputs, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, pass_index: int) -> None:
         """Nothing: what the stream lacks is known behind the layer only, for `add_lack`."""
 
     def add_lack(self, x_TI: Tensor, lack_TO: Tensor) -> None:
         self.tokens += len(x_TI)
-        self._lost_OI.addmm_(lack_TO.float().T, x_TI.float())
-
-    def lost(self, dense_OI: Tensor, gram_II: Tensor) -> Tensor:
-        """E^T X, E what the stream behind the layer lacks."""
-        return self._lost_OI
+        self.lacks_OI.addmm_(lack_TO.float().T, x_TI.float())
 
     def _unite(self, ranks: Ranks, tokens: Sequence[int]) -> None:
-        ranks.sum_(self._lost_OI)
+        ranks.sum_(self.lacks_OI)

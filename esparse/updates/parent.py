@@ -14,9 +14,10 @@ What the layers of a block before this one lost is part of it if the inputs are 
 (`sequential`); else X is what the block's dense layers make of pruned blocks' outputs.
 
 A layer whose output is added to the residual stream can make up for more: the stream that it is added to differs from
-the dense model's, too. With E what the stream behind the layer lacks of the dense model's while the layer is dense
-(`residual`), W* = W + trust E^T X (G + damping)^-1; if nothing but the layer's input differs, E is Y W^T - X W^T, and
-both are the same.
+the dense model's, too. With E what the stream behind the layer lacks of the dense model's while the layer is dense, and
+L = W (C^T - G) what of E^T X the layer's own output lacks, `residual` is the trust in the rest:
+
+    W* = W + (trust L + residual (E^T X - L)) (G + damping)^-1
 
 Shapes: O outputs, I inputs.
 """
@@ -44,16 +45,16 @@ class Parent(Update):
     damp: float  # added to the Gram matrix's diagonal, as a share of its mean
     # As GPTQ's true_sequential: o_proj then makes up for what q, k and v lost, down_proj for gate and up
     sequential: bool  # observe a layer again once those before it in its block are pruned: a pass more for each
-    residual: bool  # a layer that adds to the residual stream makes up for all that the stream behind it lacks
+    residual: float  # 0: what the residual stream lost stays lost | 1: the layers that add to it make up for all of it
     # Its settings stand behind it: `update.update.damp=0.1`. Another one is chosen by `update@update.update=admm`
     update: Update  # the update itself
 
     def __post_init__(self) -> None:
-        bounds.check("update", self, shares=("trust",), positive=("damp",))
+        bounds.check("update", self, shares=("trust", "residual"), positive=("damp",))
         if self.residual and not self.sequential:
             raise Mistake(
                 "update.residual needs update.sequential: what the stream behind a layer lacks is known once the "
-                "layers before it are pruned; use update.sequential=true or update.residual=false"
+                "layers before it are pruned; use update.sequential=true or update.residual=0"
             )
 
     def collects(self) -> dict[str, Factory]:
@@ -86,10 +87,13 @@ class Parent(Update):
         """The layer with W* in the place of W; as it is if its inputs are not those of the same tokens."""
         from esparse.linalg import inverse_times
 
-        gram, stats = layer.stats["gram"], layer.stats
-        pairs = stats["stream" if "stream" in stats else "cross"]
-        if pairs.tokens != gram.tokens:  # an expert is sent other tokens in the dense model
+        gram, cross = layer.stats["gram"], layer.stats["cross"]
+        if cross.tokens != gram.tokens:  # an expert is sent other tokens in the dense model
             return layer
-        lost_OI = pairs.lost(layer.dense_OI, gram.gram_II)
-        corrected_OI = layer.dense_OI + self.trust * inverse_times(lost_OI, gram.gram_II, self.damp)
+        lost_OI = layer.dense_OI @ (cross.cross_II.T - gram.gram_II)
+        towards_OI = self.trust * lost_OI
+        stream = layer.stats.get("stream")
+        if stream is not None and stream.tokens == gram.tokens:
+            towards_OI += self.residual * (stream.lacks_OI - lost_OI)
+        corrected_OI = layer.dense_OI + inverse_times(towards_OI, gram.gram_II, self.damp)
         return replace(layer, dense_OI=corrected_OI)

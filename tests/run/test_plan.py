@@ -93,7 +93,7 @@ def test_layers_that_are_observed_again_take_passes_and_a_dense_copy(tmp_path: P
     once, again = (
         planned(tmp_path, PUBLISHED["bloom-176b"], replace(METHOD, update=update))
         for update in (
-            Parent(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=NoUpdate())
+            Parent(trust=0.5, damp=0.01, sequential=sequential, residual=0, update=NoUpdate())
             for sequential in (False, True)
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from esparse.pruning.observation import Observation, Observed
 from esparse.pruning.prune import prune
 from esparse.records.report import Stages
 from esparse.shuffles import NoShuffle
-from esparse.stats import CrossGram, Gram, LayerStats
+from esparse.stats import CrossGram, Gram, LayerStats, StreamGram
 from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
 from esparse.updates.alps import Alps
 from esparse.updates.parent import Parent
@@ -34,8 +35,8 @@ ENTROPY = Entropy(base="magnitude", gamma=0.5, bins=100, range="channel", limit=
 ALPS = Alps(damp=0.01, penalty=0.1, iterations=100, gradient_iterations=10, tolerance=1e-4)
 
 
-def towards(update: Update, *, trust: float, damp: float, **how: bool) -> Parent:
-    return Parent(update=update, trust=trust, damp=damp, **({"sequential": True, "residual": True} | how))
+def towards(update: Update, *, trust: float, damp: float, **how: float) -> Parent:
+    return Parent(update=update, trust=trust, damp=damp, **({"sequential": True, "residual": 0.25} | how))
 
 
 def problem(seed: int = 0, tokens: int = 200) -> tuple[Layer, Tensor, Tensor]:
@@ -65,6 +66,22 @@ def test_without_a_mask_the_weights_are_least_squares_from_one_input_to_the_othe
     torch.testing.assert_close(done.weight_OI.double(), expected_IO.T, rtol=1e-3, atol=1e-3)
     half = towards(trust=0.5, damp=1e-7, update=NoUpdate()).apply(layer, everything)
     torch.testing.assert_close(half.weight_OI, (done.weight_OI + layer.dense_OI) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_stream_lacks_is_added_by_least_squares() -> None:
+    layer, x_TI, y_TI = problem()
+    stream_TO = torch.randn(len(x_TI), 6, generator=torch.Generator().manual_seed(5))  # dense without what is there
+    stream = StreamGram(outputs=6, inputs=16, sequences=1, device=CPU)
+    lack_TO = (y_TI - x_TI) @ layer.dense_OI.T + stream_TO
+    for part in (slice(0, 70), slice(70, None)):
+        stream.add_lack(x_TI[part], lack_TO[part])
+    layer = replace(layer, stats=LayerStats("layer", dict(layer.stats) | {"stream": stream}, 200))
+    everything = Solution(layer.dense_OI, torch.ones_like(layer.dense_OI, dtype=torch.bool))
+    for trust, residual in ((1.0, 1.0), (0.5, 0.25), (0.0, 1.0)):
+        done = towards(NoUpdate(), trust=trust, damp=1e-7, residual=residual).apply(layer, everything)
+        mixed_TO = x_TI @ layer.dense_OI.T + trust * (y_TI - x_TI) @ layer.dense_OI.T + residual * stream_TO
+        expected_IO = torch.linalg.lstsq(x_TI.double(), mixed_TO.double()).solution
+        torch.testing.assert_close(done.weight_OI.double(), expected_IO.T, rtol=1e-3, atol=1e-3)
 
 
 def test_on_a_mask_it_is_least_squares_on_the_kept_columns() -> None:
@@ -149,7 +166,7 @@ def observed(
 
     monkeypatch.setattr(Parent, "_towards", noted)
     update = Chain(first=NoUpdate(), second=SUPPORT)
-    parent = towards(trust=0.5, damp=0.01, sequential=sequential, residual=False, update=update)
+    parent = towards(trust=0.5, damp=0.01, sequential=sequential, residual=0, update=update)
     method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
     assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
@@ -261,7 +278,7 @@ def test_what_the_stream_behind_a_layer_lacks(family: str, batch_tokens: int, mo
 
     def noted(self: Parent, layer: Layer) -> Layer:
         if "stream" in layer.stats:
-            lost[layer.stats.name] = layer.stats["stream"].lost(layer.dense_OI, torch.empty(0)).clone()
+            lost[layer.stats.name] = layer.stats["stream"].lacks_OI.clone()
         return original(self, layer)
 
     monkeypatch.setattr(Parent, "_towards", noted)
