@@ -224,12 +224,23 @@ class Observation:
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
-        """While open, the block has the weights that it had at first."""
+        """While open, the block has the weights that it had at first, without biases that it got since."""
         present = [(parameter, parameter.data) for parameter, _ in self._dense]
+        known = {id(parameter) for parameter, _ in self._dense}
+        added = [
+            (owner, name, parameter)
+            for owner in (self.block.module.modules() if self._dense else ())
+            for name, parameter in owner.named_parameters(recurse=False)
+            if id(parameter) not in known
+        ]
         try:
             for parameter, value in self._dense:
                 parameter.data = value
+            for owner, name, _ in added:
+                owner._parameters[name] = None
             yield
         finally:
             for parameter, value in present:
                 parameter.data = value
+            for owner, name, bias in added:
+                owner._parameters[name] = bias

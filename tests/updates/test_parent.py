@@ -17,6 +17,8 @@ from esparse.pruning.method import Method
 from esparse.pruning.observation import Observation, Observed
 from esparse.pruning.prune import prune
 from esparse.records.report import Stages
+from esparse.recoveries import NoRecovery, Recovery
+from esparse.recoveries.bias import Bias
 from esparse.shuffles import NoShuffle
 from esparse.stats import CrossGram, Gram, LayerStats
 from esparse.updates import Chain, Layer, NoUpdate, Solution
@@ -130,7 +132,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 def observed(
-    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, *, sequential: bool, batch_tokens: int = 48
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    sequential: bool,
+    batch_tokens: int = 48,
+    recovery: Recovery | None = None,
 ) -> dict[str, Pair]:
     """Prunes the model; returns the Gram and cross Gram matrices that each layer's update got."""
     seen: dict[str, Pair] = {}
@@ -143,7 +150,9 @@ def observed(
     monkeypatch.setattr(Parent, "_towards", noted)
     update = Chain(first=NoUpdate(), second=SUPPORT)
     parent = Parent(trust=0.5, damp=0.01, sequential=sequential, update=update)
-    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
+    method = Method(
+        metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent, recovery=recovery or NoRecovery()
+    )
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
     assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
     return seen
@@ -157,17 +166,21 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("recovery", [None, Bias()], ids=["alone", "bias"])
 @pytest.mark.parametrize("batch_tokens", [24, 96])
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_layer_is_observed_when_all_before_it_are_pruned(
-    family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: str, batch_tokens: int, recovery: Recovery | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then what it was shown is what it reads in the pruned model in the end, beside what it reads in the dense one."""
+    """Then what it was shown is what it reads in the pruned model in the end, beside what it reads in the dense one.
+
+    The dense one is without the biases that LLaMA's layers get from a recovery.
+    """
     model = tiny(family)
     prefix = BlockModel(model, device=CPU, batch_tokens=24).prefix
     layers = [f"{prefix}.{block}.{name}" for block in (0, 1) for name in LAYERS[family]]
     y = inputs(model, layers)
-    seen = observed(model, monkeypatch, sequential=True, batch_tokens=batch_tokens)
+    seen = observed(model, monkeypatch, sequential=True, batch_tokens=batch_tokens, recovery=recovery)
     x = inputs(model, layers)
     for name in layers:
         gram_II, cross_II = seen[name]
