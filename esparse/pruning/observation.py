@@ -23,6 +23,10 @@ from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, Weigh
 
 log = logging.getLogger("esparse")
 
+# An expert's number in a list of experts. What stands in other lists may read what the one before it makes: CTRL's ffn.0
+# and ffn.2 are the two matrices of one MLP.
+_EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.)")
+
 
 class _Enough(Exception):
     """Ends a block's forward pass after the last wanted tensor was seen."""
@@ -47,7 +51,7 @@ def in_turn(groups: Sequence[Observed]) -> list[list[Observed]]:
     """The groups in the order of their use, those of a layer's experts together: no expert reads what another makes."""
     together: dict[str, list[Observed]] = {}
     for group in groups:
-        together.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "", group.inputs.matrices[0].entry), []).append(group)
+        together.setdefault(_EXPERT.sub(r"\1", group.inputs.matrices[0].entry), []).append(group)
     return list(together.values())
 
 

@@ -26,6 +26,7 @@ from esparse.updates.alps import Alps
 from esparse.updates.parent import Parent
 from esparse.updates.support import Support
 from tests.models.families import tiny
+from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
 SUPPORT = Support(damp=1e-6, iterations=300, tolerance=1e-8)
@@ -163,6 +164,7 @@ LAYERS = {
     "llama": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
     "opt": ["self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"],
     "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "ctrl": ["multi_head_attention.Wq", "multi_head_attention.dense", "ffn.0", "ffn.2"],
 }
 
 
@@ -176,7 +178,7 @@ def test_a_layer_is_observed_when_all_before_it_are_pruned(
 
     The dense one is without the biases that LLaMA's layers get from a recovery.
     """
-    model = tiny(family)
+    model = families.build(family) if family == "ctrl" else tiny(family)
     prefix = BlockModel(model, device=CPU, batch_tokens=24).prefix
     layers = [f"{prefix}.{block}.{name}" for block in (0, 1) for name in LAYERS[family]]
     y = inputs(model, layers)
