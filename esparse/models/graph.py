@@ -36,7 +36,7 @@ class BlockGraph:
         self._norms: dict[str, nn.Module] = {}
         self._routers: dict[str, nn.Module] = {}
         for path, module in block.module.named_modules():
-            name = f"{block.name}.{path}"
+            name = f"{block.name}.{path}".rstrip(".")
             weight = dict(module.named_parameters(recurse=False)).get("weight")
             if weight is not None and weight.ndim == 1:
                 self._norms[name] = module

@@ -135,8 +135,8 @@ def test_all_experts_in_one_grouped_product_are_seen() -> None:
     with matrices.observed(lambda group, x_TI: seen.append(x_TI)), torch.no_grad():
         experts(x_TI)
     assert [matrix.name for group in matrices.groups for matrix in group.matrices] == [
-        "block.[0]",
-        "block.[1]",
+        "block[0]",
+        "block[1]",
     ]
     torch.testing.assert_close(torch.stack(seen), torch.stack([x_TI, 2 * x_TI]))
 
