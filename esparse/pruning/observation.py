@@ -55,6 +55,10 @@ def in_turn(groups: Sequence[Observed]) -> list[list[Observed]]:
     return list(together.values())
 
 
+def _is_expert(matrix: Matrix) -> bool:
+    return matrix.expert is not None or _EXPERT.search(matrix.entry) is not None
+
+
 class Observation:
     """The input groups of one block, each with its statistics over all ranks' tokens."""
 
@@ -203,8 +207,10 @@ class Observation:
 
     def _pair(self, group: InputGroup, x_TI: Tensor, dense_TI: Tensor | None, batch: int) -> None:
         """Shows a group's `cross` the inputs that tokens have in both streams."""
-        all_tokens = self.block.activations.hidden[batch].shape[:2].numel()
-        # What is sent to an expert may be other tokens in each stream.
+        # What an expert is sent may be other tokens in each stream, and all of them may come in another order.
+        if _is_expert(group.matrices[0]):
+            return
+        all_tokens = self.block.activations.shapes[batch].numel()
         if dense_TI is not None and len(x_TI) == len(dense_TI) == all_tokens:
             statistic = self._of(group)["cross"]
             assert isinstance(statistic, CrossGram)

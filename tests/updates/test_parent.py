@@ -164,6 +164,8 @@ LAYERS = {
     "llama": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
     "opt": ["self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"],
     "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    # Four streams of hidden states, one in front of the other
+    "gemma3n": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
     "ctrl": ["multi_head_attention.Wq", "multi_head_attention.dense", "ffn.0", "ffn.2"],
 }
 
@@ -222,6 +224,25 @@ def test_experts_are_observed_again_together(family: str, monkeypatch: pytest.Mo
     observed(tiny(family), monkeypatch, sequential=True)
     assert 2 * 3 <= len(turns) <= 8 * 3  # of three blocks; with four experts there would be ten and more for each
     assert max(turns) >= 3
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_expert_is_no_pair_even_if_it_is_sent_all_tokens(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four experts of this model are chosen for every token: in the order of their rank, another in each stream."""
+    tokens: dict[str, tuple[int, int]] = {}
+    original = Parent._towards
+
+    def noted(self: Parent, layer: Layer) -> Layer:
+        tokens[layer.stats.name] = (layer.stats["gram"].tokens, layer.stats["cross"].tokens)
+        return original(self, layer)
+
+    monkeypatch.setattr(Parent, "_towards", noted)
+    update = Parent(trust=0.5, damp=0.01, sequential=sequential, update=SUPPORT)
+    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=update)
+    prune(BlockModel(tiny("gpt-oss"), device=CPU, batch_tokens=48), TOKENS_SL, method, stages=Stages())
+    for name, (seen, paired) in tokens.items():
+        assert seen == TOKENS_SL.numel()
+        assert paired == (0 if "experts" in name else seen), name
 
 
 def test_the_dense_block_comes_back_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
