@@ -40,7 +40,7 @@ class Activations:
         check(blocks, tokens_SL)
         self.blocks = blocks
         self.hidden: list[Tensor] = []
-        self.shapes: list[torch.Size] = []  # sequences and tokens of each micro-batch: some models have streams in front
+        self.shapes: list[torch.Size] = []  # sequences and tokens of each micro-batch; `hidden` may be streams of them
         self._carried: list[Carried] = []
         self._calls: list[list[Call | None]] = []
         # Arguments last sent to the device, by their address on the host: sending them again would have to wait

@@ -101,7 +101,7 @@ class BlockMatrices:
     def __init__(
         self, block: nn.Module, prefix: str, skip: Sequence[str] = (), routers_seen: Collection[str] = ()
     ) -> None:
-        """`skip`: regular expressions of weights and modules that stay dense. `routers_seen`: names of known routers."""
+        """`skip`: regular expressions of weights or modules that stay dense. `routers_seen`: known routers by name."""
         self.block = block
         self._prefix = prefix
         self._layers: dict[nn.Module, Matrix] = {}

@@ -61,7 +61,7 @@ class RotateHeads(Prepare):
                         break
         if not rotated:
             log.warning(
-                "no heads rotated in %s: no matrix that it alone has makes the values that another one reads", block.name
+                "no heads rotated in %s: no matrix that only it has makes values that another one reads", block.name
             )
 
 

@@ -76,6 +76,8 @@ def prune(
     check_skip(blocks.by_name(), skip, method.recovery)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
+    if method.needs_dense_stream():
+        _say_shared(blocks)
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
         with stages("calibrate"):
@@ -164,6 +166,24 @@ def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: R
         expressions.check_found(setting, asked, names, such)
     if skip and not any(BlockMatrices(module, name, skip).parameters() for name, module in blocks.items()):
         raise Mistake(f"no layer would be pruned: model.skip={list(skip)} leaves nothing")
+
+
+def _say_shared(blocks: BlockModel) -> None:
+    """Logs a warning about blocks that share weights with an earlier one: the dense stream meets these pruned."""
+    earlier: set[int] = set()
+    sharing = []
+    for name, block in blocks.by_name().items():
+        own = {id(parameter) for parameter in block.parameters() if parameter.ndim > 1}
+        if own & earlier:
+            sharing.append(name)
+        earlier |= own
+    if sharing and blocks.ranks.leads:
+        log.warning(
+            "blocks with weights of earlier ones (%d, the first: %s): what the dense model has there is computed with "
+            "these weights pruned",
+            len(sharing),
+            sharing[0],
+        )
 
 
 def _say_others(blocks: BlockModel, skip: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from esparse.records.report import write_whole
 def pack(keep: Tensor) -> Tensor:
     """A boolean mask as bytes on the host, row by row, its last dimension shortened to ceil(columns / 8).
 
-    A mask of weights that lie transposed (GPT-2's Conv1D) may lie so too, and the bytes would; files take none of these.
+    A mask of weights that lie transposed (GPT-2's Conv1D) may lie so too, and its bytes would; files refuse that.
     """
     if keep.device.type == "cpu":
         return torch.from_numpy(np.packbits(keep.numpy(), axis=-1)).contiguous()

@@ -240,7 +240,7 @@ def test_skipped_layers_stay_dense() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "part"),
-    [(r"mlp$", ".mlp."), (r"layers\.1$", "layers.1."), (r"o_proj\.weight$", "o_proj"), ("^model.layers.0", "layers.0.")],
+    [("mlp$", ".mlp."), (r"layers\.1$", "layers.1."), (r"o_proj\.weight$", "o_proj"), ("^model.layers.0", "layers.0.")],
 )
 def test_a_module_that_is_skipped_stays_dense_with_all_that_is_in_it(expression: str, part: str) -> None:
     """Also by a weight's whole name: what `check_skip` takes for a name skips something."""
