@@ -23,8 +23,8 @@ from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, Weigh
 
 log = logging.getLogger("esparse")
 
-# An expert's number in a list of experts. In other lists a layer may read what the one before it makes: CTRL's ffn.0 and
-# ffn.2 are the two matrices of one MLP.
+# An expert's number in a list of experts. In other lists a layer may read what the one before it makes: CTRL's ffn.0
+# and ffn.2 are the two matrices of one MLP.
 _EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.)")
 
 
