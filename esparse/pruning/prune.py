@@ -40,7 +40,7 @@ from esparse.pruning.rounding import check_widths, joint_grid, remember, rounded
 from esparse.quantise.grids import Grid
 from esparse.records.report import LayerReport, Stages
 from esparse.recoveries import PrunedModel, Recovery
-from esparse.shuffles import Layers, NoShuffle
+from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.stats import ColumnEntropy, LayerStats, TokenSample
 from esparse.updates import Layer, Solution, Update
 
@@ -246,19 +246,7 @@ def _prune_group(
         pruned.channels |= _channels(stats[0], scores)
     pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
-        order_I = None
-        if runs is not None:
-            if (runs_BRD := runs.get(matrices[0].entry)) is not None:
-                with returned.at(method.shuffle, matrices[0].name):
-                    order_I = method.shuffle.folded_order(_joined(scores), pattern, runs_BRD)
-        elif not isinstance(method.shuffle, NoShuffle):
-            together = None
-            if "gram" in method.shuffle.collects() and stats[0].tokens:
-                together = Layers(_joined(weights), stats[0]["gram"].gram_II)
-            with returned.at(method.shuffle, matrices[0].name):
-                order_I = method.shuffle.order(_joined(scores), pattern, together)
-        order_I = returned.order(method.shuffle, order_I, group.inputs.inputs, matrices[0].name)
-        grouping = Grouping(pattern, order_I)
+        grouping = Grouping(pattern, _order_I(group.inputs, method.shuffle, pattern, runs, weights, scores, stats[0]))
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)
     x_SI = sample.x_SI()
@@ -289,6 +277,29 @@ def _prune_group(
         report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _order_I(
+    inputs: InputGroup,
+    shuffle: Shuffle,
+    pattern: Pattern,
+    runs: Mapping[str, Tensor] | None,
+    weights: list[Tensor],
+    scores: list[Tensor],
+    stats: LayerStats,
+) -> Tensor | None:
+    """The channel order of an input group; None: the channels' own. `runs`: of foldable orders, by the first layer."""
+    order_I, first = None, inputs.matrices[0]
+    with returned.at(shuffle, first.name):
+        if runs is not None:
+            if (runs_BRD := runs.get(first.entry)) is not None:
+                order_I = shuffle.folded_order(_joined(scores), pattern, runs_BRD)
+        elif not isinstance(shuffle, NoShuffle):
+            together = None
+            if "gram" in shuffle.collects() and stats.tokens:
+                together = Layers(_joined(weights), stats["gram"].gram_II)
+            order_I = shuffle.order(_joined(scores), pattern, together)
+    return returned.order(shuffle, order_I, inputs.inputs, first.name)
 
 
 def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:
