@@ -40,6 +40,7 @@ class Activations:
         check(blocks, tokens_SL)
         self.blocks = blocks
         self.hidden: list[Tensor] = []
+        self.shapes: list[torch.Size] = []  # sequences and tokens of each micro-batch; `hidden` may be streams of them
         self._carried: list[Carried] = []
         self._calls: list[list[Call | None]] = []
         # Arguments last sent to the device, by their address on the host: sending them again would have to wait
@@ -54,6 +55,7 @@ class Activations:
                     size = entered.hidden[0].nbytes * len(tokens_SL)
                     self._keep = blocks.hidden_store.choose(size * blocks.ranks.size)  # the ranks share one host
                 self.hidden.append(self._keep(entered.hidden))
+                self.shapes.append(tokens_BL.shape)
                 calls = [None if call is None else call.to(cpu) for call in entered.calls]
                 carried = entered.carried.mapped(lambda tensor: tensor.to(cpu))
                 # Masks and positions are the same for all full micro-batches, so one copy is stored.

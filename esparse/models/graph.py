@@ -36,12 +36,18 @@ class BlockGraph:
         self._norms: dict[str, nn.Module] = {}
         self._routers: dict[str, nn.Module] = {}
         for path, module in block.module.named_modules():
-            name = f"{block.name}.{path}"
+            name = f"{block.name}.{path}".rstrip(".")
             weight = dict(module.named_parameters(recurse=False)).get("weight")
             if weight is not None and weight.ndim == 1:
                 self._norms[name] = module
             elif weight is not None and weight.ndim == 2 and f"{name}.weight" not in self.matrices.parameters():
                 self._routers[name] = module
+        own = {id(parameter) for parameter in block.module.parameters()}
+        self._elsewhere = [
+            parameter
+            for name, parameter in block.activations.blocks.model.named_parameters(remove_duplicate=False)
+            if id(parameter) in own and not name.startswith(f"{block.name}.")
+        ]
         self._source: dict[InputGroup, str | None] = {}  # the norm whose output a group reads
         self._router_source: dict[str, str | None] = {}
         self._busiest: dict[InputGroup, tuple[int, int]] = {}  # its most tokens in a micro-batch, and minus which
@@ -145,8 +151,11 @@ class BlockGraph:
     def changed(self, edges: Sequence[Edge], change: Callable[[Edge], None]) -> bool:
         """Applies a change that must not alter the block's output for the first micro-batch.
 
-        Returns False if it does, and restores all weights bit by bit.
+        Returns False if it does, and restores all weights bit by bit; also, without a try, for weights that another
+        block has too, whose output it would alter.
         """
+        if any(self._is_elsewhere(stored) for edge in edges for stored in edge.stored()):
+            return False
         saved = [(stored, stored.clone()) for edge in edges for stored in edge.stored()]
         for edge in edges:
             change(edge)
@@ -155,6 +164,10 @@ class BlockGraph:
         for stored, value in saved:
             stored.copy_(value)
         return False
+
+    def _is_elsewhere(self, stored: Tensor) -> bool:
+        """Whether a weight, or the parameter that it is a part of, belongs to something outside the block as well."""
+        return any(p.data_ptr() <= stored.data_ptr() < p.data_ptr() + p.nbytes for p in self._elsewhere)
 
     def same(self) -> bool:
         """Whether the block returns for the first micro-batch what `watch` saw, and passes on the same to later blocks.

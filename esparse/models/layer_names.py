@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 # Families whose files name every weight as the model does. transformers renames those of others when it loads them.
@@ -52,6 +53,11 @@ def with_layers(name: str, least: int) -> list[str]:
     """A weight's name, and those of the modules that it lies in, of at least so many parts."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(least, len(parts) + 1)]
+
+
+def found_in(expressions: Iterable[str], weight: str, least: int) -> bool:
+    """Whether a regular expression is found in a weight's name, or in that of a module that `with_layers` gives."""
+    return any(re.search(expression, name) for name in with_layers(weight, least) for expression in expressions)
 
 
 def _header(file: Path) -> list[str]:

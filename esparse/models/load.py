@@ -58,7 +58,7 @@ class Model:
     # With auto, disk if a stream of them would take over a quarter of the free memory, else host. On a
     # GPU `device` is faster, and an entropy holds what it looks at twice in a quarter of the free memory, not 2 GiB
     activations: str  # in which memory hidden states wait between blocks: auto | host | device | disk
-    skip: list[str]  # regular expressions: a layer stays dense if one is found in its name
+    skip: list[str]  # regular expressions: a layer stays dense if one is found in its name, or a module's around it
     trust_remote_code: bool  # whether Python code that comes with a hub model may run
 
     def __post_init__(self) -> None:

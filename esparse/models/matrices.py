@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from esparse.models import routers
+from esparse.models.layer_names import found_in
 from esparse.models.multiplying import multiplies
 
 _NO_PRODUCTS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are in no matrix product
@@ -100,10 +101,9 @@ class BlockMatrices:
     def __init__(
         self, block: nn.Module, prefix: str, skip: Sequence[str] = (), routers_seen: Collection[str] = ()
     ) -> None:
-        """`skip`: regular expressions of names that stay dense. `routers_seen`: names of known routers."""
+        """`skip`: regular expressions of weights or modules that stay dense. `routers_seen`: known routers by name."""
         self.block = block
         self._prefix = prefix
-        self._left_alone = [re.compile(pattern) for pattern in skip]
         self._layers: dict[nn.Module, Matrix] = {}
         self._stacks: dict[int, tuple[str, nn.Parameter]] = {}  # parameters that may hold experts, by identity
         self._flat: set[str] = set()  # of these, the ones with 2 dimensions: only their use shows whether they do
@@ -111,11 +111,14 @@ class BlockMatrices:
         self._apart: dict[str, int] = {}  # matrices that share a group only with those of the same number
         self.groups: list[InputGroup] = []
         self.others: dict[str, str] = {}  # layers that do not multiply by their weight, and their classes
+        of_block = prefix.count(".") + 1  # parts of the block's name
         for path, module in block.named_modules():
-            name = f"{prefix}.{path}"
-            if name in routers_seen or any(pattern.search(name) for pattern in self._left_alone):
+            name = f"{prefix}.{path}".rstrip(".")
+            if name in routers_seen:
                 continue
             if isinstance(module, nn.Linear | Conv1D):
+                if found_in(skip, f"{name}.weight", of_block):
+                    continue
                 weight = module.get_parameter("weight")
                 outputs, inputs = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
                 if routers.named(block, path, outputs, inputs):
@@ -129,7 +132,7 @@ class BlockMatrices:
                 continue
             for own, parameter in module.named_parameters(recurse=False):
                 entry = f"{name}.{own}"
-                if parameter.ndim not in (2, 3) or any(pattern.search(entry) for pattern in self._left_alone):
+                if parameter.ndim not in (2, 3) or found_in(skip, entry, of_block):
                     continue
                 if "router" not in f"{path}.{own}" and not own.endswith("bias"):
                     self._stacks[id(parameter)] = (entry, parameter)

@@ -60,7 +60,9 @@ class RotateHeads(Prepare):
                         rotated += names
                         break
         if not rotated:
-            log.warning("no heads rotated in %s: no matrix in it makes the values that another one reads", block.name)
+            log.warning(
+                "no heads rotated in %s: no matrix that only it has makes values that another one reads", block.name
+            )
 
 
 def head_sizes(block: Block) -> list[int]:

@@ -31,7 +31,7 @@ def of_block(block: Block) -> dict[str, Tensor]:
     """
     parameters = block.matrices().parameters()
     sequences = len(block.activations.hidden)
-    assert all(len(hidden_BLH) == 1 for hidden_BLH in block.activations.hidden)
+    assert all(at_once == 1 for at_once, _ in block.activations.shapes)
     with requiring_grad(block.module, parameters.values()), _squared(parameters, sequences) as squares:
         for batch in range(sequences if parameters else 0):
             block.activations.forward(block.index, batch).float().norm().backward()

@@ -27,6 +27,10 @@ from esparse.stats import CrossGram, Factory, Gram, LayerStats, Statistic, Strea
 
 log = logging.getLogger("esparse")
 
+# An expert's number in a list of experts. In other lists a layer may read what the one before it makes: CTRL's ffn.0
+# and ffn.2 are the two matrices of one MLP.
+_EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.)")
+
 
 class _Enough(Exception):
     """Ends a block's forward pass after the last wanted tensor was seen."""
@@ -51,8 +55,12 @@ def in_turn(groups: Sequence[Observed]) -> list[list[Observed]]:
     """The groups in the order of their use, those of a layer's experts together: no expert reads what another makes."""
     together: dict[str, list[Observed]] = {}
     for group in groups:
-        together.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "", group.inputs.matrices[0].entry), []).append(group)
+        together.setdefault(_EXPERT.sub(r"\1", group.inputs.matrices[0].entry), []).append(group)
     return list(together.values())
+
+
+def _is_expert(matrix: Matrix) -> bool:
+    return matrix.expert is not None or _EXPERT.search(matrix.entry) is not None
 
 
 class Observation:
@@ -258,8 +266,10 @@ class Observation:
 
     def _pair(self, group: InputGroup, x_TI: Tensor, dense_TI: Tensor | None, batch: int) -> None:
         """Shows a group's `cross` the inputs that tokens have in both streams."""
-        all_tokens = self.block.activations.hidden[batch].shape[:2].numel()
-        # What is sent to an expert may be other tokens in each stream.
+        # What an expert is sent may be other tokens in each stream, and all of them may come in another order.
+        if _is_expert(group.matrices[0]):
+            return
+        all_tokens = self.block.activations.shapes[batch].numel()
         if dense_TI is not None and len(x_TI) == len(dense_TI) == all_tokens:
             statistic = self._of(group)["cross"]
             assert isinstance(statistic, CrossGram)
@@ -283,12 +293,23 @@ class Observation:
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
-        """While open, the block has the weights that it had at first."""
+        """While open, the block has the weights that it had at first, without biases that it got since."""
         present = [(parameter, parameter.data) for parameter, _ in self._dense]
+        known = {id(parameter) for parameter, _ in self._dense}
+        added = [
+            (owner, name, parameter)
+            for owner in (self.block.module.modules() if self._dense else ())
+            for name, parameter in owner.named_parameters(recurse=False)
+            if id(parameter) not in known
+        ]
         try:
             for parameter, value in self._dense:
                 parameter.data = value
+            for owner, name, _ in added:
+                owner._parameters[name] = None
             yield
         finally:
             for parameter, value in present:
                 parameter.data = value
+            for owner, name, bias in added:
+                owner._parameters[name] = bias

@@ -40,7 +40,7 @@ from esparse.pruning.rounding import check_widths, joint_grid, remember, rounded
 from esparse.quantise.grids import Grid
 from esparse.records.report import LayerReport, Stages
 from esparse.recoveries import PrunedModel, Recovery
-from esparse.shuffles import Layers, NoShuffle
+from esparse.shuffles import Layers, NoShuffle, Shuffle
 from esparse.stats import ColumnEntropy, LayerStats, TokenSample
 from esparse.updates import Layer, Solution, Update
 
@@ -76,6 +76,8 @@ def prune(
     check_skip(blocks.by_name(), skip, method.recovery)
     skip = [*skip, *blocks.stay_dense]
     pruned, recovery = Pruned(grid=method.quantise if isinstance(method.quantise, Grid) else None), method.recovery
+    if method.needs_dense_stream():
+        _say_shared(blocks)
     loop = BlockLoop(blocks, tokens_SL, skip, stages)
     if method.metric.gradients() == "model":
         with stages("calibrate"):
@@ -166,6 +168,24 @@ def check_skip(blocks: Mapping[str, nn.Module], skip: Sequence[str], recovery: R
         raise Mistake(f"no layer would be pruned: model.skip={list(skip)} leaves nothing")
 
 
+def _say_shared(blocks: BlockModel) -> None:
+    """Logs a warning about blocks that share weights with an earlier one: the dense stream meets these pruned."""
+    earlier: set[int] = set()
+    sharing = []
+    for name, block in blocks.by_name().items():
+        own = {id(parameter) for parameter in block.parameters() if parameter.ndim > 1}
+        if own & earlier:
+            sharing.append(name)
+        earlier |= own
+    if sharing and blocks.ranks.leads:
+        log.warning(
+            "blocks with weights of earlier ones (%d, the first: %s): what the dense model has there is computed with "
+            "these weights pruned",
+            len(sharing),
+            sharing[0],
+        )
+
+
 def _say_others(blocks: BlockModel, skip: Sequence[str]) -> None:
     """Logs a warning about layers that are no matrices to prune by what they compute."""
     others: dict[str, str] = {}
@@ -226,19 +246,7 @@ def _prune_group(
         pruned.channels |= _channels(stats[0], scores)
     pattern = allocated.get(matrices[0].name, method.pattern)
     with stages("shuffle"):
-        order_I = None
-        if runs is not None:
-            if (runs_BRD := runs.get(matrices[0].entry)) is not None:
-                with returned.at(method.shuffle, matrices[0].name):
-                    order_I = method.shuffle.folded_order(_joined(scores), pattern, runs_BRD)
-        elif not isinstance(method.shuffle, NoShuffle):
-            together = None
-            if "gram" in method.shuffle.collects() and stats[0].tokens:
-                together = Layers(_joined(weights), stats[0]["gram"].gram_II)
-            with returned.at(method.shuffle, matrices[0].name):
-                order_I = method.shuffle.order(_joined(scores), pattern, together)
-        order_I = returned.order(method.shuffle, order_I, group.inputs.inputs, matrices[0].name)
-        grouping = Grouping(pattern, order_I)
+        grouping = Grouping(pattern, _order_I(group.inputs, method.shuffle, pattern, runs, weights, scores, stats[0]))
     sample = group.statistics["sample"]
     assert isinstance(sample, TokenSample)
     x_SI = sample.x_SI()
@@ -269,6 +277,29 @@ def _prune_group(
         report.seconds = shared * weight_OI.numel() + time.perf_counter() - start
         reports.append(report)
     return reports
+
+
+def _order_I(
+    inputs: InputGroup,
+    shuffle: Shuffle,
+    pattern: Pattern,
+    runs: Mapping[str, Tensor] | None,
+    weights: list[Tensor],
+    scores: list[Tensor],
+    stats: LayerStats,
+) -> Tensor | None:
+    """The channel order of an input group; None: the channels' own. `runs`: of foldable orders, by the first layer."""
+    order_I, first = None, inputs.matrices[0]
+    with returned.at(shuffle, first.name):
+        if runs is not None:
+            if (runs_BRD := runs.get(first.entry)) is not None:
+                order_I = shuffle.folded_order(_joined(scores), pattern, runs_BRD)
+        elif not isinstance(shuffle, NoShuffle):
+            together = None
+            if "gram" in shuffle.collects() and stats.tokens:
+                together = Layers(_joined(weights), stats["gram"].gram_II)
+            order_I = shuffle.order(_joined(scores), pattern, together)
+    return returned.order(shuffle, order_I, inputs.inputs, first.name)
 
 
 def _channels(stats: LayerStats, scores: list[Tensor]) -> dict[str, Tensor]:

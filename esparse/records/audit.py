@@ -30,10 +30,13 @@ from esparse.records.report import write_whole
 
 
 def pack(keep: Tensor) -> Tensor:
-    """A boolean mask as bytes on the host, its last dimension shortened to ceil(columns / 8)."""
+    """A boolean mask as bytes on the host, row by row, its last dimension shortened to ceil(columns / 8).
+
+    A mask of weights that lie transposed (GPT-2's Conv1D) may lie so too, and its bytes would; files refuse that.
+    """
     if keep.device.type == "cpu":
-        return torch.from_numpy(np.packbits(keep.numpy(), axis=-1))
-    return _packed(keep).cpu()  # an eighth of what the mask would take on its way
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=-1)).contiguous()
+    return _packed(keep).cpu().contiguous()  # an eighth of what the mask would take on its way
 
 
 def _packed(keep: Tensor) -> Tensor:

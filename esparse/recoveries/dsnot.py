@@ -14,7 +14,6 @@ Shapes: O outputs, I inputs, R rows that may still gain, G groups, M weights of 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +45,7 @@ class Dsnot(Recovery):
     threshold: float  # rows whose mean error, summed over the tokens of a sequence, is below it are left alone
     power: float  # of the input's variance, by which the weight that comes back is chosen
     # The authors skip LLaMA's `mlp`
-    skip: list[str]  # regular expressions: layers whose name one of them is found in stay as they are
+    skip: list[str]  # regular expressions: a layer stays as it is if one is found in its name, or a module's around it
 
     def __post_init__(self) -> None:
         bounds.check("recovery", self, positive=("cycles",), not_negative=("threshold", "power"))
@@ -70,9 +69,11 @@ class Dsnot(Recovery):
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         import torch
 
+        from esparse.models.layer_names import found_in
+
         grouping, stats = layer.grouping, layer.stats
         self.check(grouping.pattern)
-        if any(re.search(pattern, stats.name) for pattern in self.skip):
+        if found_in(self.skip, stats.name, 1) or found_in(self.skip, f"{stats.name}.weight", 1):
             return pruned
         moments, norm_I = stats["moments"], stats["norm"].norm_I("sequence")
         sum_I = moments.mean_I().double() * (moments.tokens / moments.sequences)

@@ -123,13 +123,16 @@ def plan(
         skeleton = shape_only(model, target)
         prefix, blocks = find_blocks(skeleton)
         check_skip({f"{prefix}.{index}": block for index, block in enumerate(blocks)}, model.skip, method.recovery)
-        groups = _groups(skeleton, blocks[0], model.skip)
+        names = [f"{prefix}.{index}" for index in range(len(blocks))]
+        pruned_of = {n: sum(p.numel() for p in _pruned(b, n, model.skip)) for n, b in zip(names, blocks, strict=True)}
+        # The first block stands for all, under the name of one of which much is pruned: a skip may name whole blocks.
+        groups = _groups(skeleton, blocks[0], max(names, key=pruned_of.__getitem__), model.skip)
         statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
     of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     weights = sum(p.nbytes for p in skeleton.parameters())
     element, longest = skeleton.dtype.itemsize, min(longest_sequence(skeleton), USUAL_LENGTH)
     hidden = skeleton.config.get_text_config().hidden_size * element
-    pruned = sum(p.numel() for i, b in enumerate(blocks) for p in _pruned(b, f"{prefix}.{i}", model.skip))
+    pruned = sum(pruned_of.values())
     length = length or longest
     at_once = (
         1
@@ -156,7 +159,7 @@ def plan(
         statistics=statistics,
         gradients=8 * max(of_blocks) // element if method.metric.gradients() == "block" else 0,
         held=inputs if _observations(method) > 1 else 0,
-        copied=max(of_blocks) if method.sequential() else 0,
+        copied=max(of_blocks) if method.sequential() and method.needs_dense_stream() else 0,
         working=at_once * of_sequence,
         logits=at_once * length * vocabulary * element + length * vocabulary * 4,
         distilled=_distilled(
@@ -299,13 +302,13 @@ def _observations(method: Method) -> int:
     return max(build(inputs=1, sequences=1, device=device).passes for build in method.collects().values())
 
 
-def _groups(skeleton: nn.Module, block: nn.Module, skip: list[str]) -> list[tuple[int, int]]:
-    """Inputs and all outputs of the layers that read one tensor, found by running the first block.
+def _groups(skeleton: nn.Module, block: nn.Module, name: str, skip: list[str]) -> list[tuple[int, int]]:
+    """Inputs and all outputs of the layers that read one tensor, found by running the first block under this name.
 
     If routing depends on values, which fake tensors lack, each layer behind it counts as a group.
     """
-    matrices = BlockMatrices(block, "block", skip)
-    layers = {name: m for name, m in block.named_modules() if f"block.{name}.weight" in matrices.parameters()}
+    matrices = BlockMatrices(block, name, skip)
+    layers = {path: m for path, m in block.named_modules() if f"{name}.{path}.weight" in matrices.parameters()}
     entered: dict[int, tuple[Tensor, list[nn.Module]]] = {}
 
     def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:

@@ -49,3 +49,12 @@ def test_a_shared_matrix_is_pruned_once_and_stored_for_all(
         esparse.save(model, None, report, tmp_path / "packed", packed=True)
     esparse.pack(model, report)
     torch.testing.assert_close(model(TOKENS_SL).logits, again(TOKENS_SL).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("update", "said"), [("sparsegpt", False), ("sparsegpt_parent", True)])
+def test_a_dense_stream_that_meets_pruned_weights_is_said(
+    update: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "esparse"):
+        esparse.prune(sharing(within=False), None, "2:4", update=update, calibration=TOKENS_SL)
+    assert ("blocks with weights of earlier ones (1, the first: model.layers.2)" in caplog.text) == said

@@ -126,6 +126,19 @@ def test_values_that_later_blocks_read_stay(how: Prepare) -> None:
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
 
 
+@pytest.mark.parametrize("how", [RotateHeads(), Equalise(power=0.5)], ids=["rotate", "equalise"])
+@pytest.mark.parametrize("shared", ["mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj"])
+def test_weights_that_another_block_has_too_stay(shared: str, how: Prepare) -> None:
+    """The block itself would compute the same, but not the other one, whose norm or values stay as they are."""
+    model = tiny("llama")
+    first, *_, last = model.model.layers
+    last.get_submodule(shared).weight = first.get_submodule(shared).weight
+    before, weight = logits(model), first.get_submodule(shared).weight.clone()
+    prepared(model, how)
+    assert torch.equal(first.get_submodule(shared).weight, weight)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
 def test_a_layer_that_stays_dense_is_not_rotated() -> None:
     model = tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -116,6 +116,15 @@ def test_of_a_block_is_the_gradient_of_its_outputs_norm(family: str, index: int)
     assert_close(got, expected)
 
 
+def test_of_a_block_whose_hidden_states_are_several_streams() -> None:
+    """Gemma 3n's have four in front of the sequences."""
+    model = tiny("gemma3n")
+    got = of_block(model, 0)
+    named = dict(blocks_of(model)[0].named_parameters(prefix="model.layers.0"))
+    assert "model.layers.0.mlp.up_proj.weight" in got
+    assert_close(got, mean_square(losses_of_block(model, 0), {name: named[name] for name in got}))
+
+
 @pytest.mark.parametrize("take", [of_model, of_block])
 def test_the_model_is_as_before(take: Callable[..., dict[str, Tensor]]) -> None:
     model = tiny("llama")

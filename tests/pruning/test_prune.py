@@ -238,6 +238,17 @@ def test_skipped_layers_stay_dense() -> None:
     assert (model.state_dict()["model.layers.1.mlp.up_proj.weight"] != 0).all()
 
 
+@pytest.mark.parametrize(
+    ("expression", "part"),
+    [("mlp$", ".mlp."), (r"layers\.1$", "layers.1."), (r"o_proj\.weight$", "o_proj"), ("^model.layers.0", "layers.0.")],
+)
+def test_a_module_that_is_skipped_stays_dense_with_all_that_is_in_it(expression: str, part: str) -> None:
+    """Also by a weight's whole name: what `check_skip` takes for a name skips something."""
+    model, pruned = run(skip=(expression,))
+    matrices = {name for name, _ in model.named_parameters() if name.endswith("proj.weight")}
+    assert set(pruned.keeps) == {name for name in matrices if part not in name} != matrices
+
+
 def test_skipping_everything_is_a_mistake() -> None:
     with pytest.raises(ValueError, match=r"no layer would be pruned: model.skip=\[''\] leaves nothing"):
         run(skip=("",))

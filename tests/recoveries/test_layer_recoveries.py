@@ -252,6 +252,8 @@ def test_dsnot_skips_layers_by_name() -> None:
     layer, pruned, _ = problem()
     assert not torch.equal(replace(DSNOT, skip=["attn"]).layer(layer, pruned).keep_OI, pruned.keep_OI)
     assert replace(DSNOT, skip=["attn", "mlp"]).layer(layer, pruned) is pruned
+    for whole in ("mlp$", r"up\.weight$"):  # a module that it lies in, its weight
+        assert replace(DSNOT, skip=[whole]).layer(layer, pruned) is pruned
 
 
 @pytest.mark.parametrize("pattern", [Columns(50), Rows(50), Tiles(50, 4, 4)], ids=str)

@@ -189,6 +189,15 @@ def test_layers_to_skip_that_are_not_there_are_a_mistake_in_a_plan_too(tmp_path:
         planned(tmp_path, PUBLISHED["llama-65b"], skip=["upproj"])
 
 
+@pytest.mark.parametrize("skip", [[r"layers\.\d+\.mlp"], ["mlp$"], ["up_proj", "gate_proj", "down_proj"]])
+def test_statistics_of_layers_to_skip_are_not_counted(skip: list[str], tmp_path: Path) -> None:
+    """By whatever part of their names; a block that is skipped as a whole has no part in it."""
+    config = PUBLISHED["llama-65b"]
+    whole, less = planned(tmp_path, config), planned(tmp_path, config, skip=["mlp"])
+    assert planned(tmp_path, config, skip=skip).statistics == less.statistics < whole.statistics
+    assert planned(tmp_path, config, skip=[*skip, r"layers\.0\."]).statistics == less.statistics
+
+
 @pytest.mark.slow
 def test_the_command_line_prints_a_plan_and_leaves_nothing(tmp_path: Path) -> None:
     args = ["model=llama-65b", "dry_run=true", f"output_root={tmp_path}/out"]  # its dtype float16 is float32 on a CPU

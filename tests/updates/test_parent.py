@@ -21,6 +21,8 @@ from esparse.pruning.method import Method
 from esparse.pruning.observation import Observation, Observed
 from esparse.pruning.prune import prune
 from esparse.records.report import Stages
+from esparse.recoveries import NoRecovery, Recovery
+from esparse.recoveries.bias import Bias
 from esparse.shuffles import NoShuffle
 from esparse.stats import CrossGram, Gram, LayerStats, StreamGram
 from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
@@ -28,6 +30,7 @@ from esparse.updates.alps import Alps
 from esparse.updates.parent import Parent
 from esparse.updates.support import Support
 from tests.models.families import tiny
+from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
 SUPPORT = Support(damp=1e-6, iterations=300, tolerance=1e-8)
@@ -154,7 +157,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 def observed(
-    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, *, sequential: bool, batch_tokens: int = 48
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    sequential: bool,
+    batch_tokens: int = 48,
+    recovery: Recovery | None = None,
 ) -> dict[str, Pair]:
     """Prunes the model; returns the Gram and cross Gram matrices that each layer's update got."""
     seen: dict[str, Pair] = {}
@@ -167,7 +175,9 @@ def observed(
     monkeypatch.setattr(Parent, "_towards", noted)
     update = Chain(first=NoUpdate(), second=SUPPORT)
     parent = towards(trust=0.5, damp=0.01, sequential=sequential, residual=0, update=update)
-    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent)
+    method = Method(
+        metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=parent, recovery=recovery or NoRecovery()
+    )
     blocks = BlockModel(model, device=CPU, batch_tokens=batch_tokens)
     assert prune(blocks, TOKENS_SL, method, stages=Stages()).pattern_holds
     return seen
@@ -178,20 +188,27 @@ LAYERS = {
     "llama": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
     "opt": ["self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"],
     "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    # Four streams of hidden states, one in front of the other
+    "gemma3n": ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
+    "ctrl": ["multi_head_attention.Wq", "multi_head_attention.dense", "ffn.0", "ffn.2"],
 }
 
 
+@pytest.mark.parametrize("recovery", [None, Bias()], ids=["alone", "bias"])
 @pytest.mark.parametrize("batch_tokens", [24, 96])
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_layer_is_observed_when_all_before_it_are_pruned(
-    family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: str, batch_tokens: int, recovery: Recovery | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then what it was shown is what it reads in the pruned model in the end, beside what it reads in the dense one."""
-    model = tiny(family)
+    """Then what it was shown is what it reads in the pruned model in the end, beside what it reads in the dense one.
+
+    The dense one is without the biases that LLaMA's layers get from a recovery.
+    """
+    model = families.build(family) if family == "ctrl" else tiny(family)
     prefix = BlockModel(model, device=CPU, batch_tokens=24).prefix
     layers = [f"{prefix}.{block}.{name}" for block in (0, 1) for name in LAYERS[family]]
     y = inputs(model, layers)
-    seen = observed(model, monkeypatch, sequential=True, batch_tokens=batch_tokens)
+    seen = observed(model, monkeypatch, sequential=True, batch_tokens=batch_tokens, recovery=recovery)
     x = inputs(model, layers)
     for name in layers:
         gram_II, cross_II = seen[name]
@@ -337,6 +354,25 @@ def test_experts_are_observed_again_together(family: str, monkeypatch: pytest.Mo
     observed(tiny(family), monkeypatch, sequential=True)
     assert 2 * 3 <= len(turns) <= 8 * 3  # of three blocks; with four experts there would be ten and more for each
     assert max(turns) >= 3
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_expert_is_no_pair_even_if_it_is_sent_all_tokens(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four experts of this model are chosen for every token: in the order of their rank, another in each stream."""
+    tokens: dict[str, tuple[int, int]] = {}
+    original = Parent._towards
+
+    def noted(self: Parent, layer: Layer) -> Layer:
+        tokens[layer.stats.name] = (layer.stats["gram"].tokens, layer.stats["cross"].tokens)
+        return original(self, layer)
+
+    monkeypatch.setattr(Parent, "_towards", noted)
+    update = towards(trust=0.5, damp=0.01, sequential=sequential, residual=0, update=SUPPORT)
+    method = Method(metric=ENTROPY, pattern=NM(2, 4), shuffle=NoShuffle(), update=update)
+    prune(BlockModel(tiny("gpt-oss"), device=CPU, batch_tokens=48), TOKENS_SL, method, stages=Stages())
+    for name, (seen, paired) in tokens.items():
+        assert seen == TOKENS_SL.numel()
+        assert paired == (0 if "experts" in name else seen), name
 
 
 def test_the_dense_block_comes_back_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
