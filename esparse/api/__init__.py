@@ -28,6 +28,7 @@ from esparse.api.calibrated import remember, warn_if_calibrated_on
 from esparse.api.method_parts import IMPLIED, option, parts_of, plain
 from esparse.api.pruning_report import Report
 from esparse.api.refusals import (
+    alone,
     as_found,
     as_usual,
     check_as_built,
@@ -221,20 +222,22 @@ def save(
     return written
 
 
+@as_usual
 def pack(model: PreTrainedModel, report: Report) -> dict[str, str]:
     """Replaces the model's layers by packed ones, in place; returns the weights that stay dense, each with the reason.
 
     The model then computes from packed weights, and can no longer be pruned or saved. Raises ValueError for a pattern
     without n:m groups, and if the weights no longer hold the pattern.
     """
-    check_model(model)
-    check_same(model, report)
-    pattern, grid = report.method.pattern, report.pruned.grid
-    if not pattern.parts() and (grid is None or str(pattern) != "dense"):
-        raise Mistake(f"only n:m patterns and quantised weights can be packed, and {pattern} is none")
-    left = pack_layers(model, report.pruned)
-    if any(matrix.expert is not None and matrix.entry not in left for matrix, _ in report.pruned.groupings):
-        model.set_experts_implementation("eager")  # other ways multiply all experts of a parameter at once
+    with alone(model):
+        check_model(model)
+        check_same(model, report)
+        pattern, grid = report.method.pattern, report.pruned.grid
+        if not pattern.parts() and (grid is None or str(pattern) != "dense"):
+            raise Mistake(f"only n:m patterns and quantised weights can be packed, and {pattern} is none")
+        left = pack_layers(model, report.pruned)
+        if any(matrix.expert is not None and matrix.entry not in left for matrix, _ in report.pruned.groupings):
+            model.set_experts_implementation("eager")  # other ways multiply all experts of a parameter at once
     return left
 
 

@@ -185,13 +185,13 @@ def as_found(model: PreTrainedModel, *, experts: bool = True) -> Iterator[None]:
 
     Restores its state on exit. A caller's autocast is off meanwhile: results must not depend on it.
     """
-    with _alone(model):
+    with alone(model):
         yield from _as_found(model, experts)
 
 
 @contextmanager
-def _alone(model: PreTrainedModel) -> Iterator[None]:
-    """Raises Mistake if another call, in another thread, works on this model: both would write to its blocks."""
+def alone(model: PreTrainedModel) -> Iterator[None]:
+    """While open, no other call works on the model; raises Mistake if one does: both would write to its blocks."""
     with _of_busy:
         if id(model) in _busy:
             raise Mistake("another call of esparse works on this model: wait for it, or give each thread its own model")

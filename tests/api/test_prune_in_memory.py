@@ -309,6 +309,9 @@ def test_a_caller_may_be_in_inference_mode() -> None:
     again = pruned(usual, metric="wanda", update="alps")
     assert all(torch.equal(keep_OI, again.keeps[name]) for name, keep_OI in report.keeps.items())
     assert measured == esparse.perplexity(usual, None, TOKENS_SL)
+    with torch.inference_mode():
+        esparse.pack(model, report)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
 
 
 @pytest.mark.slow

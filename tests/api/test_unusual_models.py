@@ -114,6 +114,7 @@ def test_a_head_of_another_size_is_not_exported(tmp_path: Path) -> None:
 
 def test_one_model_is_not_worked_on_by_two_calls_at_once() -> None:
     model, errors = tiny("llama"), []
+    report = pruned(model)
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(*_: Any) -> None:
@@ -124,14 +125,19 @@ def test_one_model_is_not_worked_on_by_two_calls_at_once() -> None:
     first = threading.Thread(target=lambda: pruned(model))
     first.start()
     assert inside.wait(60)
-    for call in (pruned, lambda model: esparse.perplexity(model, None, TOKENS_SL)):
+    calls = (
+        pruned,
+        lambda model: esparse.perplexity(model, None, TOKENS_SL),
+        lambda model: esparse.pack(model, report),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="another call of esparse works on this model") as caught:
             call(model)
         errors.append(caught)
     go_on.set()
     first.join()
     handle.remove()
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert (model.model.layers[2].mlp.up_proj.weight == 0).float().mean() == 0.5
     assert pruned(model).density == 0.5  # and the model is free again
 
