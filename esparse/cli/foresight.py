@@ -110,7 +110,7 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
-            Rows(Path(text.path), text.column, group)
+            Rows(Path(text.path), text.column, group, render=str if text.chat else None).check()
     longest = _longest(experiment.model)
     if longest is not None:
         for group, text in zip(("calibration", "evaluate"), texts, strict=True):
@@ -134,6 +134,11 @@ def _place(model: Model) -> Path:
 
 def _check_model(model: Model, *, weights: bool) -> None:
     place = _place(model)
+    if model.revision is not None and place.exists():
+        raise Mistake(
+            f"model.revision={model.revision} names a version on the hub, and model.path={model.path} is on this "
+            "machine: leave model.revision out"
+        )
     if place.is_dir():
         check_decoder(place)
         if weights:

@@ -295,7 +295,13 @@ def encoder_with_decoder(folder: Path) -> str:
     return "is an encoder with a decoder (t5): esparse prunes decoder-only models"
 
 
-FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder]  # by names alone, before torch is loaded
+def wide_text(folder: Path) -> str:
+    (folder / "text.txt").write_text("wide " * 99, encoding="utf-16")
+    return "text.txt is UTF-16 text: convert it"
+
+
+# By names, and by how files begin, before torch is loaded.
+FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder, wide_text]
 
 
 @pytest.mark.tries(2)
