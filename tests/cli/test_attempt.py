@@ -168,6 +168,19 @@ def test_two_runs_of_one_id_are_told_apart(settings: dict[str, Any]) -> None:
     assert differs({"status": "finished"}, settings) is None  # of an old version
 
 
+@pytest.mark.parametrize("left", ["", "[]", '{"status": "finished"}', "id", "sparsity"])
+def test_a_damaged_record_is_no_end(
+    left: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, record = folder_of(settings), record_of(settings)
+    folder.mkdir(parents=True)
+    without = json.dumps({key: value for key, value in record.items() if key != left})
+    (folder / "result.json").write_text(without if left in record else left)
+    monkeypatch.setattr(attempt, "_attempt", lambda *given: record)
+    assert carried_out(settings) == record
+    assert f"{folder / 'result.json'} is damaged: the run is carried out again" in caplog.messages
+
+
 def test_a_run_that_still_writes_is_left_alone(settings: dict[str, Any]) -> None:
     """Between its record and its status another call comes by."""
     folder = folder_of(settings)

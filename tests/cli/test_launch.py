@@ -160,7 +160,8 @@ def test_a_model_is_kept_only_where_the_next_run_wants_it(tmp_path: Path) -> Non
         return tmp_path / name, {"model": {"path": model}, "rerun": rerun}
 
     (tmp_path / "done").mkdir()
-    write_json(tmp_path / "done" / "result.json", {"status": "finished"})
+    whole = {"id": "a", "config": {}, "model": {}, "sparsity": {}, "quality": {}, "status": "finished"}
+    write_json(tmp_path / "done" / "result.json", whole)
     _, own = run("own")
     assert not attempt._again(own, [])
     assert attempt._again(own, [run("next")])
