@@ -62,6 +62,14 @@ def loaded(workshop: Path) -> tuple[PreTrainedModel, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
 
 
+def test_tokens_that_say_nothing_are_a_warning(
+    loaded: tuple[PreTrainedModel, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    esparse.prune(loaded[0], None, calibration=torch.full((16, 16), 7), progress=False)
+    (said,) = caplog.messages
+    assert said.startswith("the calibration has 1 different tokens among 256: it says next to nothing")
+
+
 IDLE = {"update": {"obs", "support"}, "recovery": {"variance"}}  # by whole rows
 BUSY = {"update": ["sparsegpt", "alps_parent"], "recovery": ["bias"]}
 

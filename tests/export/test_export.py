@@ -291,6 +291,16 @@ def test_without_numba_it_is_said_that_a_cpu_is_slow(
     assert ("install numba for compiled loops (pip install numba)" in caplog.text) == (not there)
 
 
+def test_a_type_without_compiled_loops_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if dtype == torch.float32 else None)
+    exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float64)
+    said = "the compiled loops are for float32 and bfloat16, on most CPUs for float16, and not for float64"
+    assert said in caplog.text and "install numba" not in caplog.text
+
+
 def test_half_precision(tmp_path: Path) -> None:
     expected, model, facts, _ = exported("llama", packed(dtype="bfloat16"), tmp_path)
     assert model.dtype == torch.bfloat16 and facts["dtype"] == "bfloat16"
