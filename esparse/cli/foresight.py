@@ -25,7 +25,7 @@ from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.layer_names import names_in_blocks
 from esparse.models.load import ASSETS, BUILTIN, Model
-from esparse.models.model_files import adapter, check_decoder, shards_of
+from esparse.models.model_files import adapter, check_config_of, shards_of
 from esparse.models.model_name import check_absent
 from esparse.parts import expressions
 from esparse.records.report import finished, run_id
@@ -140,7 +140,7 @@ def _check_model(model: Model, *, weights: bool) -> None:
             "machine: leave model.revision out"
         )
     if place.is_dir():
-        check_decoder(place)
+        check_config_of(place)
         if weights:
             shards_of(place)
         return

@@ -296,13 +296,20 @@ def encoder_with_decoder(folder: Path) -> str:
     return "is an encoder with a decoder (t5): esparse prunes decoder-only models"
 
 
+def packed_already(folder: Path) -> str:
+    config = json.loads((folder / "model" / "config.json").read_text())
+    packed = {"quantization_config": {"quant_method": "esparse"}}
+    (folder / "model" / "config.json").write_text(json.dumps(config | packed))
+    return "is packed by esparse (export=packed) and is pruned already: give the original model"
+
+
 def wide_text(folder: Path) -> str:
     (folder / "text.txt").write_text("wide " * 99, encoding="utf-16")
     return "text.txt is UTF-16 text: convert it"
 
 
 # By names, and by how files begin, before torch is loaded.
-FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder, wide_text]
+FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder, packed_already, wide_text]
 
 
 @pytest.mark.tries(2)
