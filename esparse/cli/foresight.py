@@ -47,6 +47,8 @@ def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool =
     what is not found here is then said, and no mistake.
     """
     _check_devices(experiment, queued=queued or bool(experiment.dry_run))
+    if not experiment.dry_run:
+        _check_folder(Path(experiment.output_root).expanduser() / run_id(settings))
     try:
         _check_files(experiment, settings, dry=bool(experiment.dry_run))
     except (OSError, ValueError) as error:
@@ -56,6 +58,23 @@ def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool =
         if not queued:
             raise Mistake(sentence(error)) from None
         log.warning("on this machine, which may not be the node: %s", sentence(error))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises Mistake if something else is where the run's folder or its record would be, or the record is another's."""
+    if folder.exists() and not folder.is_dir():
+        raise Mistake(
+            f"{folder} is a file, and the run's folder would have that name: move it away, or take another output_root"
+        )
+    for name in ("result.json", "owner.json", "status.json"):
+        file = folder / name
+        if file.is_dir():
+            raise Mistake(f"{file} is a folder, and a file of the run has that name: move it away")
+        if file.exists() and not os.access(file, os.R_OK):
+            raise Mistake(
+                f"{file} cannot be read by this user: ask its owner ({file.owner()}) for it, or take another "
+                "output_root"
+            )
 
 
 def check_queue(launcher: Mapping[str, Any]) -> None:
