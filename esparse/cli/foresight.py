@@ -98,6 +98,11 @@ def gpu_is_there() -> bool:
     return shutil.which("nvidia-smi") is not None or any(Path(sign).exists() for sign in SIGNS)
 
 
+def _cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_devices(experiment: Experiment, *, queued: bool) -> None:
     asked = experiment.model.devices
     kind, colon, number = asked.partition(":")
@@ -109,6 +114,11 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
         )
     if queued:
         return
+    if kind == "cpu" and experiment.model.processes > max(2, cores := _cores()):
+        raise Mistake(
+            f"model.devices={asked} asks for {number} processes, each with libraries and hidden states of its own, and "
+            f"this machine has {cores} CPU core{'s' * (cores > 1)} for them: ask for at most {max(2, cores)}"
+        )
     has_gpu = gpu_is_there()
     if kind == "cuda" and not has_gpu:
         raise Mistake(

@@ -383,6 +383,7 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["model.devices=gpu"], "got 'gpu': did you mean cuda?"),
         (["model.devices=tpu9"], "model.devices must be auto, cpu, cuda or cuda:N"),
         (["model.devices=cpu:0"], "got 'cpu:0'"),
+        (["model.devices=cpu:9999"], "model.devices=cpu:9999 asks for 9999 processes, each with libraries and hidden"),
         (["model=hf", "model.path=/nowhere/model"], "there is no directory /nowhere/model"),
         (
             ["model=hf", "model.path=nobody/nothing"],
