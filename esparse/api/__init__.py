@@ -14,6 +14,7 @@ Shapes: S sequences, W windows, L tokens.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     from esparse.recoveries import Recovery
     from esparse.shuffles import Shuffle
     from esparse.updates import Update
+
+log = logging.getLogger("esparse")
 
 __all__ = ["Report", "option", "pack", "perplexity", "prune", "register", "save"]
 
@@ -122,6 +125,9 @@ def prune(
     parts, choices = parts_of(asked, seed)
     method = Method(pattern=patterns.parse(pattern, outliers), seed=seed, **parts)
     method.check()
+    for group, why in method.idle().items():
+        if asked[group] != IMPLIED:
+            log.warning("%s=%s does nothing with the pattern %s, %s", group, choices[group], method.pattern, why)
     tokens_SL, *further = calibration_tokens(
         model,
         tokenizer,

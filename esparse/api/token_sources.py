@@ -45,7 +45,9 @@ def calibration_tokens(
     if isinstance(asked, Tensor):
         if sequences is not None or length is not None:
             raise Mistake("sequences and length are for texts, and calibration is tokens already: leave them out")
-        return [_checked_tokens(model, asked, "calibration", least=1)]
+        tokens_SL = _checked_tokens(model, asked, "calibration", least=1)
+        warn_if_poor("the calibration", tokens_SL, tokenizer)
+        return [tokens_SL]
     changes = {k: v for k, v in {"sequences": sequences, "length": length, "seed": seed}.items() if v is not None}
     text, part = _text("calibration", asked, changes)
     _check_tokenizer(tokenizer, "a text is calibrated on through a tokenizer: give one, or tokens (sequences x length)")

@@ -58,6 +58,8 @@ def carry_out(
         _plan(experiment, name)
         return None
     record = None if experiment.rerun else finished(folder)
+    if record is None and not experiment.rerun and (folder / "result.json").exists():
+        log.warning("%s is damaged: the run is carried out again", folder / "result.json")
     if record is None:
         call.again, call.place = _again(settings, to_come), place
         record = _owned_attempt(experiment, settings, sweep, run_id=run_id, name=name, folder=folder)

@@ -25,7 +25,7 @@ from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
 from esparse.models.layer_names import names_in_blocks
 from esparse.models.load import ASSETS, BUILTIN, Model
-from esparse.models.model_files import adapter, check_decoder, shards_of
+from esparse.models.model_files import adapter, check_config_of, shards_of
 from esparse.models.model_name import check_absent
 from esparse.parts import expressions
 from esparse.records.report import finished, run_id
@@ -47,6 +47,8 @@ def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool =
     what is not found here is then said, and no mistake.
     """
     _check_devices(experiment, queued=queued or bool(experiment.dry_run))
+    if not experiment.dry_run:
+        _check_folder(Path(experiment.output_root).expanduser() / run_id(settings))
     try:
         _check_files(experiment, settings, dry=bool(experiment.dry_run))
     except (OSError, ValueError) as error:
@@ -56,6 +58,23 @@ def check(experiment: Experiment, settings: Mapping[str, Any], *, queued: bool =
         if not queued:
             raise Mistake(sentence(error)) from None
         log.warning("on this machine, which may not be the node: %s", sentence(error))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises Mistake if something else is where the run's folder or its record would be, or the record is another's."""
+    if folder.exists() and not folder.is_dir():
+        raise Mistake(
+            f"{folder} is a file, and the run's folder would have that name: move it away, or take another output_root"
+        )
+    for name in ("result.json", "owner.json", "status.json"):
+        file = folder / name
+        if file.is_dir():
+            raise Mistake(f"{file} is a folder, and a file of the run has that name: move it away")
+        if file.exists() and not os.access(file, os.R_OK):
+            raise Mistake(
+                f"{file} cannot be read by this user: ask its owner ({file.owner()}) for it, or take another "
+                "output_root"
+            )
 
 
 def check_queue(launcher: Mapping[str, Any]) -> None:
@@ -79,6 +98,11 @@ def gpu_is_there() -> bool:
     return shutil.which("nvidia-smi") is not None or any(Path(sign).exists() for sign in SIGNS)
 
 
+def _cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_devices(experiment: Experiment, *, queued: bool) -> None:
     asked = experiment.model.devices
     kind, colon, number = asked.partition(":")
@@ -90,6 +114,11 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
         )
     if queued:
         return
+    if kind == "cpu" and experiment.model.processes > max(2, cores := _cores()):
+        raise Mistake(
+            f"model.devices={asked} asks for {number} processes, each with libraries and hidden states of its own, and "
+            f"this machine has {cores} CPU core{'s' * (cores > 1)} for them: ask for at most {max(2, cores)}"
+        )
     has_gpu = gpu_is_there()
     if kind == "cuda" and not has_gpu:
         raise Mistake(
@@ -110,7 +139,7 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
-            Rows(Path(text.path), text.column, group)
+            Rows(Path(text.path), text.column, group, render=str if text.chat else None).check()
     longest = _longest(experiment.model)
     if longest is not None:
         for group, text in zip(("calibration", "evaluate"), texts, strict=True):
@@ -134,8 +163,13 @@ def _place(model: Model) -> Path:
 
 def _check_model(model: Model, *, weights: bool) -> None:
     place = _place(model)
+    if model.revision is not None and place.exists():
+        raise Mistake(
+            f"model.revision={model.revision} names a version on the hub, and model.path={model.path} is on this "
+            "machine: leave model.revision out"
+        )
     if place.is_dir():
-        check_decoder(place)
+        check_config_of(place)
         if weights:
             shards_of(place)
         return

@@ -77,6 +77,8 @@ def explained(error: BaseException, words: Sequence[str]) -> str | None:
     for one in chain:
         if isinstance(one, ConfigCompositionException) and (sentence := _composition(str(one))) is not None:
             return sentence
+    if isinstance(error, ValueError) and str(error).startswith("The --resolve flag"):  # Hydra's own, of no own class
+        return "--resolve belongs to --cfg: launch.py --cfg job --resolve"
     if any(isinstance(one, HydraException | OmegaConfBaseException) for one in chain):
         return " ".join(str(chain[0]).split())
     return None

@@ -26,5 +26,5 @@ def _run(config: DictConfig) -> None:
         settings = registry.resolved(config, experiment, choices)
         remarks.check_method(choices, typed=hydras.overrides.task, file=str(hydras.job.config_name))
         foresight.check(experiment, settings)
-    remarks.say(remarks.remarks(settings, choices))
+    remarks.say(remarks.remarks(settings, choices, experiment.method()))
     carry_out(experiment, settings)

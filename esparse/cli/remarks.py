@@ -9,21 +9,19 @@ from typing import Any
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 
-from esparse import patterns
 from esparse.errors import Mistake
-from esparse.patterns import NM, Outliers
-from esparse.records.groups import METHOD_GROUPS, acts
+from esparse.pruning.method import Method
+from esparse.records.groups import METHOD_GROUPS
 
 log = logging.getLogger("esparse")
 
 
-def remarks(settings: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
+def remarks(settings: Mapping[str, Any], choices: Mapping[str, Any], method: Method) -> list[str]:
     """Sentences about one run. `settings`: resolved; `choices`: the options as Hydra chose them, `method` too."""
-    found = []
-    shuffle = settings["choices"]["shuffle"]
-    pattern = patterns.parse(settings["pattern"], settings["outliers"])
-    if acts("shuffle", shuffle) and not isinstance(pattern, NM | Outliers):
-        found.append(f"shuffle={shuffle} does nothing with pattern={settings['pattern']}, which has no groups of n:m")
+    found = [
+        f"{group}={settings['choices'][group]} does nothing with pattern={settings['pattern']}, {why}"
+        for group, why in method.idle().items()
+    ]
     if name := choices.get("method"):
         other = [f"{g}={choices[g]} in place of {o}" for g, o in parts_of(name).items() if choices[g] != o]
         if other:

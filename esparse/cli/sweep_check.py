@@ -117,4 +117,4 @@ def _composed(sweep: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], 
     settings = registry.resolved(config, experiment, choices)
     remarks.check_method(choices, typed=sweep.hydra.overrides.task, file=sweep.hydra.job.config_name)
     foresight.check(experiment, settings, queued=foresight.is_slurm(config.hydra.launcher))
-    return settings, remarks.remarks(settings, choices)
+    return settings, remarks.remarks(settings, choices, experiment.method())

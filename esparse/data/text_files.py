@@ -21,9 +21,10 @@ log = logging.getLogger("esparse")
 CHATS = ("messages", "conversations")  # usual names of columns with chats
 PIECE = 2**20  # characters that are read at a time
 LONGEST_ROW = 2**28  # most characters of a row
+GZIP = b"\x1f\x8b"
 # How files begin that are no UTF-8 text: what they are, and what to do.
 SIGNS = {
-    b"\x1f\x8b": "is packed by gzip: unpack it",
+    GZIP: "is packed by gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "is packed by zstandard: unpack it (zstd -d)",
     b"\xfd7zXZ": "is packed by xz: unpack it (xz -d)",
     b"BZh": "is packed by bzip2: unpack it (bzip2 -d)",
@@ -101,6 +102,17 @@ class Rows:
         assert self._read is not None
         return self._read(self)
 
+    def check(self) -> None:
+        """Raises as `pieces` does if the first row, or the first piece of a .txt file, shows it; reads no further."""
+        if not self.by_row:
+            next(self.pieces(), None)
+            return
+        with self.explained():
+            for number, value in self.values():
+                if not _is_empty(value):
+                    self.text(number, value)
+                    return
+
     def pieces(self) -> Iterator[str]:
         """Yields the text of the file in pieces of about PIECE characters; rows are joined by blank lines.
 
@@ -120,7 +132,7 @@ class Rows:
             skipped, held, size, is_first = 0, [], 0, True
             try:
                 for number, value in self.values():
-                    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+                    if _is_empty(value):
                         skipped += 1
                         continue
                     text = self.text(number, value)
@@ -224,6 +236,11 @@ class LongText:
         return ["".join(parts) for parts in found]
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a row has no text."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
 class _Explained:
     """A context manager that turns readers' exceptions into a sentence with the file's name."""
 
@@ -238,8 +255,12 @@ class _Explained:
             raise Mistake(f"{self.path} {what}") from error
         if isinstance(error, UnicodeDecodeError):
             raise Mistake(
-                f"{self.path} is not UTF-8 text (byte {error.start} of what was being read): convert it, for instance "
-                "with iconv"
+                f"{self.path} is not UTF-8 text{_first_wrong_line(self.path)}: convert it, for instance with iconv "
+                "(iconv -f LATIN1 -t UTF-8, if that is what it is)"
+            ) from error
+        if isinstance(error, gzip.BadGzipFile) and not _begins_as_gzip(self.path):
+            raise Mistake(
+                f"{self.path} is not packed by gzip, as its name says: if it is text, call it {self.path.name[:-3]}"
             ) from error
         if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
             raise Mistake(
@@ -247,13 +268,32 @@ class _Explained:
             ) from error
 
 
+def _begins_as_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == GZIP
+
+
 def _other_kind(path: Path) -> str:
     """What a file is that is no UTF-8 text, and what to do; empty if its beginning does not tell."""
-    with path.open("rb") as file:
+    opened: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
+    with opened(path, "rb") as file:
         begin = file.read(max(map(len, SIGNS)))
     said = next((said for sign, said in SIGNS.items() if begin.startswith(sign)), "")
     or_name = f", or name it {path.name}.gz" if "gzip" in said and path.suffix.lower() != ".txt" else ""
     return said + or_name
+
+
+def _first_wrong_line(path: Path) -> str:
+    """Where a text file stops being UTF-8, in words; empty if it is packed."""
+    if path.name.lower().endswith(".gz"):
+        return ""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f" (line {number}, byte {error.start + 1}: 0x{line[error.start]:02x})"
+    return ""
 
 
 def _json(rows: Rows) -> Iterator[tuple[int, Any]]:
@@ -279,7 +319,8 @@ def _field(rows: Rows, number: int, line: str) -> Any:
     except (RecursionError, ValueError) as cause:
         raise Mistake(f"{rows.path}, line {number}: {_too_much(cause)}") from cause
     if not isinstance(row, dict):
-        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}")
+        hint = f': write {{"{rows.column}": ...}}' if isinstance(row, str) else ""
+        raise Mistake(f"{rows.path}, line {number}: expected one JSON object a line, got a {type(row).__name__}{hint}")
     return rows.cell(f"{rows.path}, line {number}", row)
 
 

@@ -118,10 +118,10 @@ def check_ids(name: str, tokens: Tensor, embedded: int) -> None:
         )
 
 
-def warn_if_poor(name: str, tokens: Tensor, tokenizer: Tokenizer) -> None:
+def warn_if_poor(name: str, tokens: Tensor, tokenizer: Tokenizer | None) -> None:
     """Logs a warning if much of a text is unknown to the tokenizer, or if it is the same few tokens again and again."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown != tokenizer.eos_token_id and tokens.numel():
+    if tokenizer is not None and unknown is not None and unknown != tokenizer.eos_token_id and tokens.numel():
         share = float((tokens == unknown).double().mean())
         if share > UNKNOWN:
             log.warning(

@@ -32,6 +32,8 @@ log = logging.getLogger("esparse")
 
 BEAT_S = 5.0
 PATIENCE_S = 60.0
+SEEN_S = 1.0  # a file that was half written when it was read is whole by then
+UNREADABLE_S = 3 * BEAT_S  # in which a living owner writes its damaged file anew
 FENCED = 75  # exit code of a process whose run another one took over
 
 
@@ -65,6 +67,17 @@ class Owner:
             cluster=os.environ.get("SLURM_CLUSTER_NAME") if of_slurm else None,
             sweep=sweep,
             token=uuid4().hex[:12],
+        )
+
+    def is_of_right_types(self) -> bool:
+        """Whether every field holds what it should; a damaged file may be JSON all the same."""
+        words = (self.state, self.host, self.machine, self.token)
+        numbers = (self.pid, self.restarts, 0 if self.began is None else self.began)
+        names = (self.job, self.cluster, self.sweep)
+        return (
+            all(isinstance(word, str) for word in words)
+            and all(isinstance(number, int) for number in numbers)
+            and all(name is None or isinstance(name, str) for name in names)
         )
 
     def here(self) -> bool:
@@ -107,9 +120,10 @@ def _read(file: Path) -> Owner | None:
     """Fields that this version does not know, of a newer one, are left out."""
     try:
         stored = json.loads(file.read_text())
-        return Owner(**{field.name: stored[field.name] for field in fields(Owner) if field.name in stored})
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        found = Owner(**{field.name: stored[field.name] for field in fields(Owner) if field.name in stored})
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
         return None
+    return found if found.is_of_right_types() else None
 
 
 def alive(folder: Path, owner: Owner, queue: cluster.Queue) -> bool:
@@ -141,7 +155,7 @@ def give_up(folder: Path, queue: cluster.Queue) -> Owner | None:
     """
     present = read(folder)
     if present is None:
-        if _file(folder).exists() and _age_s(folder) <= PATIENCE_S:
+        if _file(folder).exists() and _age_s(folder) <= UNREADABLE_S:
             raise Busy(UNREADABLE)
     elif known_alive(folder, present, queue):
         raise Busy(present)
@@ -173,15 +187,19 @@ def owned(folder: Path, sweep: str | None = None, *, comes_back: Callable[[], bo
 
 def take(folder: Path, mine: Owner, queue: cluster.Queue) -> None:
     """Makes `mine` the owner; raises Busy if there is a living owner, and waits for one that must end first."""
-    until = time.monotonic() + 2 * PATIENCE_S
+    until = time.monotonic() + 2 * UNREADABLE_S
+    announced = False
     while True:
         if (present := read(folder)) is None and _create(folder, mine, _file(folder)):
             break
         if present is None:
-            if _age_s(folder) > PATIENCE_S:  # left half written by a file system without hard links
+            if (age_s := _age_s(folder)) > UNREADABLE_S:  # damaged, or left half written without hard links
                 _file(folder).unlink(missing_ok=True)
             elif time.monotonic() > until:  # somebody of another version touches it
                 raise Busy(UNREADABLE)
+            elif age_s > SEEN_S and not announced:
+                log.info("%s cannot be read; a living owner gets %g s to write it anew", _file(folder), UNREADABLE_S)
+                announced = True
             time.sleep(0.05)
             continue
         heir, successor = _is_heir(mine, present), _is_next_start(mine, present)
@@ -263,6 +281,8 @@ def _beat(folder: Path, mine: Owner, ended: threading.Event) -> None:
             present = read(folder)
             if present is not None and _is_heir(mine, present):
                 put(folder, mine)  # the job began before its submitter could write down its id
+            elif present is None and _file(folder).exists():
+                put(folder, mine)  # damaged: others could not know that the run has an owner
             elif present is not None and present.token != mine.token:
                 log.error("%s was taken over: it is %s; this process ends", folder, present)
                 os._exit(FENCED)

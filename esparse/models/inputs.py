@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from esparse.errors import Mistake
-from esparse.models.model_files import adapter, check_decoder_only, shards_of
+from esparse.models.model_files import DEQUANTISED, adapter, shards_of
 
 PLAIN = {"F64", "F32", "F16", "BF16"}  # dtypes of unquantised weights, by safetensors' names
-DEQUANTISED = "a pruning needs weights in 16 or 32 bits: name the original model, or save a dequantised copy first"
 
 
 def check_files(folder: Path) -> None:
@@ -34,22 +31,6 @@ def check_files(folder: Path) -> None:
             raise Mistake(
                 f"{shard} is damaged or cut short ({shard.stat().st_size:,} bytes; {error}): copy it again"
             ) from error
-
-
-def check_config(asked: str, config: Mapping[str, Any]) -> None:
-    """Raises Mistake for weights that are quantised or packed, and for an encoder with a decoder."""
-    check_decoder_only(asked, config)
-    for part in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
-        how = part.get("quantization_config") or part.get("compression_config")
-        if not how:
-            continue
-        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
-        if method == "esparse":
-            raise Mistake(
-                f"{asked} is packed by esparse (export=packed) and is pruned already: give the original model, or an "
-                "export=dense of it"
-            )
-        raise Mistake(f"{asked} is quantised ({method or 'by its config.json'}): {DEQUANTISED}")
 
 
 def check_hub(path: str, revision: str | None) -> None:

@@ -18,6 +18,8 @@ def explained(asked: str, is_local: bool, error: Exception, what: str = "model")
         )
     if isinstance(error, ImportError):
         return Mistake(f"the {what} in {asked} needs a package that is not there: {reason}")
+    if isinstance(error, LookupError | AttributeError | TypeError):  # of a reader that did not foresee what it found
+        reason += f" ({type(error).__name__} in transformers): one of its files is damaged or of another kind"
     if is_local:
         return Mistake(f"the {what} in {asked} cannot be loaded: {reason}")
     if not isinstance(error, OSError):

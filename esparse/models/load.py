@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esparse.errors import Mistake
 from esparse.models import gguf_file
 from esparse.models.library_errors import explained
-from esparse.models.model_files import VOCABULARIES, json_object
+from esparse.models.model_files import VOCABULARIES, check_config, json_object
 from esparse.parts import expressions
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def load(
 
     from esparse.models import cache
     from esparse.models.checkpoint import find
-    from esparse.models.inputs import check_config, check_files, check_hub
+    from esparse.models.inputs import check_files, check_hub
     from esparse.models.store import MemoryStore
     from esparse.parallel.ranks import Ranks
 

@@ -17,6 +17,7 @@ NAMES = (
     "pytorch_model.bin.index.json",
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+DEQUANTISED = "a pruning needs weights in 16 or 32 bits: name the original model, or save a dequantised copy first"
 POINTER = b"version https://git-lfs"
 
 
@@ -70,21 +71,37 @@ def adapter(asked: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def check_decoder(folder: Path) -> None:
-    """Raises Mistake for a local model that is an encoder with a decoder; what else is wrong is left to others."""
+def check_config_of(folder: Path) -> None:
+    """As `check_config`, of a local model; what else is wrong with its config.json is left to others."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(config, dict):
-        check_decoder_only(str(folder), config)
+        check_config(str(folder), config)
 
 
-def check_decoder_only(asked: str, config: Mapping[str, Any]) -> None:
-    """Raises Mistake if a configuration is that of an encoder with a decoder; `asked`: the model's name."""
+def check_config(asked: str, config: Mapping[str, Any]) -> None:
+    """Raises Mistake for weights that are quantised or packed, and for an encoder with a decoder.
+
+    `asked`: the model's name.
+    """
     if config.get("is_encoder_decoder") is True:
         kind = config.get("model_type") or "by its config.json"
         raise Mistake(f"{asked} is an encoder with a decoder ({kind}): esparse prunes decoder-only models")
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        if not isinstance(part, Mapping):
+            continue
+        how = part.get("quantization_config") or part.get("compression_config")
+        if not how:
+            continue
+        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+        if method == "esparse":
+            raise Mistake(
+                f"{asked} is packed by esparse (export=packed) and is pruned already: give the original model, or an "
+                "export=dense of it"
+            )
+        raise Mistake(f"{asked} is quantised ({method or 'by its config.json'}): {DEQUANTISED}")
 
 
 def _check_is_itself(file: Path) -> None:

@@ -230,6 +230,16 @@ def loops(dtype: torch.dtype) -> Any:
     return compiled if compiled is not None and compiled.takes(dtype) else None
 
 
+def without_loops(dtype: torch.dtype) -> str | None:
+    """Why there are no compiled loops for this dtype, and what to do; None: there are."""
+    if loops(dtype) is not None:
+        return None
+    if loops(torch.float32) is None:
+        return "install numba for compiled loops (pip install numba)"
+    name = str(dtype).removeprefix("torch.")
+    return f"the compiled loops are for float32 and bfloat16, on most CPUs for float16, and not for {name}"
+
+
 def with_zeros(packed: PackedMatrix, rows: slice) -> Tensor:
     """Some rows of a matrix made dense, by compiled loops if numba is installed."""
     compiled = loops(packed.values_OK.dtype) if packed.values_OK.device.type == "cpu" else None

@@ -212,7 +212,7 @@ class EsparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from esparse.models.host_memory import trim
-        from esparse.packed.layer import loops
+        from esparse.packed.layer import without_loops
         from esparse.packed.matrix import check_finite
         from esparse.patterns.order import check_order
 
@@ -232,8 +232,8 @@ class EsparseQuantizer(HfQuantizer):
             except ValueError as error:
                 raise Mistake(f"the packed layer {name} cannot be read: {error}") from error
         trim()  # memory freed by unpacking, as much as the packed weights, would stay with the process
-        if model.device.type == "cpu" and loops(model.dtype) is None:
-            log.warning("this model computes slowly on a CPU: install numba for compiled loops (pip install numba)")
+        if model.device.type == "cpu" and (way_out := without_loops(model.dtype)) is not None:
+            log.warning("this model computes slowly on a CPU: %s", way_out)
         return model
 
     def is_serializable(self) -> bool:

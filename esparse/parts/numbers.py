@@ -83,7 +83,10 @@ def alike(word: str, known: Iterable[str]) -> list[str]:
     by_small = {one.lower(): one for one in known}
     if (same := by_small.get(word.lower())) is not None:
         return [same]
-    return [by_small[small] for small in get_close_matches(word.lower(), by_small, n=3, cutoff=0.6)]
+    close = get_close_matches(word.lower(), by_small, n=3, cutoff=0.6)
+    beginnings = [small for small in close if re.match(rf"{re.escape(small)}\b", word.lower())]
+    # What the word begins with was meant: a100-80 is a100 and something, not a100-40gb.
+    return [by_small[small] for small in sorted(close, key=lambda small: small not in beginnings)]
 
 
 def settings_of(group: str, name: str, classes: Classes) -> Settings:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from esparse.allocations import Allocation, Uniform
 from esparse.errors import Mistake
 from esparse.metrics import Metric
-from esparse.patterns import Outliers, Pattern
+from esparse.patterns import NM, Outliers, Pattern
 from esparse.prepare import NoPreparation, Prepare
 from esparse.quantise import NoQuantise, Quantise
 from esparse.recoveries import NoRecovery, Recovery
-from esparse.shuffles import Shuffle
+from esparse.shuffles import NoShuffle, Shuffle
 from esparse.updates import NoUpdate, Update
 
 if TYPE_CHECKING:
@@ -57,6 +57,17 @@ class Method:
             )
         if not 0 <= self.seed < 2**31:
             raise Mistake(f"seed must be between 0 and 2147483647, got {self.seed}")
+
+    def idle(self) -> dict[str, str]:
+        """Why a part changes nothing under this pattern, as the end of a sentence, by its group."""
+        why = {}
+        if not isinstance(self.pattern, NM | Outliers) and not isinstance(self.shuffle, NoShuffle):
+            why["shuffle"] = "which has no groups of n:m"
+        if self.update.is_idle(self.pattern) and not self.quantises():
+            why["update"] = "whose kept rows keep all of their weights"
+        if self.recovery.is_idle(self.pattern):
+            why["recovery"] = "whose kept rows keep all of their weights"
+        return why
 
     def collects(self) -> dict[str, Factory]:
         from esparse.pruning.returned import statistics

@@ -161,10 +161,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
+WHOLE = {"id": str, "config": dict, "model": dict, "sparsity": dict, "quality": dict}  # what every record has
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """The record of a finished run, or None; a damaged record counts as unfinished."""
     record = read_json(folder / "result.json")
-    return record if record.get("status") == "finished" else None
+    is_whole = all(isinstance(record.get(part), kind) for part, kind in WHOLE.items())
+    return record if is_whole and record.get("status") == "finished" else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class Recovery(ABC):  # noqa: B024 - a recovery may work on any scale, so no met
         """Raises Mistake if the recovery does not fit this pattern; called before anything runs."""
         return None
 
+    def is_idle(self, pattern: Pattern) -> bool:
+        """Whether the recovery changes nothing under this pattern, whatever the weights."""
+        return False
+
     def skips(self) -> list[str]:
         """Regular expressions of layer names that it leaves alone; each must be found in one; default: none."""
         return []
@@ -132,6 +136,9 @@ class Chain(Recovery):
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)
         self.second.check(pattern)
+
+    def is_idle(self, pattern: Pattern) -> bool:
+        return self.first.is_idle(pattern) and self.second.is_idle(pattern)
 
     def sequences_at_once(self) -> int | None:
         wanted = [of.sequences_at_once() for of in (self.first, self.second)]

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
+from esparse.patterns import Rows
 from esparse.recoveries import Recovery
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from esparse.patterns import Pattern
     from esparse.updates import Layer, Solution
 
 GRANULARITIES = ("row", "layer")
@@ -33,6 +35,9 @@ class Variance(Recovery):
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
             raise Mistake(f"recovery.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+
+    def is_idle(self, pattern: Pattern) -> bool:
+        return self.granularity == "row" and isinstance(pattern, Rows)  # a kept row has the variance it had
 
     def layer(self, layer: Layer, pruned: Solution) -> Solution:
         rows = len(layer.dense_OI) if self.granularity == "row" else 1

@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, name) is not None and "" in map(str.strip, getattr(options, name).split(",")):
             what = {"corpus": "a corpus", "layer": "a layer"}.get(name, "a column")
             return stop(f"--{name} needs the name of {what}, got {getattr(options, name)!r}", 2)
+        if name in ("across", "columns") and (twice := _twice(getattr(options, name))) is not None:
+            return stop(f"--{name} names {twice} twice: once is enough", 2)
     if kind is None:
         return stop(
             f"--out {options.out}: a table ends in {', '.join(sorted(ENDINGS))} or .md, a picture in "
@@ -129,6 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop("--best marks the best of a measurement, and --pairs shows differences: leave one of them out", 2)
     if (unused := _unused(options, kind)) is not None:
         return stop(unused, 2)
+    if options.across and not options.pairs and "seed" in _names(options.across):
+        return stop(
+            "--across seed: the cells of a turned table are means over seeds, so a seed has no column of its own; "
+            "--pairs seed compares seeds, and without --across each run has a row",
+            2,
+        )
     if not options.folder.is_dir():
         return stop(f"{options.folder} is not a folder", 2)
     if kind == "png" and options.out is None:
@@ -146,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked["profile"] = options.profile
             for name in ("across", "columns"):
                 given = getattr(options, name)
-                asked[name] = [column.strip() for column in given.split(",")] if given else None
+                asked[name] = _names(given) if given else None
             if kind == "html" and vega.library() is None:
                 print(f"esparse: the page has no figures: {vega.missing()}", file=sys.stderr)
             if kind == "html":
@@ -171,6 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = {"png": "a picture", "html": "a page"}.get(kind, "a table")
         print(f"{options.out}: {what} of {len(records)} run{'s' if len(records) > 1 else ''}")
     return 0
+
+
+def _names(given: str) -> list[str]:
+    return [column.strip() for column in given.split(",")]
+
+
+def _twice(given: str | None) -> str | None:
+    """The first column that is named again."""
+    names = _names(given) if given else []
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
 def _unused(options: argparse.Namespace, kind: str) -> str | None:

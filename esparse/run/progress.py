@@ -65,6 +65,7 @@ class Progress:
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._layers: list[LayerReport] = []
         self._block = 0
+        self._stage = 0.0  # when this stage began
         self._began = 0.0  # when the first layer of this stage was done
         self._first = 0  # its block
         self._latest = 0.0  # when the first layer of the block at work was done
@@ -108,7 +109,7 @@ class Progress:
     def pruning(self) -> None:
         """The block loop begins."""
         self._begin("pruning", total=self._blocks)
-        self._began = 0.0
+        self._stage, self._began = time.monotonic(), 0.0
 
     def layer(self, block: int, layer: LayerReport) -> None:
         """A layer of that block is done."""
@@ -129,7 +130,7 @@ class Progress:
             return
         errors = [layer.relative_error for layer in self._layers if layer.relative_error is not None]
         mean = f"{sum(errors) / len(errors):.3f}" if errors else "not measured"
-        elapsed, left = time.monotonic() - self._began, 0.0
+        elapsed, left = time.monotonic() - self._stage, 0.0
         if at is not None:
             left = (self._latest - self._began) / (at - self._first) * (self._blocks - at)
         log.log(

@@ -72,6 +72,10 @@ class Update(ABC):
         """Raises Mistake if the update does not fit this pattern; called before anything runs."""
         return None
 
+    def is_idle(self, pattern: Pattern) -> bool:
+        """Whether the update changes nothing under this pattern, whatever the weights."""
+        return False
+
     def by_rows(self, pattern: Pattern) -> bool:
         """Whether rows are updated independently, so that layers with one input may be updated as one stacked layer."""
         return False
@@ -114,6 +118,9 @@ class Chain(Update):
     def check(self, pattern: Pattern) -> None:
         self.first.check(pattern)
         self.second.check(pattern)
+
+    def is_idle(self, pattern: Pattern) -> bool:
+        return self.first.is_idle(pattern) and self.second.is_idle(pattern)
 
     def by_rows(self, pattern: Pattern) -> bool:
         return self.first.by_rows(pattern) and self.second.by_rows(pattern)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.parts import bounds
+from esparse.patterns import Rows
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Obs(Update):
         from esparse.stats import Gram
 
         return {"gram": Gram}
+
+    def is_idle(self, pattern: Pattern) -> bool:
+        return self.mask == "start" and isinstance(pattern, Rows)  # no row has a pruned weight beside a kept one
 
     def by_rows(self, pattern: Pattern) -> bool:
         return self.mask == "start" or bool(pattern.parts())

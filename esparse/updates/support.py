@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esparse.parts import bounds
+from esparse.patterns import Rows
 from esparse.updates import Layer, Solution, Update
 
 if TYPE_CHECKING:
+    from esparse.patterns import Pattern
     from esparse.stats import Factory
 
 
@@ -32,6 +34,9 @@ class Support(Update):
         from esparse.stats import Gram
 
         return {"gram": Gram}
+
+    def is_idle(self, pattern: Pattern) -> bool:
+        return isinstance(pattern, Rows)  # a kept row has its least error already, which is none
 
     def apply(self, layer: Layer, start: Solution) -> Solution:
         from esparse.linalg import damped, solve_on_support

@@ -62,6 +62,46 @@ def loaded(workshop: Path) -> tuple[PreTrainedModel, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
 
 
+def test_tokens_that_say_nothing_are_a_warning(
+    loaded: tuple[PreTrainedModel, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    esparse.prune(loaded[0], None, calibration=torch.full((16, 16), 7), progress=False)
+    (said,) = caplog.messages
+    assert said.startswith("the calibration has 1 different tokens among 256: it says next to nothing")
+
+
+IDLE = {"update": {"obs", "support"}, "recovery": {"variance"}}  # by whole rows
+BUSY = {"update": ["sparsegpt", "alps_parent"], "recovery": ["bias"]}
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in IDLE for name in [*sorted(IDLE[group]), *BUSY[group]]]
+)
+def test_what_changes_nothing_with_whole_rows_is_said(
+    group: str, name: str, loaded: tuple[PreTrainedModel, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def weights(**how: Any) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(loaded[0])
+        esparse.prune(
+            model, None, "50%@rows", calibration=TOKENS_SL, metric="wanda", progress=False, **({"shuffle": None} | how)
+        )
+        return model.state_dict()
+
+    plain, changed = weights(), weights(**{group: name})
+    same = plain.keys() == changed.keys() and all(torch.equal(plain[key], changed[key]) for key in plain)
+    said = f"{group}={name} does nothing with the pattern 50%@rows, whose kept rows keep all of their weights"
+    assert same == (name in IDLE[group]) == (said in caplog.messages)
+
+
+def test_a_shuffle_that_was_asked_for_and_changes_nothing_is_said(
+    loaded: tuple[PreTrainedModel, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    esparse.prune(loaded[0], None, "50%", calibration=TOKENS_SL, progress=False)  # its shuffle is the metric's
+    assert not caplog.messages
+    esparse.prune(copy.deepcopy(loaded[0]), None, "60%", calibration=TOKENS_SL, shuffle="gns", progress=False)
+    assert "shuffle=gns does nothing with the pattern 60%, which has no groups of n:m" in caplog.messages
+
+
 def test_importing_esparse_is_quick_and_loads_no_torch() -> None:
     code = "import time; t = time.process_time(); import esparse, sys; print(time.process_time() - t); "
     code += "assert not {'torch', 'transformers', 'hydra', 'yaml'} & set(sys.modules); esparse.__dir__()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from esparse.cli import attempt, registry, sweep_check
+from esparse.cli import attempt, foresight, registry, sweep_check
 from esparse.cli.call import FINISHED, Call, call
 from esparse.cli.earlier import differs
 from esparse.cli.help_text import store_not_copied
@@ -166,6 +167,36 @@ def test_two_runs_of_one_id_are_told_apart(settings: dict[str, Any]) -> None:
     assert differs(record_of(settings | {"rerun": True, "output_root": "x"}), settings) is None
     settings["evaluate"] |= {"corpora": ["text"]}
     assert differs({"status": "finished"}, settings) is None  # of an old version
+
+
+@pytest.mark.parametrize("left", ["", "[]", '{"status": "finished"}', "id", "sparsity"])
+def test_a_damaged_record_is_no_end(
+    left: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, record = folder_of(settings), record_of(settings)
+    folder.mkdir(parents=True)
+    without = json.dumps({key: value for key, value in record.items() if key != left})
+    (folder / "result.json").write_text(without if left in record else left)
+    monkeypatch.setattr(attempt, "_attempt", lambda *given: record)
+    assert carried_out(settings) == record
+    assert f"{folder / 'result.json'} is damaged: the run is carried out again" in caplog.messages
+
+
+def test_what_is_in_the_way_of_a_run_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, experiment = folder_of(settings), registry.rebuilt(settings)
+    foresight.check(experiment, settings)
+    (folder / "owner.json").mkdir(parents=True)
+    with pytest.raises(Mistake, match=r"owner\.json is a folder, and a file of the run has that name: move it away"):
+        foresight.check(experiment, settings)
+    (folder / "owner.json").rmdir()
+    (folder / "result.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("result.json"))  # root reads all
+    with pytest.raises(Mistake, match=r"result\.json cannot be read by this user: ask its owner \("):
+        foresight.check(experiment, settings)
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(Mistake, match=f"{folder.name} is a file, and the run's folder would have that name"):
+        foresight.check(experiment, settings)
 
 
 def test_a_run_that_still_writes_is_left_alone(settings: dict[str, Any]) -> None:

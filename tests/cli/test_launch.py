@@ -160,7 +160,8 @@ def test_a_model_is_kept_only_where_the_next_run_wants_it(tmp_path: Path) -> Non
         return tmp_path / name, {"model": {"path": model}, "rerun": rerun}
 
     (tmp_path / "done").mkdir()
-    write_json(tmp_path / "done" / "result.json", {"status": "finished"})
+    whole = {"id": "a", "config": {}, "model": {}, "sparsity": {}, "quality": {}, "status": "finished"}
+    write_json(tmp_path / "done" / "result.json", whole)
     _, own = run("own")
     assert not attempt._again(own, [])
     assert attempt._again(own, [run("next")])
@@ -295,7 +296,20 @@ def encoder_with_decoder(folder: Path) -> str:
     return "is an encoder with a decoder (t5): esparse prunes decoder-only models"
 
 
-FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder]  # by names alone, before torch is loaded
+def packed_already(folder: Path) -> str:
+    config = json.loads((folder / "model" / "config.json").read_text())
+    packed = {"quantization_config": {"quant_method": "esparse"}}
+    (folder / "model" / "config.json").write_text(json.dumps(config | packed))
+    return "is packed by esparse (export=packed) and is pruned already: give the original model"
+
+
+def wide_text(folder: Path) -> str:
+    (folder / "text.txt").write_text("wide " * 99, encoding="utf-16")
+    return "text.txt is UTF-16 text: convert it"
+
+
+# By names, and by how files begin, before torch is loaded.
+FORESEEN = [lost_shard, no_weights, no_config, no_text, encoder_with_decoder, packed_already, wide_text]
 
 
 @pytest.mark.tries(2)
@@ -369,6 +383,7 @@ def test_a_gpu_that_is_not_there(word: str, said: str) -> None:
         (["model.devices=gpu"], "got 'gpu': did you mean cuda?"),
         (["model.devices=tpu9"], "model.devices must be auto, cpu, cuda or cuda:N"),
         (["model.devices=cpu:0"], "got 'cpu:0'"),
+        (["model.devices=cpu:9999"], "model.devices=cpu:9999 asks for 9999 processes, each with libraries and hidden"),
         (["model=hf", "model.path=/nowhere/model"], "there is no directory /nowhere/model"),
         (
             ["model=hf", "model.path=nobody/nothing"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
@@ -38,15 +39,16 @@ def test_parquet_gives_a_text_a_row(tmp_path):
 
 
 WRONG = {
-    "not UTF-8 text": ("a.txt", b"gr\xfc\xdfe"),
-    "not UTF-8": ("b.jsonl", b'{"text": "gr\xfc\xdfe"}'),
+    r"is not UTF-8 text \(line 1, byte 3: 0xfc\): convert it": ("a.txt", b"gr\xfc\xdfe"),
+    r"not UTF-8 text \(line 9002, byte 13: 0xfc\)": ("b.jsonl", b'{"text": ""}\n' * 9001 + b'{"text": "gr\xfc\xdfe"}'),
+    "b.jsonl.gz is not UTF-8 text: convert it": ("b.jsonl.gz", gzip.compress(b'{"text": "gr\xfc\xdfe"}')),
     "ends in one of .txt, .jsonl, .*parquet, got a.docx: convert": ("a.docx", b""),
     "line 2: expected a column 'text', found 'body', 'n'; set calibration.column=": (
         "c.jsonl",
         b'{"text": "x"}\n{"body": "x", "n": 1}',
     ),
     "line 2: expected one JSON object a line, but Expecting": ("d.jsonl", b'{"text": "x"}\n{"text": '),
-    "line 1: expected one JSON object a line, got a str": ("e.json", b'"x"'),
+    "line 1: expected one JSON object a line, got a str: write {.text.: ...}": ("e.json", b'"x"'),
     "row 2: expected a JSON array of rows, but Expecting": ("k.json", b'[{"text": "x"}, {"text": '),
     "row 2: expected an object or a text, got a int": ("l.json", b'[{"text": "x"}, 7]'),
     "row 1: expected a column 'text', found 'body'": ("m.json", b'[{"body": "x"}]'),
@@ -54,7 +56,7 @@ WRONG = {
     "row 1: expected text in column 'text', got a value of type NoneType": ("f.jsonl", b'{"text": null}'),
     "row 1: the text holds half a surrogate pair": ("g.jsonl", b'{"text": "\\ud800"}'),
     "can not be read as parquet": ("h.parquet", b"not parquet at all"),
-    "i.json.gz can not be unpacked": ("i.json.gz", b"not gzip"),
+    "i.json.gz is not packed by gzip, as its name says: if it is text, call it i.json": ("i.json.gz", b"not gzip"),
     "j.json.gz can not be unpacked": ("j.json.gz", gzip.compress(b'{"text": "abc"}' * 99)[:-20]),
 }
 
@@ -224,6 +226,25 @@ def test_a_row_that_is_no_chat_of_text_is_refused(tmp_path, chat, said):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
     with pytest.raises(Mistake, match=re.escape(said)):
         list(Rows(tmp_path / "a.jsonl", "messages", render=str).pieces())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": null}\n{"Text": "x"}', "line 2: expected a column 'text', found 'Text'"),
+        ("a.jsonl", b'{"text": ["x"]}', "row 1: expected text in column 'text', got a value of type list"),
+        ("a.txt", "words".encode("utf-16"), "is UTF-16 text"),
+        ("a.json.gz", b'{"text": "x"}', "is not packed by gzip"),
+        ("a.parquet", b"PAR1", "can not be read as parquet"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}', ""),  # which takes reading all of it
+    ],
+)
+def test_the_first_row_shows_most_mistakes(tmp_path, name, content, said, caplog):
+    (tmp_path / name).write_bytes(content)
+    rows = Rows(tmp_path / name, "text")
+    with pytest.raises(Mistake, match=re.escape(said)) if said else contextlib.nullcontext():
+        rows.check()
+    assert not caplog.messages  # skipped rows are counted once all are read
 
 
 def test_a_text_has_no_chats(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import esparse
 from esparse import option, patterns
 from esparse.evaluate.perplexity import window_losses
 from esparse.export import Export, Finished, card, writer
@@ -157,6 +158,17 @@ def test_experts_are_computed_one_by_one_however_one_loads(family: str, tmp_path
     assert model.get_submodule(name).packed(1).outlier_values_OS is not None
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_in_16_bits_packed_experts_are_what_dense_ones_are_one_by_one(family: str, tmp_path: Path) -> None:
+    """Multiplied together (grouped_mm) they round otherwise, and a router on the border then takes other experts."""
+    model = tiny(family).to(torch.bfloat16)
+    report = esparse.prune(model, None, "2:4", shuffle=None, calibration=TOKENS_SL, progress=False)
+    esparse.save(model, None, report, tmp_path / "export", packed=True)
+    packed_model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto").eval()
+    model.eval().set_experts_implementation("eager")
+    torch.testing.assert_close(logits(packed_model), logits(model), rtol=1e-2, atol=1e-2)
+
+
 def test_experts_that_stay_dense_are_named_with_their_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected, model, facts, of = exported("mixtral", packed(), tmp_path, asked=("2:4", "4:16"))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
@@ -277,6 +289,16 @@ def test_without_numba_it_is_said_that_a_cpu_is_slow(
     monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if there else None)
     exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
     assert ("install numba for compiled loops (pip install numba)" in caplog.text) == (not there)
+
+
+def test_a_type_without_compiled_loops_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed_layer, "loops", lambda dtype: pytest if dtype == torch.float32 else None)
+    exported("gpt2", packed(), tmp_path, shuffle=NoShuffle())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float64)
+    said = "the compiled loops are for float32 and bfloat16, on most CPUs for float16, and not for float64"
+    assert said in caplog.text and "install numba" not in caplog.text
 
 
 def test_half_precision(tmp_path: Path) -> None:

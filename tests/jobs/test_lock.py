@@ -231,13 +231,49 @@ def test_the_next_start_of_a_job_gives_the_lost_one_time(tmp_path: Path, monkeyp
     assert time.monotonic() - begun >= 0.3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"half',
+        "",
+        "[]",
+        "7",
+        '{"state": "running", "host": "far", "machine": "m", "pid": "many", "began": null}',
+        '{"state": "queued", "host": "far", "machine": "m", "pid": 1, "began": null, "job": 4711}',
+        "[" * 100_000,
+    ],
+    ids=["half", "empty", "list", "number", "words for numbers", "numbers for words", "deep"],
+)
 def test_a_file_that_is_no_owner_is_waited_for_and_then_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
-    (tmp_path / "owner.json").write_text('{"half')
+    monkeypatch.setattr(lock, "UNREADABLE_S", 0.2)
+    (tmp_path / "owner.json").write_text(text)
     take(tmp_path, mine := Owner.this_process("running"), NOBODY)
     assert read(tmp_path) == mine
+
+
+def test_a_damaged_file_costs_seconds_and_a_sentence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="esparse")
+    (tmp_path / "owner.json").write_text("")
+    touched = time.time() - 13  # no living owner touches it: it does so every 5 s
+    os.utime(tmp_path / "owner.json", (touched, touched))
+    begun = time.monotonic()
+    take(tmp_path, Owner.this_process("running"), NOBODY)
+    assert time.monotonic() - begun < 10
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'owner.json'} cannot be read; a living owner gets 15 s to write it anew"
+    ]
+
+
+def test_a_living_owner_mends_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    with owned(tmp_path) as mine:
+        (tmp_path / "owner.json").write_text("")
+        until = time.monotonic() + 10
+        while read(tmp_path) is None and time.monotonic() < until:
+            time.sleep(0.02)
+        assert read(tmp_path) == mine
 
 
 def test_an_owner_of_a_newer_version_is_one(tmp_path: Path) -> None:
@@ -253,7 +289,7 @@ def test_a_living_owner_that_cannot_be_read_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "owner.json").write_text('{"of": "another world"}')
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(lock, "UNREADABLE_S", 0.2)
     monkeypatch.setattr(lock, "_age_s", lambda path: 0.0)  # somebody touches it
     with pytest.raises(Busy, match="does not name"):
         take(tmp_path, Owner.this_process("running"), NOBODY)

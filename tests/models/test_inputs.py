@@ -228,7 +228,9 @@ WRONG: dict[str, Callable[[Path], Any]] = {
         (f / "model.safetensors").read_bytes()[:-9]
     ),
     "FOLDER has no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json": without_tokenizer,
-    "the tokenizer in FOLDER cannot be loaded": lambda f: (f / "tokenizer.json").write_text("{}"),
+    "the tokenizer in FOLDER cannot be loaded: 'added_tokens' (KeyError in transformers): one": lambda f: (
+        f / "tokenizer.json"
+    ).write_text("{}"),
     "_tokens.weight is [96, 32] in the checkpoint FOLDER, and [90, 32] by its config.json: one of": lambda f: edit(
         f, vocab_size=90
     ),
