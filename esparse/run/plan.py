@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ def plan(
         pruned_of = {n: sum(p.numel() for p in _pruned(b, n, model.skip)) for n, b in zip(names, blocks, strict=True)}
         # The first block stands for all, under the name of one of which much is pruned: a skip may name whole blocks.
         groups = _groups(skeleton, blocks[0], max(names, key=pruned_of.__getitem__), model.skip)
-        statistics = sum(_statistics(method, width, sequences) for width, _ in groups)
+        stream = skeleton.config.get_text_config().hidden_size
+        statistics = sum(_statistics(method, *group, stream, sequences) for group in groups)
     of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     weights = sum(p.nbytes for p in skeleton.parameters())
     element, longest = skeleton.dtype.itemsize, min(longest_sequence(skeleton), USUAL_LENGTH)
@@ -346,10 +348,17 @@ def _pruned(block: nn.Module, name: str, skip: list[str]) -> list[nn.Parameter]:
     return list(BlockMatrices(block, name, skip).parameters().values())
 
 
-def _statistics(method: Method, width: int, sequences: int) -> int:
-    """The bytes of one input group's statistics, with room for the samples that they will take."""
+def _statistics(method: Method, width: int, outputs: int, stream: int, sequences: int) -> int:
+    """The bytes of one input group's statistics, with room for the samples that they will take.
+
+    Layers as wide as the residual stream (`stream`) are taken to add to it.
+    """
     total = 0
-    for build in method.collects().values():
+    for name, build in method.collects().items():
+        if name == "stream":
+            if outputs != stream:
+                continue
+            build = partial(build, outputs=outputs)
         statistic = build(inputs=width, sequences=sequences, device=torch.device("meta"))
         total += sum(value.nbytes for value in vars(statistic).values() if isinstance(value, Tensor))
         total += getattr(statistic, "most", 0) * width * 4

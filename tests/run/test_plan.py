@@ -102,6 +102,13 @@ def test_layers_that_are_observed_again_take_passes_and_a_dense_copy(tmp_path: P
     more = again.peaks()["prune a block"][0] - once.peaks()["prune a block"][0]
     assert more == again.copied == again.largest_block
     assert once.copied == 0
+    stream = planned(
+        tmp_path,
+        PUBLISHED["bloom-176b"],
+        replace(METHOD, update=Parent(trust=0.5, damp=0.01, sequential=True, residual=0.25, update=NoUpdate())),
+    )
+    width = 14336  # of BLOOM's stream: a float32 for each pair of it and of what o_proj and down_proj read
+    assert stream.statistics - again.statistics == 4 * width * (width + 4 * width)
 
 
 @pytest.mark.tries(1)
