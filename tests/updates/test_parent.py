@@ -314,6 +314,24 @@ def test_what_the_stream_behind_a_layer_lacks(family: str, batch_tokens: int, mo
         torch.testing.assert_close(lost[name], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+class Twice(torch.nn.Module):
+    """Adds one layer's output twice, and another's once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_BLH: Tensor) -> Tensor:
+        return hidden_BLH + self.twice(hidden_BLH) + self.twice(hidden_BLH + 1) + self.once(hidden_BLH)
+
+
+def test_a_layer_that_is_called_twice_has_no_stream_behind_it() -> None:
+    torch.manual_seed(0)
+    block, hidden_BLH = Twice(), torch.randn(2, 5, 8)
+    found = residual_stream.find(block, dict(block.named_children()), hidden_BLH, lambda: block(hidden_BLH))
+    assert found == {"once": residual_stream.Behind(None, pytest.approx(1.0, abs=1e-5))}
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
 def test_a_layer_whose_output_is_normalised_before_it_is_added_has_its_own_outputs_target(family: str) -> None:
     blocks = BlockModel(tiny(family), device=CPU, batch_tokens=96)
