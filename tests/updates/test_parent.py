@@ -327,7 +327,7 @@ class Twice(torch.nn.Module):
 
 def test_a_layer_that_is_called_twice_has_no_stream_behind_it() -> None:
     torch.manual_seed(0)
-    block, hidden_BLH = Twice(), torch.randn(2, 5, 8)
+    block, hidden_BLH = Twice().requires_grad_(False), torch.randn(2, 5, 8)
     found = residual_stream.find(block, dict(block.named_children()), hidden_BLH, lambda: block(hidden_BLH))
     assert found == {"once": residual_stream.Behind(None, pytest.approx(1.0, abs=1e-5))}
 
