@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from esparse.errors import Mistake
 from esparse.linalg import inverse_times
@@ -29,7 +30,7 @@ from esparse.updates import Chain, Layer, NoUpdate, Solution, Update
 from esparse.updates.alps import Alps
 from esparse.updates.parent import Parent
 from esparse.updates.support import Support
-from tests.models.families import tiny
+from tests.models.families import FAMILIES, tiny
 from tests.models.test_forward_check import families
 
 CPU = torch.device("cpu")
@@ -330,6 +331,18 @@ def test_a_layer_that_is_called_twice_has_no_stream_behind_it() -> None:
     block, hidden_BLH = Twice().requires_grad_(False), torch.randn(2, 5, 8)
     found = residual_stream.find(block, dict(block.named_children()), hidden_BLH, lambda: block(hidden_BLH))
     assert found == {"once": residual_stream.Behind(None, pytest.approx(1.0, abs=1e-5))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_output_projections_add_to_the_stream(family: str) -> None:
+    blocks = BlockModel(tiny(family), device=CPU, batch_tokens=96)
+    activations = Activations(blocks, TOKENS_SL)
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = {name: layer for name, layer in blocks.blocks[0].named_modules() if isinstance(layer, kinds)}
+    found = residual_stream.find(blocks.blocks[0], layers, activations.hidden[0], lambda: activations.run(0, 0))
+    last = {name.rpartition(".")[2] for name in found}
+    assert last <= {"o_proj", "out_proj", "down_proj", "fc2", "dense", "dense_4h_to_h", "c_proj"}
+    assert bool(found) == (family not in ("gemma2", "gemma3"))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
