@@ -219,13 +219,14 @@ def test_classes_of_one_name_are_told_apart(here: None) -> None:
 
 
 def test_contributing_says_all_the_places_of_a_metric() -> None:
-    """`fisher` stands in no other file than those that CONTRIBUTING.md lists, and in each of them."""
+    """`fisher` stands in no other file than those that CONTRIBUTING.md lists, and in each of them; measurements may name it anywhere."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (listed,) = re.findall(r"^A new metric `NAME` has (\d+) places:\n\n((?:- .*\n)+)", text, flags=re.M)
     files = re.findall(r"^- `([^`]+)`", listed[1], flags=re.M)
     assert int(listed[0]) == len(files)
     said = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     product = [name for name in said.split("\0") if re.match(r"(conf|docs|esparse|hydra_plugins)/|[^/]+$", name)]
-    found = {n for n in product if (ROOT / n).is_file() and n.endswith((".py", ".yaml", ".md")) and n != "CHANGELOG.md"}
+    product = [name for name in product if name not in {"CHANGELOG.md", "README.md", "docs/results.md"}]
+    found = {n for n in product if (ROOT / n).is_file() and n.endswith((".py", ".yaml", ".md"))}
     found = {name for name in found if re.search("fisher", (ROOT / name).read_text(), flags=re.I)}
     assert found - {"CONTRIBUTING.md"} == {file.replace("NAME", "fisher") for file in files}
