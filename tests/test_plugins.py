@@ -219,7 +219,10 @@ def test_classes_of_one_name_are_told_apart(here: None) -> None:
 
 
 def test_contributing_says_all_the_places_of_a_metric() -> None:
-    """`fisher` stands in no other file than those that CONTRIBUTING.md lists, and in each of them; measurements may name it anywhere."""
+    """`fisher` stands in no other file than those that CONTRIBUTING.md lists, and in each of them.
+
+    README, results and changes may name any metric.
+    """
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (listed,) = re.findall(r"^A new metric `NAME` has (\d+) places:\n\n((?:- .*\n)+)", text, flags=re.M)
     files = re.findall(r"^- `([^`]+)`", listed[1], flags=re.M)

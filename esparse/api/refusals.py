@@ -25,6 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FEW = 32  # tokens on which a model is tried
+UNDERFLOW = 0.01
 _busy: set[int] = set()  # the models that calls work on, by their ids
 _of_busy = threading.Lock()
 
@@ -105,20 +106,31 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def check_same(model: nn.Module, report: Report) -> None:
-    """Raises Mistake if the report belongs to another model, or if pruned weights are no longer zero."""
+    """Raises Mistake if the report belongs to another model, or to another pruning of it.
+
+    Zeros among the kept weights are allowed up to a share of `UNDERFLOW`: a cast to 16 bits makes some.
+    """
     if not isinstance(report, Report):
         raise Mistake(f"report must be what esparse.prune returned for this model, got {report!r:.60}")
     parameters = dict(model.named_parameters(remove_duplicate=False))  # blocks may share some
+    nonzeros = 0
     for matrix, _ in report.pruned.groupings:
         parameter = parameters.get(matrix.entry)
         if parameter is None or parameter.shape != matrix.parameter.shape:
             raise Mistake(f"the report is of another model: this one has no {matrix.entry} of its shape")
         keep_OI = report.pruned.keeps.of(matrix.entry, matrix.expert)
-        if bool((matrix.part_of(parameter.data).ne(0).cpu() & ~keep_OI).any()):
+        nonzero_OI = matrix.part_of(parameter.data).ne(0).cpu()
+        nonzeros += int(nonzero_OI.sum())
+        if bool((nonzero_OI & ~keep_OI).any()):
             raise Mistake(
                 f"{matrix.name} has weights that were pruned according to the report: the model was changed or pruned "
                 "again since, and a later report may fit"
             )
+    if nonzeros < (1 - UNDERFLOW) * report.pruned.kept:
+        raise Mistake(
+            f"the report counts {report.pruned.kept:,} nonzeros, and the model has {nonzeros:,} in these layers: the "
+            "model was changed or pruned again since, and a later report may fit"
+        )
 
 
 def check_runs(model: PreTrainedModel, tokens_SL: Tensor) -> None:

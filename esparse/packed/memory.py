@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
-    """The models by the last parts of their names; by their whole names where two end alike."""
-    last = [name.rstrip("/").rpartition("/")[2] for name in dict.fromkeys(models)]
+    """The models by the last parts of their names, those of config.json by their folders'; whole if two end alike."""
+    folders = [name.removesuffix("/config.json").rstrip("/") for name in dict.fromkeys(models)]
+    last = [name.rpartition("/")[2] for name in folders]
     pairs = zip(last, dict.fromkeys(models), strict=True)
     return {short if last.count(short) == 1 else name: name for short, name in pairs}
 

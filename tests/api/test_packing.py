@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,23 @@ def test_what_was_changed_since_it_was_rounded_is_refused() -> None:
     next(model.get_parameter(name) for name in report.keeps).data *= 1.01
     with pytest.raises(ValueError, match=r"do not lie on the grid of 8 bits.*changed since it was pruned"):
         esparse.pack(model, report)
+
+
+@pytest.mark.parametrize(
+    "use", [esparse.pack, partial(esparse.save, tokenizer=None, folder="model")], ids=["pack", "save"]
+)
+def test_an_older_report_of_a_model_that_was_pruned_further_is_refused(
+    use: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second masks lie inside the first ones, so that no weight of the older report has come back."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny("llama")
+    older = esparse.prune(model, None, "4:8", metric="magnitude", calibration=TOKENS_SL)
+    newer = esparse.prune(model, None, "2:8", metric="magnitude", calibration=TOKENS_SL)
+    with pytest.raises(ValueError, match=r"nonzeros, and the model has [\d,]+ in .* a later report may fit"):
+        use(model=model, report=older)
+    assert not (tmp_path / "model").exists()
+    use(model=model, report=newer)
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_mistakes(
     assert words in capsys.readouterr().err
 
 
+def test_a_row_has_the_name_of_the_models_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    tiny("llama").config.save_pretrained(folder)
+    assert main([str(folder)]) == main([f"{folder}/"]) == main([str(folder / "config.json")]) == 0
+    assert capsys.readouterr().out.count("| mine | 2:4 |") == 3
+
+
 def test_help_comes_before_torch() -> None:
     code = (
         "import sys, runpy, atexit; sys.argv = ['memory', '--help']\n"
