@@ -78,7 +78,7 @@ def prune(
     tokenizer: Tokenizer | None,
     pattern: str = "2:4",
     *,
-    metric: str | Metric = "entropy",
+    metric: str | Metric = "sparsegpt",
     shuffle: str | Shuffle | None = IMPLIED,
     update: str | Update | None = IMPLIED,
     recovery: str | Recovery | None = "none",
