@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from esparse.export.writer import Precision
@@ -159,13 +160,13 @@ class Packed(ToFolder):
         precision: Precision,
     ) -> dict[str, Tensor]:
         """One file's tensors, packed; `contents` takes notes of what was packed."""
-        from esparse.export.writer import cast, on_disk
+        from esparse.export.writer import on_disk
 
         packed: dict[str, Tensor] = {}
         for name in (name for name in tensors if name in matrices):
             matrix, pattern = matrices[name]
             layer = name.removesuffix(".weight")
-            stored = cast(plan.stored(name, tensors[name]), precision(name), name)
+            stored = _stored(plan.stored(name, tensors[name]), precision(name), run.pruned, matrix)
             stored_OI = stored.T.contiguous() if matrix.transposed else stored
             of_layer = tensors_of(stored_OI, pattern, run.pruned, matrix, plan.rows.get(name))
             packed |= {f"{layer}.{ending}": value for ending, value in of_layer.items()}
@@ -184,6 +185,17 @@ class Packed(ToFolder):
             contents.absorbed += plan.absorbed
         rest = {name: plan.stored(name, value) for name, value in tensors.items() if name not in matrices}
         return packed | on_disk(run, rest, precision)
+
+
+def _stored(value: Tensor, dtype: torch.dtype, pruned: Pruned, matrix: Matrix) -> Tensor:
+    """A matrix's values on the host, in the export's precision; of a rounded one, whose codes have none, in their own.
+
+    Rounded again, to the export's precision, they would not be what codes and scales give in it.
+    """
+    from esparse.export.writer import cast
+
+    stored = cast(value, dtype, matrix.entry)  # or refused, since that precision cannot hold it
+    return cast(value, value.dtype, matrix.entry) if f"scale/{matrix.entry}" in pruned.grids else stored
 
 
 def tensors_of(
@@ -223,8 +235,6 @@ def _experts(
     """The experts among one file's tensors, packed one by one; `contents` takes notes of them."""
     import torch
 
-    from esparse.export.writer import cast
-
     packed: dict[str, Tensor] = {}
     for name in (name for name in tensors if name in stacks):
         first, of_first = stacks[name][0]
@@ -236,7 +246,7 @@ def _experts(
         of_each = []
         for matrix, grouping in stacks[name]:
             ordered_OI = grouping.ordered(matrix.part_of(tensors[name]))
-            stored_OI = cast(ordered_OI, precision(name), name).contiguous()
+            stored_OI = _stored(ordered_OI, precision(name), pruned, matrix).contiguous()
             order = {} if grouping.order_I is None else {"order": grouping.order_I.cpu().int()}
             of_each.append(tensors_of(stored_OI, pattern, pruned, matrix) | order)
         packed |= {f"{name}.{ending}": torch.stack([one[ending] for one in of_each]) for ending in of_each[0]}

@@ -1,6 +1,6 @@
 """Metrics: score weights, as pure functions of a weight matrix and its input's statistics.
 
-A metric is one file, one dataclass and one line in esparse/cli/registry.py. Files in this folder import torch only
+A metric is one file, one dataclass and one line in esparse/records/groups.py. Files in this folder import torch only
 inside their methods, so that the command line answers before torch is loaded.
 """
 

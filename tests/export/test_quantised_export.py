@@ -70,6 +70,22 @@ def test_what_is_loaded_is_what_was_pruned(
     assert "transformers loads it after import esparse" in card and "vLLM" not in card
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(("own", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float32")])
+def test_codes_are_exported_in_another_precision(tmp_path: Path, family: str, own: str, dtype: str) -> None:
+    model = tiny(family).to(getattr(torch, own))
+    parts = {"quantise": esparse.option("quantise", "int4", group=16), "update": "sparsegpt"}
+    report = esparse.prune(model, None, "2:4", calibration=TOKENS_SL, shuffle=None, progress=False, **parts)
+    out = esparse.save(model, None, report, tmp_path / "packed", packed=True, dtype=dtype)
+    assert out["dtype"] == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert loaded.dtype == getattr(torch, dtype)
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert layers
+    for name, layer in layers.items():  # what the model computed with is the same values, rounded to its precision
+        assert torch.equal(layer.dense().to(model.dtype), model.get_submodule(name).weight), name
+
+
 def changed(folder: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> str:
     """Changes a tensor, or takes it away, in the form of an older version whose checksums are right; returns its name.
 
