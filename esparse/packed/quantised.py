@@ -174,7 +174,17 @@ def _check_codes(codes_OK: Tensor, grid: Grid) -> None:
 
 
 def _codes(weight_OI: Tensor, grid: Grid, scales: Scales) -> Tensor:
-    return grid.codes(weight_OI.float(), *_of_columns(scales, weight_OI.shape[1]))
+    """The codes whose values, rounded to the weights' precision, are these weights."""
+    of_columns = _of_columns(scales, weight_OI.shape[1])
+    codes_OI = grid.codes(weight_OI.float(), *of_columns)
+    # bfloat16 holds eight bits of a value: of a weight more than 128 scales from zero the nearest code may be the one
+    # beside its own, and at a power of two, where the precision halves, that one's value is rounded to another weight.
+    off_OI = grid.values(codes_OI, *of_columns).to(weight_OI.dtype) != weight_OI
+    for step in (1, -1) if bool(off_OI.any()) else ():
+        beside_OI = (codes_OI.int() + step).clamp_(0, 2**grid.code_bits - 1).to(torch.uint8)
+        hits_OI = off_OI & (grid.values(beside_OI, *of_columns).to(weight_OI.dtype) == weight_OI)
+        codes_OI, off_OI = torch.where(hits_OI, beside_OI, codes_OI), off_OI & ~hits_OI
+    return codes_OI
 
 
 def _scale_bytes(scale_OG: Tensor, grid: Grid) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from esparse.quantise import Scales
 from esparse.quantise.grids import Grid
 from esparse.records import audit
 from esparse.recoveries import Recovery
-from esparse.updates import Layer, Solution, column_sweep, obs
+from esparse.updates import Layer, Solution, obs
 
 if TYPE_CHECKING:
     from esparse.models.blocks import BlockModel
@@ -73,17 +74,12 @@ def rounded(method: Method, layer: Layer, solution: Solution, name: str) -> Solu
 
 
 def _on_grid(grid: Grid, layer: Layer, solution: Solution) -> Solution:
+    if grid.rounding == "sweep" and layer.stats.tokens:
+        return obs.swept(layer, solution, grid)
     grouping = layer.grouping
     weight_OI, keep_OI = grouping.ordered(solution.weight_OI), grouping.ordered(solution.keep_OI)
-    if grid.rounding == "sweep" and layer.stats.tokens:
-        upper_II = layer.stats["gram"].inverse_factor(grouping.order_I, grid.damp)
-        dense_OI = grouping.ordered(layer.dense_OI)
-        weight_OI, _, scales = column_sweep.rounded(
-            dense_OI, weight_OI, upper_II, grid, grouping.pattern, keep_OI, block=grid.block, prune=obs.sweep
-        )
-    else:
-        weight_OI, scales = grid.nearest(weight_OI, keep_OI, grouping.pattern)
-    return Solution(grouping.restored(weight_OI), solution.keep_OI, solution.bias_shift_O, scales)
+    weight_OI, scales = grid.nearest(weight_OI, keep_OI, grouping.pattern)
+    return replace(solution, weight_OI=grouping.restored(weight_OI), scales=scales)
 
 
 def remember(grids: dict[str, Tensor], matrix: Matrix, scales: Scales | None) -> None:

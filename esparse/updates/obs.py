@@ -6,7 +6,7 @@ input's Gram matrix (the "Hessian"). Shapes: O outputs, I inputs. Polarity: True
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
@@ -77,6 +77,25 @@ class Obs(Update):
             prune=sweep,
         )
         return Solution(grouping.restored(weight_OI), grouping.restored(keep_OI), scales=scales)
+
+
+def swept(layer: Layer, solution: Solution, grid: Grid) -> Solution:
+    """The solution with its kept values rounded on its mask; `layer.dense_OI`: what rows are to be near to."""
+    from esparse.updates import column_sweep
+
+    grouping = layer.grouping
+    grid.ready([(layer.stats.name, solution.weight_OI.shape[1])])
+    weight_OI, _, scales = column_sweep.rounded(
+        grouping.ordered(layer.dense_OI),
+        grouping.ordered(solution.weight_OI),
+        layer.stats["gram"].inverse_factor(grouping.order_I, grid.damp),
+        grid,
+        grouping.pattern,
+        grouping.ordered(solution.keep_OI),
+        block=grid.block,
+        prune=sweep,
+    )
+    return replace(solution, weight_OI=grouping.restored(weight_OI), scales=scales)
 
 
 def sweep(

@@ -80,8 +80,13 @@ class Parent(Update):
         return self.update.apply(towards, Solution.without_update(towards.dense_OI, start.keep_OI))
 
     def apply_rounding(self, layer: Layer, start: Solution, grid: Grid) -> Solution:
+        from esparse.updates.obs import swept
+
         towards = self._towards(layer)
-        return self.update.apply_rounding(towards, Solution.without_update(towards.dense_OI, start.keep_OI), grid)
+        start = Solution.without_update(towards.dense_OI, start.keep_OI)
+        after = self.update.apply_rounding(towards, start, grid)
+        # Whoever rounds later knows the dense weights alone, and would choose rows that are nearer to these.
+        return swept(towards, after, grid) if after.scales is None else after
 
     def _towards(self, layer: Layer) -> Layer:
         """The layer with W* in the place of W; as it is if its inputs are not those of the same tokens."""

@@ -49,6 +49,20 @@ def test_a_matrix_comes_back_to_the_bit(quantise: str, pattern: tuple[str, str |
         assert sum(value.nbytes for value in tensors.values()) == file_bytes(parsed, 5, 64, grid)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("group", [8, 64])
+def test_values_far_from_zero_come_back_from_eight_bits_of_precision(
+    pattern: tuple[str, str | None], group: int
+) -> None:
+    """At a power of two bfloat16's precision halves, and the nearest code is not the weight's own."""
+    grid, parsed = option("quantise", "int8", group=group, symmetric=False, outlier_bits=None), parse(*pattern)
+    weight_OI = torch.randn(512, 64, generator=torch.Generator().manual_seed(1)) * 0.02 + 0.1
+    rounded_OI, scales = grid.nearest(weight_OI, parsed.keep_top(weight_OI.abs()), parsed)
+    stored_OI = rounded_OI.bfloat16() + 0.0
+    again = from_file(to_file(stored_OI, parsed, grid, scales), parsed, 64, grid)
+    assert torch.equal(again.dense(dtype=torch.bfloat16), stored_OI)
+
+
 def test_what_is_not_on_the_grid_or_is_damaged_is_refused() -> None:
     grid, pattern = option("quantise", "int4", group=32), parse("2:4")
     weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from esparse import option
 from esparse.errors import Mistake
 from esparse.linalg import inverse_times
 from esparse.metrics.entropy import Entropy
@@ -430,3 +431,18 @@ def test_settings_that_make_no_sense(trust: float, damp: float, words: str) -> N
 def test_the_stream_needs_a_second_look() -> None:
     with pytest.raises(Mistake, match=r"update\.residual needs update\.sequential.*use update\.sequential=true or"):
         towards(trust=0.5, damp=0.01, sequential=False, update=NoUpdate())
+
+
+def test_an_update_that_cannot_round_is_rounded_towards_the_dense_model() -> None:
+    """No row is further from what the dense model returns than if each of its values were rounded by itself."""
+    for seed in range(5):
+        layer, x_TI, y_TI = problem(seed)
+        grid = option("quantise", "int4", group=None, damp=1e-6)
+        update = towards(ALPS, trust=1.0, damp=1e-6)
+        pruned = update.apply(layer, start_of(layer))
+        nearest_OI, _ = grid.nearest(pruned.weight_OI, pruned.keep_OI, NM(2, 4))
+        done = update.apply_rounding(layer, start_of(layer), grid)
+        assert done.scales is not None
+        wanted_TO = y_TI @ layer.dense_OI.T
+        error_O, of_nearest_O = ((x_TI @ w_OI.T - wanted_TO).norm(dim=0) for w_OI in (done.weight_OI, nearest_OI))
+        assert (error_O <= of_nearest_O * 1.0001).all()
