@@ -62,9 +62,9 @@ def test_the_contracts_defaults() -> None:
         "model": "tiny",
         "prepare": "none",
         "allocation": "uniform",
-        "metric": "entropy",
-        "shuffle": "esparse",
-        "update": "none",
+        "metric": "sparsegpt",
+        "shuffle": "none",
+        "update": "sparsegpt",
         "recovery": "none",
         "quantise": "none",
         "calibration": "builtin",
@@ -116,9 +116,9 @@ def chosen(*overrides: str) -> list[str]:
 
 
 def test_a_metric_alone_is_its_papers_method() -> None:
-    assert chosen() == chosen("metric=entropy") == ["entropy", "esparse"]
+    assert chosen("metric=entropy") == ["entropy", "esparse"]
     assert chosen("metric=wanda") == ["wanda"]
-    assert chosen("metric=sparsegpt") == ["sparsegpt", "sparsegpt"]
+    assert chosen() == chosen("metric=sparsegpt") == ["sparsegpt", "sparsegpt"]
     assert chosen("metric=entropy", "shuffle=none") == ["entropy"]
     assert chosen("metric=wanda", "shuffle=esparse") == ["wanda", "esparse"]
 
@@ -205,7 +205,7 @@ def test_run_id_is_what_was_asked_and_not_where_it_ran() -> None:
     how = ["output_root=x", "tracking=none", "rerun=true", "model.devices=cpu", "model.batch_tokens=1"]
     for elsewhere in [*how, "model.store=shards", "model.activations=disk", "dry_run=true"]:
         assert run_id(settings(elsewhere)) == usual, elsewhere
-    others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.gamma=2", "shuffle=gns"]
+    others = ["metric=wanda", "metric=magnitude", "pattern=4:8", "seed=1", "metric.damp=2", "shuffle=gns"]
     others += ["shuffle=lbs", "calibration.length=64", "evaluate.max_tokens=1024", "model.skip=[o_proj]"]
     others += ["export=packed", "bench=gemm", "bench=model", "zeroshot=builtin", "profile=true", "quantise=int8"]
     ids = [usual, *(run_id(settings(other)) for other in others), run_id(settings("export=dense", "shuffle=none"))]
@@ -240,8 +240,9 @@ def test_every_group_says_what_it_counts_for() -> None:
 
 
 def test_a_run_has_a_short_name() -> None:
-    assert display_name(settings()) == "tiny 2:4 entropy esparse"
-    assert display_name(settings("model=hf", "model.path=/a/b/opt/", "shuffle=none")) == "opt 2:4 entropy"
+    assert display_name(settings()) == "tiny 2:4 sparsegpt sparsegpt"
+    assert display_name(settings("metric=entropy")) == "tiny 2:4 entropy esparse"
+    assert display_name(settings("metric=wanda", "model=hf", "model.path=/a/b/opt/")) == "opt 2:4 wanda"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_readmes_fifteen_lines_work(
     code = code.replace('tokenizer, "builtin")', 'tokenizer, "builtin", max_tokens=128)')
     carry_out(code, {})
     said = capsys.readouterr().out
-    assert "2:4 entropy esparse: 50.00%" in said
+    assert "2:4 sparsegpt sparsegpt: 50.00%" in said
     assert re.search(r"^[\d.]+ -> [\d.]+$", said, flags=re.M)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "DIR").config.num_hidden_layers == 1
 

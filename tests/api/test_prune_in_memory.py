@@ -197,7 +197,7 @@ def test_the_shuffle_and_the_update_follow_the_metric_also_where_it_is_an_object
 
 def test_a_report_has_all_and_prints_as_a_table() -> None:
     model = tiny("llama")
-    report = pruned(model, shuffle="gns")
+    report = pruned(model, metric="wanda", shuffle="gns")
     assert report.density == 0.5
     assert report.pattern_holds
     for name, keep_OI in report.keeps.items():
@@ -208,7 +208,7 @@ def test_a_report_has_all_and_prints_as_a_table() -> None:
     assert lines[0].split() == ["layer", "shape", "kept", "weights", "kept", "score", "error", "seconds"]
     assert "model.layers.2.mlp.down_proj" in lines[-2]
     weights = sum(keep.numel() for keep in report.keeps.values())
-    assert lines[-1].startswith(f"2:4 entropy gns: 50.00% of {weights:,} weights in 21 layers survive, the pattern ho")
+    assert lines[-1].startswith(f"2:4 wanda gns: 50.00% of {weights:,} weights in 21 layers survive, the pattern ho")
     assert report.name in repr(report)
 
 

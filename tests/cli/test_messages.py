@@ -147,7 +147,8 @@ def test_a_word_that_hydra_would_refuse_in_its_own_words(word: str, said: str) -
 @pytest.mark.parametrize(
     ("words", "option"),
     [
-        ([], "esparse"),  # the default
+        ([], "none"),  # the default
+        (["metric=entropy"], "esparse"),
         (["metric=wanda"], "none"),  # no metric implies one
         (["metric=wanda", "shuffle=foldable"], "foldable"),
         (["method=ria"], "lsa"),
@@ -233,11 +234,18 @@ def test_a_setting_that_is_given_twice() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["metric.gama=0.5"], "did you mean metric.gamma? metric=entropy takes base, bins, gamma, limit, range"),
+        (["metric.damb=0.5"], "did you mean metric.damp? metric=sparsegpt takes damp"),
+        (
+            ["metric=entropy", "metric.gama=0.5"],
+            "did you mean metric.gamma? metric=entropy takes base, bins, gamma, limit, range",
+        ),
         (["metric=wanda", "metric.gamma=1"], "metric=wanda takes no settings; gamma is a setting of metric=entropy"),
         (["metric=entropy", "metric.alpha=1"], "alpha is a setting of metric=esparse_paper"),
         (["metric=entropy", "metric.alfa=1"], "alpha is a setting of metric=esparse_paper"),
-        (["shuffle.rounds=3"], "there is no setting shuffle.rounds: shuffle=esparse takes block, deal, "),
+        (
+            ["shuffle=esparse", "shuffle.rounds=3"],
+            "no setting shuffle.rounds: shuffle=esparse takes block, deal, ",
+        ),
         (["METRIC=wanda"], "there is no setting METRIC: did you mean metric?"),
         (["update=refine", "update.first=alps"], "chosen with an @: update@update.first=alps"),
         (["dry_run=A100"], "got 'A100': did you mean a100?"),
@@ -247,10 +255,10 @@ def test_a_setting_that_is_given_twice() -> None:
         (["pattern=2:4+16:256"], "pattern=2:4 outliers=16:256"),
         (["patern=2:4"], "there is no setting patern: did you mean pattern"),
         (["update=joint", "update.second.frist=1"], "did you mean update.second.first?"),
-        (["+metric.gama=0.5"], "did you mean metric.gamma?"),
+        (["metric=entropy", "+metric.gama=0.5"], "did you mean metric.gamma?"),
         (["++foo=1"], "there is no setting foo: there is model, "),
-        (["+metric.gamma=0.5"], "metric.gamma is there already: leave out the +"),
-        (["~metric.gamma"], "a setting cannot be taken away"),
+        (["+metric.damp=0.5"], "metric.damp is there already: leave out the +"),
+        (["~metric.damp"], "a setting cannot be taken away"),
         (["metric=null"], "metric takes one of its options, not null"),
         (["shuffle=null"], "shuffle=none does nothing"),
         (["metric=[wanda,ria]"], "metric takes one option, not a list of them"),
@@ -276,7 +284,7 @@ def test_a_setting_that_is_given_twice() -> None:
         (["seed=null"], "seed needs a value"),
         (["rerun=maybe"], "rerun takes true or false, got 'maybe'"),
         (["model.name=[1]"], "model.name takes a text, got '[1]'"),
-        (["metric.gamma.x=1"], "metric.gamma is one value"),
+        (["metric.damp.x=1"], "metric.damp is one value"),
         (["pattern.n=2"], "pattern is one value and has no settings of its own"),
         (
             ["metric=wanda,ria"],

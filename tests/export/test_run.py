@@ -75,7 +75,8 @@ def test_a_dense_run_is_loaded_without_esparse(workshop: Path, tmp_path: Path) -
 def test_every_pruned_matrix_of_a_dense_export_holds_its_pattern_as_stored(workshop: Path, tmp_path: Path) -> None:
     """Or the export says in its name, its card, its record and on the terminal that it does not."""
     folds = ["shuffle=best", "shuffle.foldable=true", "update=obs"]
-    for choice, held, name in (folds, 14, "export"), (["export.order=original"], 0, "export-original-order"):
+    free = ["shuffle=esparse", "export.order=original"]
+    for choice, held, name in (folds, 14, "export"), (free, 0, "export-original-order"):
         done = launch(*small_run(workshop, tmp_path / name), "export=dense", *choice)
         assert done.returncode == 0, done.stderr
         folder, record = only_record(tmp_path / name)
@@ -120,8 +121,8 @@ def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tm
     ("arguments", "words"),
     [
         (["export=packed", "pattern=50%", "shuffle=none"], "export=packed stores n:m patterns"),
-        (["export=packed", "export.order=original", "outliers=16:256"], "use export.order=physical"),
-        (["export=dense"], "Use shuffle.foldable=true"),
+        (["export=packed", "shuffle=esparse", "export.order=original", "outliers=16:256"], "use export.order=physical"),
+        (["export=dense", "shuffle=esparse"], "Use shuffle.foldable=true"),
         (["export=dense", "shuffle=best"], "or export.order=original"),
         (["export=dense", "shuffle=gns", "pattern=8:16", "outliers=16:256"], "or export=packed"),
         (["export=dense", "export.order=any"], "export.order must be one of original, physical"),
