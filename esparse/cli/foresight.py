@@ -127,7 +127,7 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
         )
     if not isinstance(experiment.bench, NoBench) and (kind == "cpu" or not has_gpu):
         raise Mistake(
-            f"bench={type(experiment.bench).__name__.lower()} times sparse kernels on a GPU, and this run computes on "
+            f"bench={experiment.bench.option} times sparse kernels on a GPU, and this run computes on "
             "the cpu: use bench=none, or model.devices=cuda on a machine with one"
         )
 
