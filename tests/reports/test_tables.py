@@ -616,6 +616,29 @@ def test_command_writes_what_the_functions_say(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_seeds_of_a_broken_model_have_a_mean():
+    """The perplexity of a model that computes nonsense is e^700 at most: 1e304, whose square no float holds."""
+    runs = [record("a1", pruned=math.exp(700)), record("a2", pruned=math.exp(699), seed=1)]
+    assert "6.94e+303 ± 4.53e+303" in markdown(runs, mean=True)
+
+
+@pytest.mark.parametrize("name", ["profile", "tasks", "errors", "bits", "latency", "perplexity"])
+def test_a_picture_says_of_how_many_runs_it_is(tmp_path, name):
+    share = {f"{which} {threshold}": 0.5 for which in ("dense", "pruned") for threshold in (0, 0.001, 0.01, 0.1)}
+    rows = [{"kind": "weight", "name": "model.layers.0.q", "head": None, "values": 4} | share]
+    timed = {"layer": "q", "tokens": 1, "n": 8, "k": 8, "dense_ms": 0.5, "sparse_ms": 0.25, "kernel": "packed"}
+    more = record("c3") | {
+        "profile": {"rows": rows, "thresholds": [0, 0.001, 0.01, 0.1]},
+        "zeroshot": {"piqa": {"dense": 0.5, "pruned": 0.25, "n": 4}},
+        "latency": [timed],
+    }
+    more["memory"] = {"bits": {"values": 4}, "bits_per_weight": 3.0}
+    bare = [one | {"layers": [], "quality": {}} for one in TWO]
+    write(tmp_path, *bare, more)
+    picture = tmp_path / "a.png"
+    assert command(tmp_path, "--plot", name, "--out", picture)[1] == f"{picture}: a picture of 1 of 3 runs\n"
+
+
 LATENCY = [
     {"layer": "q", "tokens": 1, "dtype": "float16", "kernel": "packed", "dense_ms": 0.5, "sparse_ms": 0.25}
     | {"speedup": 2.0, "limit_speedup": 1.777, "share_of_limit": 0.505, "why_not": None},

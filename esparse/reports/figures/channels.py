@@ -73,25 +73,25 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
         return None
     first = next(iter(runs.values()))
     name = chosen(input_names(first), layer)
-    shown = [(OWN, read_input(runs.get("none", first), name), False)]
-    shown += [(label, read_input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
-    width = min(3.6, 11.4 / len(shown))
-    figure = Figure(figsize=(width * len(shown), 1.9 * len(KINDS) + 0.6), layout="constrained")
-    axes = figure.subplots(len(KINDS), len(shown), squeeze=False, sharex=True, sharey="row")
+    panels = [(OWN, read_input(runs.get("none", first), name), False)]
+    panels += [(label, read_input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
+    width = min(3.6, 11.4 / len(panels))
+    figure = Figure(figsize=(width * len(panels), 1.9 * len(KINDS) + 0.6), layout="constrained")
+    axes = figure.subplots(len(KINDS), len(panels), squeeze=False, sharex=True, sharey="row")
     for row, (kind, what) in zip(axes, KINDS.items(), strict=True):
-        for ax, (label, of_input, shuffled) in zip(row, shown, strict=True):
+        for ax, (label, of_input, shuffled) in zip(row, panels, strict=True):
             _places(ax, of_input, kind, shuffled=shuffled)
             if kind == next(iter(KINDS)):
                 ax.set_title(label, fontsize=10, loc="left")
         row[0].set_ylabel(what, fontsize=9)
-        if far_apart([of_input.values[kind] for _, of_input, _ in shown]):
+        if far_apart([of_input.values[kind] for _, of_input, _ in panels]):
             row[0].set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("place of the channel", fontsize=9)
     asked = [first["model"]["name"], first["sparsity"]["pattern"], first["config"]["choices"]["metric"]]
     figure.suptitle(f"{', '.join(asked)}: the input of {name}", fontsize=10)
     handles = [Line2D([], [], color=COLORS[5], marker="o", markersize=4, linestyle="none")]
-    labels, m = ["channel"], shown[0][1].m
+    labels, m = ["channel"], panels[0][1].m
     if m is not None:
         handles.append(Line2D([], [], color=COLORS[1], linewidth=2))
         labels.append(f"mean of a group of {m}, ± standard deviation between groups")
@@ -166,6 +166,17 @@ def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     most = max(alike.values(), key=len)
     by_id = {record["id"]: record for record in most}
     return {label: by_id[identity] for identity, label in _labels(most)}
+
+
+def alike(records: Sequence[Record]) -> list[Record]:
+    """The runs that stand side by side."""
+    return list(side_by_side(records).values())
+
+
+def shown(records: Sequence[Record]) -> list[Record]:
+    """Those of them that have room beside each other; of several, the one without a shuffle is the own order."""
+    runs = side_by_side(records)
+    return [*([runs["none"]] if "none" in runs else []), *[run for name, run in runs.items() if name != "none"][:MOST]]
 
 
 def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
