@@ -9,14 +9,17 @@ Shapes: I channels, G groups.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.reports.figures.curves import Points, block_of, finished, grid_of, line
 from esparse.reports.figures.plots import COLORS, MARKERS
-from esparse.reports.reading import Record
+from esparse.reports.reading import Record, at
 from esparse.reports.table import exact, text
 from esparse.reports.tabulate import leaves, table_of
 
@@ -88,7 +91,7 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
             row[0].set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("place of the channel", fontsize=9)
-    asked = [first["model"]["name"], first["sparsity"]["pattern"], first["config"]["choices"]["metric"]]
+    asked = [first["model"]["name"], first["sparsity"]["pattern"], str(at(first, "config.choices.metric") or "-")]
     figure.suptitle(f"{', '.join(asked)}: the input of {name}", fontsize=10)
     handles = [Line2D([], [], color=COLORS[5], marker="o", markersize=4, linestyle="none")]
     labels, m = ["channel"], panels[0][1].m
@@ -153,7 +156,7 @@ def far_apart(values: Sequence[Values]) -> bool:
 
 def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     """The profiled runs that differ by nothing but their shuffle, by its name: of all such the most, or the first."""
-    profiled = {r["id"]: r for r in records if "folder" in r and (r["folder"] / "channels.safetensors").is_file()}
+    profiled = {r["id"]: r for r in records if "folder" in r and _is_whole(r["folder"])}
     alike: dict[str, list[Record]] = {}
     if profiled:
         for row in table_of(list(profiled.values())).rows:
@@ -166,6 +169,32 @@ def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     most = max(alike.values(), key=len)
     by_id = {record["id"]: record for record in most}
     return {label: by_id[identity] for identity, label in _labels(most)}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a run's channels are there and whole; says so if they are damaged."""
+    files = [path for name in ("channels", "orders") if (path := folder / f"{name}.safetensors").is_file()]
+    if not files or files[0].stem != "channels":
+        return False
+    return all([_fault(path, path.stat().st_mtime_ns) is None for path in files])
+
+
+@cache
+def _fault(path: Path, changed: int) -> str | None:
+    """What is wrong with a file, said once as long as nobody has `changed` it: pictures ask several times."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            entries = set(file.keys())
+        inputs = {entry.partition("/")[2] for entry in entries} if path.stem == "channels" else set()
+        missing = sorted({f"{kind}/{name}" for kind in KINDS for name in inputs} - entries)
+        fault = f"it has no {missing[0]}" if missing else None
+    except (SafetensorError, OSError) as error:
+        fault = f"it is damaged ({error})"
+    if fault is not None:
+        print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
+    return fault
 
 
 def alike(records: Sequence[Record]) -> list[Record]:
@@ -185,7 +214,7 @@ def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     settings = [column for column in table.columns if column.startswith("shuffle.")]
     for row in table.rows:
         settings_shown = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in settings if row.get(c) is not None]
-        yield row["id"], ", ".join([str(row["shuffle"]), *settings_shown])
+        yield row["id"], ", ".join([str(row.get("shuffle") or "-"), *settings_shown])
 
 
 def input_names(record: Record) -> list[str]:
@@ -194,7 +223,8 @@ def input_names(record: Record) -> list[str]:
 
     with safe_open(record["folder"] / "channels.safetensors", framework="np") as file:
         entries = set(file.keys())
-    return [layer["name"] for layer in record["layers"] if f"norm/{layer['name']}" in entries]
+    names = [layer.get("name") for layer in record.get("layers", [])]
+    return [name for name in names if f"norm/{name}" in entries]
 
 
 def chosen(names: Sequence[str], layer: str | None) -> str:
