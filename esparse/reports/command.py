@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_corpus(records, options.corpus)
         shown = len(records)
         if kind == "png":
-            shown = plot(records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer)
+            shown = plot(
+                records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer
+            )
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value, "pairs": options.pairs}

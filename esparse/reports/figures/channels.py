@@ -176,7 +176,8 @@ def _is_whole(folder: Path) -> bool:
     files = [path for name in ("channels", "orders") if (path := folder / f"{name}.safetensors").is_file()]
     if not files or files[0].stem != "channels":
         return False
-    return all([_fault(path, path.stat().st_mtime_ns) is None for path in files])
+    faults = [_fault(path, path.stat().st_mtime_ns) for path in files]  # all of them are said
+    return faults == [None] * len(files)
 
 
 @cache
