@@ -53,11 +53,16 @@ class Measured:
 class Bench(ABC):
     """Base class of benchmarks at the end of a run."""
 
+    @property
+    def option(self) -> str:
+        """Its name on the command line, by its class's: model for ModelBench."""
+        return type(self).__name__.removesuffix("Bench").lower()
+
     def check(self, pattern: Pattern) -> None:
         """Raises Mistake if no kernel takes the pattern's packed form."""
         if not isinstance(pattern, NM):
             raise Mistake(
-                f"bench={type(self).__name__.lower()} measures kernels for n:m patterns, not {pattern}: "
+                f"bench={self.option} measures kernels for n:m patterns, not {pattern}: "
                 "use bench=none or a pattern such as 2:4"
             )
 
@@ -65,7 +70,7 @@ class Bench(ABC):
         """Raises Mistake if the device cannot be measured; called before any work."""
         if device.type != "cuda":
             raise Mistake(
-                f"bench={type(self).__name__.lower()} times sparse kernels on a GPU, and this run computes on the "
+                f"bench={self.option} times sparse kernels on a GPU, and this run computes on the "
                 f"{device.type}: use bench=none, or model.devices=cuda on a machine with one"
             )
 

@@ -20,6 +20,7 @@ from esparse.data.lengths import sequence_length
 from esparse.data.text_files import Rows
 from esparse.errors import Mistake
 from esparse.export import ToFolder
+from esparse.export.dense_checkpoint import Dense
 from esparse.export.place import check_place, check_writable
 from esparse.jobs.launchers import LAUNCHERS
 from esparse.models import gguf_file
@@ -127,7 +128,7 @@ def _check_devices(experiment: Experiment, *, queued: bool) -> None:
         )
     if not isinstance(experiment.bench, NoBench) and (kind == "cpu" or not has_gpu):
         raise Mistake(
-            f"bench={type(experiment.bench).__name__.lower()} times sparse kernels on a GPU, and this run computes on "
+            f"bench={experiment.bench.option} times sparse kernels on a GPU, and this run computes on "
             "the cpu: use bench=none, or model.devices=cuda on a machine with one"
         )
 
@@ -136,6 +137,7 @@ def _check_files(experiment: Experiment, settings: Mapping[str, Any], *, dry: bo
     """Raises OSError or ValueError for a file or folder that is not there, or not what it has to be."""
     _check_model(experiment.model, weights=not dry)
     _check_skips(experiment)
+    _check_biases(experiment)
     texts: tuple[Any, ...] = (experiment.calibration, experiment.evaluate)
     for group, text in zip(("calibration", "evaluate"), texts, strict=True):
         if text.path is not None:
@@ -193,6 +195,19 @@ def _check_skips(experiment: Experiment) -> None:
     layers = [name.removesuffix(".weight") for name in names if ".weight" in name and "norm" not in name]
     for setting, skip in asked.items():
         expressions.check_found(setting, skip, names, ", ".join(layers[:2]))
+
+
+def _check_biases(experiment: Experiment) -> None:
+    """Raises Mistake for biases that an ordinary checkpoint of a local model has no place for in any layer."""
+    if not (isinstance(experiment.export, Dense) and experiment.recovery.adds_biases()):
+        return
+    names = names_in_blocks(_place(experiment.model)) or []
+    layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and "norm" not in name]
+    if layers and not any(f"{layer}.bias" in names for layer in layers):
+        raise Mistake(
+            f"the recovery gives biases to layers that have none ({layers[0]}, ...), and an ordinary checkpoint of "
+            f"{experiment.model.path} has no place for them: use export=packed"
+        )
 
 
 def _check_cached(model: Model) -> None:

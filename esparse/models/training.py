@@ -110,9 +110,10 @@ def masked(kept: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 def in_float32(module: nn.Module) -> Iterator[None]:
     """While open, the module computes in float32; on exit each tensor gets its own dtype back.
 
-    Values that half precision rounds to zero become +0.0.
+    Values that half precision rounds to zero become +0.0; those of float64 that nothing changed keep all their digits.
     """
     parameters = {parameter: parameter.dtype for parameter in module.parameters()}
+    finer = {parameter: parameter.data for parameter in parameters if parameter.dtype == torch.float64}
     buffers = [(owner, name, value) for owner in module.modules() for name, value in owner.named_buffers(recurse=False)]
     try:
         module.float()
@@ -120,7 +121,10 @@ def in_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, dtype in parameters.items():
             if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+                now, before = parameter.data, finer.get(parameter)
+                parameter.data = now.to(dtype)
+                if before is not None:
+                    parameter.data = torch.where(now == before.to(now), before.to(now.device), parameter.data)
                 parameter.data.masked_fill_(parameter.data == 0, 0.0)
         for owner, name, value in buffers:
             owner._buffers[name] = value

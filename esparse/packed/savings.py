@@ -110,9 +110,17 @@ def config_of(name: str) -> PretrainedConfig:
     if published is None and not place.exists():
         check_absent(name, "the model")
     try:
-        return published or AutoConfig.from_pretrained(str(place) if place.exists() else name)
+        # False, as by default transformers asks whether to run a model's own code, and waits for the answer.
+        where = str(place) if place.exists() else name
+        return published or AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise explained(name, place.exists(), error) from error
+        raise explained(
+            name,
+            place.exists(),
+            error,
+            with_code="the bytes of such a model cannot be counted from its configuration",
+            offline="copy its config.json into a directory here, and name that in place of it",
+        ) from error
 
 
 def _of_matrix(pattern: Pattern, shape: Sequence[int], dtype: torch.dtype, grid: Grid | None) -> Saving:

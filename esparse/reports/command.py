@@ -146,8 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(f"no run has finished in {options.folder} (looked for result.json)", 1)
     try:
         check_corpus(records, options.corpus)
+        shown = len(records)
         if kind == "png":
-            plot(records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer)
+            shown = plot(
+                records, options.out, name=options.plot or "perplexity", corpus=options.corpus, layer=options.layer
+            )
         else:
             write = {"markdown": markdown, "csv": csv, "latex": latex, "html": html}[kind]
             asked = {"corpus": options.corpus, "sort": options.sort, "value": options.value, "pairs": options.pairs}
@@ -163,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.best:
                 asked["best"] = True
             asked_mean = options.mean or (bool(options.across) and not options.pairs)
+            for name in ("latency", "profile"):
+                if getattr(options, name):
+                    shown = sum(bool(record.get(name)) for record in records)
             written = latencies(records) if options.latency else write(records, mean=asked_mean, **asked)
             if options.out is None:
                 print(written, end="", flush=True)
@@ -177,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop(f"cannot write {options.out or 'the table'}: {error.strerror or error}", 1)
     if options.out is not None:
         what = {"png": "a picture", "html": "a page"}.get(kind, "a table")
-        print(f"{options.out}: {what} of {len(records)} run{'s' if len(records) > 1 else ''}")
+        runs = f"{len(records)} run{'s' if len(records) > 1 else ''}"
+        print(f"{options.out}: {what} of {runs if shown == len(records) else f'{shown} of {runs}'}")
     return 0
 
 

@@ -48,6 +48,7 @@ MAY_HAVE: dict[str, Any] = {
     **{f"layers.*.{of}": NUMBER_OR_NONE for of in ("density", "kept_score", "relative_error", "seconds")},
     "memory": dict,
     **{f"memory.{of}": NUMBER_OR_NONE for of in ("bits_per_weight", "metadata_bits", "order_bytes")},
+    **{f"memory.{of}": NUMBER_OR_NONE for of in ("peak_host_mib", "peak_device_mib")},
     "memory.*": (*NUMBER_OR_NONE, dict),
     "memory.bits.*": NUMBER_OR_NONE,
     "model.parameters": NUMBER,
@@ -57,7 +58,10 @@ MAY_HAVE: dict[str, Any] = {
     "profile": DICT_OR_NONE,
     "profile.rows": list,
     "profile.rows.*": dict,
+    "profile.rows.*.kind": str,
+    "profile.rows.*.name": str,
     "profile.thresholds": list,
+    "profile.thresholds.*": NUMBER,
     "resumed": LIST_OR_NONE,
     "seconds_by_stage": DICT_OR_NONE,
     "seconds_by_stage.*": NUMBER,
@@ -131,7 +135,8 @@ def _fault(record: Any) -> str | None:
         of_wrong_kind.append("choices")
     if not isinstance(config.get("outliers", ""), str | None):
         of_wrong_kind.append("outliers")
-    if "tasks" not in (settings.get("zeroshot", {"tasks": []}) or {}):
+    tasks = settings.get("zeroshot", {"tasks": []})
+    if isinstance(tasks, dict) and "tasks" not in tasks:
         of_wrong_kind.append("zeroshot")
     if of_wrong_kind:
         return f"its field config.{of_wrong_kind[0]} is not what it should be"
@@ -141,6 +146,13 @@ def _fault(record: Any) -> str | None:
     for path, other in TOGETHER.items():
         if at(record, path) is not None and at(record, other) is None:
             return f"its field {other} is missing, and it has {path}"
+    profile = record.get("profile") or {"rows": [], "thresholds": []}
+    shares = [f"{which} {threshold:g}" for which in ("dense", "pruned") for threshold in profile["thresholds"]]
+    for number, row in enumerate(profile["rows"]):
+        wrong = [name for name in ("kind", "name") if name not in row]
+        wrong += [name for name in shares if not isinstance(row.get(name), NUMBER)]
+        if wrong:
+            return f"its field profile.rows.{number}.{wrong[0]} is missing or not what it should be"
     tests = [("quality", record["quality"]), ("zeroshot", record.get("zeroshot", {}))]
     for part, values in tests:
         for name, value in values.items():

@@ -116,7 +116,8 @@ def spread(values: list[float]) -> Spread | None:
     mean = sum(values) / len(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Spread(mean, None)
-    return Spread(mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+    # hypot, as the square of a broken model's perplexity (up to e^700) is more than a float holds.
+    return Spread(mean, math.hypot(*(v - mean for v in values)) / math.sqrt(len(values) - 1))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

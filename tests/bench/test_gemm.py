@@ -18,7 +18,9 @@ from esparse.bench.products import Case, Kernel, Prepared, pruned
 from esparse.bench.shapes import NAMED
 from esparse.bench.timing import WallClock
 from esparse.cli import registry
+from esparse.parts import numbers
 from esparse.patterns import NM, parse
+from esparse.records.groups import GROUPS
 from esparse.run.experiment import run
 from tests.composing import composing
 from tests.workshop import furnished, launch, small_run
@@ -213,6 +215,15 @@ def test_a_bench_of_a_pattern_without_packed_form_is_a_mistake(tmp_path: Path) -
     done = launch("bench=gemm", "pattern=50%", "shuffle=none", f"output_root={tmp_path}")
     assert done.returncode == 2
     assert "bench=gemm measures kernels for n:m patterns, not 50%" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gemm", "model"])
+def test_a_bench_is_called_what_the_command_line_calls_it(name: str) -> None:
+    bench, _ = numbers.option("bench", name, lambda group, own: GROUPS[group].component(own), outside=numbers.usual())
+    with pytest.raises(ValueError, match=f"^bench={name} times sparse kernels on a GPU"):
+        bench.require(torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"^bench={name} measures kernels for n:m patterns"):
+        bench.check(parse("50%"))
 
 
 def test_rows_in_words() -> None:

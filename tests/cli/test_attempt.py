@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,17 @@ def test_what_is_in_the_way_of_a_run_is_named(settings: dict[str, Any], monkeypa
     shutil.rmtree(folder)
     folder.touch()
     with pytest.raises(Mistake, match=f"{folder.name} is a file, and the run's folder would have that name"):
+        foresight.check(experiment, settings)
+
+
+@pytest.mark.parametrize("export", ["dense", "packed"])
+def test_biases_without_a_place_are_seen_before_the_model_is_loaded(export: str, tmp_path: Path) -> None:
+    words = ["recovery=bias", "shuffle=none", f"export={export}", "model.devices=cpu", f"output_root={tmp_path}"]
+    with composing():
+        config = compose("config", words, return_hydra_config=True)
+    settings = registry.resolved(config, experiment := registry.build(config), config.hydra.runtime.choices)
+    refused = pytest.raises(Mistake, match="has no place for them: use export=packed")
+    with refused if export == "dense" else nullcontext():
         foresight.check(experiment, settings)
 
 

@@ -111,7 +111,7 @@ def test_several_processes_leave_one_checkpoint(workshop: Path, tmp_path: Path) 
 
 def test_biases_without_a_place_stop_the_run_before_it_prunes(workshop: Path, tmp_path: Path) -> None:
     done = launch(*small_run(workshop, tmp_path), "export=dense", "recovery=bias", "shuffle=none")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "has no place for them: use export=packed" in done.stderr
     assert "block 1 of" not in done.stderr
 

@@ -41,6 +41,17 @@ def test_a_training_needs_a_loss_to_begin_with() -> None:
         improved("the block", [], lambda: math.nan, lambda: 0)
 
 
+def test_float64_that_nothing_changed_keeps_its_digits() -> None:
+    layer = nn.Linear(2, 2).double()
+    third = torch.full((2, 2), 1 / 3, dtype=torch.float64)
+    layer.weight.data = third.clone()
+    with in_float32(layer):
+        assert layer.weight.dtype == torch.float32
+        layer.weight.data[0, 0] = 0.1
+    assert layer.weight.dtype == torch.float64
+    assert layer.weight.tolist() == [[float(torch.tensor(0.1)), 1 / 3], [1 / 3, 1 / 3]]
+
+
 def test_gradients_and_precision_come_and_go() -> None:
     layer = nn.Linear(2, 2).to(torch.bfloat16)
     layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_model_out_of_reach_and_one_with_code_get_advice_that_this_command_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it waits for an answer"))
+    assert main(["nobody/nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "model.path" not in said and "copy its config.json into a directory here, and name that" in said
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "has Python code of its own: the bytes" in said and "trust_remote_code" not in said
 
 
 def test_a_row_has_the_name_of_the_models_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,30 @@ def shown(figure: Any) -> list[tuple[str, str, list[float], list[float]]]:
     return panels
 
 
+def test_a_record_that_lacks_its_choices_has_a_picture(tmp_path: Path) -> None:
+    kept(tmp_path, "a", "none")
+    path = tmp_path / "a" / "result.json"
+    one = json.loads(path.read_text())
+    one["config"] = {}
+    one["layers"].append({"relative_error": 0.1})
+    path.write_text(json.dumps(one))
+    assert channels(read_records(tmp_path)).get_suptitle().startswith("tiny, 1:2, -: the input of ")
+    assert evenness(read_records(tmp_path)) is not None
+
+
+@pytest.mark.parametrize("name", ["channels", "orders"])
+def test_damaged_channels_are_named_once_and_left_out(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept(tmp_path, "a", "gns")
+    kept(tmp_path, "b", "none")
+    path = tmp_path / "a" / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    records = read_records(tmp_path)
+    assert list(side_by_side(records)) == list(side_by_side(records)) == ["none"]
+    assert capsys.readouterr().err.count(f"{path} is left out: it is damaged (") == 1
+
+
 def test_channels_stand_at_their_places(tmp_path: Path) -> None:
     kept(tmp_path, "a", "gns")
     kept(tmp_path, "b", "none")

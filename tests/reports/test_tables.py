@@ -401,6 +401,7 @@ def test_numbers_that_are_not_finite_or_not_there_are_shown_as_they_are():
     [
         *((("name",), None), (("config", "model"), None), (("config", "outliers"), -1), (("config", "choices"), [])),
         *((("config", "quantise"), None), (("config", "zeroshot"), None), (("config", "zeroshot"), {})),
+        (("config", "zeroshot"), 3),
     ],
 )
 def test_a_damaged_setting_is_named_and_the_rest_is_read(path, value, tmp_path, capsys):
@@ -417,6 +418,7 @@ def test_a_damaged_setting_is_named_and_the_rest_is_read(path, value, tmp_path, 
     ("field", "value"),
     [
         *(("environment", "x"), ("export", 4), ("latency", "x"), ("latency.0", 1), ("layers.0.name", 1)),
+        *(("memory.peak_device_mib", {"a": 1}), ("profile.thresholds", 1)),
         *(("memory.peak_host_mib", "much"), ("model.parameters", "many"), ("profile", [1]), ("resumed", 1)),
         *(("config.choices.metric", ["x"]), ("config.evaluate.max_tokens", "x"), ("config.zeroshot.limit", "x")),
         *(
@@ -444,6 +446,9 @@ def test_a_field_of_another_kind_is_named_and_the_rest_is_read(field, value, tmp
     assert f"result.json is left out: its field {field} is not what it should be" in capsys.readouterr().err
 
 
+MISSING = "missing or not what it should be"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "why"),
     [
@@ -452,6 +457,14 @@ def test_a_field_of_another_kind_is_named_and_the_rest_is_read(field, value, tmp
         ("memory", {"bits": {"values": 4}}, "its field memory.bits_per_weight is missing, and it has memory.bits"),
         ("profile", {"rows": []}, "its field profile.thresholds is missing, and it has profile.rows"),
         ("profile", {}, "its field profile.rows is missing, and it has profile"),
+        *(
+            ("profile", {"rows": [row], "thresholds": [0.1]}, f"its field profile.rows.0.{field} is {MISSING}")
+            for field, row in (
+                ("dense 0.1", {"kind": "weight", "name": "q", "pruned 0.1": 0.5}),
+                ("pruned 0.1", {"kind": "weight", "name": "q", "dense 0.1": 0.5, "pruned 0.1": None}),
+                ("name", {"kind": "weight", "dense 0.1": 0.5, "pruned 0.1": 0.5}),
+            )
+        ),
     ],
 )
 def test_a_record_that_no_table_can_show_is_named(field, value, why, tmp_path, capsys):
@@ -614,6 +627,29 @@ def test_command_writes_what_the_functions_say(tmp_path):
     assert (tmp_path / "t.csv").read_text() == CSV
     assert command(tmp_path / "runs", "--out", picture)[:2] == (0, f"{picture}: a picture of 2 runs\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_a_broken_model_have_a_mean():
+    """The perplexity of a model that computes nonsense is e^700 at most: 1e304, whose square no float holds."""
+    runs = [record("a1", pruned=math.exp(700)), record("a2", pruned=math.exp(699), seed=1)]
+    assert "6.94e+303 ± 4.53e+303" in markdown(runs, mean=True)
+
+
+@pytest.mark.parametrize("name", ["profile", "tasks", "errors", "bits", "latency", "perplexity"])
+def test_a_picture_says_of_how_many_runs_it_is(tmp_path, name):
+    share = {f"{which} {threshold}": 0.5 for which in ("dense", "pruned") for threshold in (0, 0.001, 0.01, 0.1)}
+    rows = [{"kind": "weight", "name": "model.layers.0.q", "head": None, "values": 4} | share]
+    timed = {"layer": "q", "tokens": 1, "n": 8, "k": 8, "dense_ms": 0.5, "sparse_ms": 0.25, "kernel": "packed"}
+    more = record("c3") | {
+        "profile": {"rows": rows, "thresholds": [0, 0.001, 0.01, 0.1]},
+        "zeroshot": {"piqa": {"dense": 0.5, "pruned": 0.25, "n": 4}},
+        "latency": [timed],
+    }
+    more["memory"] = {"bits": {"values": 4}, "bits_per_weight": 3.0}
+    bare = [one | {"layers": [], "quality": {}} for one in TWO]
+    write(tmp_path, *bare, more)
+    picture = tmp_path / "a.png"
+    assert command(tmp_path, "--plot", name, "--out", picture)[1] == f"{picture}: a picture of 1 of 3 runs\n"
 
 
 LATENCY = [

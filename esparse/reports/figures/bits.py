@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from esparse.records.groups import acts
 from esparse.reports.figures.curves import grid_of
-from esparse.reports.figures.plots import COLORS, MARKERS, legend, namer
+from esparse.reports.figures.plots import COLORS, MARKERS, legend, measured, namer
 from esparse.reports.reading import Record, at, keys
-from esparse.reports.tabulate import means, table_of
+from esparse.reports.tabulate import bits_per_weight, means, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +57,11 @@ def perplexity_by_bits(records: Sequence[Record], corpus: str | None = None) -> 
         ax.spines[["top", "right"]].set_visible(False)
     legend(figure, [*families, FRONT])
     return figure
+
+
+def with_bits(records: Sequence[Record]) -> list[Record]:
+    """The runs with a perplexity whose bits are known."""
+    return [record for record in measured(records) if bits_per_weight(record) is not None]
 
 
 def family(pattern: str, of_method: str, record: Record) -> str:

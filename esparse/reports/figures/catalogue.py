@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from esparse.errors import Mistake
 from esparse.reports.figures import channels, curves
-from esparse.reports.figures.bits import perplexity_by_bits
-from esparse.reports.figures.plots import perplexities
+from esparse.reports.figures.bits import perplexity_by_bits, with_bits
+from esparse.reports.figures.plots import measured, perplexities
 from esparse.reports.reading import Record
 
 if TYPE_CHECKING:
@@ -21,12 +21,13 @@ FORMATS = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of many runs; `draw` returns None where their records have nothing for it."""
+    """A picture of many runs; `draw` returns None where their records have nothing for it, `of` those that have."""
 
     title: str
     caption: str
     needs: str  # which runs it is of, behind "it needs runs"
     draw: Callable[[Sequence[Record]], Figure | None]
+    of: Callable[[Sequence[Record]], Sequence[Record]]
 
 
 PICTURES = {
@@ -36,6 +37,7 @@ PICTURES = {
         "a line each.",
         "with a corpus (evaluate)",
         perplexities,
+        measured,
     ),
     "bits": Picture(
         "Perplexity against bits per weight",
@@ -44,12 +46,14 @@ PICTURES = {
         "that is not rounded counts 16. Dashed: the Pareto front; no run has fewer bits and a lower perplexity.",
         "with quantise and a corpus (evaluate)",
         perplexity_by_bits,
+        with_bits,
     ),
     "errors": Picture(
         "Layer errors along depth",
         "‖X(W − W′)ᵀ‖ / ‖XWᵀ‖ of each layer on calibration tokens, as a mean over the layers of a block.",
         "with calibration tokens",
         curves.errors,
+        curves.with_layers("relative_error"),
     ),
     "kept": Picture(
         "Kept score along depth",
@@ -57,6 +61,7 @@ PICTURES = {
         "Each metric has a panel, as it has a score of its own.",
         "with layers",
         curves.kept,
+        curves.with_layers("kept_score"),
     ),
     "channels": Picture(
         "Channels before and after the shuffle",
@@ -64,6 +69,7 @@ PICTURES = {
         "the channels' own order. Then: as each shuffle cuts the groups, of runs that differ by nothing else.",
         "with profile=true",
         channels.channels,
+        channels.shown,
     ),
     "evenness": Picture(
         "What the shuffle evens out",
@@ -71,12 +77,14 @@ PICTURES = {
         "a block. Dashed: in the channels' own order.",
         "with profile=true and an n:m pattern",
         channels.evenness,
+        channels.alike,
     ),
     "tasks": Picture(
         "Zero-shot tasks",
         "Markers: the pruned model, with its standard error. Dashed: the dense model.",
         "with tasks (zeroshot=builtin, ...)",
         curves.tasks,
+        curves.with_tasks,
     ),
     "profile": Picture(
         "Zeros and near zeros",
@@ -84,12 +92,14 @@ PICTURES = {
         "the root mean square of a layer's values, attention against 1. Of the first run that has a profile.",
         "with profile=true",
         curves.profile,
+        curves.first_profile,
     ),
     "latency": Picture(
         "Latency against tokens",
         "Of single layers (outputs × inputs), as measured; both axes are logarithmic.",
         "with bench=gemm",
         curves.latency,
+        curves.timed,
     ),
     "roofline": Picture(
         "Speed against intensity",
@@ -98,6 +108,7 @@ PICTURES = {
         "than the dense product that it is counted as, and may stand above them.",
         "with bench=gemm",
         curves.roofline,
+        curves.timed,
     ),
 }
 
@@ -118,11 +129,16 @@ def plot(
     name: str = "perplexity",
     corpus: str | None = None,
     layer: str | None = None,
-) -> None:
-    """Writes one picture; ValueError for another type than .png, .svg or .pdf, or where no run has the data."""
+) -> int:
+    """Writes one picture, and returns how many of the runs have the data that it shows.
+
+    Raises ValueError for another type than .png, .svg or .pdf, or where no run has the data.
+    """
     if path.suffix.lower() not in FORMATS:
         raise Mistake(f"a plot is written as {', '.join(FORMATS)}, not as {path.name!r}")
     figure = draw(name, records, corpus=corpus, layer=layer)
     if figure is None:
         raise Mistake(f"no run has what a plot of {name} shows: it needs runs {PICTURES[name].needs}")
     figure.savefig(path, dpi=200, bbox_inches="tight")  # legends stand outside, titles may be wider than the axes
+    of_corpus = [record for record in records if corpus is None or corpus in record["quality"]]
+    return len(PICTURES[name].of(of_corpus))

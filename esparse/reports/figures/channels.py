@@ -9,14 +9,17 @@ Shapes: I channels, G groups.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esparse.errors import Mistake
 from esparse.reports.figures.curves import Points, block_of, finished, grid_of, line
 from esparse.reports.figures.plots import COLORS, MARKERS
-from esparse.reports.reading import Record
+from esparse.reports.reading import Record, at
 from esparse.reports.table import exact, text
 from esparse.reports.tabulate import leaves, table_of
 
@@ -73,25 +76,25 @@ def channels(records: Sequence[Record], layer: str | None = None) -> Figure | No
         return None
     first = next(iter(runs.values()))
     name = chosen(input_names(first), layer)
-    shown = [(OWN, read_input(runs.get("none", first), name), False)]
-    shown += [(label, read_input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
-    width = min(3.6, 11.4 / len(shown))
-    figure = Figure(figsize=(width * len(shown), 1.9 * len(KINDS) + 0.6), layout="constrained")
-    axes = figure.subplots(len(KINDS), len(shown), squeeze=False, sharex=True, sharey="row")
+    panels = [(OWN, read_input(runs.get("none", first), name), False)]
+    panels += [(label, read_input(run, name), True) for label, run in runs.items() if label != "none"][:MOST]
+    width = min(3.6, 11.4 / len(panels))
+    figure = Figure(figsize=(width * len(panels), 1.9 * len(KINDS) + 0.6), layout="constrained")
+    axes = figure.subplots(len(KINDS), len(panels), squeeze=False, sharex=True, sharey="row")
     for row, (kind, what) in zip(axes, KINDS.items(), strict=True):
-        for ax, (label, of_input, shuffled) in zip(row, shown, strict=True):
+        for ax, (label, of_input, shuffled) in zip(row, panels, strict=True):
             _places(ax, of_input, kind, shuffled=shuffled)
             if kind == next(iter(KINDS)):
                 ax.set_title(label, fontsize=10, loc="left")
         row[0].set_ylabel(what, fontsize=9)
-        if far_apart([of_input.values[kind] for _, of_input, _ in shown]):
+        if far_apart([of_input.values[kind] for _, of_input, _ in panels]):
             row[0].set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("place of the channel", fontsize=9)
-    asked = [first["model"]["name"], first["sparsity"]["pattern"], first["config"]["choices"]["metric"]]
+    asked = [first["model"]["name"], first["sparsity"]["pattern"], str(at(first, "config.choices.metric") or "-")]
     figure.suptitle(f"{', '.join(asked)}: the input of {name}", fontsize=10)
     handles = [Line2D([], [], color=COLORS[5], marker="o", markersize=4, linestyle="none")]
-    labels, m = ["channel"], shown[0][1].m
+    labels, m = ["channel"], panels[0][1].m
     if m is not None:
         handles.append(Line2D([], [], color=COLORS[1], linewidth=2))
         labels.append(f"mean of a group of {m}, ± standard deviation between groups")
@@ -153,7 +156,7 @@ def far_apart(values: Sequence[Values]) -> bool:
 
 def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     """The profiled runs that differ by nothing but their shuffle, by its name: of all such the most, or the first."""
-    profiled = {r["id"]: r for r in records if "folder" in r and (r["folder"] / "channels.safetensors").is_file()}
+    profiled = {r["id"]: r for r in records if "folder" in r and _is_whole(r["folder"])}
     alike: dict[str, list[Record]] = {}
     if profiled:
         for row in table_of(list(profiled.values())).rows:
@@ -168,13 +171,51 @@ def side_by_side(records: Sequence[Record]) -> dict[str, Record]:
     return {label: by_id[identity] for identity, label in _labels(most)}
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a run's channels are there and whole; says so if they are damaged."""
+    files = [path for name in ("channels", "orders") if (path := folder / f"{name}.safetensors").is_file()]
+    if not files or files[0].stem != "channels":
+        return False
+    faults = [_fault(path, path.stat().st_mtime_ns) for path in files]  # all of them are said
+    return faults == [None] * len(files)
+
+
+@cache
+def _fault(path: Path, changed: int) -> str | None:
+    """What is wrong with a file, said once as long as nobody has `changed` it: pictures ask several times."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            entries = set(file.keys())
+        inputs = {entry.partition("/")[2] for entry in entries} if path.stem == "channels" else set()
+        missing = sorted({f"{kind}/{name}" for kind in KINDS for name in inputs} - entries)
+        fault = f"it has no {missing[0]}" if missing else None
+    except (SafetensorError, OSError) as error:
+        fault = f"it is damaged ({error})"
+    if fault is not None:
+        print(f"esparse: {path} is left out: {fault}", file=sys.stderr)
+    return fault
+
+
+def alike(records: Sequence[Record]) -> list[Record]:
+    """The runs that stand side by side."""
+    return list(side_by_side(records).values())
+
+
+def shown(records: Sequence[Record]) -> list[Record]:
+    """Those of them that have room beside each other; of several, the one without a shuffle is the own order."""
+    runs = side_by_side(records)
+    return [*([runs["none"]] if "none" in runs else []), *[run for name, run in runs.items() if name != "none"][:MOST]]
+
+
 def _labels(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """The id of each run, and what its shuffle is called: the option, and the settings that differ."""
     table = table_of(records)
     settings = [column for column in table.columns if column.startswith("shuffle.")]
     for row in table.rows:
         settings_shown = [f"{c.rpartition('.')[2]}={text(c, row[c])}" for c in settings if row.get(c) is not None]
-        yield row["id"], ", ".join([str(row["shuffle"]), *settings_shown])
+        yield row["id"], ", ".join([str(row.get("shuffle") or "-"), *settings_shown])
 
 
 def input_names(record: Record) -> list[str]:
@@ -183,7 +224,8 @@ def input_names(record: Record) -> list[str]:
 
     with safe_open(record["folder"] / "channels.safetensors", framework="np") as file:
         entries = set(file.keys())
-    return [layer["name"] for layer in record["layers"] if f"norm/{layer['name']}" in entries]
+    names = [layer.get("name") for layer in record.get("layers", [])]
+    return [name for name in names if f"norm/{name}" in entries]
 
 
 def chosen(names: Sequence[str], layer: str | None) -> str:

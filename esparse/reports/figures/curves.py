@@ -127,6 +127,26 @@ def roofline(records: Sequence[Record]) -> Figure | None:
     return finished(figure)
 
 
+def with_layers(field: str) -> Callable[[Sequence[Record]], list[Record]]:
+    """Which runs have a number of some layer."""
+    return lambda records: [r for r in records if _mean(layer.get(field) for layer in r.get("layers", [])) is not None]
+
+
+def with_tasks(records: Sequence[Record]) -> list[Record]:
+    """The runs that were measured on tasks."""
+    return [record for record in records if record.get("zeroshot")]
+
+
+def first_profile(records: Sequence[Record]) -> list[Record]:
+    """The first run that has a profile, alone."""
+    return [record for record in records if record.get("profile")][:1]
+
+
+def timed(records: Sequence[Record]) -> list[Record]:
+    """The runs in which single layers were timed."""
+    return [record for record in records if timed_rows([record])]
+
+
 def work_of(row: dict[str, Any]) -> tuple[float, float]:
     """FLOP of the dense product of a timed row, and the bytes of its weight, input and output."""
     tokens, n, k = row["tokens"], row["n"], row["k"]
@@ -153,9 +173,10 @@ def _roofs(ax: Axes, records: Sequence[Record], dtype: str | None, places: Seque
 
 def profile(records: Sequence[Record]) -> Figure | None:
     """The shares of zeros and of near zeros, before and after pruning, along depth: weights, activations, attention."""
-    first = next((record for record in records if record.get("profile")), None)
-    if first is None:
+    of = first_profile(records)
+    if not of:
         return None
+    first = of[0]
     rows, thresholds = first["profile"]["rows"], first["profile"]["thresholds"]
     kinds = [kind for kind in ("weight", "activation", "attention") if any(row["kind"] == kind for row in rows)]
     figure, axes = grid_of(len(kinds))
@@ -175,7 +196,7 @@ def profile(records: Sequence[Record]) -> Figure | None:
         ax.set_xlabel("block", fontsize=9)
         ax.set_ylabel("share of values", fontsize=9)
         ax.set_ylim(-0.02, 1.02)
-    return finished(figure)
+    return finished(figure, f"{first['name']} ({first['id']})")
 
 
 def _along_depth(

@@ -58,6 +58,11 @@ def perplexities(records: Sequence[Record], corpus: str | None = None) -> Figure
     return figure
 
 
+def measured(records: Sequence[Record]) -> list[Record]:
+    """The runs with a perplexity of the pruned model."""
+    return [r for r in records if any(value.get("pruned") is not None for value in r["quality"].values())]
+
+
 def legend(figure: Figure, order: Sequence[str]) -> None:
     """What the lines and markers of all panels are, in this order: on the right, or below where that is too short."""
     handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
