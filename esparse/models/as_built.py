@@ -168,11 +168,17 @@ def _of_a_library(file: str) -> bool:
 def _of_buffers(model: PreTrainedModel, twin: PreTrainedModel | None) -> list[str]:
     """The buffers with other values than are computed when the model is built."""
     others = {} if twin is None else dict(twin.named_buffers(remove_duplicate=False))
-    return [
-        f"{name} holds other values"
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name in others and (buffer.shape != others[name].shape or not torch.equal(buffer, others[name]))
-    ]
+    found = []
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in others or (buffer.shape == others[name].shape and torch.equal(buffer, others[name])):
+            continue
+        if buffer.shape == others[name].shape and torch.equal(buffer, others[name].to(buffer.dtype)):
+            # Positions are computed from some: `model.to(torch.bfloat16)` changes them, and loading in 16 bits does not.
+            kind = str(buffer.dtype).removeprefix("torch.")
+            found.append(f"{name} was cast to {kind} (from_pretrained with dtype={kind} leaves it as it is)")
+        else:
+            found.append(f"{name} holds other values")
+    return found
 
 
 def has_own_forward(layer: nn.Module) -> bool:

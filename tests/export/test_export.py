@@ -161,7 +161,8 @@ def test_experts_are_computed_one_by_one_however_one_loads(family: str, tmp_path
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
 def test_in_16_bits_packed_experts_are_what_dense_ones_are_one_by_one(family: str, tmp_path: Path) -> None:
     """Multiplied together (grouped_mm) they round otherwise, and a router on the border then takes other experts."""
-    model = tiny(family).to(torch.bfloat16)
+    tiny(family).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
     report = esparse.prune(model, None, "2:4", metric="wanda", calibration=TOKENS_SL, progress=False)
     esparse.save(model, None, report, tmp_path / "export", packed=True)
     packed_model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto").eval()

@@ -107,6 +107,13 @@ def test_a_model_that_a_checkpoint_would_not_be_is_told_and_not_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_buffer_that_was_cast_with_the_model_is_told_with_what_to_do() -> None:
+    model = tiny("llama")
+    model.model.rotary_emb.to(torch.bfloat16)  # as model.to(torch.bfloat16) does beside the weights
+    words = "model.rotary_emb.inv_freq was cast to bfloat16 (from_pretrained with dtype=bfloat16 leaves it as it is)"
+    assert found(model).startswith(words)
+
+
 def test_a_hook_of_all_modules_is_seen_too(said: Callable[[], list[str]]) -> None:
     def double(module: nn.Module, args: Any, out: Any) -> Any:
         return 2 * out if isinstance(module, nn.Linear) else None
