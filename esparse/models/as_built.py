@@ -173,7 +173,7 @@ def _of_buffers(model: PreTrainedModel, twin: PreTrainedModel | None) -> list[st
         if name not in others or (buffer.shape == others[name].shape and torch.equal(buffer, others[name])):
             continue
         if buffer.shape == others[name].shape and torch.equal(buffer, others[name].to(buffer.dtype)):
-            # Positions are computed from some: `model.to(torch.bfloat16)` changes them, and loading in 16 bits does not.
+            # Positions are computed from some; model.to(torch.bfloat16) changes them, and loading in 16 bits does not.
             kind = str(buffer.dtype).removeprefix("torch.")
             found.append(f"{name} was cast to {kind} (from_pretrained with dtype={kind} leaves it as it is)")
         else:
