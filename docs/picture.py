@@ -27,6 +27,8 @@ BARS = {
     "Wanda, shuffle": ("wanda", "esparse", "none", "none"),
     "entropy, shuffle": ("entropy", "esparse", "none", "none"),
     "SparseGPT": ("sparsegpt", "none", "sparsegpt", "none"),
+    "ADMM": ("wanda", "none", "admm", "none"),
+    "SparseGPT towards dense": ("sparsegpt", "none", "sparsegpt_parent", "none"),
     "ALPS, shuffle": ("entropy", "esparse", "alps", "none"),
     "ALPS towards dense, shuffle": ("entropy", "esparse", "alps_parent", "none"),
     "the same, distilled": ("entropy", "esparse", "alps_parent", "distill"),
@@ -94,7 +96,7 @@ def draw() -> None:
 
 def bars(axes) -> None:
     values, dense = perplexities()
-    colours = [GREY, LIGHT, GREY, LIGHT, GREY, LIGHT, LIGHT, DARK]
+    colours = [GREY, LIGHT, GREY, LIGHT, GREY, GREY, LIGHT, LIGHT, LIGHT, DARK]
     drawn = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(drawn, fmt="%.1f", padding=3)
     axes.axvline(dense, color=LINE, linewidth=1.5)
