@@ -206,19 +206,33 @@ def _entered(
     return hidden, {len(h): {"position_embeddings": angles, "position_ids": positions} for h in hidden}
 
 
+def method_of(words: list[str]) -> Any:
+    """The method of words such as metric=entropy, metric.range=fixed and shuffle=none at 2:4, without Hydra.
+
+    The machines with a GPU that are lent to this project have no Hydra.
+    """
+    import esparse
+    from esparse import patterns
+    from esparse.api.method_parts import IMPLIED, NEUTRAL, parts_of
+    from esparse.pruning.method import Method
+
+    said = dict(word.split("=") for word in words)
+    asked: dict[str, Any] = {"metric": None} | dict.fromkeys(NEUTRAL) | {"shuffle": IMPLIED, "update": IMPLIED}
+    for group in [name for name in said if "." not in name]:
+        changes = {name.partition(".")[2]: value for name, value in said.items() if name.startswith(f"{group}.")}
+        asked[group] = esparse.option(group, said[group], **changes) if changes else said[group]
+    parts, _ = parts_of(asked, 0)
+    return Method(pattern=patterns.parse("2:4"), seed=0, **parts)
+
+
 def esparse_run(overrides: list[str]) -> Callable[..., None]:
     """What `python launch.py` does between loading the model and measuring it."""
-    from hydra import compose, initialize_config_dir
-
-    from esparse.cli import registry
     from esparse.models.blocks import BlockModel
     from esparse.models.offload import HiddenStateStore
     from esparse.pruning.prune import prune
     from esparse.records.report import Stages
 
-    registry.register()
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        method = registry.build(compose("config", [*overrides, "tracking=none"])).method()
+    method = method_of(overrides)
 
     def run(model: Any, tokens_SL: Tensor, device: torch.device, batch_tokens: int, activations: str) -> None:
         blocks = BlockModel(model, device=device, batch_tokens=batch_tokens, hidden_store=HiddenStateStore(activations))

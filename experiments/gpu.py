@@ -292,8 +292,7 @@ def prune(*, dry_run: bool) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from bench_prune import one_after_the_other  # type: ignore[import-not-found]
 
-    methods = PRUNED if find_spec("hydra") else [(name, home) for name, home in PRUNED if name == FLOOR]
-    for row in one_after_the_other(settings, methods):
+    for row in one_after_the_other(settings, PRUNED):
         say(settings | row)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_prune import METHODS, SIZES, llama, two_forward_passes
+from bench_prune import METHODS, SIZES, llama, method_of, two_forward_passes
 
 DEFAULT = ["entropy + esparse", "sparsegpt", "obs"]
 KERNELS, OPERATIONS = 25, 15
@@ -35,17 +35,12 @@ def settle() -> None:
 
 def pruned(name: str, model: Any, tokens_SL: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
     """Prunes the model; seconds by stage, with the device's queue empty at the edges, and of what is between stages."""
-    from hydra import compose, initialize_config_dir
-
-    from esparse.cli import registry
     from esparse.models.blocks import BlockModel
     from esparse.models.offload import HiddenStateStore
     from esparse.pruning.prune import prune
     from esparse.records.report import Stages
 
-    registry.register()
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        method = registry.build(compose("config", [*METHODS[name], "tracking=none"])).method()
+    method = method_of(METHODS[name])
     stages = Stages(settle)
     settle()
     start = time.perf_counter()

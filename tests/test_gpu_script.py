@@ -11,6 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from hydra import compose
+
+from esparse.cli import registry
+from tests.composing import composing
 
 # With a child that holds its output open.
 HANGS = """
@@ -22,14 +26,26 @@ time.sleep(60)
 SCRIPT = Path(__file__).parent.parent / "experiments" / "gpu.py"
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPT.with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_script"] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    return loaded("gpu")
+
+
+def test_the_methods_that_are_timed_are_those_of_the_command_line_without_hydra() -> None:
+    bench = loaded("bench_prune")
+    registry.register()
+    for words in bench.METHODS.values():
+        with composing():
+            assert bench.method_of(words) == registry.build(compose("config", [*words, "tracking=none"])).method()
 
 
 def part(gpu: ModuleType, name: str, code: str, seconds: float = 20) -> object:
