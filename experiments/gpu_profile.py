@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # the checkout, installed or not
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, which need not be installed
+sys.path.insert(0, str(Path(__file__).parent))
 from bench_prune import METHODS, SIZES, llama, method_of, two_forward_passes
 
 DEFAULT = ["entropy + esparse", "sparsegpt", "obs"]
