@@ -25,7 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FEW = 32  # tokens on which a model is tried
-UNDERFLOW = 0.01
+UNDERFLOW = 0.01  # share of kept weights that may have become zero since
 _busy: set[int] = set()  # the models that calls work on, by their ids
 _of_busy = threading.Lock()
 
